@@ -1,0 +1,199 @@
+"""The commands, one function each."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from rapidin_vdb.cli import show
+from rapidin_vdb.cli.progress import progress_bars
+from rapidin_vdb.records import DType, Normalize, OnBadRecord, OnDuplicate, Quantization
+
+DB = Annotated[str, typer.Argument(metavar="DB", help="Folder of the database.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Moved = Annotated[str | None, typer.Option(help="Where the model is now, if it has moved since init.")]
+MovedAdapter = Annotated[str | None, typer.Option(help="Where the adapter is now, if it has moved since init.")]
+
+
+def init(
+    db: DB,
+    model: Annotated[
+        str, typer.Option(help="Causal language model: a local folder, or a name on the Hugging Face hub.")
+    ],
+    adapter: Annotated[str | None, typer.Option(help="PEFT (LoRA) adapter: a local folder or a hub name.")] = None,
+    quantization: Annotated[Quantization, typer.Option(help="How base weights are held; nf4 is QLoRA.")] = "none",
+    dtype: Annotated[DType, typer.Option(help="Type of the base weights; auto takes the checkpoint's.")] = "auto",
+    width: Annotated[int, typer.Option(help="Length of a RapidGrad, a power of two.")] = 65536,
+    shuffles: Annotated[int, typer.Option(help="How often rows and columns are shuffled.")] = 20,
+    seed: Annotated[int, typer.Option(help="Seed of shuffles and signs.")] = 42,
+    normalize: Annotated[
+        Normalize, typer.Option(help="Scale each parameter tensor's gradient to norm 1, or not.")
+    ] = "layer",
+    parameters: Annotated[
+        str, typer.Option(help="trainable, all, or a regular expression over parameter names.")
+    ] = "trainable",
+    template: Annotated[str, typer.Option(help="alpaca, chat, text, or a Jinja file.")] = "alpaca",
+    max_tokens: Annotated[int, typer.Option(help="Longer samples are cut from the right.")] = 512,
+    epochs: Annotated[float, typer.Option(help="Epochs of the fine-tuning; scores are multiplied by it.")] = 1.0,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the fine-tuning; likewise.")] = 1.0,
+    device: Device = "auto",
+) -> None:
+    """Make a database for a model's training samples.
+
+    Example: rapidin-vdb init db --model ./llama --adapter ./lora --template alpaca
+    """
+    import rapidin_vdb
+
+    database = rapidin_vdb.init(
+        db, model=model, adapter=adapter, quantization=quantization, dtype=dtype, width=width, shuffles=shuffles,
+        seed=seed, normalize=normalize, parameters=parameters, template=template, max_tokens=max_tokens,
+        epochs=epochs, learning_rate=learning_rate, device=device,
+    )  # fmt: skip
+    show.created(database)
+
+
+def ingest(
+    db: DB,
+    files: Annotated[
+        list[Path], typer.Argument(metavar="FILE...", help=".jsonl(.gz), .json, .csv, .parquet or a saved dataset.")
+    ],
+    split: Annotated[
+        str | None, typer.Option(help="Split of the samples [default: the records' own, else train].")
+    ] = None,
+    source: Annotated[str | None, typer.Option(help="Source of the samples [default: the records' own].")] = None,
+    id_field: Annotated[
+        str, typer.Option(help="Field that holds a unique id; without one, the content is the id.")
+    ] = "id",
+    limit: Annotated[int | None, typer.Option(help="Read this many records at most.")] = None,
+    device: Device = "auto",
+    on_bad_record: Annotated[
+        OnBadRecord, typer.Option(help="Stop before anything is written, or skip and list at the end.")
+    ] = "stop",
+    on_duplicate: Annotated[OnDuplicate, typer.Option(help="For an id that is there with other content.")] = "error",
+    model: Moved = None,
+    adapter: MovedAdapter = None,
+) -> None:
+    """Add training records; those that are there already are left alone.
+
+    Example: rapidin-vdb ingest db alpaca.jsonl.gz --source alpaca
+    """
+    import rapidin_vdb
+
+    database = rapidin_vdb.open(db)
+    database.load(model=model, adapter=adapter, device=device)
+    with progress_bars() as progress:
+        report = database.ingest(
+            *files, split=split, source=source, id_field=id_field, limit=limit,
+            on_bad_record=on_bad_record, on_duplicate=on_duplicate, progress=progress,
+        )  # fmt: skip
+    show.ingested(report)
+
+
+def index(
+    db: DB,
+    recipe: Annotated[
+        str, typer.Option(help="A file such as indexes/cpu.toml, or the name of one that is shipped.")
+    ] = "indexes/cpu.toml",
+) -> None:
+    """Build a search index; a query uses it while it is fresh.
+
+    Example: rapidin-vdb index db --recipe indexes/cpu.toml
+    """
+    import rapidin_vdb
+
+    database = rapidin_vdb.open(db)
+    with progress_bars() as progress:
+        built = database.index(recipe, progress=progress)
+    show.indexed(built)
+
+
+def query(
+    db: DB,
+    prompt: Annotated[str | None, typer.Option(help="What the model was asked, before the template.")] = None,
+    generation: Annotated[str | None, typer.Option(help="What the model said.")] = None,
+    file: Annotated[Path | None, typer.Option(help="Many queries: records with prompt and generation.")] = None,
+    top_k: Annotated[int, typer.Option(help="How many samples to return.")] = 10,
+    where: Annotated[str | None, typer.Option(help="SQL filter, applied before the search.")] = None,
+    harmful: Annotated[bool, typer.Option("--harmful", help="Rank the most negative influence first.")] = False,
+    as_json: AsJson = False,
+    device: Device = "auto",
+    model: Moved = None,
+    adapter: MovedAdapter = None,
+) -> None:
+    """Rank the training samples by their influence on a generation.
+
+    Example: rapidin-vdb query db --prompt "Name a fruit." --generation "A comet." --where "split = 'train'"
+    """
+    import rapidin_vdb
+
+    database = rapidin_vdb.open(db)
+    with progress_bars() as progress:
+        rankings = database.query(
+            prompt, generation, file=file, top_k=top_k, where=where, harmful=harmful, progress=progress,
+            device=device, model=model, adapter=adapter,
+        )  # fmt: skip
+    show.ranked(rankings, as_json=as_json)
+
+
+def show_sample(
+    db: DB,
+    sample_id: Annotated[str, typer.Argument(metavar="SAMPLE_ID", help="Which sample.")],
+    as_json: AsJson = False,
+) -> None:
+    """Show one sample as it is stored.
+
+    Example: rapidin-vdb show db alpaca-00001
+    """
+    import rapidin_vdb
+
+    show.sample(rapidin_vdb.open(db).show(sample_id), as_json=as_json)
+
+
+def info(db: DB, as_json: AsJson = False) -> None:
+    """Say what a database holds and what made it.
+
+    Example: rapidin-vdb info db --json
+    """
+    import rapidin_vdb
+
+    show.info(rapidin_vdb.open(db).info(), as_json=as_json)
+
+
+def delete(
+    db: DB,
+    where: Annotated[str | None, typer.Option(help="SQL filter: what matches is deleted.")] = None,
+    ids: Annotated[Path | None, typer.Option(help="File with one sample id a line.")] = None,
+) -> None:
+    """Delete samples.
+
+    Example: rapidin-vdb delete db --where "source = 'scraped'"
+    """
+    import rapidin_vdb
+
+    wanted = None if ids is None else show.read_ids(ids)
+    show.deleted(rapidin_vdb.open(db).delete(where=where, ids=wanted), wanted)
+
+
+def demo(
+    folder: Annotated[
+        Path | None, typer.Option("--dir", help="Where to put it [default: a new folder demo-...].")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
+) -> None:
+    """Poison a small model's training data, and find the poison from what the model says.
+
+    Example: rapidin-vdb demo --dir demo-1
+    """
+    from rapidin_vdb.demo import run_demo
+
+    with progress_bars() as progress:
+        outcome = run_demo(folder, say=lambda text: typer.echo(text, err=as_json), progress=progress)
+    if as_json:
+        show.json_line(outcome)
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register every command, in the order of a database's life."""
+    for function in (init, ingest, index, query, show_sample, info, delete, demo):
+        app.command(name=function.__name__.removesuffix("_sample"))(function)

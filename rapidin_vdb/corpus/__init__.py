@@ -1,0 +1,8 @@
+"""Records of any format become samples, and samples become token ids with their prompt masked."""
+
+from rapidin_vdb.corpus.encode import Tokenizer, encode
+from rapidin_vdb.corpus.files import Record, read_records
+from rapidin_vdb.corpus.samples import read_corpus, sample_from
+from rapidin_vdb.corpus.template import Template, load_template
+
+__all__ = ["Record", "Template", "Tokenizer", "encode", "load_template", "read_corpus", "read_records", "sample_from"]

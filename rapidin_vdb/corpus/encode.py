@@ -1,0 +1,90 @@
+"""A sample becomes token ids, with its prompt masked and the place of each response token in the text."""
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from rapidin_vdb.corpus.template import Template
+from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.records import Encoded, Sample
+
+
+class Tokenizer(Protocol):
+    """What is asked of a Hugging Face tokenizer."""
+
+    eos_token_id: int | None
+    bos_token: str | None
+
+    def __call__(self, text: list[str], **options: Any) -> Any:
+        """Return `input_ids` and `offset_mapping` of each text."""
+        ...
+
+
+def encode(
+    samples: Sequence[Sample], *, tokenizer: Tokenizer, template: Template, max_tokens: int
+) -> list[Encoded | CorpusError]:
+    """Return each sample's token ids, an error in the place of each that leaves no token with a loss.
+
+    Prompt and response are tokenised together as one text, and the end-of-sequence token follows. A token belongs to
+    the response when it starts at or after the response's first character; the very first token of all is predicted
+    from nothing and so carries no loss. Longer samples are cut from the right.
+    """
+    results: list[Encoded | CorpusError | None] = [None] * len(samples)
+    prompts: list[tuple[int, str]] = []
+    for place, sample in enumerate(samples):
+        try:
+            prompts.append((place, template.render(sample)))
+        except CorpusError as error:
+            results[place] = error
+    # A chat template may write the beginning-of-sequence token itself.
+    for with_bos in (False, True):
+        group = [(place, prompt) for place, prompt in prompts if _starts_with_bos(prompt, tokenizer) == with_bos]
+        if not group:
+            continue
+        tokens = tokenizer(
+            [prompt + samples[place].response for place, prompt in group],
+            add_special_tokens=not with_bos,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            truncation=False,
+            verbose=False,
+        )
+        for (place, prompt), ids, spans in zip(group, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            results[place] = _encoded(samples[place], len(prompt), ids, spans, tokenizer.eos_token_id, max_tokens)
+    return [result for result in results if result is not None]
+
+
+def _starts_with_bos(prompt: str, tokenizer: Tokenizer) -> bool:
+    return bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
+
+
+def _encoded(
+    sample: Sample, response_start: int, ids: list[int], spans: list[tuple[int, int]], eos: int | None, max_tokens: int
+) -> Encoded | CorpusError:
+    length = len(sample.response)
+    if eos is not None and not (ids and ids[-1] == eos and tuple(spans[-1]) == (0, 0)):
+        ids, spans = [*ids, eos], [*spans, (0, 0)]
+    offsets: list[tuple[int, int]] = []
+    # The response is a suffix: walk back until a token starts before it.
+    for place in range(len(ids) - 1, 0, -1):
+        start, end = spans[place]
+        if (start, end) == (0, 0):
+            # A special token of no text: the end of the sequence, or (with no response token behind it) a beginning.
+            if offsets and offsets[-1][0] < length:
+                break
+            offsets.append((length, length))
+        elif start >= response_start:
+            offsets.append((start - response_start, min(end - response_start, length)))
+        else:
+            break
+    offsets.reverse()
+    first = len(ids) - len(offsets)
+    truncated = len(ids) > max_tokens
+    if truncated:
+        ids, offsets = ids[:max_tokens], offsets[: max(max_tokens - first, 0)]
+    if not offsets:
+        return CorpusError(
+            f"{sample.location}: no response token is left within --max-tokens {max_tokens}: the prompt takes {first}"
+            if truncated
+            else f"{sample.location}: the response has no token with a loss"
+        )
+    return Encoded(sample_id=sample.sample_id, input_ids=tuple(ids), offsets=tuple(offsets), truncated=truncated)

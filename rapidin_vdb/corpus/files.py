@@ -1,0 +1,213 @@
+"""Files of any known format become records, one at a time; a malformed one is handed on as an error, not raised.
+
+JSON lines, JSON arrays (either may be gzipped), CSV, Parquet, and Hugging Face datasets saved on disk.
+"""
+
+import csv
+import gzip
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+from rapidin_vdb.errors import CorpusError
+
+_FORMATS = ".jsonl, .jsonl.gz, .json, .csv, .parquet, or a folder saved by datasets.save_to_disk"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Record:
+    """One record as it stands in a file."""
+
+    location: str
+    """File and line (or row), for messages."""
+    fields: dict[str, Any]
+    """Names and values."""
+
+
+def read_records(path: Path) -> Iterator[Record | CorpusError]:
+    """Yield the records of a file in order, an error in the place of each that is malformed.
+
+    Raises:
+        CorpusError: the file is missing, of no known format, or cannot be read at all.
+    """
+    if path.is_dir():
+        return _read_saved_dataset(path)
+    if not path.is_file():
+        raise CorpusError(f"{path}: no such file")
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    match suffixes[-1] if suffixes else "":
+        case ".jsonl" | ".json" | ".ndjson":
+            return _read_json(path)
+        case ".csv":
+            return _read_csv(path)
+        case ".parquet":
+            return _read_parquet(path)
+        case suffix:
+            raise CorpusError(f"{path}: {suffix or 'no suffix'} is no known format; wanted {_FORMATS}")
+
+
+def _open_text(path: Path, newline: str | None = None) -> TextIO:
+    # Undecodable bytes become surrogates, which the check of each record then finds and places.
+    if path.suffix.lower() == ".gz":
+        return gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+    return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+
+
+def _read_json(path: Path) -> Iterator[Record | CorpusError]:
+    try:
+        with _open_text(path) as file:
+            first = next((character for line in file for character in line if not character.isspace()), "")
+        if first == "[":
+            yield from _read_json_array(path)
+        else:
+            yield from _read_json_lines(path)
+    except (OSError, EOFError) as error:
+        raise CorpusError(f"{path}: cannot be read: {error}") from error
+
+
+def _read_json_lines(path: Path) -> Iterator[Record | CorpusError]:
+    with _open_text(path) as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            location = f"{path}, line {number}"
+            try:
+                value = json.loads(line)
+            except (json.JSONDecodeError, RecursionError) as error:
+                what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+                yield CorpusError(f"{location}: not JSON: {what}")
+                continue
+            yield _record(location, value)
+
+
+def _read_json_array(path: Path) -> Iterator[Record | CorpusError]:
+    with _open_text(path) as file:
+        try:
+            values = json.load(file)
+        except (json.JSONDecodeError, RecursionError) as error:
+            line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+            raise CorpusError(f"{path}{line}: not JSON: {error}") from error
+    for number, value in enumerate(values, start=1):
+        yield _record(f"{path}, element {number}", value)
+
+
+def _record(location: str, value: Any) -> Record | CorpusError:
+    if not isinstance(value, dict):
+        return CorpusError(f"{location}: found {_kind(value)}; wanted an object with named fields")
+    return Record(location=location, fields=value)
+
+
+def _kind(value: Any) -> str:
+    names = {
+        str: "a text",
+        bool: "true or false",
+        int: "a number",
+        float: "a number",
+        list: "a list",
+        dict: "an object",
+    }
+    return names.get(type(value), "null" if value is None else type(value).__name__)
+
+
+def _read_csv(path: Path) -> Iterator[Record | CorpusError]:
+    csv.field_size_limit(2**31 - 1)
+    kinds = _csv_kinds(path)
+    for location, names, row in _csv_rows(path):
+        if len(row) != len(names):
+            yield CorpusError(f"{location}: {len(row)} values; wanted {len(names)} ({', '.join(names)})")
+            continue
+        yield Record(
+            location=location,
+            fields={name: _csv_value(value, kinds[name]) for name, value in zip(names, row, strict=True)},
+        )
+
+
+def _csv_rows(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    try:
+        with _open_text(path, newline="") as file:
+            reader = csv.reader(file, strict=True)
+            names = next(reader, [])
+            if len(set(names)) != len(names):
+                raise CorpusError(f"{path}, line 1: a column name stands twice in: {', '.join(names)}")
+            line = reader.line_num + 1
+            for row in reader:
+                if row:
+                    yield f"{path}, line {line}", names, row
+                line = reader.line_num + 1
+    except (OSError, EOFError, csv.Error) as error:
+        raise CorpusError(f"{path}: not CSV: {error}") from error
+
+
+def _csv_kinds(path: Path) -> dict[str, type]:
+    """CSV has no types: a column is of the narrowest of int, float and text that fits all its values."""
+    kinds: dict[str, type] = {}
+    for _, names, row in _csv_rows(path):
+        for name, value in zip(names, row, strict=False):
+            kind = kinds.setdefault(name, int)
+            while kind is not str and value and not _parses(value, kind):
+                kind = float if kind is int else str
+            kinds[name] = kind
+    return kinds
+
+
+def _parses(value: str, kind: type) -> bool:
+    # "1_000", " 1" and "007" are texts to a reader, if numbers to Python.
+    if (
+        "_" in value
+        or value != value.strip()
+        or (len(value) > 1 and value.lstrip("+-").startswith("0") and kind is int)
+    ):
+        return False
+    try:
+        return kind is not int or -(2**63) <= int(value) < 2**63 if kind is int else float(value) is not None
+    except ValueError:
+        return False
+
+
+def _csv_value(value: str, kind: type) -> Any:
+    return value if kind is str else kind(value) if value else None
+
+
+def _read_parquet(path: Path) -> Iterator[Record | CorpusError]:
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            yield from _arrow_records(path, file.iter_batches(batch_size=1024))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise CorpusError(f"{path}: not readable as Parquet: {error}") from error
+
+
+def _read_saved_dataset(path: Path) -> Iterator[Record | CorpusError]:
+    import pyarrow
+
+    if (path / "dataset_dict.json").is_file():
+        splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
+        raise CorpusError(
+            f"{path}: holds the splits {', '.join(splits)}; ingest one at a time, as in: "
+            f"{path / splits[0]} --split {splits[0]}"
+        )
+    if not (path / "state.json").is_file():
+        raise CorpusError(f"{path}: a folder without state.json; wanted {_FORMATS}")
+    try:
+        names = [entry["filename"] for entry in json.loads((path / "state.json").read_text("utf-8"))["_data_files"]]
+        first = 0
+        for name in names:
+            with pyarrow.memory_map(str(path / name)) as file, pyarrow.ipc.open_stream(file) as batches:
+                for batch in batches:
+                    yield from _arrow_records(path, [batch], first=first)
+                    first += batch.num_rows
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+        raise CorpusError(f"{path}: not readable as a saved dataset: {error}") from error
+
+
+def _arrow_records(path: Path, batches: Any, first: int = 0) -> Iterator[Record | CorpusError]:
+    for batch in batches:
+        for number, fields in enumerate(batch.to_pylist(), start=first):
+            yield Record(location=f"{path}, row {number}", fields=fields)
+        first += batch.num_rows

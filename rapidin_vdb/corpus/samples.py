@@ -1,0 +1,157 @@
+"""A record of one of the four known shapes becomes a sample with an identity."""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from rapidin_vdb.corpus.files import Record, read_records
+from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.records import Message, Sample, Scalar
+
+_SHAPES = "instruction/input/output, prompt/response (or completion), messages, or text"
+_RESPONSES = ("output", "response", "completion", "generation")
+_OWN_COLUMNS = frozenset(
+    "sample_id split source prompt response input_ids token_offsets tokens truncated loss content_hash vector "
+    "rank score exact_score query_id".split()
+)
+"""Names that mean something of ours; a record's field of that name is stored as `record_NAME`."""
+
+
+def read_corpus(
+    paths: Iterable[Path], *, split: str | None = None, source: str | None = None, id_field: str = "id"
+) -> Iterator[Sample | CorpusError]:
+    """Yield the samples of some files in order, an error in the place of each record that cannot be one.
+
+    `split` and `source` win over the record's own fields of that name; without either, a sample's split is `train`.
+
+    Raises:
+        CorpusError: a file is missing, of no known format, or cannot be read at all.
+    """
+    for path in paths:
+        for record in read_records(path):
+            if isinstance(record, CorpusError):
+                yield record
+                continue
+            try:
+                yield sample_from(record, split=split, source=source, id_field=id_field)
+            except CorpusError as error:
+                yield error
+
+
+def sample_from(record: Record, *, split: str | None = None, source: str | None = None, id_field: str = "id") -> Sample:
+    """Return the sample that a record describes.
+
+    Raises:
+        CorpusError: the record has none of the known shapes, an empty response, or a value of the wrong kind.
+    """
+    fields, location = record.fields, record.location
+    try:
+        text = json.dumps(fields, sort_keys=True, ensure_ascii=False, default=str)
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{location}: holds text that is not valid Unicode: {error.reason}") from error
+    messages, response, used = _conversation(fields, location)
+    if not response.strip():
+        raise CorpusError(f"{location}: the response is empty; there is nothing to take a gradient of")
+    split = split if split is not None else _text(fields, "split", location) or "train"
+    source = source if source is not None else _text(fields, "source", location)
+    if id_field != "id" and fields.get(id_field) is None:
+        raise CorpusError(f"{location}: no field {id_field!r}, which --id-field names; found {_names(fields)}")
+    sample_id = _sample_id(fields, id_field, text, location)
+    metadata = _metadata(fields, used | {id_field, "id", "split", "source"}, location)
+    identity = json.dumps([text, split, source], ensure_ascii=False)
+    return Sample(
+        sample_id=sample_id,
+        prompt=_prompt_text(messages),
+        response=response,
+        split=split,
+        source=source,
+        metadata=metadata,
+        messages=messages,
+        fields=fields,
+        content_hash=hashlib.sha256(identity.encode("utf-8")).hexdigest()[:32],
+        location=location,
+    )
+
+
+def _conversation(fields: dict[str, Any], location: str) -> tuple[tuple[Message, ...], str, set[str]]:
+    """Return the turns before the response, the response, and the names of the fields they came from."""
+    if fields.get("messages") is not None:
+        return *_turns(fields["messages"], location), {"messages"}
+    response_name = next((name for name in _RESPONSES if fields.get(name) is not None), None)
+    prompt_name = next((name for name in ("instruction", "prompt") if fields.get(name) is not None), None)
+    if response_name and prompt_name:
+        used = {prompt_name, response_name, "input"} if prompt_name == "instruction" else {prompt_name, response_name}
+        prompt = _text(fields, prompt_name, location) or ""
+        context = _text(fields, "input", location) if prompt_name == "instruction" else None
+        if context:
+            prompt = f"{prompt}\n{context}"
+        response = _text(fields, response_name, location) or ""
+        return (Message(role="user", content=prompt),), response, used
+    if fields.get("text") is not None:
+        return (), _text(fields, "text", location) or "", {"text"}
+    raise CorpusError(f"{location}: found the fields {_names(fields)}; wanted {_SHAPES}")
+
+
+def _turns(value: Any, location: str) -> tuple[tuple[Message, ...], str]:
+    if not isinstance(value, list) or not all(
+        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
+        for turn in value
+    ):
+        raise CorpusError(f"{location}: messages must be a list of objects with texts role and content")
+    turns = [Message(role=turn["role"], content=turn["content"]) for turn in value]
+    last = max((place for place, turn in enumerate(turns) if turn.role == "assistant"), default=None)
+    if last is None:
+        raise CorpusError(f"{location}: messages has no turn of the role assistant, which would be the response")
+    return tuple(turns[:last]), turns[last].content
+
+
+def _prompt_text(messages: tuple[Message, ...]) -> str | None:
+    if not messages:
+        return None
+    if len(messages) == 1:
+        return messages[0].content
+    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in messages)
+
+
+def _text(fields: dict[str, Any], name: str, location: str) -> str | None:
+    value = fields.get(name)
+    if value is None or isinstance(value, str):
+        return value
+    raise CorpusError(f"{location}: {name} is {json.dumps(value, default=str)[:60]}; wanted a text")
+
+
+def _names(fields: dict[str, Any]) -> str:
+    return ", ".join(map(str, fields)) or "none"
+
+
+def _sample_id(fields: dict[str, Any], id_field: str, text: str, location: str) -> str:
+    value = fields.get(id_field)
+    if value is None:
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise CorpusError(f"{location}: {id_field} is {json.dumps(value, default=str)[:60]}; wanted a text or a number")
+    return str(value)
+
+
+def _metadata(fields: dict[str, Any], used: set[str], location: str) -> dict[str, Scalar]:
+    """Every further scalar field, under the name of its column."""
+    metadata: dict[str, Scalar] = {}
+    for name, value in fields.items():
+        if name in used or value is None or isinstance(value, list | dict | bytes):
+            continue
+        # Lance reads a dot as a path into a struct, and ignores the case of column names.
+        column = str(name).replace(".", "_")
+        if column.lower() in _OWN_COLUMNS or column.startswith("_"):
+            column = f"record_{column.lstrip('_')}"
+        if any(column.lower() == other.lower() for other in metadata):
+            raise CorpusError(f"{location}: two fields would both be the column {column!r}; rename one of them")
+        if isinstance(value, float) and not math.isfinite(value):
+            continue
+        if isinstance(value, int) and not isinstance(value, bool) and not -(2**63) <= value < 2**63:
+            value = str(value)
+        metadata[column] = value if isinstance(value, str | int | float) else str(value)
+    return metadata

@@ -1,0 +1,130 @@
+"""What a model is, as hashes of its content: a moved or renamed folder with the same weights is the same model."""
+
+import hashlib
+import importlib.metadata
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+from rapidin_vdb.errors import ModelError
+from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.records import Fingerprint, Normalize, SketchSpec
+
+LOSS = "mean cross-entropy over the response tokens"
+# Of a configuration file: what says where it came from, and nothing about what it computes.
+_PROVENANCE = frozenset(
+    "_name_or_path transformers_version peft_version base_model_name_or_path inference_mode revision dtype torch_dtype "
+    "auto_mapping use_cache task_type".split()
+)
+_LIBRARIES = ("rapidin-vdb", "torch", "transformers", "peft", "bitsandbytes", "lancedb", "pyarrow", "numpy")
+
+
+def fingerprint_of(
+    loaded: LoadedModel,
+    *,
+    template: str,
+    template_text: str,
+    max_tokens: int,
+    normalize: Normalize,
+    sketch: SketchSpec,
+    epochs: float,
+    learning_rate: float,
+) -> Fingerprint:
+    """Return the fingerprint of vectors made with this model and these choices.
+
+    Raises:
+        ModelError: the weights' files cannot be found or read.
+    """
+    spec = loaded.spec
+    return Fingerprint(
+        model=_absolute(spec.model),
+        model_hash=_hash_folder(_folder(spec.model, "config.json"), "config.json", "model"),
+        adapter=None if spec.adapter is None else _absolute(spec.adapter),
+        adapter_hash=None
+        if spec.adapter is None
+        else _hash_folder(_folder(spec.adapter, "adapter_config.json"), "adapter_config.json", "adapter_model"),
+        quantization=spec.quantization,
+        dtype=loaded.dtype,
+        tokenizer_hash=_hash_tokenizer(loaded),
+        template=template,
+        template_text=template_text,
+        max_tokens=max_tokens,
+        loss=LOSS,
+        normalize=normalize,
+        parameters=spec.parameters,
+        theta=loaded.shapes,
+        sketch=sketch,
+        epochs=epochs,
+        learning_rate=learning_rate,
+        versions=_versions(_LIBRARIES),
+    )
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).is_dir() else name
+
+
+def _folder(name: str, file: str) -> Path:
+    if Path(name).is_dir():
+        return Path(name)
+    from transformers.utils import cached_file
+
+    found = cached_file(name, file)  # downloaded by now
+    if found is None:
+        raise ModelError(f"{name}: {file} cannot be found")
+    return Path(found).parent
+
+
+def _hash_folder(folder: Path, config: str, weights: str) -> str:
+    """Hash what the weights are, whatever files they are cut into, and the configuration but for its provenance."""
+    from safetensors import safe_open
+
+    digest = hashlib.sha256()
+    settings = json.loads((folder / config).read_text("utf-8"))
+    settings = {name: value for name, value in settings.items() if name not in _PROVENANCE}
+    digest.update(json.dumps(_sorted(settings), sort_keys=True).encode("utf-8"))
+    files = sorted(folder.glob(f"{weights}*.safetensors"))
+    if not files:
+        raise ModelError(f"{folder} has no {weights}.safetensors; convert the weights to safetensors first")
+    places: dict[str, Path] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as tensors:
+            places |= {name: file for name in tensors.keys()}
+    for name in sorted(places):
+        with safe_open(places[name], framework="pt") as tensors:
+            tensor = tensors.get_tensor(name).contiguous()
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        digest.update(tensor.flatten().view(_bytes_type()).numpy().data)
+    return digest.hexdigest()
+
+
+def _bytes_type() -> "object":
+    import torch
+
+    return torch.uint8
+
+
+def _sorted(value: object) -> object:
+    """PEFT writes its sets as lists in any order."""
+    if isinstance(value, dict):
+        return {name: _sorted(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return sorted((_sorted(part) for part in value), key=lambda part: json.dumps(part, sort_keys=True))
+    return value
+
+
+def _hash_tokenizer(loaded: LoadedModel) -> str:
+    text = json.dumps(
+        [loaded.tokenizer.backend_tokenizer.to_str(), loaded.tokenizer.eos_token_id, loaded.tokenizer.bos_token_id]
+    )
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+
+def _versions(names: Iterable[str]) -> dict[str, str]:
+    found = {}
+    for name in names:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

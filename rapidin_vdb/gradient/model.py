@@ -1,0 +1,252 @@
+"""Load a causal language model, its adapter and its tokenizer, and choose the parameters theta."""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rapidin_vdb.errors import ModelError, SpecError
+from rapidin_vdb.records import ModelSpec, ParameterShape
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, eq=False)
+class LoadedModel:
+    """A model ready to give gradients: in eval mode, with exactly theta asking for them."""
+
+    spec: ModelSpec
+    """What was loaded."""
+    model: torch.nn.Module
+    """The model, its adapter applied."""
+    tokenizer: Any
+    """Its tokenizer."""
+    theta: dict[str, Tensor]
+    """The parameter tensors, in the order of `named_parameters`."""
+    device: str
+    """Where it is."""
+    dtype: str
+    """Type of the base weights."""
+
+    @property
+    def shapes(self) -> tuple[ParameterShape, ...]:
+        """Names and shapes of theta, in order."""
+        return tuple(ParameterShape(name=name, shape=tuple(tensor.shape)) for name, tensor in self.theta.items())
+
+
+def resolve_device(device: str) -> str:
+    """Return the device meant by `auto`, or the one named.
+
+    Raises:
+        SpecError: no such device here.
+    """
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise SpecError(f"--device {device} is no device; give auto, cpu, cuda or cuda:N") from error
+    if kind.type == "cuda":
+        found = torch.cuda.device_count()
+        if (kind.index or 0) >= found:
+            raise SpecError(f"--device {device}: this machine has {found} CUDA devices; give --device cpu")
+        return f"cuda:{kind.index or 0}"
+    if kind.type != "cpu":
+        raise SpecError(f"--device {device} is not supported; give auto, cpu, cuda or cuda:N")
+    return "cpu"
+
+
+def load_tokenizer(name: str) -> Any:
+    """Return the tokenizer of a model.
+
+    Raises:
+        ModelError: there is none, or it cannot say where its tokens stand in the text.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with quiet_libraries():
+            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"no tokenizer can be loaded from {name}: {_short(error)}") from error
+    if not tokenizer.is_fast:
+        raise ModelError(
+            f"the tokenizer of {name} cannot say where its tokens stand in the text (not a fast tokenizer)"
+        )
+    return tokenizer
+
+
+def load_model(spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
+    """Load a model, its adapter and its tokenizer.
+
+    Raises:
+        ModelError: one of them is missing, or they do not belong together.
+        SpecError: theta cannot be chosen as asked, or no such device.
+    """
+    device = resolve_device(device)
+    _check_place(spec.model, "model", "config.json")
+    if spec.adapter is not None:
+        _check_place(spec.adapter, "adapter", "adapter_config.json")
+    model = _load_base(spec, device)
+    dtype = str(model.dtype).removeprefix("torch.")
+    if spec.adapter is not None:
+        model = _load_adapter(model, spec.adapter, spec.model)
+    model.eval()
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return LoadedModel(
+        spec=spec,
+        model=model,
+        tokenizer=load_tokenizer(spec.model),
+        theta=_choose_parameters(model, spec),
+        device=device,
+        dtype=dtype,
+    )
+
+
+def _check_place(name: str, what: str, file: str) -> None:
+    """Find a mistyped folder before anything looks for it on the hub."""
+    path = Path(name)
+    if path.is_dir():
+        if not (path / file).is_file():
+            raise ModelError(f"the {what} folder {name} has no {file}; give the folder that save_pretrained wrote")
+    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        raise ModelError(f"no {what} at {name}: no such folder")
+
+
+def _load_base(spec: ModelSpec, device: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    options: dict[str, Any] = {"dtype": _DTYPES.get(spec.dtype, "auto")}
+    if spec.quantization != "none":
+        options["quantization_config"] = _quantization(spec)
+    try:
+        with quiet_libraries():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                spec.model,
+                trust_remote_code=False,
+                use_safetensors=True,
+                device_map={"": device},
+                output_loading_info=True,
+                **options,
+            )
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"the model {spec.model} cannot be loaded: {_short(error)}. Wanted a folder with config.json and "
+            "model.safetensors, or the name of a model on the Hugging Face hub"
+        ) from error
+    missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
+    if missing:
+        raise ModelError(f"the model {spec.model} lacks weights of {len(missing)} parameters, such as {missing[0]}")
+    return model
+
+
+def _quantization(spec: ModelSpec) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    if spec.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=_DTYPES.get(spec.dtype, torch.bfloat16 if torch.cuda.is_available() else torch.float32),
+    )
+
+
+def _load_adapter(model: Any, adapter: str, base: str) -> Any:
+    from peft import PeftModel, get_peft_model_state_dict
+    from peft.utils import load_peft_weights
+
+    try:
+        with quiet_libraries():
+            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, use_safetensors=True)
+            weights = load_peft_weights(adapter, device="cpu", use_safetensors=True)
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        raise ModelError(
+            f"the adapter {adapter} does not fit the model {base}: {_short(error)}. "
+            f"Was it made for another model?{_made_for(adapter)}"
+        ) from error
+    # PEFT only warns of keys that it could not place, or did not find.
+    placed = get_peft_model_state_dict(adapted)
+    differing = set(weights) ^ set(placed)
+    if differing:
+        raise ModelError(
+            f"the adapter {adapter} does not fit the model {base}: {len(differing)} of its weights have no place there "
+            f"or are missing, such as {min(differing)}. Was it made for another model?{_made_for(adapter)}"
+        )
+    return adapted
+
+
+def _made_for(adapter: str) -> str:
+    import json
+
+    try:
+        base = json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
+    except (OSError, ValueError):
+        return ""
+    return f" Its configuration names {base}." if base else ""
+
+
+def _choose_parameters(model: torch.nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
+    named: dict[str, Tensor] = dict(model.named_parameters())  # a tied tensor stands once
+    if spec.parameters == "trainable":
+        chosen = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+        if spec.quantization != "none" and spec.adapter is None:
+            raise SpecError(f"{spec.quantization} weights have no gradient; give --adapter, or --quantization none")
+    elif spec.parameters == "all":
+        chosen = named
+    else:
+        try:
+            pattern = re.compile(spec.parameters)
+        except re.error as error:
+            raise SpecError(f"--parameters {spec.parameters} is no regular expression: {error}") from error
+        chosen = {name: tensor for name, tensor in named.items() if pattern.search(name)}
+    frozen = [name for name, tensor in chosen.items() if not tensor.is_floating_point()]
+    if frozen:
+        raise SpecError(
+            f"--parameters {spec.parameters} takes in quantised weights, which have no gradient: {frozen[0]}"
+        )
+    if not chosen:
+        raise SpecError(
+            f"--parameters {spec.parameters} matches none of the {len(named)} parameters; "
+            f"names look like {next(iter(named))}"
+        )
+    for name, tensor in named.items():
+        if tensor.is_floating_point():
+            tensor.requires_grad_(name in chosen)
+    return chosen
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """Keep loading bars and advice of the libraries off the terminal; their errors still reach us."""
+    from transformers.utils import logging as transformers_logging
+
+    verbosity = transformers_logging.get_verbosity()
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    bitsandbytes = logging.getLogger("bitsandbytes")
+    level = bitsandbytes.level
+    bitsandbytes.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
+        bitsandbytes.setLevel(level)
+
+
+def _short(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300]

@@ -1,0 +1,53 @@
+"""The gradient of one sample's loss, handed on tensor by tensor as backward reaches it."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rapidin_vdb.errors import GradientError
+from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.records import Encoded
+
+
+def response_loss(loaded: LoadedModel, encoded: Encoded) -> Tensor:
+    """Return the mean cross-entropy over the response tokens, in nats: logits at i - 1 predict token i (section 2)."""
+    ids = torch.tensor([encoded.input_ids], device=loaded.device)
+    logits = loaded.model(input_ids=ids, use_cache=False).logits
+    count = encoded.response_tokens
+    return F.cross_entropy(logits[0, -count - 1 : -1].float(), ids[0, -count:])
+
+
+def stream_gradient(loaded: LoadedModel, encoded: Encoded, receive: Callable[[int, Tensor], None]) -> float:
+    """Call `receive(number, gradient)` for each tensor of theta that the loss depends on, and return the loss.
+
+    A gradient comes as soon as backward has it, whole (a tied tensor comes once) and of the parameter's shape, and is
+    freed when `receive` returns: the gradients of all tensors are never held at once.
+
+    Raises:
+        GradientError: the loss is not finite.
+    """
+
+    def hook(number: int) -> Callable[[Tensor], None]:
+        def take(parameter: Tensor) -> None:
+            grad, parameter.grad = parameter.grad, None
+            if grad is not None:
+                receive(number, grad)
+
+        return take
+
+    handles = [
+        tensor.register_post_accumulate_grad_hook(hook(number)) for number, tensor in enumerate(loaded.theta.values())
+    ]
+    try:
+        with torch.enable_grad():
+            loss = response_loss(loaded, encoded)
+            value = float(loss.detach())
+            if not torch.isfinite(loss):
+                raise GradientError(f"sample {encoded.sample_id}: the loss is {value}")
+            loss.backward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return value

@@ -1,0 +1,154 @@
+"""A generation becomes a ranking of the samples that most influenced it (paper, Eq. 5)."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rapidin_vdb.corpus import Template, Tokenizer, encode, read_records, sample_from
+from rapidin_vdb.corpus.files import Record
+from rapidin_vdb.errors import CorpusError, SpecError
+from rapidin_vdb.gradient import RapidGradMaker
+from rapidin_vdb.index import ShardedIndex
+from rapidin_vdb.progress import Progress, silent
+from rapidin_vdb.records import Encoded, RankedSample, Ranking, Sample, Seconds
+from rapidin_vdb.store import Snapshot
+
+SCORE_UNIT = "epochs * learning_rate * inner product of RapidGrads (Eq. 5)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sketched:
+    """The RapidGrads of some queries."""
+
+    query_ids: tuple[str, ...]
+    """Their names."""
+    vectors: np.ndarray
+    """float32 [queries, width]."""
+    seconds: tuple[float, ...]
+    """How long each took."""
+
+
+def query_from(prompt: str | None, generation: str, *, query_id: str = "query") -> Sample:
+    """Return the query of one prompt and generation; without a prompt, all of the text is generation.
+
+    Raises:
+        CorpusError: the generation is empty.
+    """
+    fields = {"text": generation} if prompt is None else {"prompt": prompt, "generation": generation}
+    return sample_from(Record(location=query_id, fields=fields | {"id": query_id}))
+
+
+def read_queries(path: Path) -> list[Sample]:
+    """Return the queries of a file: records of any shape, their response being the generation.
+
+    A query is named by its field `query_id` or `id`, else by its number, from 1.
+
+    Raises:
+        CorpusError: the file cannot be read, or one of its records cannot be a query.
+    """
+    queries: list[Sample] = []
+    for number, record in enumerate(read_records(path), start=1):
+        if isinstance(record, CorpusError):
+            raise record
+        name = record.fields.get("query_id", record.fields.get("id"))
+        fields = record.fields | {"query_id": str(number) if name is None else name}
+        queries.append(sample_from(Record(location=record.location, fields=fields), id_field="query_id"))
+    if not queries:
+        raise CorpusError(f'{path}: no query in it; wanted lines such as {{"prompt": "...", "generation": "..."}}')
+    return queries
+
+
+def encode_queries(
+    queries: Sequence[Sample], *, tokenizer: Tokenizer, template: Template, max_tokens: int
+) -> list[Encoded]:
+    """Return the tokens of queries.
+
+    Raises:
+        CorpusError: one of them leaves no token with a loss.
+    """
+    encoded = []
+    for result in encode(queries, tokenizer=tokenizer, template=template, max_tokens=max_tokens):
+        if isinstance(result, CorpusError):
+            raise result
+        encoded.append(result)
+    return encoded
+
+
+def sketch_queries(maker: RapidGradMaker, encoded: Sequence[Encoded], *, progress: Progress = silent) -> Sketched:
+    """Return the RapidGrads of queries, by the same road as samples take.
+
+    Raises:
+        GradientError: a query gives no gradient, or one that is not finite.
+    """
+    vectors, seconds = [], []
+    for number, query in enumerate(encoded):
+        progress("gradients", number, len(encoded))
+        started = time.monotonic()
+        vectors.append(maker.make(query)[0])
+        seconds.append(time.monotonic() - started)
+    progress("gradients", len(encoded), len(encoded))
+    return Sketched(
+        query_ids=tuple(query.sample_id for query in encoded), vectors=np.stack(vectors), seconds=tuple(seconds)
+    )
+
+
+def rank(
+    snapshot: Snapshot,
+    index: ShardedIndex,
+    sketched: Sketched,
+    *,
+    top_k: int = 10,
+    where: str | None = None,
+    harmful: bool = False,
+) -> list[Ranking]:
+    """Return each query's samples of largest influence, or of most negative influence where `harmful`.
+
+    The filter is applied first: results are the best of the samples that match it.
+
+    Raises:
+        FilterError: the filter cannot be understood.
+        SpecError: `top_k` is not positive.
+    """
+    if top_k < 1:
+        raise SpecError(f"--top-k is {top_k}; wanted 1 or more")
+    started = time.monotonic()
+    matching = None if where is None else snapshot.sample_ids(where)
+    factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
+    # Harmful is helpful of the negated query: there is no second search.
+    sign = -1.0 if harmful else 1.0
+    found = index.search(sign * sketched.vectors, top_k, among=matching)
+    samples = snapshot.samples([sample_id for ranked in found for sample_id, _ in ranked])
+    search = (time.monotonic() - started) / len(found)
+    rankings = []
+    for query_id, gradient, ranked in zip(sketched.query_ids, sketched.seconds, found, strict=True):
+        results = []
+        for number, (sample_id, score) in enumerate(ranked, start=1):
+            sample = samples[sample_id]
+            results.append(
+                RankedSample(
+                    rank=number,
+                    sample_id=sample_id,
+                    score=sign * score * factor,
+                    exact_score=None,
+                    split=sample.split,
+                    source=sample.source,
+                    prompt=sample.prompt,
+                    response=sample.response,
+                    metadata=sample.metadata,
+                    tokens=None,
+                )
+            )
+        rankings.append(
+            Ranking(
+                query_id=query_id,
+                score_unit=SCORE_UNIT,
+                searched=len(index.sample_ids) if matching is None else len(matching),
+                where=where,
+                seconds=Seconds(gradient=gradient, search=search, tokens=0.0, total=gradient + search),
+                results=tuple(results),
+            )
+        )
+    return rankings

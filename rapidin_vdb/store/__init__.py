@@ -1,0 +1,7 @@
+"""LanceDB tables, their fingerprint, and the filters that may be put to them."""
+
+from rapidin_vdb.store.fingerprint import check_fingerprint
+from rapidin_vdb.store.rows import ColumnKind, Row, merge_kinds
+from rapidin_vdb.store.table import SampleTable, Snapshot
+
+__all__ = ["ColumnKind", "Row", "SampleTable", "Snapshot", "check_fingerprint", "merge_kinds"]

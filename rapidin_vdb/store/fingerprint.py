@@ -1,0 +1,65 @@
+"""The fingerprint as it stands in a table's schema metadata, and the check that two may meet."""
+
+import dataclasses
+import json
+from typing import Any
+
+from rapidin_vdb.errors import FingerprintError, TableError
+from rapidin_vdb.records import Fingerprint, ParameterShape, SketchSpec
+
+METADATA_KEY = b"rapidin_vdb.fingerprint"
+_NOT_COMPARED = frozenset({"model", "adapter", "versions", "epochs", "learning_rate", "parameters"})
+
+
+def write_fingerprint(fingerprint: Fingerprint) -> dict[bytes, bytes]:
+    """Return the schema metadata that holds a fingerprint."""
+    return {METADATA_KEY: json.dumps(dataclasses.asdict(fingerprint)).encode("utf-8")}
+
+
+def read_fingerprint(metadata: dict[bytes, bytes] | None, *, place: str) -> Fingerprint:
+    """Return the fingerprint in a table's schema metadata.
+
+    Raises:
+        TableError: there is none, or it cannot be read.
+    """
+    if not metadata or METADATA_KEY not in metadata:
+        raise TableError(f"{place}: the table samples has no fingerprint; it was not made by rapidin-vdb init")
+    try:
+        values: dict[str, Any] = json.loads(metadata[METADATA_KEY])
+        values["sketch"] = SketchSpec(**values["sketch"])
+        values["theta"] = tuple(
+            ParameterShape(name=shape["name"], shape=tuple(shape["shape"])) for shape in values["theta"]
+        )
+        return Fingerprint(**values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise TableError(f"{place}: the fingerprint cannot be read by this version of rapidin-vdb: {error}") from error
+
+
+def check_fingerprint(stored: Fingerprint, here: Fingerprint, *, place: str) -> None:
+    """Refuse to let vectors meet that were not made alike.
+
+    Raises:
+        FingerprintError: names every field that differs.
+    """
+    differing = [
+        _difference(field.name, getattr(stored, field.name), getattr(here, field.name))
+        for field in dataclasses.fields(Fingerprint)
+        if field.name not in _NOT_COMPARED and getattr(stored, field.name) != getattr(here, field.name)
+    ]
+    if differing:
+        raise FingerprintError(
+            f"{place} was made with another fingerprint: {'; '.join(differing)}. Use the model it was made with "
+            f"({stored.model}{' + ' + stored.adapter if stored.adapter else ''}), or make a new database with: "
+            "rapidin-vdb init"
+        )
+
+
+def _difference(name: str, stored: object, here: object) -> str:
+    if name == "theta":
+        return "theta differs in names or shapes of its parameters"
+    return f"{name} is {_short(stored)} in the database, {_short(here)} here"
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
