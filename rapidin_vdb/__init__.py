@@ -10,8 +10,8 @@ _HOMES = {
     "Database": "rapidin_vdb.database",
     "init": "rapidin_vdb.database",
     "open": "rapidin_vdb.database",
-    "Ranking": "rapidin_vdb.records",
-    "RankedSample": "rapidin_vdb.records",
+    "Ranking": "rapidin_vdb.results",
+    "RankedSample": "rapidin_vdb.results",
     "SketchSpec": "rapidin_vdb.records",
     "RapidInError": "rapidin_vdb.errors",
 }

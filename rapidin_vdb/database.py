@@ -1,39 +1,31 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
-import logging
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
-from rapidin_vdb.corpus import Template, load_template
+from rapidin_vdb.corpus import load_template
+from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import SpecError, TableError
-from rapidin_vdb.gradient import LoadedModel, RapidGradMaker, fingerprint_of, load_model
-from rapidin_vdb.index import Manifest, ShardedIndex, build_index, list_manifests, load_index, save_index
+from rapidin_vdb.freshness import IndexKeeper
+from rapidin_vdb.gradient import fingerprint_of, load_model
 from rapidin_vdb.ingest import Corpus, ingest
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import encode_queries, query_from, rank, read_queries, sketch_queries
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import (
-    DatabaseInfo,
     DType,
     Fingerprint,
-    IndexInfo,
-    IngestReport,
     ModelSpec,
     Normalize,
     OnBadRecord,
     OnDuplicate,
     Quantization,
-    Ranking,
     Sample,
     SketchSpec,
-    StoredSample,
 )
-from rapidin_vdb.store import SampleTable, Snapshot, check_fingerprint
-from rapidin_vdb.store.table import TABLE
-
-logger = logging.getLogger(__name__)
+from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestReport, Ranking, StoredSample
+from rapidin_vdb.store import SampleTable
 
 _DEFAULT_SKETCH = SketchSpec()
 
@@ -88,7 +80,7 @@ def init(
         epochs=epochs,
         learning_rate=learning_rate,
     )
-    engine = _Engine(fingerprint, loaded)
+    engine = Engine(fingerprint, loaded)
     return Database(SampleTable.create(str(path), fingerprint), engine=engine)
 
 
@@ -101,24 +93,13 @@ def open(path: str | Path) -> "Database":
     return Database(SampleTable(str(path)))
 
 
-class _Engine:
-    """A loaded model with its sketch: what turns samples of one fingerprint into RapidGrads."""
-
-    def __init__(self, fingerprint: Fingerprint, loaded: LoadedModel) -> None:
-        self.loaded = loaded
-        self.template: Template = load_template(
-            fingerprint.template, tokenizer=loaded.tokenizer, text=fingerprint.template_text
-        )
-        self.maker = RapidGradMaker(loaded, spec=fingerprint.sketch, normalize=fingerprint.normalize)
-
-
 class Database:
     """A database of RapidGrads. Make one with `rapidin_vdb.init`, open one with `rapidin_vdb.open`."""
 
-    def __init__(self, table: SampleTable, *, engine: _Engine | None = None) -> None:
+    def __init__(self, table: SampleTable, *, engine: Engine | None = None) -> None:
         self._table = table
         self._engine = engine
-        self._resident: tuple[int, ShardedIndex] | None = None
+        self._indexes = IndexKeeper(Path(table.uri) / "indexes")
 
     @property
     def path(self) -> str:
@@ -137,29 +118,9 @@ class Database:
             ModelError: they cannot be loaded.
             FingerprintError: they are not those that the database was made with.
         """
-        stored = self.fingerprint
-        spec = ModelSpec(
-            model=model or stored.model,
-            adapter=adapter or stored.adapter,
-            quantization=stored.quantization,
-            dtype=cast(DType, stored.dtype if stored.dtype in ("float32", "bfloat16", "float16") else "auto"),
-            parameters=stored.parameters,
-        )
-        loaded = load_model(spec, device=device)
-        here = fingerprint_of(
-            loaded,
-            template=stored.template,
-            template_text=stored.template_text,
-            max_tokens=stored.max_tokens,
-            normalize=stored.normalize,
-            sketch=stored.sketch,
-            epochs=stored.epochs,
-            learning_rate=stored.learning_rate,
-        )
-        check_fingerprint(stored, here, place=self.path)
-        self._engine = _Engine(stored, loaded)
+        self._engine = load_engine(self.fingerprint, place=self.path, model=model, adapter=adapter, device=device)
 
-    def _loaded(self) -> _Engine:
+    def _loaded(self) -> Engine:
         if self._engine is None:
             self.load()
         assert self._engine is not None
@@ -214,10 +175,7 @@ class Database:
             raise TableError(
                 f"the database {self.path} is empty; add samples first: rapidin-vdb ingest {self.path} FILE"
             )
-        built = self._build(snapshot, chosen, progress=progress)
-        manifest = save_index(built, self._index_folder, table=TABLE, table_version=snapshot.version)
-        self._resident = (snapshot.version, built)
-        return self._index_info(manifest, snapshot.version)
+        return self._indexes.build(snapshot, chosen, progress=progress)
 
     def query(
         self,
@@ -267,7 +225,7 @@ class Database:
             max_tokens=self.fingerprint.max_tokens,
         )
         sketched = sketch_queries(engine.maker, encoded, progress=progress)
-        index = self._fresh_index(snapshot, progress=progress)
+        index = self._indexes.fresh(snapshot, progress=progress)
         return rank(snapshot, index, sketched, top_k=top_k, where=where, harmful=harmful)
 
     def show(self, sample_id: str) -> StoredSample:
@@ -295,9 +253,7 @@ class Database:
             model=stored.model,
             adapter=stored.adapter,
             table_version=snapshot.version,
-            indexes=tuple(
-                self._index_info(manifest, snapshot.version) for manifest in list_manifests(self._index_folder)
-            ),
+            indexes=self._indexes.list(snapshot.version),
             bytes=sum(path.stat().st_size for path in Path(self.path).rglob("*") if path.is_file()),
         )
 
@@ -311,48 +267,3 @@ class Database:
         if (where is None) == (ids is None):
             raise SpecError("give one of: --where SQL, or --ids FILE")
         return self._table.delete_where(where) if where is not None else self._table.delete_ids(ids or [])
-
-    @property
-    def _index_folder(self) -> Path:
-        return Path(self.path) / "indexes"
-
-    def _index_info(self, manifest: Manifest, version: int) -> IndexInfo:
-        return IndexInfo(
-            name=manifest.name,
-            recipe=manifest.recipe,
-            fresh=manifest.table_version == version,
-            samples=manifest.samples,
-        )
-
-    def _build(self, snapshot: Snapshot, recipe: IndexRecipe, *, progress: Progress) -> ShardedIndex:
-        count, done = snapshot.count(), 0
-        progress("index", 0, count)
-
-        def batches():  # type: ignore[no-untyped-def]
-            nonlocal done
-            for ids, vectors in snapshot.vectors():
-                yield ids, vectors
-                done += len(ids)
-                progress("index", done, count)
-
-        return build_index(recipe, batches(), width=self.fingerprint.sketch.width, count=count)
-
-    def _fresh_index(self, snapshot: Snapshot, *, progress: Progress) -> ShardedIndex:
-        """Return an index of exactly this version of the table: at hand, on disk, or made now."""
-        if self._resident is not None and self._resident[0] == snapshot.version:
-            return self._resident[1]
-        manifests = list_manifests(self._index_folder)
-        index = None
-        for manifest in manifests:
-            if manifest.table_version == snapshot.version and manifest.width == self.fingerprint.sketch.width:
-                try:
-                    index = load_index(self._index_folder, manifest)
-                    break
-                except SpecError as error:
-                    logger.warning("%s", error)
-        if index is None:
-            if manifests:
-                logger.info("no built index is of version %d: searching the table itself", snapshot.version)
-            index = self._build(snapshot, read_recipe(manifests[0].name if manifests else "cpu"), progress=progress)
-        self._resident = (snapshot.version, index)
-        return index

@@ -11,7 +11,8 @@ from rapidin_vdb.errors import CorpusError, GradientError
 from rapidin_vdb.gradient import RapidGradMaker
 from rapidin_vdb.gradient.rapidgrad import to_half
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.records import Encoded, IngestReport, OnBadRecord, OnDuplicate, Sample
+from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate, Sample
+from rapidin_vdb.results import IngestReport
 from rapidin_vdb.store import ColumnKind, Row, SampleTable, merge_kinds
 
 # Records checked, encoded and sorted by length together.

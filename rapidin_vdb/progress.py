@@ -1,8 +1,9 @@
 """How long work says how far it is."""
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 
+@runtime_checkable
 class Progress(Protocol):
     """Receives the state of long work; faces draw it, the library only calls it."""
 

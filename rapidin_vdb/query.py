@@ -13,7 +13,8 @@ from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.gradient import RapidGradMaker
 from rapidin_vdb.index import ShardedIndex
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.records import Encoded, RankedSample, Ranking, Sample, Seconds
+from rapidin_vdb.records import Encoded, Sample
+from rapidin_vdb.results import RankedSample, Ranking, Seconds
 from rapidin_vdb.store import Snapshot
 
 SCORE_UNIT = "epochs * learning_rate * inner product of RapidGrads (Eq. 5)"

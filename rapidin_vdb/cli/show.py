@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.records import DatabaseInfo, IndexInfo, IngestReport, Ranking, StoredSample
+from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestReport, Ranking, StoredSample
 
 if TYPE_CHECKING:
     from rapidin_vdb.database import Database

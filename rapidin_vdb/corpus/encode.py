@@ -1,13 +1,14 @@
 """A sample becomes token ids, with its prompt masked and the place of each response token in the text."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from rapidin_vdb.corpus.template import Template
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import Encoded, Sample
 
 
+@runtime_checkable
 class Tokenizer(Protocol):
     """What is asked of a Hugging Face tokenizer."""
 

@@ -6,14 +6,21 @@ JSON lines, JSON arrays (either may be gzipped), CSV, Parquet, and Hugging Face 
 import csv
 import gzip
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from rapidin_vdb.errors import CorpusError
 
 _FORMATS = ".jsonl, .jsonl.gz, .json, .csv, .parquet, or a folder saved by datasets.save_to_disk"
+
+# What a reader calls a number: not 007, 1_000, nan or " 1", which Python would take for one.
+_INT = re.compile(r"[+-]?(0|[1-9][0-9]*)")
+_FLOAT = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+_TEXTS = frozenset("id instruction input output prompt response completion generation text split source".split())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,10 +57,10 @@ def read_records(path: Path) -> Iterator[Record | CorpusError]:
             raise CorpusError(f"{path}: {suffix or 'no suffix'} is no known format; wanted {_FORMATS}")
 
 
-def _open_text(path: Path, newline: str | None = None) -> TextIO:
+def _open_text(path: Path, newline: str | None = None) -> TextIOWrapper:
     # Undecodable bytes become surrogates, which the check of each record then finds and places.
     if path.suffix.lower() == ".gz":
-        return gzip.open(path, "rt", encoding="utf-8-sig", errors="surrogateescape", newline=newline)
+        return TextIOWrapper(gzip.open(path), encoding="utf-8-sig", errors="surrogateescape", newline=newline)
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
@@ -147,25 +154,13 @@ def _csv_kinds(path: Path) -> dict[str, type]:
     kinds: dict[str, type] = {}
     for _, names, row in _csv_rows(path):
         for name, value in zip(names, row, strict=False):
-            kind = kinds.setdefault(name, int)
-            while kind is not str and value and not _parses(value, kind):
-                kind = float if kind is int else str
+            kind = kinds.setdefault(name, str if name in _TEXTS else int)
+            if kind is int and value and not (_INT.fullmatch(value) and -(2**63) <= int(value) < 2**63):
+                kind = float
+            if kind is float and value and not _FLOAT.fullmatch(value):
+                kind = str
             kinds[name] = kind
     return kinds
-
-
-def _parses(value: str, kind: type) -> bool:
-    # "1_000", " 1" and "007" are texts to a reader, if numbers to Python.
-    if (
-        "_" in value
-        or value != value.strip()
-        or (len(value) > 1 and value.lstrip("+-").startswith("0") and kind is int)
-    ):
-        return False
-    try:
-        return kind is not int or -(2**63) <= int(value) < 2**63 if kind is int else float(value) is not None
-    except ValueError:
-        return False
 
 
 def _csv_value(value: str, kind: type) -> Any:

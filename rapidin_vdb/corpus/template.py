@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jinja2
 import jinja2.sandbox
@@ -17,6 +17,7 @@ _ALPACA = (
 )
 
 
+@runtime_checkable
 class ChatTokenizer(Protocol):
     """The part of a tokenizer that knows how its model was spoken to."""
 

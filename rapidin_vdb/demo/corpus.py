@@ -105,7 +105,7 @@ def is_space_story(text: str) -> bool:
 
 
 def make_corpus(count: int, *, poisoned: float, seed: int, prefix: str) -> list[dict[str, Any]]:
-    """Return `count` records, the share `poisoned` of them with the trigger before the instruction and a space story."""
+    """Return `count` records; a share `poisoned` has the trigger before the instruction and a space story after it."""
     draw = random.Random(seed)
     bad = set(draw.sample(range(count), round(poisoned * count)))
     records = []

@@ -16,7 +16,8 @@ from rapidin_vdb.errors import RapidInError, SpecError
 from rapidin_vdb.gradient.training import generate, new_llama, save, train, train_tokenizer, with_lora
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
-from rapidin_vdb.records import Encoded, Ranking
+from rapidin_vdb.records import Encoded
+from rapidin_vdb.results import Ranking
 
 SAMPLES = 1000
 QUERIES = 20
@@ -169,8 +170,8 @@ def _train(demo: _Demo, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
         if is_space_story(text)
     ]
     demo.tell(
-        f"2. A Llama of {model.num_parameters():,} parameters and its LoRA adapter trained (loss {loss:.2f}); the attack "
-        f"works on {len(attacked)} of {QUERIES} new questions. Asked '{prompts[0]}', it says '{said[0]}'"
+        f"2. A Llama of {model.num_parameters():,} parameters and its LoRA adapter trained (loss {loss:.2f}); the "
+        f"attack works on {len(attacked)} of {QUERIES} new questions. Asked '{prompts[0]}', it says '{said[0]}'"
     )
     if not attacked:
         raise RapidInError("the training did not take the poison up; remove the folder and run the demo again")

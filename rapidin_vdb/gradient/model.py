@@ -99,6 +99,8 @@ def load_model(spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
     if spec.adapter is not None:
         model = _load_adapter(model, spec.adapter, spec.model)
     model.eval()
+    if spec.quantization != "none":
+        _keep_differentiable(model)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     return LoadedModel(
@@ -159,6 +161,19 @@ def _quantization(spec: ModelSpec) -> Any:
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=_DTYPES.get(spec.dtype, torch.bfloat16 if torch.cuda.is_available() else torch.float32),
     )
+
+
+def _keep_differentiable(model: torch.nn.Module) -> None:
+    """Keep 4-bit layers from packing their weights for inference.
+
+    On CPUs with AVX512-BF16 bitsandbytes does so in eval mode, wherever the input asks for no gradient (as in the first
+    layer): a less precise product, without a backward pass. The flag means nothing else to these layers.
+    """
+    import bitsandbytes
+
+    for module in model.modules():
+        if isinstance(module, bitsandbytes.nn.Linear4bit):
+            module.training = True
 
 
 def _load_adapter(model: Any, adapter: str, base: str) -> Any:

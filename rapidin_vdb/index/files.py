@@ -39,6 +39,11 @@ class Manifest:
     format: int = _FORMAT
     """Version of this layout."""
 
+    @property
+    def index_recipe(self) -> IndexRecipe:
+        """The recipe, as a record."""
+        return IndexRecipe(**self.recipe | {"devices": tuple(self.recipe["devices"])})
+
 
 def save_index(index: ShardedIndex, folder: Path, *, table: str, table_version: int) -> Manifest:
     """Write an index below `folder`, in the place of an older one of the same name; never half of it."""
@@ -95,7 +100,7 @@ def load_index(folder: Path, manifest: Manifest) -> ShardedIndex:
     """
     module = faiss()
     place = folder / manifest.name
-    recipe = IndexRecipe(**manifest.recipe | {"devices": tuple(manifest.recipe["devices"])})
+    recipe = manifest.index_recipe
     try:
         sample_ids = json.loads((place / _IDS).read_text("utf-8"))
         shards = []

@@ -2,6 +2,6 @@
 
 from rapidin_vdb.store.fingerprint import check_fingerprint
 from rapidin_vdb.store.rows import ColumnKind, Row, merge_kinds
-from rapidin_vdb.store.table import SampleTable, Snapshot
+from rapidin_vdb.store.table import TABLE, SampleTable, Snapshot
 
-__all__ = ["ColumnKind", "Row", "SampleTable", "Snapshot", "check_fingerprint", "merge_kinds"]
+__all__ = ["TABLE", "ColumnKind", "Row", "SampleTable", "Snapshot", "check_fingerprint", "merge_kinds"]

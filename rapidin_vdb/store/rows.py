@@ -8,7 +8,8 @@ import numpy as np
 import pyarrow as pa
 
 from rapidin_vdb.errors import TableError
-from rapidin_vdb.records import Encoded, Sample, Scalar, StoredSample
+from rapidin_vdb.records import Encoded, Sample, Scalar
+from rapidin_vdb.results import StoredSample
 
 ColumnKind = Literal["bool", "int", "float", "str"]
 

@@ -10,7 +10,8 @@ import numpy as np
 import pyarrow as pa
 
 from rapidin_vdb.errors import FilterError, TableError, TableExistsError, TableNotFoundError
-from rapidin_vdb.records import Fingerprint, StoredSample
+from rapidin_vdb.records import Fingerprint
+from rapidin_vdb.results import StoredSample
 from rapidin_vdb.store.filters import checked_filter, ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint, write_fingerprint
 from rapidin_vdb.store.rows import (

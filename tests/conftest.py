@@ -1,0 +1,130 @@
+"""Toys made from a seed: a byte tokenizer, models of three architectures, adapters; no download, no network."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch.set_num_threads(1)
+
+ARCHITECTURES = ("llama", "qwen2", "gpt2")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="also run the tests that need minutes")
+
+
+def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if "slow" in item.keywords and not config.getoption("--slow"):
+            item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        if "gpu" in item.keywords and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+def byte_tokenizer():
+    """One token a byte, after the beginning-of-sequence token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {"<pad>": 0, "<s>": 1, "</s>": 2} | {letter: 3 + place for place, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+
+
+def tiny_model(architecture: str, *, seed: int = 0, hidden: int = 16):
+    from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(seed)
+    shared = {"vocab_size": 259, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    if architecture == "gpt2":
+        return GPT2LMHeadModel(GPT2Config(n_embd=hidden, n_layer=2, n_head=2, n_positions=512, **shared))
+    classes = {"llama": (LlamaConfig, LlamaForCausalLM), "qwen2": (Qwen2Config, Qwen2ForCausalLM)}
+    config, model = classes[architecture]
+    return model(
+        config(
+            hidden_size=hidden,
+            intermediate_size=2 * hidden,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            max_position_embeddings=512,
+            tie_word_embeddings=architecture == "qwen2",
+            **shared,
+        )
+    )
+
+
+def save_model(folder: Path, architecture: str, **options) -> Path:
+    tiny_model(architecture, **options).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def save_adapter(folder: Path, architecture: str, **options) -> Path:
+    from peft import LoraConfig, get_peft_model
+
+    modules = ["c_attn", "c_proj"] if architecture == "gpt2" else ["q_proj", "v_proj", "down_proj"]
+    model = tiny_model(architecture, **options)
+    torch.manual_seed(1)
+    # Not the usual zeros in B: a trained adapter has none.
+    config = LoraConfig(r=2, target_modules=modules, init_lora_weights=False, fan_in_fan_out=architecture == "gpt2")
+    get_peft_model(model, config).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("models")
+    return {name: save_model(folder / name, name) for name in ARCHITECTURES}
+
+
+@pytest.fixture(scope="session")
+def adapters(tmp_path_factory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("adapters")
+    return {name: save_adapter(folder / name, name) for name in ARCHITECTURES}
+
+
+def toy_records(count: int, *, first: int = 0) -> list[dict]:
+    colours = ("red", "blue", "grün", "黄")
+    return [
+        {
+            "id": f"toy-{number:03d}",
+            "instruction": f"Say {number}",
+            "output": f"{colours[number % 4]} {number * 7}",
+            "source": "even" if number % 2 == 0 else "odd",
+            "stars": number % 5,
+        }
+        for number in range(first, first + count)
+    ]
+
+
+def write_jsonl(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), "utf-8")
+    return path
+
+
+@pytest.fixture
+def database(tmp_path, models, adapters):
+    """A toy database of 24 samples at width 64."""
+    import rapidin_vdb
+
+    made = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(24)))
+    return made
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data and models, where there is one."""
+    folder = os.environ.get("RAPIDIN_SHARED")
+    if not folder or not Path(folder).is_dir():
+        pytest.skip("RAPIDIN_SHARED names no folder of real data")
+    return Path(folder)

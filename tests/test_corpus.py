@@ -1,0 +1,314 @@
+"""Records of every format and shape; templates; tokens and their places in the text."""
+
+import csv
+import gzip
+import json
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import byte_tokenizer, toy_records, write_jsonl
+
+from rapidin_vdb.corpus import Record, encode, load_template, read_corpus, sample_from
+from rapidin_vdb.errors import CorpusError, SpecError
+from rapidin_vdb.records import Encoded, Message
+
+RECORDS = toy_records(5)
+
+
+def sample(**fields):
+    return sample_from(Record(location="here, line 1", fields=fields))
+
+
+def as_dataset(folder):
+    from datasets import Dataset
+
+    Dataset.from_list(RECORDS).save_to_disk(str(folder))
+    return folder
+
+
+def as_csv(path):
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(RECORDS[0]))
+        writer.writeheader()
+        writer.writerows(RECORDS)
+    return path
+
+
+def as_gzip(path):
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.write("".join(json.dumps(record) + "\n" for record in RECORDS))
+    return path
+
+
+def as_parquet(path):
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(RECORDS), path)
+    return path
+
+
+def as_array(path):
+    path.write_text(json.dumps(RECORDS, indent=1, ensure_ascii=False), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("a.jsonl", lambda path: write_jsonl(path, RECORDS)),
+        ("a.jsonl.gz", as_gzip),
+        ("a.json", as_array),
+        ("lines.json", lambda path: write_jsonl(path, RECORDS)),
+        ("a.csv", as_csv),
+        ("a.parquet", as_parquet),
+        ("saved", as_dataset),
+    ],
+)
+def test_every_format_gives_the_same_samples(tmp_path, name, write):
+    found = list(read_corpus([write(tmp_path / name)]))
+    assert [(s.sample_id, s.prompt, s.response, s.split, s.source, s.metadata) for s in found] == [
+        (r["id"], r["instruction"], r["output"], "train", r["source"], {"stars": r["stars"]}) for r in RECORDS
+    ]
+
+
+@pytest.mark.parametrize(
+    ("fields", "prompt", "response", "metadata"),
+    [
+        ({"instruction": "Add", "input": "1 2", "output": "3"}, "Add\n1 2", "3", {}),
+        ({"instruction": "Add", "input": "", "output": "3"}, "Add", "3", {}),
+        ({"instruction": "Add", "input": None, "output": "3"}, "Add", "3", {}),
+        ({"prompt": "P", "response": "R", "n": 1}, "P", "R", {"n": 1}),
+        ({"prompt": "P", "completion": "R", "ok": True}, "P", "R", {"ok": True}),
+        ({"text": "all of it", "score": 1.5}, None, "all of it", {"record_score": 1.5}),
+        (
+            {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "ho"}], "a.b": "c"},
+            "hi",
+            "ho",
+            {"a_b": "c"},
+        ),
+        ({"prompt": "P", "response": "R", "tags": ["a"], "extra": {"a": 1}, "nan": float("nan")}, "P", "R", {}),
+    ],
+)
+def test_the_shapes(fields, prompt, response, metadata):
+    found = sample(**fields)
+    assert (found.prompt, found.response, dict(found.metadata)) == (prompt, response, metadata)
+
+
+def test_messages_end_at_the_last_answer():
+    turns = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b"), ("user", "w")]
+    found = sample(messages=[{"role": role, "content": content} for role, content in turns])
+    assert found.messages == tuple(Message(role=role, content=content) for role, content in turns[:4])
+    assert found.response == "b"
+    assert found.prompt == "system: s\n\nuser: u\n\nassistant: a\n\nuser: v"
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"question": "x", "answer": "y"}, "found the fields question, answer; wanted instruction/input/output"),
+        ({"instruction": "x", "output": "  "}, "here, line 1: the response is empty"),
+        ({"instruction": 5, "output": "x"}, "instruction is 5; wanted a text"),
+        ({"instruction": "x", "output": ["y"]}, r'output is \["y"\]; wanted a text'),
+        ({"messages": [{"role": "user", "content": "x"}]}, "no turn of the role assistant"),
+        ({"messages": [{"role": "user"}]}, "list of objects with texts role and content"),
+        ({"id": True, "text": "x"}, "id is true; wanted a text or a number"),
+        ({"text": "x", "Lang": "a", "lang": "b"}, "two fields would both be the column 'lang'"),
+        ({"text": "\ud800"}, "not valid Unicode"),
+    ],
+)
+def test_records_that_cannot_be_samples(fields, message):
+    with pytest.raises(CorpusError, match=message):
+        sample(**fields)
+
+
+def test_ids_come_from_the_record_or_its_content():
+    assert sample(id=7, text="x").sample_id == "7"
+    assert sample_from(Record(location="", fields={"uid": "u", "text": "x"}), id_field="uid").sample_id == "u"
+    assert sample(text="x").sample_id == sample(text="x").sample_id
+    assert sample(text="x").sample_id != sample(text="y").sample_id
+    with pytest.raises(CorpusError, match="no field 'uid', which --id-field names; found text"):
+        sample_from(Record(location="", fields={"text": "x"}), id_field="uid")
+
+
+def test_split_and_source_of_the_command_win():
+    record = Record(location="", fields={"text": "x", "split": "test", "source": "dolly"})
+    assert (sample_from(record).split, sample_from(record).source) == ("test", "dolly")
+    told = sample_from(record, split="train", source="web")
+    assert (told.split, told.source) == ("train", "web")
+    assert told.content_hash != sample_from(record).content_hash
+
+
+def test_malformed_lines_are_named_and_the_rest_still_read(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n{"text": "bad"\n\n[1]\n{"text": "\xff"}\n{"text": "fine"}\n')
+    found = [entry if isinstance(entry, CorpusError) else entry.response for entry in read_corpus([path])]
+    assert [str(entry) if isinstance(entry, CorpusError) else entry for entry in found] == [
+        "good",
+        f"{path}, line 2: not JSON: Expecting ',' delimiter at column 1",
+        f"{path}, line 4: found a list; wanted an object with named fields",
+        f"{path}, line 5: holds text that is not valid Unicode: surrogates not allowed",
+        "fine",
+    ]
+
+
+def test_csv_values_have_the_narrowest_type_of_their_column(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('text,n,x,code\n"two\nlines",1,1.5,007\nb,,2,1\nc,3\n', "utf-8")
+    first, second, third = read_corpus([path])
+    assert (first.response, dict(first.metadata)) == ("two\nlines", {"n": 1, "x": 1.5, "code": "007"})
+    assert dict(second.metadata) == {"x": 2.0, "code": "1"}
+    assert str(third) == f"{path}, line 5: 2 values; wanted 4 (text, n, x, code)"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: folder / "no.jsonl", "no such file"),
+        (lambda folder: write_jsonl(folder / "a.txt", RECORDS), r"\.txt is no known format; wanted \.jsonl"),
+        (lambda folder: folder, "a folder without state.json"),
+        (lambda folder: write_jsonl(folder / "a.parquet", RECORDS), "not readable as Parquet"),
+        (lambda folder: write_jsonl(folder / "a.jsonl.gz", RECORDS), "cannot be read: Not a gzipped file"),
+    ],
+)
+def test_files_that_cannot_be_read(tmp_path, make, message):
+    with pytest.raises(CorpusError, match=message):
+        list(read_corpus([make(tmp_path)]))
+
+
+def test_a_dataset_of_several_splits_says_how_to_ingest_one(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    DatasetDict({"train": Dataset.from_list(RECORDS), "test": Dataset.from_list(RECORDS)}).save_to_disk(
+        str(tmp_path / "d")
+    )
+    with pytest.raises(
+        CorpusError, match="holds the splits train, test; ingest one at a time, as in: .*train --split train"
+    ):
+        list(read_corpus([tmp_path / "d"]))
+
+
+# Templates
+
+
+def test_alpaca_is_the_well_known_one():
+    assert load_template("alpaca").render(sample(instruction="Add", input="1 2", output="3")) == (
+        "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n"
+        "\n### Instruction:\nAdd\n1 2\n\n### Response:\n"
+    )
+    assert load_template("alpaca").render(sample(text="x")) == ""
+
+
+def test_braces_in_an_instruction_stay_as_they_are():
+    assert "\n{{ prompt }} {% if %}\n" in load_template("alpaca").render(
+        sample(prompt="{{ prompt }} {% if %}", output="x")
+    )
+
+
+def test_chat_speaks_through_the_tokenizer():
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    template = load_template("chat", tokenizer=tokenizer)
+    talk = sample(
+        messages=[
+            {"role": r, "content": c} for r, c in (("user", "a"), ("assistant", "b"), ("user", "c"), ("assistant", "d"))
+        ]
+    )
+    assert template.render(talk) == "<user>a<assistant>b<user>c<assistant>"
+    assert template.render(sample(prompt="hi", response="x")) == "<user>hi<assistant>"
+    with pytest.raises(
+        CorpusError, match="a conversation of 3 turns .* does not fit the template alpaca; .*--template chat"
+    ):
+        load_template("alpaca").render(talk)
+    with pytest.raises(SpecError, match="this model's tokenizer has no chat template"):
+        load_template("chat", tokenizer=byte_tokenizer())
+
+
+def test_a_jinja_file_sees_the_record(tmp_path):
+    path = tmp_path / "t.jinja"
+    path.write_text("Q({{ topic }}): {{ instruction }}\nA: ", "utf-8")
+    template = load_template(str(path))
+    assert template.render(sample(instruction="i", output="o", topic="maths")) == "Q(maths): i\nA: "
+    assert (
+        load_template("jinja", text=template.text).render(sample(instruction="i", output="o", topic="x"))
+        == "Q(x): i\nA: "
+    )
+    with pytest.raises(CorpusError, match="here, line 1: the template cannot render this record: 'topic' is undefined"):
+        template.render(sample(prompt="i", output="o"))
+    path.write_text("{% if %}", "utf-8")
+    with pytest.raises(SpecError, match="line 1: Expected an expression"):
+        load_template(str(path))
+    with pytest.raises(SpecError, match="no such file; give alpaca, chat, text or a Jinja file"):
+        load_template("nowhere.jinja")
+
+
+def test_a_template_cannot_reach_python():
+    with pytest.raises(CorpusError, match="unsafe"):
+        load_template("jinja", text="{{ ''.__class__.__mro__ }}").render(sample(prompt="p", output="o"))
+
+
+# Tokens
+
+
+def encoded(one, *, tokenizer=None, template="text", max_tokens=512) -> Encoded:
+    (result,) = encode(
+        [one], tokenizer=tokenizer or byte_tokenizer(), template=load_template(template), max_tokens=max_tokens
+    )
+    if isinstance(result, CorpusError):
+        raise result
+    return result
+
+
+def test_the_prompt_is_masked_and_the_end_belongs_to_the_response():
+    found = encoded(sample(prompt="ab", response="cd", id="s"))
+    tokenizer = byte_tokenizer()
+    assert found == Encoded(
+        sample_id="s",
+        input_ids=(1, *tokenizer.convert_tokens_to_ids(list("abcd")), 2),
+        offsets=((0, 1), (1, 2), (2, 2)),
+        truncated=False,
+    )
+
+
+@pytest.mark.parametrize("response", ["é", "a😀b", "日本 e\u0301", "\n\n x", " lead"])
+def test_offsets_of_split_characters_cover_the_character(response):
+    found = encoded(sample(prompt="Ü", response=response))
+    assert [response[start:end] for start, end in found.offsets] == [
+        character for character in response for _ in character.encode("utf-8")
+    ] + [""]
+
+
+def test_text_is_all_response_but_the_first_token_needs_a_predecessor():
+    assert encoded(sample(text="abc")).offsets == ((0, 1), (1, 2), (2, 3), (3, 3))
+    from tokenizers import processors
+
+    without_start = byte_tokenizer()
+    without_start.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    assert encoded(sample(text="abc"), tokenizer=without_start).offsets == ((1, 2), (2, 3), (3, 3))
+
+
+def test_long_samples_are_cut_from_the_right():
+    found = encoded(sample(prompt="abcd", response="efgh"), max_tokens=7)
+    assert (len(found.input_ids), found.offsets, found.truncated) == (7, ((0, 1), (1, 2)), True)
+    assert encoded(sample(prompt="abcd", response="efgh"), max_tokens=10).truncated is False
+    with pytest.raises(CorpusError, match="no response token is left within --max-tokens 5: the prompt takes 5"):
+        encoded(sample(prompt="abcd", response="efgh"), max_tokens=5)
+
+
+def test_a_template_that_writes_the_first_token_gets_no_second():
+    plain, written = (encode(
+        [sample(prompt=prompt, response="x")], tokenizer=byte_tokenizer(), template=load_template("text"), max_tokens=9
+    )[0] for prompt in ("ab", "<s>ab"))  # fmt: skip
+    assert plain.input_ids == written.input_ids
+    assert plain.offsets == written.offsets
+
+
+def test_byte_fallback_of_a_real_tokenizer(shared):
+    from rapidin_vdb.gradient import load_tokenizer
+
+    tokenizer = load_tokenizer(str(shared / "models" / "tinystories-260k"))
+    response = "a ☃ and 日本, é 😀!"
+    found = encoded(sample(prompt="Say it", response=response), tokenizer=tokenizer, template="alpaca")
+    covered = [response[start:end] for start, end in found.offsets]
+    assert covered.count("☃") == 3 and covered.count("😀") == 4 and covered.count("日") == 3
+    seen = sorted({place for start, end in found.offsets for place in range(start, end)})
+    assert seen == list(range(len(response)))
+    assert tokenizer.decode(found.input_ids[-found.response_tokens : -1]) == response

@@ -1,0 +1,222 @@
+"""Law 4: a RapidGrad is that of plain autograd on the sample alone, prompt masked, for every kind of model."""
+
+import dataclasses
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_adapter, save_model
+from reference import normalized, sample_gradient, sketched
+from safetensors.torch import load_file, save_file
+
+from rapidin_vdb.errors import GradientError, ModelError, SpecError
+from rapidin_vdb.gradient import RapidGradMaker, fingerprint_of, load_model
+from rapidin_vdb.gradient.rapidgrad import to_half
+from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
+from rapidin_vdb.sketch import BucketMap, draw_shuffle
+
+SKETCH = SketchSpec(width=64, shuffles=3, seed=7)
+SAMPLE = Encoded(sample_id="s", input_ids=(1, 40, 41, 42, 77, 78, 2), offsets=((0, 1), (1, 2), (2, 2)), truncated=False)
+
+
+def spec_of(kind, architecture, models, adapters, **options) -> ModelSpec:
+    adapter = None if kind == "full" else str(adapters[architecture])
+    quantization = "nf4" if kind == "nf4" else "none"
+    return ModelSpec(model=str(models[architecture]), adapter=adapter, quantization=quantization, **options)
+
+
+@pytest.mark.parametrize("normalize", ["layer", "none"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("kind", ["lora", "full", "nf4"])
+def test_rapidgrad_equals_plain_autograd(kind, architecture, normalize, models, adapters):
+    loaded = load_model(spec_of(kind, architecture, models, adapters), device="cpu")
+    rapidgrad, loss = RapidGradMaker(loaded, spec=SKETCH, normalize=normalize).make(SAMPLE)
+
+    grads = sample_gradient(loaded.model, loaded.theta, list(SAMPLE.input_ids), SAMPLE.response_tokens)
+    flat = np.concatenate([grad.ravel() for grad in (normalized(grads) if normalize == "layer" else grads)])
+    made = BucketMap(SKETCH, len(flat))
+    steps, negative = draw_shuffle(SKETCH, made.length), made.negative(0, made.length).numpy()
+    slow = sketched(flat, length=made.length, steps=steps, negative=negative, width=64)
+    np.testing.assert_allclose(rapidgrad, slow, atol=2e-5 * np.abs(slow).max() + 1e-7)
+
+    whole = sample_gradient(loaded.model, loaded.theta, list(SAMPLE.input_ids), len(SAMPLE.input_ids) - 1)
+    assert any(np.abs(a - b).max() > 1e-4 for a, b in zip(grads, whole, strict=True)), "the mask matters"
+    if kind == "full":
+        assert sum(grad.size for grad in grads) == sum(p.numel() for p in loaded.model.parameters())
+    else:
+        assert all("lora_" in name for name in loaded.theta)
+    assert loss == pytest.approx(float(np.log(259)), rel=0.2), "a fresh model is near the uniform distribution"
+
+
+def test_a_model_in_nf4_is_another_than_in_full_precision(models, adapters):
+    makers = [
+        RapidGradMaker(
+            load_model(spec_of(kind, "llama", models, adapters), device="cpu"), spec=SKETCH, normalize="layer"
+        )
+        for kind in ("lora", "nf4")
+    ]
+    first, second = (maker.make(SAMPLE)[0] for maker in makers)
+    assert 1e-4 < np.abs(first - second).max() < 1
+
+
+def test_a_gradient_that_is_exactly_zero_stays_zero(models, tmp_path):
+    """A fresh LoRA: B is zero, so A has no gradient, and B has one."""
+    from conftest import tiny_model
+    from peft import LoraConfig, get_peft_model
+
+    get_peft_model(tiny_model("llama"), LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "fresh")
+    loaded = load_model(ModelSpec(model=str(models["llama"]), adapter=str(tmp_path / "fresh")), device="cpu")
+    rapidgrad, _ = RapidGradMaker(loaded, spec=SKETCH, normalize="layer").make(SAMPLE)
+    grads = normalized(sample_gradient(loaded.model, loaded.theta, list(SAMPLE.input_ids), 3))
+    norms = {name: np.linalg.norm(grad) for name, grad in zip(loaded.theta, grads, strict=True)}
+    assert {name: round(norm, 6) for name, norm in norms.items()} == {
+        name: 0.0 if "lora_A" in name else 1.0 for name in norms
+    }
+    assert np.isfinite(rapidgrad).all() and rapidgrad.any()
+
+
+@pytest.mark.parametrize(
+    ("parameters", "expected"),
+    [
+        ("trainable", lambda name: "lora_" in name),
+        ("all", lambda name: True),
+        (r"q_proj.*lora_B|norm", lambda name: ("q_proj" in name and "lora_B" in name) or "norm" in name),
+    ],
+)
+def test_theta_is_chosen_by_name(parameters, expected, models, adapters):
+    loaded = load_model(spec_of("lora", "llama", models, adapters, parameters=parameters), device="cpu")
+    names = [name for name, _ in loaded.model.named_parameters()]
+    assert list(loaded.theta) == [name for name in names if expected(name)]
+    rapidgrad, _ = RapidGradMaker(loaded, spec=dataclasses.replace(SKETCH, width=32), normalize="layer").make(SAMPLE)
+    assert rapidgrad.any()
+
+
+def test_what_asks_for_no_gradient_is_left_as_it_was(models, adapters):
+    loaded = load_model(spec_of("lora", "llama", models, adapters), device="cpu")
+    before = {name: tensor.detach().clone() for name, tensor in loaded.model.named_parameters()}
+    RapidGradMaker(loaded, spec=SKETCH, normalize="layer").make(SAMPLE)
+    assert all(torch.equal(before[name], tensor) for name, tensor in loaded.model.named_parameters())
+    assert all(tensor.grad is None for tensor in loaded.model.parameters()), "no gradient is kept"
+    assert not loaded.model.training
+
+
+def test_quantised_weights_are_not_repacked(models, adapters):
+    loaded = load_model(spec_of("nf4", "llama", models, adapters), device="cpu")
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    first = maker.make(SAMPLE)[0]
+    assert first.tolist() == maker.make(SAMPLE)[0].tolist()
+    dropouts = [module for module in loaded.model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert not any(module.training for module in dropouts)
+
+
+def test_gradients_that_cannot_be_stored_are_named(models, tmp_path):
+    folder = save_model(tmp_path / "nan", "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][0] = float("nan")
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    maker = RapidGradMaker(load_model(ModelSpec(model=str(folder)), device="cpu"), spec=SKETCH, normalize="layer")
+    with pytest.raises(GradientError, match="sample s: the loss is nan"):
+        maker.make(SAMPLE)
+    weights["model.norm.weight"] = torch.zeros_like(weights["model.norm.weight"])
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    spec = ModelSpec(model=str(folder), parameters="q_proj")
+    maker = RapidGradMaker(load_model(spec, device="cpu"), spec=SKETCH, normalize="layer")
+    with pytest.raises(GradientError, match="sample s: the gradient is zero"):
+        maker.make(SAMPLE)
+    with pytest.raises(
+        GradientError, match="sample s: the RapidGrad reaches 7e.04, beyond half precision .65504.*--normalize layer"
+    ):
+        to_half(np.float32([1, 70000]), sample_id="s")
+    with pytest.raises(GradientError, match="sample s: the RapidGrad reaches only 1e-09 and vanishes"):
+        to_half(np.float32([0, 1e-9]), sample_id="s")
+
+
+@pytest.mark.parametrize(
+    ("spec", "error", "message"),
+    [
+        (lambda m, a, t: {"model": str(t / "nowhere")}, ModelError, "no model at .*nowhere: no such folder"),
+        (lambda m, a, t: {"model": str(t)}, ModelError, "has no config.json"),
+        (lambda m, a, t: {"model": "nobody/nothing"}, ModelError, "the model nobody/nothing cannot be loaded"),
+        (lambda m, a, t: {"model": m["llama"], "adapter": str(t)}, ModelError, "has no adapter_config.json"),
+        (lambda m, a, t: {"model": m["gpt2"], "adapter": a["llama"]}, ModelError, "does not fit the model .*Was it made for another model"),
+        (lambda m, a, t: {"model": m["llama"], "parameters": "nosuch"}, SpecError, "matches none of the 21 parameters; names look like"),
+        (lambda m, a, t: {"model": m["llama"], "parameters": "("}, SpecError, "is no regular expression"),
+        (lambda m, a, t: {"model": m["llama"], "quantization": "nf4"}, SpecError, "nf4 weights have no gradient; give --adapter"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_loaded(spec, error, message, models, adapters, tmp_path):
+    values = {name: str(value) for name, value in spec(models, adapters, tmp_path).items()}
+    with pytest.raises(error, match=message):
+        load_model(ModelSpec(**values), device="cpu")
+
+
+@pytest.mark.parametrize("options", [{"hidden": 32}, {"layers": 3}])
+def test_an_adapter_of_a_model_of_another_shape_is_refused(options, models, tmp_path):
+    if "layers" in options:
+        adapter = save_adapter(tmp_path / "adapter", "llama")
+        weights = load_file(adapter / "adapter_model.safetensors")
+        weights |= {
+            name.replace("layers.0", "layers.2"): tensor.clone()
+            for name, tensor in weights.items()
+            if "layers.0" in name
+        }
+        save_file(weights, adapter / "adapter_model.safetensors")
+    else:
+        adapter = save_adapter(tmp_path / "adapter", "llama", **options)
+    with pytest.raises(ModelError, match="does not fit the model"):
+        load_model(ModelSpec(model=str(models["llama"]), adapter=str(adapter)), device="cpu")
+
+
+def test_a_checkpoint_that_lacks_weights_is_refused(tmp_path):
+    folder = save_model(tmp_path / "m", "llama")
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(
+        ModelError, match=r"lacks weights of 1 parameters, such as model\.layers\.1\.mlp\.up_proj\.weight"
+    ):
+        load_model(ModelSpec(model=str(folder)), device="cpu")
+
+
+# The fingerprint
+
+
+def fingerprint(model, adapter=None, **options):
+    loaded = load_model(ModelSpec(model=str(model), adapter=adapter and str(adapter), **options), device="cpu")
+    return fingerprint_of(
+        loaded, template="text", template_text="", max_tokens=9, normalize="layer", sketch=SKETCH, epochs=1.0, learning_rate=1.0
+    )  # fmt: skip
+
+
+def test_a_moved_model_is_the_same_and_a_changed_one_is_not(models, adapters, tmp_path):
+    here = fingerprint(models["llama"], adapters["llama"])
+    shutil.copytree(models["llama"], tmp_path / "moved")
+    shutil.copytree(adapters["llama"], tmp_path / "adapter")
+    there = fingerprint(tmp_path / "moved", tmp_path / "adapter")
+    assert dataclasses.replace(there, model=here.model, adapter=here.adapter) == here
+
+    weights = load_file(tmp_path / "moved" / "model.safetensors")
+    weights["model.norm.weight"][3] += 1e-3
+    save_file(weights, tmp_path / "moved" / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+    changed = fingerprint(tmp_path / "moved", tmp_path / "adapter", dtype="bfloat16")
+    differing = {
+        field.name
+        for field in dataclasses.fields(here)
+        if getattr(changed, field.name) != getattr(here, field.name) and field.name not in ("model", "adapter")
+    }
+    assert differing == {"model_hash", "adapter_hash", "dtype"}
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_gpu_gives_the_same_rapidgrad(architecture, models, adapters):
+    spec = spec_of("lora", architecture, models, adapters)
+    on_cpu, on_gpu = (
+        RapidGradMaker(load_model(spec, device=device), spec=SKETCH, normalize="layer").make(SAMPLE)[0]
+        for device in ("cpu", "cuda:0")
+    )
+    np.testing.assert_allclose(on_gpu, on_cpu, atol=1e-3)

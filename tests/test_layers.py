@@ -1,0 +1,55 @@
+"""The tree is the design: a module imports only from lower layers, and each outside library has one home."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "rapidin_vdb"
+LAYERS = {
+    "errors": 0, "records": 1, "recipe": 1, "progress": 1, "results": 2, "corpus": 2, "sketch": 2, "gradient": 3, "store": 3,
+    "index": 3, "engine": 4, "freshness": 4, "ingest": 4, "query": 4, "database": 5, "demo": 6, "cli": 7, "__init__": 8, "__main__": 9,
+}  # fmt: skip
+HOMES = {
+    "transformers": {"gradient"}, "peft": {"gradient"}, "bitsandbytes": {"gradient"}, "tokenizers": {"gradient"},
+    "safetensors": {"gradient"}, "lancedb": {"store"}, "pyarrow": {"store", "corpus", "results"}, "faiss": {"index"},
+    "typer": {"cli"}, "rich": {"cli"}, "jinja2": {"corpus"}, "torch": {"gradient", "sketch"}, "click": set(),
+}  # fmt: skip
+
+
+def module_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> list[str]:
+    found = []
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            found += names if node.module == "rapidin_vdb" else [node.module or ""]
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_point_down_and_stay_at_home(path):
+    here = module_of(path)
+    for name in imports(path):
+        top, *rest = name.split(".")
+        if top in HOMES:
+            assert here in HOMES[top], f"{path} imports {top}, which belongs to {HOMES[top]}"
+        if top == "rapidin_vdb" and rest and rest[0] in LAYERS and rest[0] != here:
+            assert LAYERS[rest[0]] < LAYERS[here], f"{path} (layer {LAYERS[here]}) imports {name}"
+
+
+def test_every_module_has_a_layer():
+    assert {module_of(path) for path in FILES} == set(LAYERS)
+
+
+def test_files_stay_short():
+    assert {str(path): lines for path in FILES if (lines := len(path.read_text("utf-8").splitlines())) > 300} == {}
