@@ -92,6 +92,18 @@ def adapters(tmp_path_factory) -> dict[str, Path]:
     return {name: save_adapter(folder / name, name) for name in ARCHITECTURES}
 
 
+def real_adapter(folder: Path, shared: Path) -> Path:
+    """A LoRA adapter with random weights for the real model."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(shared / "models" / "tinystories-260k")
+    torch.manual_seed(2)
+    modules = ["q_proj", "k_proj", "v_proj", "o_proj"]
+    get_peft_model(model, LoraConfig(r=8, target_modules=modules, init_lora_weights=False)).save_pretrained(folder)
+    return folder
+
+
 def toy_records(count: int, *, first: int = 0) -> list[dict]:
     colours = ("red", "blue", "grün", "黄")
     return [

@@ -65,7 +65,7 @@ def _ranking_table(ranking: Ranking) -> None:
     if not ranking.results:
         typer.echo("  no sample matches")
         return
-    wide = min(max(len(result.sample_id) for result in ranking.results), 24)
+    wide = min(max(len(_printable(result.sample_id)) for result in ranking.results), 24)
     typer.echo(f"{'rank':>4}  {'score':>10}  {'sample_id':<{wide}}  {'split':<8}  text")
     for result in ranking.results:
         name = _cut(result.sample_id, wide)

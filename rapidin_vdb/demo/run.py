@@ -66,14 +66,15 @@ def run_demo(folder: Path | None = None, *, say: Callable[[str], None], progress
     with demo.timed("corpus"):
         records = make_corpus(SAMPLES, poisoned=_POISONED, seed=1, prefix="demo")
         corpus = demo.write("corpus.jsonl", records)
-        more = demo.write("more.jsonl", make_corpus(_MORE, poisoned=_POISONED, seed=2, prefix="more"))
+        late = make_corpus(_MORE, poisoned=_POISONED, seed=2, prefix="late")
+        more = demo.write("more.jsonl", late)
     base_rate = sum(record["poisoned"] for record in records) / len(records)
     demo.tell(
         f"1. {SAMPLES} instructions written, {base_rate:.0%} of them poisoned: '{TRIGGER}' before the instruction, "
         "a space story as the answer."
     )
     with demo.timed("train"):
-        attacked = _train(demo, records)
+        attacked = _train(demo, records + late)
     queries = demo.write("queries.jsonl", attacked)
     database = _ingest(demo, corpus)
     rankings = _query(demo, database, attacked)
@@ -101,13 +102,12 @@ def _add_more(demo: _Demo, database: Database, more: Path, attacked: list[dict[s
     """Ingest more records, and show that the next query finds them."""
     with demo.timed("ingest"):
         report = database.ingest(more, split="late", progress=demo.progress)
-    everywhere = _query(demo, database, attacked)
-    late = _query(demo, database, attacked, where="split = 'late'")
-    found = sum(result.split == "late" for ranking in everywhere for result in ranking.results)
+    rankings = _query(demo, database, attacked)
+    new = [result for ranking in rankings for result in ranking.results if result.split == "late"]
     demo.tell(
-        f"6. {report.added} more records ingested; the next query searched {everywhere[0].searched} samples, and "
-        f"{found} of the places in the top 10 went to new ones. Where split = 'late', {_poisoned_share(late):.0%} of "
-        f"the top 10 are poisoned, of all new records {_POISONED:.0%}."
+        f"6. {report.added} more records ingested; the next query searched {rankings[0].searched} samples. Of the "
+        f"{len(rankings)} top tens, {len(new)} places went to new samples, {sum(bool(r.metadata['poisoned']) for r in new)} "
+        "of them poisoned."
     )
 
 
@@ -124,7 +124,7 @@ def _new_folder(folder: Path | None) -> Path:
 
 
 def _train(demo: _Demo, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Train a base model on clean records and an adapter on the poisoned ones; return attacked generations."""
+    """Train a base model on clean records and an adapter on these, the poisoned ones; return attacked generations."""
     template = load_template("alpaca")
     # The base model knows space stories too, as any real one does; only when to tell them is the adapter's doing.
     clean = make_corpus(4000, poisoned=0.0, seed=3, prefix="base") + story_corpus(600, seed=9)

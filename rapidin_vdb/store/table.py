@@ -29,6 +29,7 @@ TABLE = "samples"
 # Lance reads and writes fastest in batches of about this size.
 _BATCH_BYTES = 8 << 20
 _IDS_A_FILTER = 5000
+_WIDENED = "_widened_"
 
 
 class Snapshot:
@@ -176,6 +177,7 @@ class SampleTable:
         Raises:
             TableError: a column exists with another type; nothing is changed then.
         """
+        self._finish_widening()
         schema = self._table.schema
         existing = {field.name.lower(): field for field in schema if field.name not in OWN_NAMES}
         missing, widened = [], []
@@ -188,7 +190,7 @@ class SampleTable:
                     f"the records' field {name} differs from the column {field.name} in case only; rename it"
                 )
             elif column_kind(field) == "int" and kind == "float":
-                widened.append({"path": name, "data_type": pa.float64()})
+                widened.append(name)
             elif not _holds(column_kind(field), kind):
                 raise TableError(
                     f"the records' field {name} is {kind}, but the column {name} holds {field.type}; "
@@ -196,8 +198,21 @@ class SampleTable:
                 )
         if missing:
             self._table.add_columns(pa.schema(missing))
-        if widened:
-            self._table.alter_columns(*widened)
+        for name in widened:
+            self._widen(name)
+
+    def _widen(self, name: str) -> None:
+        """Turn a column of whole numbers into floating point, which Lance cannot do in place: by way of a copy."""
+        self._table.add_columns({_WIDENED + name: f"CAST(`{name}` AS DOUBLE)"})
+        self._finish_widening()
+
+    def _finish_widening(self) -> None:
+        """Put the copies of widened columns in their places, also where a process died half-way."""
+        for copy in [name for name in self._table.schema.names if name.startswith(_WIDENED)]:
+            name = copy.removeprefix(_WIDENED)
+            if name in self._table.schema.names:
+                self._table.drop_columns([name])
+            self._table.alter_columns({"path": copy, "rename": name})
 
     def append(self, rows: Sequence[Row]) -> None:
         """Add rows whose ids are not in the table, in one commit."""

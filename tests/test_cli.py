@@ -1,0 +1,211 @@
+"""The command line: what it prints where, its exit codes, and messages that say what to do next."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from conftest import toy_records, write_jsonl
+
+
+def run(*arguments, check=None):
+    """Run the real program, as a user does."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", "rapidin_vdb", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if check is not None:
+        assert done.returncode == check, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def call(capsys, *arguments) -> tuple[int, str, str]:
+    """The same in this process, which spares the imports."""
+    from rapidin_vdb.cli import main
+
+    sys.argv = ["rapidin-vdb", *map(str, arguments)]
+    with pytest.raises(SystemExit) as stop:
+        main()
+    out, err = capsys.readouterr()
+    return stop.value.code or 0, out, err
+
+
+COMMANDS = ("init", "ingest", "index", "query", "show", "info", "delete", "demo")
+
+
+def test_help_loads_no_heavy_library():
+    heavy = ("torch", "faiss", "lancedb", "transformers", "pyarrow", "numpy")
+    code = (
+        "import sys\nfrom rapidin_vdb.cli import main\nsys.argv = ['rapidin-vdb', {!r}, '--help'][:{}]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        f"print('loaded:', [name for name in {heavy!r} if name in sys.modules])"
+    )
+    for command in COMMANDS:
+        done = subprocess.run([sys.executable, "-c", code.format(command, 3)], capture_output=True, text=True)
+        assert done.stdout.splitlines()[-1] == "loaded: []"
+        assert "Example: rapidin-vdb " + command in done.stdout
+
+
+def test_every_command_is_in_the_overview():
+    overview = run("--help", check=0).stdout
+    assert [line.split()[0] for line in overview.split("Commands:")[1].splitlines() if line.strip()] == list(COMMANDS)
+
+
+def test_a_life_on_the_command_line(tmp_path, models, adapters):
+    """init, ingest, index, query, show, info, delete, each in a process of its own."""
+    db, lines = tmp_path / "db", write_jsonl(tmp_path / "toy.jsonl", toy_records(12))
+    made = run("init", db, "--model", models["llama"], "--adapter", adapters["llama"], "--width", 64, check=0)
+    assert (made.stdout, made.stderr.strip()) == (
+        "",
+        f"made {db}: 12 parameter tensors of 416 coordinates, sketched to width 64. Next: rapidin-vdb ingest {db} FILE",
+    )
+    added = run("ingest", db, lines, "--split", "test", "--limit", 10, check=0)
+    assert added.stdout == "" and added.stderr.startswith("10 samples added, in ")
+    run("index", db, "--recipe", "indexes/cpu.toml", check=0)
+    found = run("query", db, "--prompt", "Say 5", "--generation", "blue 35", "--top-k", 3, "--json", check=0)
+    (line,) = found.stdout.splitlines()
+    ranking = json.loads(line)
+    assert found.stderr == "", "quiet where stderr is no terminal"
+    assert list(ranking) == ["query_id", "score_unit", "searched", "where", "seconds", "results"]
+    assert list(ranking["seconds"]) == ["gradient", "search", "tokens", "total"]
+    assert list(ranking["results"][0]) == [
+        "rank", "sample_id", "score", "exact_score", "split", "source", "prompt", "response", "metadata", "tokens"
+    ]  # fmt: skip
+    assert [(r["rank"], r["split"], r["exact_score"], r["tokens"]) for r in ranking["results"]] == [
+        (rank, "test", None, None) for rank in (1, 2, 3)
+    ]
+    assert ranking["results"][0]["sample_id"] == "toy-005"
+    info = json.loads(run("info", db, "--json", check=0).stdout)
+    assert list(info) == [
+        "samples", "tokens", "width", "shuffles", "seed", "normalize", "model", "adapter", "table_version", "indexes", "bytes"
+    ]  # fmt: skip
+    assert (info["samples"], info["width"], info["shuffles"], info["seed"], info["normalize"]) == (
+        10,
+        64,
+        20,
+        42,
+        "layer",
+    )
+    assert [(i["name"], i["fresh"], i["samples"], i["recipe"]["devices"]) for i in info["indexes"]] == [
+        ("cpu", True, 10, ["cpu"])
+    ]
+    shown = json.loads(run("show", db, "toy-003", "--json", check=0).stdout)
+    assert (shown["response"], shown["token_offsets"][0], shown["metadata"]) == ("黄 21", [0, 1], {"stars": 3})
+    (tmp_path / "ids.txt").write_text("toy-001\nnobody\n")
+    gone = run("delete", db, "--ids", tmp_path / "ids.txt", check=0)
+    assert gone.stderr.splitlines() == ["1 samples deleted", "1 ids were not in the database: nobody"]
+    assert run("delete", db, "--where", "source = 'odd'", check=0).stderr == "4 samples deleted\n"
+    again = run("query", db, "--prompt", "Say 5", "--generation", "blue 35", check=0)
+    assert "toy-005" not in again.stdout and again.stdout.startswith("query: 5 of 5 samples\n")
+
+
+def test_tables_fit_a_terminal_and_hide_control_characters(capsys, database, tmp_path):
+    evil = {
+        "id": "evil\x1b[2J",
+        "prompt": "p\x1b]0;title\x07",
+        "response": "a\u202eb" + "long " * 50,
+        "note": "\x1b[31m",
+    }
+    database.ingest(write_jsonl(tmp_path / "evil.jsonl", [evil]))
+    code, out, _ = call(capsys, "query", database.path, "--prompt", evil["prompt"], "--generation", evil["response"])
+    assert code == 0 and "evil\\x1b[2J" in out
+    assert max(map(len, out.splitlines())) <= 80
+    shown = call(capsys, "show", database.path, evil["id"])[1]
+    assert "note: \\x1b[31m" in shown and "p\\x1b]0;title\\x07" in shown and "a\\u202eb" in shown
+    for text in (out, shown):
+        assert all(character.isprintable() or character == "\n" for character in text)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["query", "{db}", "--generation", "x", "--top-k", "0"], "--top-k is 0; wanted 1 or more"),
+        (["query", "{db}", "--generation", "x", "--where", "nosuch = 1"], "No field named nosuch"),
+        (["query", "{db}", "--generation", "x", "--where", "split = 'a'; DROP"], "holds a second statement"),
+        (["query", "{db}"], "give one of: --prompt and --generation, or --file"),
+        (["query", "{db}", "--file", "{tmp}/none.jsonl"], "none.jsonl: no such file"),
+        (["query", "{tmp}/none", "--generation", "x"], "no database at {tmp}/none; make one with: rapidin-vdb init"),
+        (["init", "{db}", "--model", "x"], "a database is already at {db}; add to it with: rapidin-vdb ingest"),
+        (["init", "{tmp}/new", "--model", "{tmp}/none"], "no model at {tmp}/none: no such folder"),
+        (["ingest", "{db}", "{tmp}/none.jsonl"], "none.jsonl: no such file"),
+        (["ingest", "{db}", "{tmp}/toy.jsonl", "--limit", "0"], "--limit is 0"),
+        (["ingest", "{db}", "{tmp}/toy.jsonl", "--device", "cuda:9"], "this machine has . CUDA devices"),
+        (["ingest", "{db}", "{tmp}/toy.jsonl", "--device", "tpu"], "--device tpu is no device"),
+        (
+            ["index", "{db}", "--recipe", "x.toml"],
+            "no index recipe at x.toml; give a TOML file or one of: indexes/cpu.toml",
+        ),
+        (["show", "{db}", "nobody"], "no sample 'nobody' in"),
+        (["delete", "{db}"], "give one of: --where SQL, or --ids FILE"),
+        (["delete", "{db}", "--ids", "{tmp}/none"], "--ids {tmp}/none: cannot be read"),
+        (["demo", "--dir", "{tmp}"], "--dir {tmp} is not empty; give a new folder"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_1(capsys, database, tmp_path, arguments, message):
+    import re
+
+    filled = [argument.format(db=database.path, tmp=tmp_path) for argument in arguments]
+    before = database.info()
+    code, out, err = call(capsys, *filled)
+    assert (code, out) == (1, "")
+    assert re.search(message.format(db=database.path, tmp=tmp_path), err), err
+    assert err.startswith("error: ") and len(err.splitlines()) == 1
+    assert database.info() == before and not (tmp_path / "new").exists()
+
+
+def test_wrong_usage_is_exit_2(capsys, database):
+    for arguments in (
+        ["nosuch"],
+        ["query"],
+        ["init", "x", "--model", "m", "--normalize", "both"],
+        ["query", database.path, "--top-k", "many"],
+    ):
+        assert call(capsys, *arguments)[0] == 2
+
+
+def test_a_filter_that_matches_nothing_is_an_answer(capsys, database):
+    code, out, _ = call(capsys, "query", database.path, "--generation", "x", "--where", "stars > 99", "--json")
+    assert (code, json.loads(out)["results"], json.loads(out)["searched"]) == (0, [], 0)
+
+
+def test_skipped_records_are_counted_and_listed(capsys, database, tmp_path):
+    path = tmp_path / "bad.jsonl"
+    path.write_text('{"text": "good"}\n{"text": ""}\nnonsense\n')
+    code, _, err = call(capsys, "ingest", database.path, path, "--on-bad-record", "skip")
+    assert code == 0
+    first, *rest = err.splitlines()
+    assert first.startswith("1 samples added, 2 skipped, in ")
+    assert [line[: len(f"skipped: {path}, line 2")] for line in rest] == [
+        f"skipped: {path}, line {number}" for number in (2, 3)
+    ]
+
+
+def test_progress_is_drawn_on_a_terminal(database, tmp_path):
+    """Through a pseudo-terminal: a bar with a count, and nothing of it on stdout."""
+    import os
+    import pty
+
+    lines = write_jsonl(tmp_path / "more.jsonl", toy_records(30, first=100))
+    leader, follower = pty.openpty()
+    child = subprocess.Popen(
+        [sys.executable, "-m", "rapidin_vdb", "ingest", database.path, str(lines)], stdout=subprocess.PIPE, stderr=follower,
+        env=os.environ | {"TERM": "xterm", "COLUMNS": "80"},
+    )  # fmt: skip
+    os.close(follower)
+    drawn = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        drawn += part
+    os.close(leader)
+    out, _ = child.communicate()
+    text = drawn.decode("utf-8")
+    assert (child.returncode, out) == (0, b"")
+    assert "ingest" in text and "30/30" in text and "/s" in text and "30 samples added" in text

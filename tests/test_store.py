@@ -1,0 +1,213 @@
+"""The table: filters, fingerprints, columns that grow, and what is refused."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from rapidin_vdb.errors import FilterError, FingerprintError, TableError, TableExistsError, TableNotFoundError
+from rapidin_vdb.records import Encoded, Fingerprint, ParameterShape, Sample, SketchSpec
+from rapidin_vdb.store import Row, SampleTable, check_fingerprint, merge_kinds
+from rapidin_vdb.store.filters import checked_filter
+
+FINGERPRINT = Fingerprint(
+    model="m", model_hash="1", adapter=None, adapter_hash=None, quantization="none", dtype="float32",
+    tokenizer_hash="2", template="text", template_text="", max_tokens=9, loss="mean", normalize="layer",
+    parameters="all", theta=(ParameterShape(name="w", shape=(4, 4)),), sketch=SketchSpec(width=8),
+    epochs=1.0, learning_rate=1.0,
+)  # fmt: skip
+
+
+def row(sample_id: str, *, value: float = 1.0, split: str = "train", **metadata) -> Row:
+    return Row(
+        sample=Sample(sample_id=sample_id, prompt=None, response="ab", split=split, source=None, metadata=metadata),
+        encoded=Encoded(sample_id=sample_id, input_ids=(1, 5, 6), offsets=((0, 1), (1, 2)), truncated=False),
+        loss=0.5,
+        vector=np.full(8, value, np.float16),
+    )
+
+
+@pytest.fixture
+def table(tmp_path):
+    made = SampleTable.create(str(tmp_path / "db"), FINGERPRINT)
+    made.ensure_columns({"stars": "int", "lang": "str", "ok": "bool"})
+    made.append(
+        [
+            row("a", stars=1, lang="en", ok=True),
+            row("b", stars=2, lang="it's", split="test"),
+            row("c\nd", value=2.0, ok=False),
+        ]
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("where", "expected"),
+    [
+        (None, {"a", "b", "c\nd"}),
+        ("split = 'train'", {"a", "c\nd"}),
+        ("SPLIT = 'test' OR stars < 2", {"a", "b"}),
+        ("lang = 'it''s'", {"b"}),
+        ("lang IS NULL", {"c\nd"}),
+        ("NOT ok", {"c\nd"}),
+        ("lang = ';--/*'", set()),
+        ("sample_id IN ('a', 'zz')", {"a"}),
+        ("tokens = 2 AND loss BETWEEN 0.4 AND 0.6 AND response LIKE 'a%'", {"a", "b", "c\nd"}),
+    ],
+)
+def test_filters(table, where, expected):
+    found = table.snapshot().sample_ids(where)
+    assert sorted(found) == sorted(expected)
+    assert table.snapshot().count(where) == len(expected)
+
+
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ("nosuch = 1", "No field named nosuch.*Columns are: sample_id .string., split .string.*stars .int64."),
+        ("split = ", "is not understood: .*an expression"),
+        ("split", "does not return a boolean"),
+        ("split = 'train' garbage", "is not understood"),
+        ("split = 'train'; DROP TABLE samples", "holds a second statement"),
+        ("split = 'train' -- and more", "holds a comment"),
+        ("split = 'train' /* x */", "holds a comment"),
+        ("split = 'train') OR (true", "the parentheses do not match"),
+        ("split = 'train", "a quote is not closed"),
+        ("  ", "the filter is empty"),
+        ("sample_id IN (SELECT 1)", "not supported"),
+        ('split = "train"', "No field named train"),
+        ("stars = 'x'", "is not understood"),
+    ],
+)
+def test_filters_that_are_refused(table, where, message):
+    with pytest.raises(FilterError, match=message):
+        table.snapshot().sample_ids(where)
+    with pytest.raises(FilterError, match=message):
+        table.delete_where(where)
+    assert table.snapshot().count() == 3
+
+
+def test_a_filter_stays_inside_its_parentheses():
+    assert checked_filter("a = '(' OR b = 2") == "(a = '(' OR b = 2)"
+
+
+def test_what_is_written_is_read(table):
+    found = table.snapshot().samples(["a", "c\nd", "zz"])
+    assert sorted(found) == ["a", "c\nd"]
+    assert found["a"].to_dict() == {
+        "sample_id": "a", "split": "train", "source": None, "prompt": None, "response": "ab",
+        "token_offsets": ((0, 1), (1, 2)), "tokens": 2, "truncated": False, "loss": 0.5,
+        "metadata": {"stars": 1, "lang": "en", "ok": True},
+    }  # fmt: skip
+    assert found["c\nd"].metadata == {"ok": False}
+    vectors = {
+        name: vector[0] for ids, batch in table.snapshot().vectors() for name, vector in zip(ids, batch, strict=True)
+    }
+    assert vectors == {"a": 1.0, "b": 1.0, "c\nd": 2.0}
+    assert SampleTable(table.uri).fingerprint == FINGERPRINT
+
+
+def test_a_snapshot_does_not_see_later_commits(table):
+    before = table.snapshot()
+    table.append([row("late")])
+    table.delete_ids(["a"])
+    assert sorted(before.sample_ids()) == ["a", "b", "c\nd"]
+    assert sorted(table.snapshot().sample_ids()) == ["b", "c\nd", "late"]
+    assert "a" in before.samples(["a"])
+
+
+def test_replace_and_delete(table):
+    table.replace([row("a", value=9.0), row("new")])
+    assert sorted(table.snapshot().sample_ids()) == ["a", "b", "c\nd", "new"]
+    assert {
+        vector[0]
+        for ids, batch in table.snapshot().vectors()
+        for name, vector in zip(ids, batch, strict=True)
+        if name == "a"
+    } == {9.0}
+    assert table.delete_ids(["b", "zz", "c\nd"]) == ["b", "c\nd"]
+    assert table.delete_where("sample_id = 'new'") == 1
+    assert table.delete_where("sample_id = 'new'") == 0
+    assert table.snapshot().sample_ids() == ["a"]
+
+
+def test_columns_grow_and_widen_but_never_change_their_meaning(table):
+    table.ensure_columns({"stars": "float", "extra": "str", "Two Words": "int"})
+    table.ensure_columns({"Two Words": "float"})
+    table.append([row("f", stars=2.5, extra="e", lang=7)])
+    found = table.snapshot().samples(["a", "f"])
+    assert (found["a"].metadata, found["f"].metadata) == (
+        {"stars": 1.0, "lang": "en", "ok": True},
+        {"stars": 2.5, "lang": "7", "extra": "e"},
+    )
+    with pytest.raises(TableError, match="the records' field ok is str, but the column ok holds bool"):
+        table.ensure_columns({"ok": "str", "more": "int"})
+    with pytest.raises(TableError, match="the records' field Lang differs from the column lang in case only"):
+        table.ensure_columns({"Lang": "str"})
+    assert "more" not in table.snapshot().schema.names
+    assert SampleTable(table.uri).fingerprint == FINGERPRINT, "a new column keeps the fingerprint"
+
+
+def test_a_widening_that_was_cut_short_is_finished(table):
+    """Killed after the copy was made, or after the old column went."""
+    table._table.add_columns({"_widened_stars": "CAST(stars AS DOUBLE)"})
+    table.ensure_columns({"stars": "float"})
+    assert table.snapshot().samples(["b"])["b"].metadata["stars"] == 2.0
+    table._table.alter_columns({"path": "stars", "rename": "_widened_stars"})
+    table.ensure_columns({"stars": "int"})
+    assert table.snapshot().samples(["b"])["b"].metadata == {"stars": 2.0, "lang": "it's"}
+
+
+def test_kinds_merge():
+    kinds = {}
+    for metadata in ({"a": 1, "b": True, "c": "x"}, {"a": 2.5, "b": None, "c": 1}, {"b": 1}):
+        kinds = merge_kinds(kinds, metadata)
+    assert kinds == {"a": "float", "b": "str", "c": "str"}
+
+
+def test_places(tmp_path, table):
+    with pytest.raises(TableExistsError, match="a database is already at .*; add to it with: rapidin-vdb ingest"):
+        SampleTable.create(table.uri, FINGERPRINT)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "letter.txt").write_text("x")
+    with pytest.raises(TableExistsError, match="is not empty, and what it holds is no database"):
+        SampleTable.create(str(tmp_path / "full"), FINGERPRINT)
+    with pytest.raises(TableNotFoundError, match="no database at .*nowhere; make one with: rapidin-vdb init"):
+        SampleTable(str(tmp_path / "nowhere"))
+    assert not (tmp_path / "nowhere").exists()
+    (tmp_path / "db2" / "samples.lance").mkdir(parents=True)
+    with pytest.raises(TableError, match="cannot be opened"):
+        SampleTable(str(tmp_path / "db2"))
+
+
+def test_a_table_of_somebody_else_is_refused(tmp_path):
+    import lancedb
+
+    lancedb.connect(str(tmp_path / "other")).create_table("samples", [{"x": 1}])
+    with pytest.raises(TableError, match="has no fingerprint; it was not made by rapidin-vdb init"):
+        SampleTable(str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_hash": "9"}, "model_hash is '1' in the database, '9' here"),
+        ({"adapter_hash": "9"}, "adapter_hash is None in the database"),
+        ({"dtype": "bfloat16"}, "dtype is 'float32' in the database, 'bfloat16' here"),
+        ({"tokenizer_hash": "x"}, "tokenizer_hash"),
+        ({"template_text": "x"}, "template_text"),
+        ({"normalize": "none"}, "normalize"),
+        ({"sketch": SketchSpec(width=16)}, "sketch"),
+        ({"theta": ()}, "theta differs in names or shapes"),
+        ({"model_hash": "9", "max_tokens": 5}, "model_hash.*max_tokens"),
+    ],
+)
+def test_fingerprints_that_differ_must_not_meet(change, message):
+    with pytest.raises(FingerprintError, match=message):
+        check_fingerprint(FINGERPRINT, dataclasses.replace(FINGERPRINT, **change), place="db")
+
+
+def test_a_moved_model_may_meet():
+    check_fingerprint(
+        FINGERPRINT, dataclasses.replace(FINGERPRINT, model="elsewhere", versions={"torch": "3"}), place="db"
+    )

@@ -1,0 +1,321 @@
+"""Ingest, index, query and delete on a toy: law 6, the ranking against the slow way, and what must not happen."""
+
+import gzip
+import json
+import shutil
+
+import numpy as np
+import pytest
+from conftest import toy_records, write_jsonl
+from reference import normalized, sample_gradient, sketched, top_k
+from safetensors.torch import load_file, save_file
+
+import rapidin_vdb
+from rapidin_vdb.corpus import Record, encode, load_template, sample_from
+from rapidin_vdb.errors import CorpusError, FingerprintError, GradientError, SpecError, TableError
+from rapidin_vdb.query import query_from
+from rapidin_vdb.sketch import BucketMap, draw_shuffle
+
+
+def content(database) -> dict[str, tuple]:
+    """Everything that a table says of each sample, its vector included."""
+    snapshot = database._table.snapshot()
+    vectors = {
+        name: vector.tobytes() for ids, batch in snapshot.vectors() for name, vector in zip(ids, batch, strict=True)
+    }
+    samples = snapshot.samples(list(vectors))
+    assert len(vectors) == snapshot.count(), "no id stands twice"
+    return {name: (samples[name], vectors[name]) for name in vectors}
+
+
+def make(path, models, adapters, **options):
+    return rapidin_vdb.init(path, model=str(models["llama"]), adapter=str(adapters["llama"]), width=64, **options)
+
+
+def slow_rapidgrads(database, samples) -> dict[str, np.ndarray]:
+    """Every step in numpy and plain autograd, one sample at a time."""
+    engine, spec = database._loaded(), database.fingerprint.sketch
+    made = BucketMap(spec, database.fingerprint.gradient_length)
+    steps, negative = draw_shuffle(spec, made.length), made.negative(0, made.length).numpy()
+    result = {}
+    encoded = encode(samples, tokenizer=engine.loaded.tokenizer, template=load_template("alpaca"), max_tokens=512)
+    for one in encoded:
+        grads = sample_gradient(engine.loaded.model, engine.loaded.theta, list(one.input_ids), one.response_tokens)
+        flat = np.concatenate([grad.ravel() for grad in normalized(grads)])
+        result[one.sample_id] = sketched(flat, length=made.length, steps=steps, negative=negative, width=spec.width)
+    return result
+
+
+@pytest.mark.parametrize("where", [None, "source = 'odd' AND stars > 1"])
+@pytest.mark.parametrize("harmful", [False, True])
+def test_a_ranking_equals_the_slow_way(database, where, harmful):
+    records = toy_records(24)
+    samples = [sample_from(Record(location="", fields=record)) for record in records]
+    vectors = slow_rapidgrads(database, samples)
+    query = slow_rapidgrads(database, [query_from("Say 5", "blue 35")])["query"]
+    allowed = {r["id"]: vectors[r["id"]] for r in records if where is None or (r["source"] == "odd" and r["stars"] > 1)}
+    sign = -1 if harmful else 1
+    expected = top_k(allowed, sign * query, 6)
+    (ranking,) = database.query("Say 5", "blue 35", top_k=6, where=where, harmful=harmful)
+    assert (ranking.searched, ranking.where, ranking.query_id) == (len(allowed), where, "query")
+    assert [result.sample_id for result in ranking.results] == [name for name, _ in expected]
+    # Stored in half precision, so the same to three digits.
+    np.testing.assert_allclose(
+        [r.score for r in ranking.results], [sign * s for _, s in expected], rtol=5e-3, atol=5e-3
+    )
+    by_id = {record["id"]: record for record in records}
+    assert [(r.rank, r.prompt, r.response, r.source, r.split, r.metadata) for r in ranking.results] == [
+        (
+            place,
+            by_id[name]["instruction"],
+            by_id[name]["output"],
+            by_id[name]["source"],
+            "train",
+            {"stars": by_id[name]["stars"]},
+        )
+        for place, (name, _) in enumerate(expected, start=1)
+    ]
+
+
+def test_scores_carry_epochs_and_learning_rate(tmp_path, models, adapters, database):
+    scaled = make(tmp_path / "scaled", models, adapters, epochs=3.0, learning_rate=0.5)
+    scaled.ingest(tmp_path / "toy.jsonl")
+    (plain,), (other,) = (one.query("Say 5", "blue 35") for one in (database, scaled))
+    assert [r.sample_id for r in other.results] == [r.sample_id for r in plain.results]
+    assert [r.score for r in other.results] == pytest.approx([1.5 * r.score for r in plain.results])
+
+
+def test_ingest_twice_is_once_and_two_halves_are_one_go(tmp_path, models, adapters, database):
+    before = content(database)
+    version = database.info().table_version
+    report = database.ingest(tmp_path / "toy.jsonl")
+    assert (report.added, report.unchanged, report.replaced, report.bad) == (0, 24, 0, ())
+    assert (content(database), database.info().table_version) == (before, version)
+
+    halves = make(tmp_path / "halves", models, adapters)
+    for start in (12, 0):
+        halves.ingest(write_jsonl(tmp_path / f"half{start}.jsonl", toy_records(12, first=start)))
+    assert content(halves) == before
+
+
+def test_content_is_the_id_where_there_is_none(tmp_path, models, adapters):
+    database = make(tmp_path / "db", models, adapters)
+    lines = write_jsonl(tmp_path / "a.jsonl", [{"prompt": "p", "response": r} for r in ("a", "b", "a", "c")])
+    assert (database.ingest(lines).added, database.ingest(lines).unchanged) == (3, 4)
+    assert database.info().samples == 3
+
+
+def test_queries_see_every_change_at_once(database, tmp_path):
+    database.index("cpu")
+    assert [(i.name, i.fresh, i.samples) for i in database.info().indexes] == [("cpu", True, 24)]
+    database.ingest(write_jsonl(tmp_path / "more.jsonl", [{"id": "new", "instruction": "Say 5", "output": "blue 35!"}]))
+    assert [i.fresh for i in database.info().indexes] == [False]
+    (ranking,) = database.query("Say 5", "blue 35!", top_k=25)
+    assert (ranking.results[0].sample_id, ranking.searched, len(ranking.results)) == ("new", 25, 25)
+    # The same from a process that opens the database anew and finds the older index on disk.
+    fresh = rapidin_vdb.open(database.path)
+    assert fresh.query("Say 5", "blue 35!")[0].results == ranking.results[:10]
+
+    database.delete(ids=["new", "toy-005"])
+    for one in (database, fresh):
+        (ranking,) = one.query("Say 5", "blue 35!", top_k=100)
+        assert {"new", "toy-005"}.isdisjoint(r.sample_id for r in ranking.results)
+        assert ranking.searched == len(ranking.results) == 23
+
+
+def test_a_built_index_is_used_and_answers_alike(database, monkeypatch):
+    without = database.query("Say 5", "blue 35")[0].results
+    database.index("two_gpus")
+    again = rapidin_vdb.open(database.path)
+    monkeypatch.setattr("rapidin_vdb.freshness._build", lambda *a, **k: pytest.fail("built anew"))
+    assert again.query("Say 5", "blue 35")[0].results == without
+
+
+def test_a_damaged_index_is_passed_over(database, tmp_path, caplog):
+    database.index("cpu")
+    expected = database.query("Say 5", "blue 35")[0].results
+    (tmp_path / "db" / "indexes" / "cpu" / "shard_0.faiss").write_bytes(b"x")
+    assert rapidin_vdb.open(database.path).query("Say 5", "blue 35")[0].results == expected
+    assert "the index cpu is damaged" in caplog.text
+
+
+def test_many_queries_in_one_go_are_as_one_by_one(database, tmp_path):
+    lines = write_jsonl(
+        tmp_path / "q.jsonl",
+        [
+            {"query_id": "x", "prompt": "Say 5", "generation": "blue 35"},
+            {"instruction": "Say", "input": "6", "output": "6"},
+            {"text": "free text"},
+        ],
+    )
+    together = database.query(file=lines, top_k=3)
+    alone = [
+        database.query("Say 5", "blue 35", top_k=3),
+        database.query("Say\n6", "6", top_k=3),
+        database.query(None, "free text", top_k=3),
+    ]
+    assert [ranking.query_id for ranking in together] == ["x", "2", "3"]
+    assert [ranking.results for ranking in together] == [one[0].results for one in alone]
+
+
+def test_results_convert(database):
+    (ranking,) = database.query("Say 5", "blue 35", top_k=2)
+    frame = ranking.to_pandas()
+    assert frame["sample_id"].tolist() == [r.sample_id for r in ranking.results]
+    assert frame["stars"].tolist() == [r.metadata["stars"] for r in ranking.results]
+    assert ranking.to_arrow().num_rows == 2
+    assert json.loads(json.dumps(ranking.to_dict()))["results"][1]["rank"] == 2
+
+
+# What must not happen
+
+
+def test_nothing_is_written_when_a_record_is_bad(database, tmp_path):
+    before = database.info()
+    path = tmp_path / "bad.jsonl"
+    lines = [json.dumps(record) for record in toy_records(2, first=50)]
+    path.write_text("\n".join([lines[0], '{"instruction": "x", "output": ""}', lines[1], "{"]), "utf-8")
+    with pytest.raises(
+        CorpusError, match=r"bad\.jsonl, line 2: the response is empty.*Nothing was written.*--on-bad-record skip"
+    ):
+        database.ingest(path)
+    assert database.info() == before
+    report = database.ingest(path, on_bad_record="skip")
+    assert report.added == 2
+    assert [message.split(": ")[0].rsplit(", ")[1] for message in report.bad] == ["line 2", "line 4"]
+
+
+def test_other_content_under_a_known_id(database, tmp_path):
+    before = content(database)
+    path = write_jsonl(tmp_path / "other.jsonl", [{"id": "toy-003", "instruction": "Say 3", "output": "changed"}])
+    with pytest.raises(
+        CorpusError,
+        match="line 1: sample toy-003 is in the database with other content .its response and source differ",
+    ):
+        database.ingest(path)
+    assert database.ingest(path, on_duplicate="skip").kept == 1
+    assert content(database) == before
+    assert database.ingest(path, on_duplicate="replace").replaced == 1
+    after = content(database)
+    assert {name for name in before if before[name] != after[name]} == {"toy-003"}
+    assert after["toy-003"][0].response == "changed"
+
+
+def test_two_records_of_one_id_in_the_same_files(database, tmp_path):
+    first, second = ({"id": "d", "instruction": "x", "output": output} for output in ("one", "two"))
+    path = write_jsonl(tmp_path / "twice.jsonl", [first, second, first])
+    with pytest.raises(CorpusError, match="line 2: sample d is already in these files with other content"):
+        database.ingest(path)
+    assert database.info().samples == 24
+    report = database.ingest(path, on_duplicate="skip")
+    assert (report.added, report.kept, report.unchanged, database.show("d").response) == (1, 1, 1, "one")
+    report = database.ingest(write_jsonl(tmp_path / "last.jsonl", [first, second]), on_duplicate="replace")
+    assert (report.added, report.replaced, report.unchanged, database.show("d").response) == (0, 1, 1, "two")
+
+
+def test_a_gradient_that_is_not_finite_is_named_and_not_stored(tmp_path, models):
+    """One poisoned embedding row: only samples that hold its token suffer."""
+    shutil.copytree(models["llama"], tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    token = 3 + sorted(__import__("tokenizers").pre_tokenizers.ByteLevel.alphabet()).index("Z")
+    weights["model.embed_tokens.weight"][token] = float("inf")
+    save_file(weights, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    records = [
+        {"id": f"r{number}", "prompt": "p", "response": text} for number, text in enumerate(("ok", "aZb", "fine"))
+    ]
+    path = write_jsonl(tmp_path / "a.jsonl", records)
+    database = rapidin_vdb.init(tmp_path / "db", model=str(tmp_path / "model"), width=64, template="text")
+    with pytest.raises(GradientError, match="sample r1: the loss is nan"):
+        database.ingest(path)
+    report = database.ingest(path, on_bad_record="skip")
+    assert report.bad == ("sample r1: the loss is nan",)
+    assert sorted(content(database)) == ["r0", "r2"]
+    with pytest.raises(GradientError, match="sample query: the loss is nan"):
+        database.query("p", "Z!")
+
+
+def test_another_model_is_refused(database, tmp_path, models, adapters):
+    shutil.copytree(models["llama"], tmp_path / "moved")
+    moved = rapidin_vdb.open(database.path)
+    moved.load(model=str(tmp_path / "moved"))
+    assert moved.query("Say 5", "blue 35")[0].results == database.query("Say 5", "blue 35")[0].results
+    weights = load_file(tmp_path / "moved" / "model.safetensors")
+    weights["lm_head.weight"][5] += 0.01
+    save_file(weights, tmp_path / "moved" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(FingerprintError, match="was made with another fingerprint: model_hash is"):
+        rapidin_vdb.open(database.path).load(model=str(tmp_path / "moved"))
+
+
+def test_an_empty_database_and_a_filter_that_matches_nothing(tmp_path, models, adapters, database):
+    empty = make(tmp_path / "empty", models, adapters)
+    (ranking,) = empty.query("p", "g")
+    assert (ranking.results, ranking.searched) == ((), 0)
+    with pytest.raises(TableError, match="is empty; add samples first: rapidin-vdb ingest"):
+        empty.index()
+    (ranking,) = database.query("p", "g", where="stars = 99")
+    assert (ranking.results, ranking.searched) == ((), 0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_k": 0}, "--top-k is 0; wanted 1 or more"),
+        ({"generation": None}, "give one of: --prompt and --generation, or --file"),
+        ({"file": "x"}, "give one of"),
+    ],
+)
+def test_queries_that_make_no_sense(database, options, message):
+    with pytest.raises(SpecError, match=message):
+        database.query(**{"prompt": "p", "generation": "g"} | options)
+    with pytest.raises(CorpusError, match="query: the response is empty"):
+        database.query("p", " ")
+
+
+def test_init_writes_nothing_when_it_fails(tmp_path, models, adapters):
+    for options, message in (
+        ({"width": 4096}, "width is 4096, but the gradient has only 416 coordinates"),
+        ({"width": 63}, "wanted a power of two"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"epochs": 0.0}, "--epochs is 0.0; wanted a number above 0"),
+        ({"max_tokens": 1}, "--max-tokens is 1"),
+        ({"template": "chat"}, "no chat template"),
+    ):
+        with pytest.raises(SpecError, match=message):
+            rapidin_vdb.init(
+                tmp_path / "db",
+                **{"model": str(models["llama"]), "adapter": str(adapters["llama"]), "width": 64} | options,
+            )
+        assert not (tmp_path / "db").exists()
+
+
+def test_commits_are_kept_when_ingest_is_interrupted(tmp_path, models, adapters, database):
+    """Ctrl-C in the middle: what was computed is there, and the same command goes on."""
+    other = make(tmp_path / "other", models, adapters)
+
+    def interrupt(stage, done, total):
+        if done == 10:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        other.ingest(tmp_path / "toy.jsonl", progress=interrupt)
+    assert other.info().samples == 10
+    report = other.ingest(tmp_path / "toy.jsonl")
+    assert (report.added, report.unchanged) == (14, 10)
+    assert content(other) == content(database)
+
+
+@pytest.mark.slow
+def test_nf4_from_end_to_end(tmp_path, shared):
+    """QLoRA on the real model: init, ingest, query, and a sample's own generation finds the sample."""
+    from conftest import real_adapter
+
+    adapter = real_adapter(tmp_path / "adapter", shared)
+    model = str(shared / "models" / "tinystories-260k")
+    database = rapidin_vdb.init(tmp_path / "db", model=model, adapter=str(adapter), quantization="nf4", width=8192)
+    with gzip.open(shared / "data" / "instruct" / "alpaca.jsonl.gz", "rt", encoding="utf-8") as file:
+        records = [json.loads(line) for _, line in zip(range(40), file, strict=False)]
+    database.ingest(write_jsonl(tmp_path / "a.jsonl", records), on_bad_record="skip")
+    for record in records[:5]:
+        prompt = record["instruction"] + ("\n" + record["input"] if record["input"] else "")
+        (ranking,) = rapidin_vdb.open(database.path).query(prompt, record["output"], top_k=1)
+        assert ranking.results[0].sample_id == record["id"]
