@@ -104,10 +104,10 @@ def _add_more(demo: _Demo, database: Database, more: Path, attacked: list[dict[s
         report = database.ingest(more, split="late", progress=demo.progress)
     rankings = _query(demo, database, attacked)
     new = [result for ranking in rankings for result in ranking.results if result.split == "late"]
+    bad = sum(bool(result.metadata["poisoned"]) for result in new)
     demo.tell(
         f"6. {report.added} more records ingested; the next query searched {rankings[0].searched} samples. Of the "
-        f"{len(rankings)} top tens, {len(new)} places went to new samples, {sum(bool(r.metadata['poisoned']) for r in new)} "
-        "of them poisoned."
+        f"{len(rankings)} top tens, {len(new)} places went to new samples, {bad} of them poisoned."
     )
 
 

@@ -177,11 +177,11 @@ def _keep_differentiable(model: torch.nn.Module) -> None:
 
 
 def _load_adapter(model: Any, adapter: str, base: str) -> Any:
-    from peft import PeftModel, get_peft_model_state_dict
-    from peft.utils import load_peft_weights
-
     try:
-        with quiet_libraries():
+        with quiet_libraries():  # the imports too: bitsandbytes says at import what it does without
+            from peft import PeftModel, get_peft_model_state_dict
+            from peft.utils import load_peft_weights
+
             adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, use_safetensors=True)
             weights = load_peft_weights(adapter, device="cpu", use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:

@@ -61,10 +61,10 @@ def new_llama(vocabulary: int, *, hidden: int, layers: int, heads: int, seed: in
 
 def with_lora(model: Any, *, rank: int, modules: Sequence[str], seed: int) -> Any:
     """Return the model with a fresh LoRA adapter on some of its linear modules; only the adapter is trained."""
-    from peft import LoraConfig, get_peft_model
-
     torch.manual_seed(seed)
     with quiet_libraries():
+        from peft import LoraConfig, get_peft_model
+
         return get_peft_model(
             model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules), task_type="CAUSAL_LM")
         )
