@@ -8,7 +8,7 @@ __version__ = "0.1.0"
 # Handed out lazily: `rapidin-vdb --help` must load none of torch, faiss, lancedb.
 _HOMES = {
     "Database": "rapidin_vdb.database",
-    "init": "rapidin_vdb.database",
+    "init": "rapidin_vdb.creation",
     "open": "rapidin_vdb.database",
     "Ranking": "rapidin_vdb.results",
     "RankedSample": "rapidin_vdb.results",

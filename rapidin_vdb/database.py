@@ -1,87 +1,32 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
-import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from rapidin_vdb.compute import WorkerSpec, compute_here, compute_in_workers
 from rapidin_vdb.corpus import load_template
 from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import SpecError, TableError
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.gradient import fingerprint_of, load_model
+from rapidin_vdb.gradient import (
+    default_batch_tokens,
+    load_config,
+    load_tokenizer,
+    resolve_devices,
+)
 from rapidin_vdb.ingest import Corpus, ingest
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import encode_queries, query_from, rank, read_queries, sketch_queries
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import (
-    DType,
     Fingerprint,
-    ModelSpec,
-    Normalize,
     OnBadRecord,
     OnDuplicate,
-    Quantization,
     Sample,
-    SketchSpec,
 )
 from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestReport, Ranking, StoredSample
-from rapidin_vdb.store import SampleTable
-
-_DEFAULT_SKETCH = SketchSpec()
-
-
-def init(
-    path: str | Path,
-    *,
-    model: str,
-    adapter: str | None = None,
-    quantization: Quantization = "none",
-    dtype: DType = "auto",
-    width: int = _DEFAULT_SKETCH.width,
-    shuffles: int = _DEFAULT_SKETCH.shuffles,
-    seed: int = _DEFAULT_SKETCH.seed,
-    normalize: Normalize = "layer",
-    parameters: str = "trainable",
-    template: str = "alpaca",
-    max_tokens: int = 512,
-    epochs: float = 1.0,
-    learning_rate: float = 1.0,
-    device: str = "auto",
-) -> "Database":
-    """Make a new database for the training samples of a model, and return it.
-
-    The model is loaded, to take its fingerprint and to see that the sketch fits; nothing is written before that.
-
-    Raises:
-        TableExistsError: something is at `path` already.
-        ModelError: the model or the adapter is missing, or they do not belong together.
-        SpecError: a value that cannot be honoured, such as a width beyond the gradient.
-    """
-    for name, value in (("epochs", epochs), ("learning-rate", learning_rate)):
-        if not (math.isfinite(value) and value > 0):
-            raise SpecError(f"--{name} is {value}; wanted a number above 0")
-    if max_tokens < 2:
-        raise SpecError(f"--max-tokens is {max_tokens}; wanted 2 or more")
-    if seed < 0:
-        raise SpecError(f"--seed is {seed}; wanted 0 or more")
-    SampleTable.check_free(str(path))
-    loaded = load_model(
-        ModelSpec(model=model, adapter=adapter, quantization=quantization, dtype=dtype, parameters=parameters),
-        device=device,
-    )
-    chosen = load_template(template, tokenizer=loaded.tokenizer)
-    fingerprint = fingerprint_of(
-        loaded,
-        template=chosen.name,
-        template_text=chosen.text,
-        max_tokens=max_tokens,
-        normalize=normalize,
-        sketch=SketchSpec(width=width, shuffles=shuffles, seed=seed),
-        epochs=epochs,
-        learning_rate=learning_rate,
-    )
-    engine = Engine(fingerprint, loaded)
-    return Database(SampleTable.create(str(path), fingerprint), engine=engine)
+from rapidin_vdb.store import SampleTable, Snapshot
 
 
 def open(path: str | Path) -> "Database":
@@ -133,11 +78,20 @@ class Database:
         source: str | None = None,
         id_field: str = "id",
         limit: int | None = None,
+        batch_tokens: int | None = None,
+        device: str = "auto",
+        workers_per_device: int = 1,
         on_bad_record: OnBadRecord = "stop",
         on_duplicate: OnDuplicate = "error",
+        model: str | None = None,
+        adapter: str | None = None,
         progress: Progress = silent,
     ) -> IngestReport:
         """Add the records of some files; samples that are there already are left alone.
+
+        `device` may name several, as `cuda:0,cuda:1`. With more than one device or worker, each worker is a process
+        that loads the model for itself. `batch_tokens` limits a batch, padding included; by default it follows free
+        memory.
 
         Raises:
             CorpusError: a file or a record cannot be read; nothing is written.
@@ -146,17 +100,54 @@ class Database:
         """
         if not files:
             raise SpecError("no file to ingest")
-        if limit is not None and limit < 1:
-            raise SpecError(f"--limit is {limit}; wanted 1 or more")
-        engine = self._loaded()
+        for name, value in (
+            ("limit", limit),
+            ("batch-tokens", batch_tokens),
+            ("workers-per-device", workers_per_device),
+        ):
+            if value is not None and value < 1:
+                raise SpecError(f"--{name} is {value}; wanted 1 or more")
+        corpus = Corpus(
+            paths=tuple(Path(file) for file in files), split=split, source=source, id_field=id_field, limit=limit
+        )
+        devices = resolve_devices(device)
+        workers = len(devices) * workers_per_device
+        if workers == 1:
+            if self._engine is None:
+                self.load(model=model, adapter=adapter, device=devices[0])
+            engine = self._loaded()
+            config, tokenizer, template = engine.loaded.model.config, engine.loaded.tokenizer, engine.template
+            compute = compute_here(engine)
+        else:
+            name = model or self.fingerprint.model
+            config, tokenizer = load_config(name), load_tokenizer(name)
+            template = load_template(
+                self.fingerprint.template, tokenizer=tokenizer, text=self.fingerprint.template_text
+            )
+            compute = compute_in_workers(
+                [
+                    WorkerSpec(
+                        fingerprint=self.fingerprint,
+                        place=self.path,
+                        model=model,
+                        adapter=adapter,
+                        device=one,
+                        threads=max(1, (os.cpu_count() or 1) // workers),
+                    )
+                    for one in devices
+                    for _ in range(workers_per_device)
+                ]
+            )
         return ingest(
             self._table,
-            engine.maker,
-            Corpus(
-                paths=tuple(Path(file) for file in files), split=split, source=source, id_field=id_field, limit=limit
+            corpus,
+            compute,
+            tokenizer=tokenizer,
+            template=template,
+            batch_tokens=batch_tokens
+            or default_batch_tokens(
+                config, dtype=self.fingerprint.dtype, device=devices[0], workers=workers_per_device
             ),
-            tokenizer=engine.loaded.tokenizer,
-            template=engine.template,
             on_bad_record=on_bad_record,
             on_duplicate=on_duplicate,
             progress=progress,
@@ -171,10 +162,7 @@ class Database:
         """
         chosen = recipe if isinstance(recipe, IndexRecipe) else read_recipe(recipe)
         snapshot = self._table.snapshot()
-        if not snapshot.count():
-            raise TableError(
-                f"the database {self.path} is empty; add samples first: rapidin-vdb ingest {self.path} FILE"
-            )
+        self._check_not_empty(snapshot)
         return self._indexes.build(snapshot, chosen, progress=progress)
 
     def query(
@@ -205,7 +193,9 @@ class Database:
         """
         if top_k < 1:
             raise SpecError(f"--top-k is {top_k}; wanted 1 or more")
-        if (generation is not None) + (file is not None) + (queries is not None) != 1:
+        if (generation is not None) + (file is not None) + (queries is not None) != 1 or (
+            prompt is not None and generation is None
+        ):
             raise SpecError("give one of: --prompt and --generation, or --file QUERIES.jsonl")
         if generation is not None:
             queries = [query_from(prompt, generation)]
@@ -213,6 +203,7 @@ class Database:
             queries = read_queries(Path(file))
         assert queries is not None
         snapshot = self._table.snapshot()
+        self._check_not_empty(snapshot)
         if where is not None:
             snapshot.count(where)  # a filter that is not understood is said before a model is loaded
         if self._engine is None:
@@ -228,6 +219,12 @@ class Database:
         index = self._indexes.fresh(snapshot, progress=progress)
         return rank(snapshot, index, sketched, top_k=top_k, where=where, harmful=harmful)
 
+    def _check_not_empty(self, snapshot: Snapshot) -> None:
+        if not snapshot.count():
+            raise TableError(
+                f"the database {self.path} is empty; add samples first: rapidin-vdb ingest {self.path} FILE"
+            )
+
     def show(self, sample_id: str) -> StoredSample:
         """Return a sample as it is stored, without its vector.
 
@@ -236,7 +233,7 @@ class Database:
         """
         found = self._table.snapshot().samples([sample_id])
         if sample_id not in found:
-            raise TableError(f"no sample {sample_id!r} in {self.path}; list some with: rapidin-vdb info {self.path}")
+            raise TableError(f"no sample {sample_id!r} in {self.path}")
         return found[sample_id]
 
     def info(self) -> DatabaseInfo:
@@ -253,8 +250,9 @@ class Database:
             model=stored.model,
             adapter=stored.adapter,
             table_version=snapshot.version,
-            indexes=self._indexes.list(snapshot.version),
+            indexes=self._indexes.list(snapshot),
             bytes=sum(path.stat().st_size for path in Path(self.path).rglob("*") if path.is_file()),
+            columns=snapshot.columns,
         )
 
     def delete(self, *, where: str | None = None, ids: Sequence[str] | None = None) -> list[str] | int:

@@ -3,6 +3,7 @@
 from typing import cast
 
 from rapidin_vdb.corpus import Template, load_template
+from rapidin_vdb.errors import ModelError
 from rapidin_vdb.gradient import LoadedModel, RapidGradMaker, fingerprint_of, load_model
 from rapidin_vdb.records import DType, Fingerprint, ModelSpec
 from rapidin_vdb.store import check_fingerprint
@@ -40,11 +41,21 @@ def load_engine(
         dtype=cast(DType, stored.dtype if stored.dtype in ("float32", "bfloat16", "float16") else "auto"),
         parameters=stored.parameters,
     )
-    loaded = load_model(spec, device=device)
+    try:
+        loaded = load_model(spec, device=device)
+    except ModelError as error:
+        if model is None and adapter is None:
+            raise ModelError(
+                f"{error}. If it has moved since init, say where it is: --model FOLDER --adapter FOLDER"
+            ) from error
+        raise
+    # A chat template is the tokenizer's, and may have changed with it; a Jinja file is the database's own.
+    own = stored.template_text if stored.template == "jinja" else None
+    template = load_template(stored.template, tokenizer=loaded.tokenizer, text=own)
     here = fingerprint_of(
         loaded,
-        template=stored.template,
-        template_text=stored.template_text,
+        template=template.name,
+        template_text=template.text,
         max_tokens=stored.max_tokens,
         normalize=stored.normalize,
         sketch=stored.sketch,

@@ -26,9 +26,11 @@ class IndexKeeper:
     def build(self, snapshot: Snapshot, recipe: IndexRecipe, *, progress: Progress = silent) -> IndexInfo:
         """Build an index of a version of the table, write it to disk, and say what it holds."""
         built = _build(snapshot, recipe, progress=progress)
-        manifest = save_index(built, self._folder, table=TABLE, table_version=snapshot.version)
+        manifest = save_index(
+            built, self._folder, table=TABLE, table_version=snapshot.version, table_digest=snapshot.digest
+        )
         self._resident = (snapshot.version, built)
-        return _info(manifest, snapshot.version)
+        return _info(manifest, snapshot)
 
     def fresh(self, snapshot: Snapshot, *, progress: Progress = silent) -> ShardedIndex:
         """Return an index of exactly this version of the table: at hand, on disk, or made now."""
@@ -45,13 +47,13 @@ class IndexKeeper:
         self._resident = (snapshot.version, index)
         return index
 
-    def list(self, version: int) -> tuple[IndexInfo, ...]:
-        """Return what is built, and whether it is of this version."""
-        return tuple(_info(manifest, version) for manifest in list_manifests(self._folder))
+    def list(self, snapshot: Snapshot) -> tuple[IndexInfo, ...]:
+        """Return what is built, and whether it holds this version of the table."""
+        return tuple(_info(manifest, snapshot) for manifest in list_manifests(self._folder))
 
     def _load(self, snapshot: Snapshot) -> ShardedIndex | None:
         for manifest in list_manifests(self._folder):
-            if manifest.table_version == snapshot.version and manifest.width == snapshot.fingerprint.sketch.width:
+            if _holds(manifest, snapshot):
                 try:
                     return load_index(self._folder, manifest)
                 except SpecError as error:
@@ -73,10 +75,18 @@ def _build(snapshot: Snapshot, recipe: IndexRecipe, *, progress: Progress) -> Sh
     return build_index(recipe, batches(), width=snapshot.fingerprint.sketch.width, count=count)
 
 
-def _info(manifest: Manifest, version: int) -> IndexInfo:
+def _holds(manifest: Manifest, snapshot: Snapshot) -> bool:
+    return (manifest.table, manifest.table_digest, manifest.width) == (
+        TABLE,
+        snapshot.digest,
+        snapshot.fingerprint.sketch.width,
+    )
+
+
+def _info(manifest: Manifest, snapshot: Snapshot) -> IndexInfo:
     return IndexInfo(
         name=manifest.name,
         recipe=manifest.recipe,
-        fresh=manifest.table_version == version,
+        fresh=_holds(manifest, snapshot),
         samples=manifest.samples,
     )

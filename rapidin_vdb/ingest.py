@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from rapidin_vdb.compute import Compute
 from rapidin_vdb.corpus import Template, Tokenizer, encode, read_corpus
 from rapidin_vdb.errors import CorpusError, GradientError
-from rapidin_vdb.gradient import RapidGradMaker
-from rapidin_vdb.gradient.rapidgrad import to_half
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate, Sample
 from rapidin_vdb.results import IngestReport
 from rapidin_vdb.store import ColumnKind, Row, SampleTable, merge_kinds
+
+Pair = tuple[Sample, Encoded]
 
 # Records checked, encoded and sorted by length together.
 _WINDOW = 1024
@@ -44,7 +45,7 @@ class Corpus:
 
 
 @dataclass(kw_only=True)
-class _Plan:
+class Plan:
     """What the first reading of a corpus found."""
 
     todo: dict[str, str] = field(default_factory=dict)
@@ -55,6 +56,8 @@ class _Plan:
     """Those of them whose id is in the table, with other content."""
     unchanged: int = 0
     """Samples that are there already."""
+    seen: int = 0
+    """The table's version that the plan was made for."""
     kept: int = 0
     """Samples whose id stands for other content, which stays."""
     bad: list[str] = field(default_factory=list)
@@ -63,11 +66,12 @@ class _Plan:
 
 def ingest(
     table: SampleTable,
-    maker: RapidGradMaker,
     corpus: Corpus,
+    compute: Compute,
     *,
     tokenizer: Tokenizer,
     template: Template,
+    batch_tokens: int,
     on_bad_record: OnBadRecord = "stop",
     on_duplicate: OnDuplicate = "error",
     progress: Progress = silent,
@@ -86,29 +90,41 @@ def ingest(
     started = time.monotonic()
     max_tokens = table.fingerprint.max_tokens
 
-    def windows() -> Iterator[list[tuple[Sample, Encoded] | CorpusError]]:
+    def windows() -> Iterator[list[Pair | CorpusError]]:
         samples = corpus.read()
         while window := list(islice(samples, _WINDOW)):
             yield _encode_window(window, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
 
-    plan = _make_plan(table, windows(), on_bad_record=on_bad_record, on_duplicate=on_duplicate)
-    table.ensure_columns(plan.kinds)
-    writer = _Writer(table, replacing=plan.replaced)
+    plan = make_plan(table, windows(), on_bad_record=on_bad_record, on_duplicate=on_duplicate)
+    plan.seen = table.ensure_columns(plan.kinds, seen=plan.seen)
+    writer = _Writer(table, replacing=plan.replaced, seen=plan.seen)
     total, done, tokens = len(plan.todo), 0, 0
+    in_flight: dict[str, Pair] = {}
+
+    def batches() -> Iterator[list[Encoded]]:
+        for window in windows():
+            for batch in planned_batches(window, plan.todo, batch_tokens):
+                in_flight.update({pair[1].sample_id: pair for pair in batch})
+                yield [encoded for _, encoded in batch]
+
     progress("ingest", 0, total)
     try:
-        for window in windows():
-            for sample, encoded in sorted(_wanted(window, plan.todo), key=lambda pair: len(pair[1].input_ids)):
-                try:
-                    rapidgrad, loss = maker.make(encoded)
-                    vector = to_half(rapidgrad, sample_id=sample.sample_id)
-                    writer.write(Row(sample=sample, encoded=encoded, loss=loss, vector=vector))
-                except GradientError as error:
-                    if on_bad_record == "stop":
-                        raise
-                    plan.bad.append(str(error))
+        for batch, results in compute(batches()):
+            for encoded, result in zip(batch, results, strict=True):
+                sample, _ = in_flight.pop(encoded.sample_id)
                 done, tokens = done + 1, tokens + len(encoded.input_ids)
-                progress("ingest", done, total)
+                if not isinstance(result, GradientError):
+                    writer.add(Row(sample=sample, encoded=encoded, vector=result[0], loss=result[1]))
+                elif on_bad_record == "stop":
+                    raise GradientError(
+                        f"{sample.location}: {result}. What was done before is kept; pass over such samples with: "
+                        "--on-bad-record skip"
+                    )
+                else:
+                    plan.bad.append(f"{sample.location}: {result}")
+            # Between batches only: a run that was killed has whole batches in the table, and forms the same again.
+            writer.commit_if_due()
+            progress("ingest", done, total)
     finally:
         # On an error or Ctrl-C too: what has been computed is not lost.
         writer.commit()
@@ -124,12 +140,44 @@ def ingest(
     )
 
 
+def planned_batches(
+    window: Sequence[Pair | CorpusError], todo: dict[str, str], batch_tokens: int
+) -> Iterator[list[Pair]]:
+    """Yield the planned samples of a window in batches of like length, taking them off the plan.
+
+    Batches are cut from all samples of the window and then lose those that are stored: so a run that goes on after
+    another was killed forms the same batches as if it had not been. Batches that lost some samples are cut anew.
+    """
+    pairs = [entry for entry in window if not isinstance(entry, CorpusError)]
+    rest: list[Pair] = []
+    for batch in _cut(pairs, batch_tokens):
+        wanted = _wanted(batch, todo)
+        if len(wanted) == len(batch):
+            yield batch
+        else:
+            rest += wanted
+    yield from _cut(rest, batch_tokens)
+
+
+def _cut(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[list[Pair]]:
+    """Yield batches of like length, of at most `batch_tokens` tokens with their padding, but one sample at least."""
+    batch: list[Pair] = []
+    for pair in sorted(pairs, key=lambda pair: (len(pair[1].input_ids), pair[1].sample_id)):
+        # Sorted: the newest is the longest.
+        if batch and len(pair[1].input_ids) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(pair)
+    if batch:
+        yield batch
+
+
 def _encode_window(
     window: Sequence[Sample | CorpusError], *, tokenizer: Tokenizer, template: Template, max_tokens: int
-) -> list[tuple[Sample, Encoded] | CorpusError]:
+) -> list[Pair | CorpusError]:
     samples = [entry for entry in window if isinstance(entry, Sample)]
     encoded = iter(encode(samples, tokenizer=tokenizer, template=template, max_tokens=max_tokens))
-    result: list[tuple[Sample, Encoded] | CorpusError] = []
+    result: list[Pair | CorpusError] = []
     for entry in window:
         if isinstance(entry, CorpusError):
             result.append(entry)
@@ -139,15 +187,21 @@ def _encode_window(
     return result
 
 
-def _make_plan(
+def make_plan(
     table: SampleTable,
-    windows: Iterator[list[tuple[Sample, Encoded] | CorpusError]],
+    windows: Iterator[list[Pair | CorpusError]],
     *,
     on_bad_record: OnBadRecord,
     on_duplicate: OnDuplicate,
-) -> _Plan:
-    stored = table.snapshot().content_hashes()
-    plan = _Plan()
+) -> Plan:
+    """Return what there is to write, every record having been looked at.
+
+    Raises:
+        CorpusError: a record cannot be stored, or an id stands for two contents, where the options do not allow it.
+    """
+    snapshot = table.snapshot()
+    stored = snapshot.content_hashes()
+    plan = Plan(seen=snapshot.version)
     for window in windows:
         for entry in window:
             if isinstance(entry, CorpusError):
@@ -164,7 +218,7 @@ def _make_plan(
     return plan
 
 
-def _decide(plan: _Plan, sample: Sample, stored: dict[str, str], table: SampleTable, on_duplicate: OnDuplicate) -> bool:
+def _decide(plan: Plan, sample: Sample, stored: dict[str, str], table: SampleTable, on_duplicate: OnDuplicate) -> bool:
     """Say whether a sample is to be written, counting it either way."""
     planned = plan.todo.get(sample.sample_id)
     before = planned or stored.get(sample.sample_id)
@@ -199,40 +253,42 @@ def _differing(table: SampleTable, sample: Sample) -> str:
     return f" (its {' and '.join(names or ['other fields'])} differ)"
 
 
-def _wanted(window: list[tuple[Sample, Encoded] | CorpusError], todo: dict[str, str]) -> list[tuple[Sample, Encoded]]:
-    """Take the planned samples of a window off the plan; of two with one id, the one that the plan settled on."""
+def _wanted(batch: Sequence[Pair], todo: dict[str, str]) -> list[Pair]:
+    """Take the planned samples of a batch off the plan; of two with one id, the one that the plan settled on."""
     wanted = []
-    for entry in window:
-        if not isinstance(entry, CorpusError) and todo.get(entry[0].sample_id) == entry[0].content_hash:
-            del todo[entry[0].sample_id]
-            wanted.append(entry)
+    for pair in batch:
+        if todo.get(pair[0].sample_id) == pair[0].content_hash:
+            del todo[pair[0].sample_id]
+            wanted.append(pair)
     return wanted
 
 
 class _Writer:
     """Gathers rows and commits them, many at a time."""
 
-    def __init__(self, table: SampleTable, *, replacing: set[str]) -> None:
+    def __init__(self, table: SampleTable, *, replacing: set[str], seen: int) -> None:
         self.added = 0
         self.replaced = 0
         self._table = table
         self._replacing = replacing
+        self._seen = seen
         self._rows: list[Row] = []
         self._bytes = 0
         self._since = time.monotonic()
 
-    def write(self, row: Row) -> None:
+    def add(self, row: Row) -> None:
         self._rows.append(row)
         self._bytes += row.vector.nbytes
+
+    def commit_if_due(self) -> None:
         if self._bytes >= _COMMIT_BYTES or time.monotonic() - self._since >= _COMMIT_SECONDS:
             self.commit()
 
     def commit(self) -> None:
-        if self._rows:
-            replaced = sum(row.sample.sample_id in self._replacing for row in self._rows)
-            if replaced:
-                self._table.replace(self._rows)
-            else:
-                self._table.append(self._rows)
-            self.added, self.replaced = self.added + len(self._rows) - replaced, self.replaced + replaced
-        self._rows, self._bytes, self._since = [], 0, time.monotonic()
+        # Emptied first: a Ctrl-C in the middle must not write rows a second time that the commit goes on to write.
+        rows, self._rows, self._bytes = self._rows, [], 0
+        if rows:
+            replaced = sum(row.sample.sample_id in self._replacing for row in rows)
+            self._seen = self._table.replace(rows) if replaced else self._table.append(rows, seen=self._seen)
+            self.added, self.replaced = self.added + len(rows) - replaced, self.replaced + replaced
+        self._since = time.monotonic()

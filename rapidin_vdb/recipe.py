@@ -55,7 +55,7 @@ def read_recipe(name_or_path: str | Path) -> IndexRecipe:
     path = Path(name_or_path)
     if not path.is_file():
         shipped = shipped_recipes()
-        if path.stem not in shipped or path.suffix not in ("", ".toml"):
+        if path.stem not in shipped or str(path) not in (path.stem, f"{path.stem}.toml", f"indexes/{path.name}"):
             raise SpecError(
                 f"no index recipe at {name_or_path}; give a TOML file or one of: "
                 + ", ".join(f"indexes/{name}.toml" for name in shipped)

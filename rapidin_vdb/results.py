@@ -195,7 +195,9 @@ class DatabaseInfo:
     """The built indexes."""
     bytes: int
     """Size on disk, indexes included."""
+    columns: tuple[str, ...]
+    """What a filter may use, with types; not in the JSON, whose fields are fixed."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that `info --json` prints."""
-        return dataclasses.asdict(self)
+        return {name: value for name, value in dataclasses.asdict(self).items() if name != "columns"}

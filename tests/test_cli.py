@@ -125,7 +125,6 @@ def test_tables_fit_a_terminal_and_hide_control_characters(capsys, database, tmp
         (["query", "{db}", "--generation", "x", "--top-k", "0"], "--top-k is 0; wanted 1 or more"),
         (["query", "{db}", "--generation", "x", "--where", "nosuch = 1"], "No field named nosuch"),
         (["query", "{db}", "--generation", "x", "--where", "split = 'a'; DROP"], "holds a second statement"),
-        (["query", "{db}"], "give one of: --prompt and --generation, or --file"),
         (["query", "{db}", "--file", "{tmp}/none.jsonl"], "none.jsonl: no such file"),
         (["query", "{tmp}/none", "--generation", "x"], "no database at {tmp}/none; make one with: rapidin-vdb init"),
         (["init", "{db}", "--model", "x"], "a database is already at {db}; add to it with: rapidin-vdb ingest"),
@@ -139,7 +138,6 @@ def test_tables_fit_a_terminal_and_hide_control_characters(capsys, database, tmp
             "no index recipe at x.toml; give a TOML file or one of: indexes/cpu.toml",
         ),
         (["show", "{db}", "nobody"], "no sample 'nobody' in"),
-        (["delete", "{db}"], "give one of: --where SQL, or --ids FILE"),
         (["delete", "{db}", "--ids", "{tmp}/none"], "--ids {tmp}/none: cannot be read"),
         (["demo", "--dir", "{tmp}"], "--dir {tmp} is not empty; give a new folder"),
     ],
@@ -162,8 +160,22 @@ def test_wrong_usage_is_exit_2(capsys, database):
         ["query"],
         ["init", "x", "--model", "m", "--normalize", "both"],
         ["query", database.path, "--top-k", "many"],
+        ["query", database.path],
+        ["query", database.path, "--prompt", "x", "--file", "y"],
+        ["delete", database.path],
     ):
-        assert call(capsys, *arguments)[0] == 2
+        code, out, err = call(capsys, *arguments)
+        assert (code, out) == (2, "") and "Usage: " in err
+
+
+def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch):
+    def interrupt(self, sample_id):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rapidin_vdb.database.Database.show", interrupt)
+    code, out, err = call(capsys, "show", database.path, "x")
+    assert (code, out) == (130, "")
+    assert err == "interrupted: what was committed is kept; run the same command again to go on\n"
 
 
 def test_a_filter_that_matches_nothing_is_an_answer(capsys, database):

@@ -85,6 +85,7 @@ def test_every_format_gives_the_same_samples(tmp_path, name, write):
             "ho",
             {"a_b": "c"},
         ),
+        ({"text": "x", "": 1, "a`b": 2, "  ": None, 'q"': 3}, None, "x", {"unnamed": 1, "a_b": 2, "q_": 3}),
         ({"prompt": "P", "response": "R", "tags": ["a"], "extra": {"a": 1}, "nan": float("nan")}, "P", "R", {}),
     ],
 )
@@ -110,7 +111,7 @@ def test_messages_end_at_the_last_answer():
         ({"instruction": "x", "output": ["y"]}, r'output is \["y"\]; wanted a text'),
         ({"messages": [{"role": "user", "content": "x"}]}, "no turn of the role assistant"),
         ({"messages": [{"role": "user"}]}, "list of objects with texts role and content"),
-        ({"id": True, "text": "x"}, "id is true; wanted a text or a number"),
+        ({"id": True, "text": "x"}, "id is true; wanted a text or a whole number"),
         ({"text": "x", "Lang": "a", "lang": "b"}, "two fields would both be the column 'lang'"),
         ({"text": "\ud800"}, "not valid Unicode"),
     ],
@@ -121,7 +122,7 @@ def test_records_that_cannot_be_samples(fields, message):
 
 
 def test_ids_come_from_the_record_or_its_content():
-    assert sample(id=7, text="x").sample_id == "7"
+    assert sample(id=7, text="x").sample_id == sample(id=7.0, text="x").sample_id == "7"
     assert sample_from(Record(location="", fields={"uid": "u", "text": "x"}), id_field="uid").sample_id == "u"
     assert sample(text="x").sample_id == sample(text="x").sample_id
     assert sample(text="x").sample_id != sample(text="y").sample_id
@@ -181,7 +182,7 @@ def test_a_dataset_of_several_splits_says_how_to_ingest_one(tmp_path):
         str(tmp_path / "d")
     )
     with pytest.raises(
-        CorpusError, match="holds the splits train, test; ingest one at a time, as in: .*train --split train"
+        CorpusError, match="holds the splits test, train; ingest one at a time, as in: .*test --split test"
     ):
         list(read_corpus([tmp_path / "d"]))
 

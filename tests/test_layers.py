@@ -8,12 +8,13 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rapidin_vdb"
 LAYERS = {
     "errors": 0, "records": 1, "recipe": 1, "progress": 1, "results": 2, "corpus": 2, "sketch": 2, "gradient": 3, "store": 3,
-    "index": 3, "engine": 4, "freshness": 4, "ingest": 4, "query": 4, "database": 5, "demo": 6, "cli": 7, "__init__": 8, "__main__": 9,
+    "index": 3, "engine": 4, "freshness": 4, "query": 4,
+    "compute": 5, "ingest": 6, "database": 7, "creation": 8, "demo": 9, "cli": 10, "__init__": 11, "__main__": 12,
 }  # fmt: skip
 HOMES = {
     "transformers": {"gradient"}, "peft": {"gradient"}, "bitsandbytes": {"gradient"}, "tokenizers": {"gradient"},
-    "safetensors": {"gradient"}, "lancedb": {"store"}, "pyarrow": {"store", "corpus", "results"}, "faiss": {"index"},
-    "typer": {"cli"}, "rich": {"cli"}, "jinja2": {"corpus"}, "torch": {"gradient", "sketch"}, "click": set(),
+    "safetensors": {"gradient"}, "lancedb": {"store"}, "filelock": {"store"}, "numba": {"sketch"}, "pyarrow": {"store", "corpus", "results"}, "faiss": {"index"},
+    "typer": {"cli"}, "rich": {"cli"}, "jinja2": {"corpus"}, "torch": {"gradient", "sketch", "compute"}, "click": set(),
 }  # fmt: skip
 
 

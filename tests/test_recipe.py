@@ -42,3 +42,5 @@ def test_a_recipe_that_is_not_there():
         SpecError, match="no index recipe at indexes/tpu.toml; give a TOML file or one of: indexes/cpu.toml"
     ):
         read_recipe("indexes/tpu.toml")
+    with pytest.raises(SpecError, match="no index recipe at /elsewhere/cpu.toml"):
+        read_recipe("/elsewhere/cpu.toml")

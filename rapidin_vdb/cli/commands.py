@@ -1,7 +1,9 @@
 """The commands, one function each."""
 
+from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -66,7 +68,11 @@ def ingest(
         str, typer.Option(help="Field that holds a unique id; without one, the content is the id.")
     ] = "id",
     limit: Annotated[int | None, typer.Option(help="Read this many records at most.")] = None,
-    device: Device = "auto",
+    batch_tokens: Annotated[
+        int | None, typer.Option(help="Tokens a batch may have, padding included [default: by free memory].")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or several: cuda:0,cuda:1.")] = "auto",
+    workers_per_device: Annotated[int, typer.Option(help="Processes a device, each with the model.")] = 1,
     on_bad_record: Annotated[
         OnBadRecord, typer.Option(help="Stop before anything is written, or skip and list at the end.")
     ] = "stop",
@@ -81,11 +87,11 @@ def ingest(
     import rapidin_vdb
 
     database = rapidin_vdb.open(db)
-    database.load(model=model, adapter=adapter, device=device)
     with progress_bars() as progress:
         report = database.ingest(
-            *files, split=split, source=source, id_field=id_field, limit=limit,
-            on_bad_record=on_bad_record, on_duplicate=on_duplicate, progress=progress,
+            *files, split=split, source=source, id_field=id_field, limit=limit, batch_tokens=batch_tokens,
+            device=device, workers_per_device=workers_per_device, on_bad_record=on_bad_record,
+            on_duplicate=on_duplicate, model=model, adapter=adapter, progress=progress,
         )  # fmt: skip
     show.ingested(report)
 
@@ -127,6 +133,8 @@ def query(
     """
     import rapidin_vdb
 
+    if (generation is None) == (file is None) or (prompt is not None and file is not None):
+        raise typer.BadParameter("give --generation (and --prompt), or --file QUERIES.jsonl")
     database = rapidin_vdb.open(db)
     with progress_bars() as progress:
         rankings = database.query(
@@ -171,6 +179,8 @@ def delete(
     """
     import rapidin_vdb
 
+    if (where is None) == (ids is None):
+        raise typer.BadParameter("give --where SQL, or --ids FILE")
     wanted = None if ids is None else show.read_ids(ids)
     show.deleted(rapidin_vdb.open(db).delete(where=where, ids=wanted), wanted)
 
@@ -196,4 +206,18 @@ def demo(
 def add_to(app: typer.Typer) -> None:
     """Register every command, in the order of a database's life."""
     for function in (init, ingest, index, query, show_sample, info, delete, demo):
-        app.command(name=function.__name__.removesuffix("_sample"))(function)
+        app.command(name=function.__name__.removesuffix("_sample"))(_interruptible(function))
+
+
+def _interruptible(function: Callable[..., None]) -> Callable[..., None]:
+    """Answer Ctrl-C with a message and exit code 130; Typer's own answer is silent."""
+
+    @wraps(function)
+    def run(*arguments: Any, **options: Any) -> None:
+        try:
+            function(*arguments, **options)
+        except KeyboardInterrupt:
+            typer.echo("interrupted: what was committed is kept; run the same command again to go on", err=True)
+            raise typer.Exit(130) from None
+
+    return run

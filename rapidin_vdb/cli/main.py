@@ -20,7 +20,7 @@ commands.add_to(app)
 
 
 def main() -> None:
-    """Run the command line; an error of ours becomes a message and exit code 1, Ctrl-C becomes 130."""
+    """Run the command line; an error of ours becomes a message and exit code 1."""
     logging.basicConfig(format="%(message)s", level=logging.ERROR)
     logging.getLogger("rapidin_vdb").setLevel(logging.INFO)
     try:
@@ -28,6 +28,3 @@ def main() -> None:
     except RapidInError as error:
         typer.echo(f"error: {error}", err=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        typer.echo("interrupted: what was committed is kept; run the same command again to go on", err=True)
-        sys.exit(130)

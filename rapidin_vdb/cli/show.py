@@ -95,8 +95,12 @@ def info(found: DatabaseInfo, *, as_json: bool) -> None:
     if as_json:
         json_line(found.to_dict())
         return
-    for name, value in found.to_dict().items():
-        if name == "indexes":
+    for name, value in (found.to_dict() | {"columns": None}).items():
+        if name == "columns":
+            typer.echo(
+                textwrap.fill(", ".join(found.columns), 80, initial_indent=f"{name:<15}", subsequent_indent=" " * 15)
+            )
+        elif name == "indexes":
             for built in found.indexes:
                 state = "fresh" if built.fresh else "of an older version; a query looks at the table instead"
                 typer.echo(f"{'index':<14} {built.name}: {built.samples:,} samples, {state}")

@@ -7,6 +7,7 @@ import csv
 import gzip
 import json
 import re
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from io import TextIOWrapper
@@ -72,7 +73,7 @@ def _read_json(path: Path) -> Iterator[Record | CorpusError]:
             yield from _read_json_array(path)
         else:
             yield from _read_json_lines(path)
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise CorpusError(f"{path}: cannot be read: {error}") from error
 
 
@@ -84,7 +85,7 @@ def _read_json_lines(path: Path) -> Iterator[Record | CorpusError]:
             location = f"{path}, line {number}"
             try:
                 value = json.loads(line)
-            except (json.JSONDecodeError, RecursionError) as error:
+            except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
                 what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
                 yield CorpusError(f"{location}: not JSON: {what}")
                 continue
@@ -95,7 +96,7 @@ def _read_json_array(path: Path) -> Iterator[Record | CorpusError]:
     with _open_text(path) as file:
         try:
             values = json.load(file)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             line = f", line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
             raise CorpusError(f"{path}{line}: not JSON: {error}") from error
     for number, value in enumerate(values, start=1):
@@ -145,7 +146,7 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
                 if row:
                     yield f"{path}, line {line}", names, row
                 line = reader.line_num + 1
-    except (OSError, EOFError, csv.Error) as error:
+    except (OSError, EOFError, zlib.error, csv.Error) as error:
         raise CorpusError(f"{path}: not CSV: {error}") from error
 
 
@@ -182,11 +183,9 @@ def _read_saved_dataset(path: Path) -> Iterator[Record | CorpusError]:
     import pyarrow
 
     if (path / "dataset_dict.json").is_file():
-        splits = json.loads((path / "dataset_dict.json").read_text("utf-8"))["splits"]
-        raise CorpusError(
-            f"{path}: holds the splits {', '.join(splits)}; ingest one at a time, as in: "
-            f"{path / splits[0]} --split {splits[0]}"
-        )
+        splits = sorted(child.name for child in path.iterdir() if (child / "state.json").is_file())
+        example = f", as in: {path / splits[0]} --split {splits[0]}" if splits else ""
+        raise CorpusError(f"{path}: holds the splits {', '.join(splits) or 'none'}; ingest one at a time{example}")
     if not (path / "state.json").is_file():
         raise CorpusError(f"{path}: a folder without state.json; wanted {_FORMATS}")
     try:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -132,8 +133,11 @@ def _sample_id(fields: dict[str, Any], id_field: str, text: str, location: str) 
     value = fields.get(id_field)
     if value is None:
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)  # what becomes of whole numbers in a column with gaps
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
-        raise CorpusError(f"{location}: {id_field} is {json.dumps(value, default=str)[:60]}; wanted a text or a number")
+        found = json.dumps(value, default=str)[:60]
+        raise CorpusError(f"{location}: {id_field} is {found}; wanted a text or a whole number")
     return str(value)
 
 
@@ -143,8 +147,9 @@ def _metadata(fields: dict[str, Any], used: set[str], location: str) -> dict[str
     for name, value in fields.items():
         if name in used or value is None or isinstance(value, list | dict | bytes):
             continue
-        # Lance reads a dot as a path into a struct, and ignores the case of column names.
-        column = str(name).replace(".", "_")
+        # Lance reads a dot as a path into a struct, and SQL has its own ideas of quotes and backticks; a column of no
+        # name is what pandas writes for its index.
+        column = re.sub(r"[^\w -]", "_", str(name)).strip() or "unnamed"
         if column.lower() in _OWN_COLUMNS or column.startswith("_"):
             column = f"record_{column.lstrip('_')}"
         if any(column.lower() == other.lower() for other in metadata):

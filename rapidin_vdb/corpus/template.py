@@ -101,7 +101,10 @@ def load_template(name: str, *, tokenizer: ChatTokenizer | None = None, text: st
         path = Path(name)
         if not path.is_file():
             raise SpecError(f"--template {name}: no such file; give alpaca, chat, text or a Jinja file")
-        text = path.read_text("utf-8")
+        try:
+            text = path.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SpecError(f"--template {name}: cannot be read: {error}") from error
     # Sandboxed: a template travels with its database and must not be able to do more than write text.
     environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
         undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False

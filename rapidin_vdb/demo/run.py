@@ -1,6 +1,9 @@
 """The demonstration, from an empty folder to the poisoned samples."""
 
 import json
+import shlex
+import shutil
+import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -224,14 +227,17 @@ def _table(ranking: Ranking) -> str:
 
 
 def _next_commands(demo: _Demo, queries: Path, query: dict[str, Any]) -> str:
-    database = demo.folder / "db"
+    # Run as scripts/demo, the environment is not active, and the program has to be named by its place.
+    found = shutil.which("rapidin-vdb")
+    program = "rapidin-vdb" if found else shlex.quote(str(Path(sys.executable).parent / "rapidin-vdb"))
+    database, file = shlex.quote(str(demo.folder / "db")), shlex.quote(str(queries))
     return "\n".join(
         (
-            f'  rapidin-vdb query {database} --prompt "{query["prompt"]}" \\\n'
-            f'      --generation "{query["generation"]}"',
-            f"  rapidin-vdb query {database} --file {queries} --harmful --json",
-            f"  rapidin-vdb show {database} demo-0001",
-            f"  rapidin-vdb info {database}",
-            f'  rapidin-vdb delete {database} --where "poisoned = true"',
+            f"  {program} query {database} --prompt {shlex.quote(query['prompt'])} \\\n"
+            f"      --generation {shlex.quote(query['generation'])}",
+            f"  {program} query {database} --file {file} --harmful --json",
+            f"  {program} show {database} demo-0001",
+            f"  {program} info {database}",
+            f"  {program} delete {database} --where 'poisoned = true'",
         )
     )

@@ -1,20 +1,19 @@
 """Load a causal language model, its adapter and its tokenizer, and choose the parameters theta."""
 
-import logging
-import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from rapidin_vdb.errors import ModelError, SpecError
-from rapidin_vdb.records import ModelSpec, ParameterShape
+from rapidin_vdb.gradient.parameters import choose_parameters
+from rapidin_vdb.gradient.quiet import quiet_libraries
+from rapidin_vdb.records import DType, ModelSpec, ParameterShape
 
+_WANTED = "Wanted a folder with config.json and model.safetensors, or the name of a model on the Hugging Face hub"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -24,8 +23,8 @@ class LoadedModel:
 
     spec: ModelSpec
     """What was loaded."""
-    model: torch.nn.Module
-    """The model, its adapter applied."""
+    model: Any
+    """The model, its adapter applied (a torch.nn.Module)."""
     tokenizer: Any
     """Its tokenizer."""
     theta: dict[str, Tensor]
@@ -34,6 +33,14 @@ class LoadedModel:
     """Where it is."""
     dtype: str
     """Type of the base weights."""
+
+    @property
+    def learned_positions(self) -> int | None:
+        """How many positions the model has embeddings for; None where positions are computed."""
+        tokens = self.model.get_input_embeddings()
+        others = [m for m in self.model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
+        known = getattr(self.model.config, "max_position_embeddings", None)
+        return int(known) if others and known else None
 
     @property
     def shapes(self) -> tuple[ParameterShape, ...]:
@@ -61,6 +68,31 @@ def resolve_device(device: str) -> str:
     if kind.type != "cpu":
         raise SpecError(f"--device {device} is not supported; give auto, cpu, cuda or cuda:N")
     return "cpu"
+
+
+def resolve_devices(devices: str) -> list[str]:
+    """Return the devices of a list such as `cuda:0,cuda:1`, each once.
+
+    Raises:
+        SpecError: one of them is not here.
+    """
+    return list(dict.fromkeys(resolve_device(name.strip()) for name in devices.split(",")))
+
+
+def load_config(name: str) -> Any:
+    """Return the configuration of a model, without its weights.
+
+    Raises:
+        ModelError: there is none.
+    """
+    from transformers import AutoConfig
+
+    _check_place(name, "model", "config.json")
+    try:
+        with quiet_libraries():
+            return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"the model {name} cannot be loaded: {_short(error)}. {_WANTED}") from error
 
 
 def load_tokenizer(name: str) -> Any:
@@ -94,6 +126,7 @@ def load_model(spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
     _check_place(spec.model, "model", "config.json")
     if spec.adapter is not None:
         _check_place(spec.adapter, "adapter", "adapter_config.json")
+    spec = dataclasses.replace(spec, dtype=_resolved_dtype(spec))
     model = _load_base(spec, device)
     dtype = str(model.dtype).removeprefix("torch.")
     if spec.adapter is not None:
@@ -103,11 +136,12 @@ def load_model(spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
         _keep_differentiable(model)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
+    tokenizer = load_tokenizer(spec.model)
     return LoadedModel(
         spec=spec,
         model=model,
-        tokenizer=load_tokenizer(spec.model),
-        theta=_choose_parameters(model, spec),
+        tokenizer=tokenizer,
+        theta=choose_parameters(model, spec),
         device=device,
         dtype=dtype,
     )
@@ -126,7 +160,7 @@ def _check_place(name: str, what: str, file: str) -> None:
 def _load_base(spec: ModelSpec, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    options: dict[str, Any] = {"dtype": _DTYPES.get(spec.dtype, "auto")}
+    options: dict[str, Any] = {"dtype": _DTYPES[spec.dtype]}
     if spec.quantization != "none":
         options["quantization_config"] = _quantization(spec)
     try:
@@ -140,14 +174,19 @@ def _load_base(spec: ModelSpec, device: str) -> Any:
                 **options,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
-        raise ModelError(
-            f"the model {spec.model} cannot be loaded: {_short(error)}. Wanted a folder with config.json and "
-            "model.safetensors, or the name of a model on the Hugging Face hub"
-        ) from error
+        raise ModelError(f"the model {spec.model} cannot be loaded: {_short(error)}. {_WANTED}") from error
     missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
     if missing:
         raise ModelError(f"the model {spec.model} lacks weights of {len(missing)} parameters, such as {missing[0]}")
     return model
+
+
+def _resolved_dtype(spec: ModelSpec) -> DType:
+    """Return the type of the base weights, in which a quantised model computes too: the same at `init` and later."""
+    if spec.dtype != "auto":
+        return spec.dtype
+    found = str(getattr(load_config(spec.model), "dtype", None) or "float32").removeprefix("torch.")
+    return cast(DType, found if found in _DTYPES else "float32")
 
 
 def _quantization(spec: ModelSpec) -> Any:
@@ -159,7 +198,7 @@ def _quantization(spec: ModelSpec) -> Any:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=_DTYPES.get(spec.dtype, torch.bfloat16 if torch.cuda.is_available() else torch.float32),
+        bnb_4bit_compute_dtype=_DTYPES[spec.dtype],
     )
 
 
@@ -185,6 +224,8 @@ def _load_adapter(model: Any, adapter: str, base: str) -> Any:
             adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, use_safetensors=True)
             weights = load_peft_weights(adapter, device="cpu", use_safetensors=True)
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+        if not Path(adapter).is_dir() and isinstance(error, OSError | ValueError) and "find" in str(error).lower():
+            raise ModelError(f"no adapter at {adapter}: neither a folder nor a name that can be reached") from error
         raise ModelError(
             f"the adapter {adapter} does not fit the model {base}: {_short(error)}. "
             f"Was it made for another model?{_made_for(adapter)}"
@@ -208,59 +249,6 @@ def _made_for(adapter: str) -> str:
     except (OSError, ValueError):
         return ""
     return f" Its configuration names {base}." if base else ""
-
-
-def _choose_parameters(model: torch.nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
-    named: dict[str, Tensor] = dict(model.named_parameters())  # a tied tensor stands once
-    if spec.parameters == "trainable":
-        chosen = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
-        if spec.quantization != "none" and spec.adapter is None:
-            raise SpecError(f"{spec.quantization} weights have no gradient; give --adapter, or --quantization none")
-    elif spec.parameters == "all":
-        chosen = named
-    else:
-        try:
-            pattern = re.compile(spec.parameters)
-        except re.error as error:
-            raise SpecError(f"--parameters {spec.parameters} is no regular expression: {error}") from error
-        chosen = {name: tensor for name, tensor in named.items() if pattern.search(name)}
-    frozen = [name for name, tensor in chosen.items() if not tensor.is_floating_point()]
-    if frozen:
-        raise SpecError(
-            f"--parameters {spec.parameters} takes in quantised weights, which have no gradient: {frozen[0]}"
-        )
-    if not chosen:
-        raise SpecError(
-            f"--parameters {spec.parameters} matches none of the {len(named)} parameters; "
-            f"names look like {next(iter(named))}"
-        )
-    for name, tensor in named.items():
-        if tensor.is_floating_point():
-            tensor.requires_grad_(name in chosen)
-    return chosen
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep loading bars and advice of the libraries off the terminal; their errors still reach us."""
-    from transformers.utils import logging as transformers_logging
-
-    verbosity = transformers_logging.get_verbosity()
-    bars = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
-    bitsandbytes = logging.getLogger("bitsandbytes")
-    level = bitsandbytes.level
-    bitsandbytes.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        transformers_logging.set_verbosity(verbosity)
-        if bars:
-            transformers_logging.enable_progress_bar()
-        bitsandbytes.setLevel(level)
 
 
 def _short(error: BaseException) -> str:

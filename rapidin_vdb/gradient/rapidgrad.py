@@ -1,4 +1,6 @@
-"""From a sample to its RapidGrad: gradient, layer-wise normalisation, sketch, half precision."""
+"""From samples to their RapidGrads: gradients, layer-wise normalisation, sketch, half precision."""
+
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -6,10 +8,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
+from rapidin_vdb.gradient.batch import BatchedGradients
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.sample import stream_gradient
 from rapidin_vdb.records import Encoded, Normalize, SketchSpec
 from rapidin_vdb.sketch import Sketch
+
+# How far a batched RapidGrad may be from that of the sample alone, relative to its norm: half of half precision for
+# models computed in float32; what the order of additions does to a backward pass in 16 bits.
+_TOLERANCE = {"float32": 2.0**-12, "bfloat16": 0.1, "float16": 0.02}
 
 
 def normalized(grad: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -27,7 +34,7 @@ def normalized(grad: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 class RapidGradMaker:
-    """Makes RapidGrads with one model and one sketch."""
+    """Makes RapidGrads with one model and one sketch, many samples at a time."""
 
     def __init__(self, loaded: LoadedModel, *, spec: SketchSpec, normalize: Normalize) -> None:
         """Compose the sketch for the model's theta.
@@ -38,7 +45,9 @@ class RapidGradMaker:
         self.loaded = loaded
         self.spec = spec
         self.normalize = normalize
-        self._sketch = Sketch(spec, [shape.count for shape in loaded.shapes]).to(loaded.device)
+        self._sketch = Sketch(spec, [shape.count for shape in loaded.shapes], device=loaded.device)
+        self._gradients = BatchedGradients(loaded)
+        self._checked = False
 
     def make(self, encoded: Encoded) -> tuple[np.ndarray, float]:
         """Return the RapidGrad of a sample, float32 [width], and its loss.
@@ -46,19 +55,150 @@ class RapidGradMaker:
         Raises:
             GradientError: the loss or the gradient is not finite, or the gradient is zero.
         """
-        rapidgrad = torch.zeros(self.spec.width, device=self.loaded.device)
+        (result,) = self.make_batch([encoded])
+        if isinstance(result, GradientError):
+            raise result
+        return result
+
+    def make_batch(self, batch: Sequence[Encoded]) -> list[tuple[np.ndarray, float] | GradientError]:
+        """Return each sample's RapidGrad, float32 [width], and its loss; an error in the place of one that has none.
+
+        A RapidGrad does not depend on the batch that its sample is in. The first batch is checked against the gradient
+        of one of its samples alone; a tensor whose batched rule turns out wrong for this model falls back to autograd.
+        """
+        known = self.loaded.model.get_input_embeddings().num_embeddings
+        fitting = [sample for sample in batch if max(sample.input_ids) < known]
+        made = dict(zip(map(id, fitting), self._make_fitting(fitting), strict=True))
+        return [
+            made.get(id(sample))
+            or GradientError(
+                f"sample {sample.sample_id}: token id {max(sample.input_ids)}, but the model knows only {known} tokens"
+            )
+            for sample in batch
+        ]
+
+    def _make_fitting(self, batch: Sequence[Encoded]) -> list[tuple[np.ndarray, float] | GradientError]:
+        if not batch:
+            return []
+        if not self._checked:
+            self._check(batch)
+        rapidgrads, losses = self._batched(batch)
+        vectors, values = rapidgrads.cpu().numpy(), losses.tolist()
+        return [
+            _judged(vector, loss, sample.sample_id) for vector, loss, sample in zip(vectors, values, batch, strict=True)
+        ]
+
+    def _batched(self, batch: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
+        rapidgrads = torch.zeros(len(batch), self.spec.width, device=self.loaded.device)
+        losses = self._gradients.stream(batch, _Sketcher(self._sketch, rapidgrads, self.normalize == "layer"))
+        if self._gradients.unruled:
+            for number, sample in enumerate(batch):
+                try:
+                    losses[number] = self._add_alone(rapidgrads[number], sample, only=set(self._gradients.unruled))
+                except GradientError:
+                    losses[number] = float("nan")
+        return rapidgrads, losses
+
+    def _add_alone(self, rapidgrad: Tensor, sample: Encoded, *, only: set[int] | None = None) -> float:
+        """Add gradients of some tensors, or of all, by autograd on the sample alone; return its loss."""
 
         def receive(number: int, grad: Tensor) -> None:
             flat = grad.reshape(-1).float()
             self._sketch.add(rapidgrad, number, normalized(flat) if self.normalize == "layer" else flat)
 
-        loss = stream_gradient(self.loaded, encoded, receive)
-        vector = rapidgrad.cpu().numpy()
-        if not np.isfinite(vector).all():
-            raise GradientError(f"sample {encoded.sample_id}: the gradient is not finite (loss {loss:.4g})")
-        if not vector.any():
-            raise GradientError(f"sample {encoded.sample_id}: the gradient is zero (loss {loss:.4g})")
-        return vector, loss
+        return stream_gradient(self.loaded, sample, receive, only=only)
+
+    def _check(self, batch: Sequence[Encoded]) -> None:
+        """Compare the most padded sample of a batch with the same sample alone."""
+        place = min(range(len(batch)), key=lambda number: len(batch[number].input_ids))
+        alone = torch.zeros(self.spec.width, device=self.loaded.device)
+        try:
+            self._add_alone(alone, batch[place])
+        except GradientError:
+            return  # not a sample to compare with; the next batch will do
+        self._checked = True
+        if self._agrees(batch, place, alone):
+            return
+        self._give_up_wrong_tensors(batch, place)
+        if not self._agrees(batch, place, alone):
+            for number in range(len(self.loaded.theta)):
+                self._gradients.give_up(number, "in a batch, this model's samples are not independent")
+
+    def _agrees(self, batch: Sequence[Encoded], place: int, alone: Tensor) -> bool:
+        together = self._batched(batch)[0][place]
+        tolerance = _TOLERANCE.get(self.loaded.dtype, 0.1) * float(torch.linalg.vector_norm(alone))
+        return float(torch.linalg.vector_norm(together - alone)) <= tolerance
+
+    def _give_up_wrong_tensors(self, batch: Sequence[Encoded], place: int) -> None:
+        """Find the tensors whose batched gradient is not that of autograd, by norm and by one random projection."""
+        alone: dict[int, Tensor] = {}
+        projection = _Prober(self._sketch, place)
+
+        def receive(number: int, grad: Tensor) -> None:
+            alone[number] = projection.probe(number, grad.reshape(1, -1).float())
+
+        stream_gradient(self.loaded, batch[place], receive)
+        self._gradients.stream(batch, projection)
+        tolerance = _TOLERANCE.get(self.loaded.dtype, 0.1)
+        for number in range(len(self.loaded.theta)):
+            one = alone.get(number, torch.zeros(2))
+            other = projection.found.get(number, torch.zeros(2))
+            if number not in self._gradients.unruled and (one - other).abs().max() > tolerance * one[0].clamp(
+                min=1e-30
+            ):
+                self._gradients.give_up(number, "its batched gradient differs from autograd's")
+
+
+class _Sketcher:
+    """Adds the gradients of a batch to its RapidGrads."""
+
+    def __init__(self, sketch: Sketch, rapidgrads: Tensor, normalize: bool) -> None:
+        self._sketch = sketch
+        self._rapidgrads = rapidgrads
+        self._normalize = normalize
+
+    def dense(self, number: int, first: int, grads: Tensor) -> None:
+        part = self._rapidgrads[first : first + len(grads)]
+        self._sketch.add_batch(part, number, grads, normalize=self._normalize)
+
+    def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
+        self._sketch.add_rows(self._rapidgrads[sample], number, ids, grads, normalize=self._normalize)
+
+
+class _Prober:
+    """Keeps the norm and one random projection of each tensor's gradient, of one sample."""
+
+    def __init__(self, sketch: Sketch, place: int) -> None:
+        self._sketch = sketch
+        self._place = place
+        self.found: dict[int, Tensor] = {}
+
+    def probe(self, number: int, grads: Tensor, rows: Tensor | None = None) -> Tensor:
+        sketched = torch.zeros(self._sketch.spec.width, device=grads.device)
+        if rows is None:
+            self._sketch.add(sketched, number, grads.reshape(-1))
+        else:
+            self._sketch.add_rows(sketched, number, rows, grads, normalize=False)
+        weights = torch.linspace(-1, 1, len(sketched), device=grads.device)
+        return torch.stack([torch.linalg.vector_norm(grads), sketched @ weights]).cpu()
+
+    def dense(self, number: int, first: int, grads: Tensor) -> None:
+        if first <= self._place < first + len(grads):
+            self.found[number] = self.probe(number, grads[self._place - first].unsqueeze(0))
+
+    def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
+        if sample == self._place:
+            self.found[number] = self.probe(number, grads, ids)
+
+
+def _judged(vector: np.ndarray, loss: float, sample_id: str) -> tuple[np.ndarray, float] | GradientError:
+    if not np.isfinite(loss):
+        return GradientError(f"sample {sample_id}: the loss is {loss}")
+    if not np.isfinite(vector).all():
+        return GradientError(f"sample {sample_id}: the gradient is not finite (loss {loss:.4g})")
+    if not vector.any():
+        return GradientError(f"sample {sample_id}: the gradient is zero (loss {loss:.4g})")
+    return vector, loss
 
 
 def to_half(rapidgrad: Float[np.ndarray, " sketch"], *, sample_id: str) -> np.ndarray:

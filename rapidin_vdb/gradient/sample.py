@@ -19,8 +19,16 @@ def response_loss(loaded: LoadedModel, encoded: Encoded) -> Tensor:
     return F.cross_entropy(logits[0, -count - 1 : -1].float(), ids[0, -count:])
 
 
-def stream_gradient(loaded: LoadedModel, encoded: Encoded, receive: Callable[[int, Tensor], None]) -> float:
+def stream_gradient(
+    loaded: LoadedModel,
+    encoded: Encoded,
+    receive: Callable[[int, Tensor], None],
+    *,
+    only: set[int] | None = None,
+) -> float:
     """Call `receive(number, gradient)` for each tensor of theta that the loss depends on, and return the loss.
+
+    `only` restricts it to the tensors of those numbers.
 
     A gradient comes as soon as backward has it, whole (a tied tensor comes once) and of the parameter's shape, and is
     freed when `receive` returns: the gradients of all tensors are never held at once.
@@ -37,9 +45,11 @@ def stream_gradient(loaded: LoadedModel, encoded: Encoded, receive: Callable[[in
 
         return take
 
-    handles = [
-        tensor.register_post_accumulate_grad_hook(hook(number)) for number, tensor in enumerate(loaded.theta.values())
-    ]
+    chosen = [(n, tensor) for n, tensor in enumerate(loaded.theta.values()) if only is None or n in only]
+    left_out = [tensor for n, tensor in enumerate(loaded.theta.values()) if only is not None and n not in only]
+    handles = [tensor.register_post_accumulate_grad_hook(hook(number)) for number, tensor in chosen]
+    for tensor in left_out:
+        tensor.requires_grad_(False)
     try:
         with torch.enable_grad():
             loss = response_loss(loaded, encoded)
@@ -50,4 +60,6 @@ def stream_gradient(loaded: LoadedModel, encoded: Encoded, receive: Callable[[in
     finally:
         for handle in handles:
             handle.remove()
+        for tensor in left_out:
+            tensor.requires_grad_(True)
     return value

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from rapidin_vdb.gradient.model import quiet_libraries
+from rapidin_vdb.gradient.quiet import quiet_libraries
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded
 

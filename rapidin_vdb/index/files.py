@@ -15,7 +15,7 @@ from rapidin_vdb.recipe import IndexRecipe
 
 _MANIFEST = "manifest.json"
 _IDS = "sample_ids.json"
-_FORMAT = 1
+_FORMAT = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +36,10 @@ class Manifest:
     """How many rows it holds; their ids are in the file beside this one."""
     shards: tuple[str, ...]
     """The shards' files, in order."""
+    largest_norm: float
+    """No row is longer."""
+    table_digest: str
+    """What tells this version from any other, also from one of the same number in a copy of the table."""
     format: int = _FORMAT
     """Version of this layout."""
 
@@ -45,7 +49,7 @@ class Manifest:
         return IndexRecipe(**self.recipe | {"devices": tuple(self.recipe["devices"])})
 
 
-def save_index(index: ShardedIndex, folder: Path, *, table: str, table_version: int) -> Manifest:
+def save_index(index: ShardedIndex, folder: Path, *, table: str, table_version: int, table_digest: str) -> Manifest:
     """Write an index below `folder`, in the place of an older one of the same name; never half of it."""
     module = faiss()
     name = index.recipe.name
@@ -66,6 +70,8 @@ def save_index(index: ShardedIndex, folder: Path, *, table: str, table_version: 
             width=index.width,
             samples=len(index.sample_ids),
             shards=tuple(files),
+            largest_norm=index.largest_norm,
+            table_digest=table_digest,
         )
         # The manifest comes last: a folder without one is no index.
         (temporary / _MANIFEST).write_text(json.dumps(asdict(manifest), indent=1), "utf-8")
@@ -120,7 +126,9 @@ def load_index(folder: Path, manifest: Manifest) -> ShardedIndex:
         raise SpecError(
             f"the index {manifest.name} is damaged: {error}; build it anew with: rapidin-vdb index"
         ) from error
-    return ShardedIndex(recipe, width=manifest.width, sample_ids=sample_ids, shards=shards)
+    return ShardedIndex(
+        recipe, width=manifest.width, sample_ids=sample_ids, shards=shards, largest_norm=manifest.largest_norm
+    )
 
 
 def _devices(manifest: Manifest, recipe: IndexRecipe) -> tuple[str, ...]:

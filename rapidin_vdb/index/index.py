@@ -18,12 +18,21 @@ _RESCORE_ROWS = 64
 class ShardedIndex:
     """The RapidGrads of one table version, spread over the devices of a recipe."""
 
-    def __init__(self, recipe: IndexRecipe, *, width: int, sample_ids: Sequence[str], shards: Sequence[Shard]) -> None:
-        """Hold shards whose rows, one shard after the other, are these samples."""
+    def __init__(
+        self,
+        recipe: IndexRecipe,
+        *,
+        width: int,
+        sample_ids: Sequence[str],
+        shards: Sequence[Shard],
+        largest_norm: float,
+    ) -> None:
+        """Hold shards whose rows, one shard after the other, are these samples, none longer than `largest_norm`."""
         self.recipe = recipe
         self.width = width
         self.sample_ids = list(sample_ids)
         self.shards = list(shards)
+        self.largest_norm = largest_norm
         self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
         self._numbers = {sample_id: number for number, sample_id in enumerate(self.sample_ids)}
 
@@ -91,22 +100,22 @@ class ShardedIndex:
     ) -> tuple[list[tuple[str, float]], bool]:
         """Rank candidates exactly; say whether a row beyond them could still belong to the first `top_k`."""
         numbers = numbers[numbers >= 0]
-        exact, norms = self._exact_scores(query, numbers)
+        exact = self._exact_scores(query, numbers)
         ranked = sorted(
             ((self.sample_ids[number], float(score)) for number, score in zip(numbers, exact, strict=True)),
             key=lambda pair: (-pair[1], pair[0]),
         )[:top_k]
         # Whatever was left out scored at most the last candidate, give or take rounding.
         rounding = max(shard.rounding for shard in self.shards)
-        margin = 2 * rounding * float(np.linalg.norm(query)) * float(norms.max(initial=0.0))
+        margin = 2 * rounding * float(np.linalg.norm(query)) * self.largest_norm
         settled = everything or ranked[-1][1] > float(scores[len(numbers) - 1]) + margin
         return ranked, settled
 
     def _exact_scores(
         self, query: Float32[np.ndarray, " sketch"], numbers: Int64[np.ndarray, " found"]
-    ) -> tuple[Float64[np.ndarray, " found"], Float64[np.ndarray, " found"]]:
-        """Return inner products with the query, and the rows' norms, in float64."""
-        exact, norms = np.empty(len(numbers)), np.empty(len(numbers))
+    ) -> Float64[np.ndarray, " found"]:
+        """Return inner products with the query in float64."""
+        exact = np.empty(len(numbers))
         wide = query.astype(np.float64)
         owners = np.searchsorted(self._starts, numbers, side="right") - 1
         for owner in np.unique(owners):
@@ -117,8 +126,7 @@ class ShardedIndex:
                 # einsum, not BLAS: the same order of additions for every row, wherever it stands, so that equal
                 # vectors have equal scores.
                 exact[part] = np.einsum("ij,j->i", vectors, wide)
-                norms[part] = np.sqrt(np.einsum("ij,ij->i", vectors, vectors))
-        return exact, norms
+        return exact
 
 
 def build_index(
@@ -130,7 +138,10 @@ def build_index(
     # Runs of equal length, the first ones longer by a row where it does not come out even.
     ends = np.cumsum([count // len(shards) + (number < count % len(shards)) for number in range(len(shards))])
     sample_ids: list[str] = []
+    largest_norm = 0.0
     for ids, vectors in batches:
+        wide = vectors.astype(np.float32)
+        largest_norm = max(largest_norm, float(np.sqrt(np.einsum("ij,ij->i", wide, wide).max(initial=0.0))))
         begin = 0
         while begin < len(ids):
             number = int(np.searchsorted(ends, len(sample_ids), side="right"))
@@ -138,4 +149,7 @@ def build_index(
             shards[number].add(vectors[begin:end])
             sample_ids += ids[begin:end]
             begin = end
-    return ShardedIndex(recipe, width=width, sample_ids=sample_ids, shards=shards)
+    # A little more than was computed in float32.
+    return ShardedIndex(
+        recipe, width=width, sample_ids=sample_ids, shards=shards, largest_norm=largest_norm * (1 + 1e-4)
+    )

@@ -25,18 +25,21 @@ class BucketMap:
             for step in draw_shuffle(spec, self.length)
         ]
 
-    def positions(self, start: int, stop: int) -> Integer[Tensor, " grad"]:
+    def positions(self, start: int, stop: int, *, device: str = "cpu") -> Integer[Tensor, " grad"]:
         """Return where the shuffle puts coordinates [start, stop) of the padded gradient.
 
         A coordinate's position is followed through all permutations: for a row permutation its high bits are looked up,
         for a column permutation its low bits. The cost per coordinate does not depend on the gradient's length.
         """
-        result = torch.empty(stop - start, dtype=torch.int64)
-        for begin in range(start, stop, _CHUNK):
-            end = min(begin + _CHUNK, stop)
-            # int32 halves the memory traffic and suffices below 2^31 coordinates.
-            position = torch.arange(begin, end, dtype=torch.int32 if self._log_length < 31 else torch.int64)
-            for rows, columns in self._steps:
+        result = torch.empty(stop - start, dtype=torch.int64, device=device)
+        steps = [(rows.to(device), columns.to(device)) for rows, columns in self._steps]
+        chunk = _CHUNK if device == "cpu" else 1 << 24
+        # int32 halves the memory traffic and suffices below 2^31 coordinates.
+        dtype = torch.int32 if self._log_length < 31 else torch.int64
+        for begin in range(start, stop, chunk):
+            end = min(begin + chunk, stop)
+            position = torch.arange(begin, end, dtype=dtype, device=device)
+            for rows, columns in steps:
                 shift = self._log_length - (len(rows).bit_length() - 1)
                 position = (rows[position >> shift].to(position.dtype) << shift) | (position & ((1 << shift) - 1))
                 low = len(columns) - 1
@@ -44,10 +47,10 @@ class BucketMap:
             result[begin - start : end - start] = position
         return result
 
-    def buckets(self, start: int, stop: int) -> Integer[Tensor, " grad"]:
+    def buckets(self, start: int, stop: int, *, device: str = "cpu") -> Integer[Tensor, " grad"]:
         """Return the bucket of each of the coordinates [start, stop), as int32."""
         shift = self._log_length - (self.spec.width.bit_length() - 1)
-        return (self.positions(start, stop) >> shift).to(torch.int32)
+        return (self.positions(start, stop, device=device) >> shift).to(torch.int32)
 
     def negative(self, start: int, stop: int) -> Bool[Tensor, " grad"]:
         """Return which of the coordinates [start, stop) have sign -1.

@@ -92,6 +92,7 @@ def merge_kinds(kinds: Mapping[str, ColumnKind], metadata: Mapping[str, Scalar])
     for name, value in metadata.items():
         if value is None:
             continue
+        name = next((known for known in merged if known.lower() == name.lower()), name)
         kind = value_kind(value)
         before = merged.get(name, kind)
         merged[name] = before if before == kind else "float" if {before, kind} == {"int", "float"} else "str"
@@ -124,9 +125,10 @@ def arrow_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
             type=schema.field("vector").type,
         ),
     }
+    fields = [{name.lower(): value for name, value in row.sample.metadata.items()} for row in rows]
     for field in schema:
         if field.name not in OWN_NAMES:
-            arrays[field.name] = _column(field, [row.sample.metadata.get(field.name) for row in rows])
+            arrays[field.name] = _column(field, [metadata.get(field.name.lower()) for metadata in fields])
     return pa.Table.from_arrays([arrays[field.name] for field in schema], schema=schema)
 
 

@@ -1,0 +1,209 @@
+"""Batches of samples become RapidGrads: in this process, or in workers on several devices."""
+
+import logging
+import multiprocessing
+import os
+import signal
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+import numpy as np
+
+from rapidin_vdb.engine import Engine, load_engine
+from rapidin_vdb.errors import GradientError, RapidInError
+from rapidin_vdb.gradient.memory import is_out_of_memory, release_memory
+from rapidin_vdb.gradient.rapidgrad import to_half
+from rapidin_vdb.records import Encoded, Fingerprint
+
+logger = logging.getLogger(__name__)
+
+Batch = list[Encoded]
+Result = tuple[np.ndarray, float] | GradientError
+"""A RapidGrad in half precision and its loss, or why there is none."""
+Compute = Callable[[Iterator[Batch]], Iterator[tuple[Batch, list[Result]]]]
+
+# A batch that has taken so many workers with it is not tried again.
+_LIVES = 3
+
+
+def compute_here(engine: Engine) -> Compute:
+    """Return a function that computes batches in this process, one after the other."""
+
+    def compute(batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
+        for batch in batches:
+            yield batch, _make(engine, batch)
+
+    return compute
+
+
+def _make(engine: Engine, batch: Batch) -> list[Result]:
+    """Compute a batch, in halves where it does not fit the memory."""
+    try:
+        made = engine.maker.make_batch(batch)
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error) or len(batch) == 1:
+            raise
+        made = None
+    if made is None:
+        release_memory()
+        half = len(batch) // 2
+        logger.warning("a batch of %d samples does not fit the memory: going on with %d", len(batch), half)
+        return _make(engine, batch[:half]) + _make(engine, batch[half:])
+    return [_halved(result, sample.sample_id) for result, sample in zip(made, batch, strict=True)]
+
+
+def _halved(result: tuple[np.ndarray, float] | GradientError, sample_id: str) -> Result:
+    if isinstance(result, GradientError):
+        return result
+    try:
+        return to_half(result[0], sample_id=sample_id), result[1]
+    except GradientError as error:
+        return error
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """What a worker needs to load the model for itself."""
+
+    fingerprint: Fingerprint
+    """The database's; checked by each worker."""
+    place: str
+    """The database, for messages."""
+    model: str | None
+    """Where the model is, if it has moved."""
+    adapter: str | None
+    """Where the adapter is, if it has moved."""
+    device: str
+    """Where to compute."""
+    threads: int
+    """CPU threads."""
+
+
+def compute_in_workers(specs: Sequence[WorkerSpec]) -> Compute:
+    """Return a function that shares batches among worker processes; a finished batch comes first, whoever did it.
+
+    A worker that dies is reported and replaced, and its batch goes back to the queue.
+    """
+
+    def compute(batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
+        workers = [_Worker(spec) for spec in specs]
+        try:
+            yield from _share(workers, batches)
+        finally:
+            for worker in workers:
+                worker.stop()
+
+    return compute
+
+
+@dataclass(eq=False)
+class _Worker:
+    """A worker process, and the batch it is busy with."""
+
+    spec: WorkerSpec
+    busy: tuple[Batch, int] | None = None
+    process: Any = field(init=False)
+    pipe: Connection = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        # Spawned, not forked: CUDA and OpenMP do not survive a fork.
+        context = multiprocessing.get_context("spawn")
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_work, args=(theirs, self.spec), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def give(self, batch: Batch, attempt: int) -> None:
+        self.busy = (batch, attempt)
+        try:
+            self.pipe.send(batch)
+        except (BrokenPipeError, ConnectionResetError):
+            pass  # it has died; its end is seen as such when waited for
+
+    def stop(self) -> None:
+        self.pipe.close()
+        self.process.join(timeout=0 if self.busy else 5)
+        if self.process.is_alive():
+            self.process.terminate()
+            self.process.join()
+
+
+def _share(workers: list[_Worker], batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
+    waiting: deque[tuple[Batch, int]] = deque()
+
+    def next_batch() -> tuple[Batch, int] | None:
+        if waiting:
+            return waiting.popleft()
+        batch = next(batches, None)
+        return None if batch is None else (batch, 1)
+
+    for worker in workers:
+        if (task := next_batch()) is not None:
+            worker.give(*task)
+    while busy := [worker for worker in workers if worker.busy is not None]:
+        ready = wait([worker.pipe for worker in busy])
+        for worker in busy:
+            if worker.pipe not in ready:
+                continue
+            assert worker.busy is not None
+            batch, attempt = worker.busy
+            try:
+                answer = worker.pipe.recv()
+            except (EOFError, OSError):
+                waiting.append(_bury(worker, batch, attempt))
+                answer = None
+            worker.busy = None
+            if isinstance(answer, BaseException):
+                raise answer
+            if (task := next_batch()) is not None:
+                worker.give(*task)
+            if answer is not None:
+                yield batch, answer
+
+
+def _bury(worker: _Worker, batch: Batch, attempt: int) -> tuple[Batch, int]:
+    """Report a dead worker, start another in its place, and return its batch for the queue."""
+    worker.process.join()
+    code = worker.process.exitcode
+    names = f"{batch[0].sample_id} to {batch[-1].sample_id}" if len(batch) > 1 else batch[0].sample_id
+    if attempt >= _LIVES:
+        raise GradientError(
+            f"{attempt} workers died (the last with exit code {code}) on the {len(batch)} samples {names}; "
+            "what was done before is kept. Run again with fewer --workers-per-device or smaller --batch-tokens"
+        )
+    logger.warning(
+        "a worker on %s died with exit code %s: its %d samples (%s) go back to the queue, and another takes its place",
+        worker.spec.device, code, len(batch), names,
+    )  # fmt: skip
+    worker.start()
+    return batch, attempt + 1
+
+
+def _work(pipe: Connection, spec: WorkerSpec) -> None:
+    """Run in a worker: load the model, then answer batches until the other end closes."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
+    os.environ["OMP_NUM_THREADS"] = str(spec.threads)
+    import torch
+
+    torch.set_num_threads(spec.threads)
+    engine = None
+    try:
+        while True:
+            batch = pipe.recv()
+            try:
+                if engine is None:
+                    engine = load_engine(
+                        spec.fingerprint, place=spec.place, model=spec.model, adapter=spec.adapter, device=spec.device
+                    )
+                pipe.send(_make(engine, batch))
+            except (RapidInError, RuntimeError, MemoryError) as error:
+                pipe.send(error)
+                return
+    except (EOFError, BrokenPipeError, ConnectionResetError):
+        return  # the parent is done, or gone

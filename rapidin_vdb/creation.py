@@ -1,0 +1,73 @@
+"""A new database for the training samples of one model."""
+
+import math
+from pathlib import Path
+
+from rapidin_vdb.corpus import load_template
+from rapidin_vdb.database import Database
+from rapidin_vdb.engine import Engine
+from rapidin_vdb.errors import SpecError
+from rapidin_vdb.gradient import fingerprint_of, load_model
+from rapidin_vdb.records import DType, ModelSpec, Normalize, Quantization, SketchSpec
+from rapidin_vdb.store import SampleTable
+
+_DEFAULT_SKETCH = SketchSpec()
+
+
+def init(
+    path: str | Path,
+    *,
+    model: str,
+    adapter: str | None = None,
+    quantization: Quantization = "none",
+    dtype: DType = "auto",
+    width: int = _DEFAULT_SKETCH.width,
+    shuffles: int = _DEFAULT_SKETCH.shuffles,
+    seed: int = _DEFAULT_SKETCH.seed,
+    normalize: Normalize = "layer",
+    parameters: str = "trainable",
+    template: str = "alpaca",
+    max_tokens: int = 512,
+    epochs: float = 1.0,
+    learning_rate: float = 1.0,
+    device: str = "auto",
+) -> Database:
+    """Make a new database for the training samples of a model, and return it.
+
+    The model is loaded, to take its fingerprint and to see that the sketch fits; nothing is written before that.
+
+    Raises:
+        TableExistsError: something is at `path` already.
+        ModelError: the model or the adapter is missing, or they do not belong together.
+        SpecError: a value that cannot be honoured, such as a width beyond the gradient.
+    """
+    for name, value in (("epochs", epochs), ("learning-rate", learning_rate)):
+        if not (math.isfinite(value) and value > 0):
+            raise SpecError(f"--{name} is {value}; wanted a number above 0")
+    if max_tokens < 2:
+        raise SpecError(f"--max-tokens is {max_tokens}; wanted 2 or more")
+    if seed < 0:
+        raise SpecError(f"--seed is {seed}; wanted 0 or more")
+    SampleTable.check_free(str(path))
+    loaded = load_model(
+        ModelSpec(model=model, adapter=adapter, quantization=quantization, dtype=dtype, parameters=parameters),
+        device=device,
+    )
+    positions = loaded.learned_positions
+    if positions is not None and max_tokens > positions:
+        raise SpecError(
+            f"--max-tokens is {max_tokens}, but this model knows only {positions} positions; give {positions}"
+        )
+    chosen = load_template(template, tokenizer=loaded.tokenizer)
+    fingerprint = fingerprint_of(
+        loaded,
+        template=chosen.name,
+        template_text=chosen.text,
+        max_tokens=max_tokens,
+        normalize=normalize,
+        sketch=SketchSpec(width=width, shuffles=shuffles, seed=seed),
+        epochs=epochs,
+        learning_rate=learning_rate,
+    )
+    engine = Engine(fingerprint, loaded)
+    return Database(SampleTable.create(str(path), fingerprint), engine=engine)

@@ -1,0 +1,235 @@
+"""Per-sample gradients of a whole batch from one forward and one backward, handed on as backward reaches each layer."""
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.gradient.rules import (
+    Contribution,
+    Dense,
+    NoRuleError,
+    Rows,
+    Rule,
+    dense_rows,
+    rule_for,
+    summed_rows,
+)
+from rapidin_vdb.records import Encoded
+
+logger = logging.getLogger(__name__)
+
+# Gradients of so many bytes are formed at a time; a larger tensor is done for fewer samples at once.
+_CHUNK_BYTES = 256 << 20
+
+
+@runtime_checkable
+class Receiver(Protocol):
+    """Takes per-sample gradients as they come; each tensor of theta comes once for every sample that it touches."""
+
+    def dense(self, number: int, first: int, grads: Tensor) -> None:
+        """Take tensor `number` for the samples from `first` on, [samples, coordinates]."""
+        ...
+
+    def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
+        """Take some rows of tensor `number` for one sample, [rows] and [rows, columns]; its other rows are zero."""
+        ...
+
+
+@dataclass(eq=False)
+class _Pending:
+    """What one backward pass has brought for one parameter so far."""
+
+    expected: int = 0
+    contributions: list[Contribution] = field(default_factory=list)
+
+
+class BatchedGradients:
+    """A model whose modules report what their parameters' gradients are made of."""
+
+    def __init__(self, loaded: LoadedModel) -> None:
+        """Find the rule of every tensor of theta; those without one are announced, and done by autograd."""
+        self.loaded = loaded
+        self.unruled: dict[int, str] = {}
+        """Why a tensor has no batched rule, by its number; `sample.stream_gradient` gives its gradients."""
+        self._rules = self._find_rules()
+        self._keep_logits = "logits_to_keep" in inspect.signature(_inner(loaded.model).forward).parameters
+        self._positions = "position_ids" in inspect.signature(_inner(loaded.model).forward).parameters
+
+    def _find_rules(self) -> list[tuple[torch.nn.Module, list[tuple[int, Rule]]]]:
+        numbers = {id(tensor): number for number, tensor in enumerate(self.loaded.theta.values())}
+        found: list[tuple[torch.nn.Module, list[tuple[int, Rule]]]] = []
+        homes: set[int] = set()
+        for module in self.loaded.model.modules():
+            rules = []
+            for name, parameter in module.named_parameters(recurse=False):
+                number = numbers.get(id(parameter))
+                if number is None:
+                    continue
+                homes.add(number)
+                rule = rule_for(module, name)
+                if rule is None:
+                    self.give_up(number, f"{type(module).__name__} has no rule for {name}")
+                else:
+                    rules.append((number, rule))
+            if rules:
+                found.append((module, rules))
+        for number in numbers.values():
+            if number not in homes:
+                self.give_up(number, "no module owns it")
+        return found
+
+    def give_up(self, number: int, reason: str) -> None:
+        """Leave a tensor to autograd from now on, and say so once."""
+        if number not in self.unruled:
+            self.unruled[number] = reason
+            name = list(self.loaded.theta)[number]
+            logger.warning("%s: gradients one sample at a time, which is slower (%s)", name, reason)
+
+    def stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
+        """Hand the gradients of every ruled tensor to the receiver, and return each sample's loss, [batch].
+
+        Samples are padded on the right without an attention mask: in a causal model no token sees what follows it, and
+        what a padding token computes reaches no loss.
+        """
+        run = _Run(self, len(batch), receiver)
+        ids, rows, places, counts = _padded(batch, self.loaded.device)
+        options: dict[str, Any] = {}
+        if self._keep_logits:
+            # Logits are only needed from the first token that predicts one with a loss.
+            first = int(places.min())
+            options["logits_to_keep"] = ids.shape[1] - first
+            places_kept = places - first
+        else:
+            places_kept = places
+        if self._positions:
+            # One row a sample: an embedding of positions shared by the batch would mix its samples' gradients.
+            options["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(len(batch), -1)
+        with self._frozen(), run.hooked(self._rules), torch.enable_grad():
+            logits = self.loaded.model(input_ids=ids, use_cache=False, **options).logits
+            token_losses = F.cross_entropy(logits[rows, places_kept].float(), ids[rows, places + 1], reduction="none")
+            losses = torch.zeros(len(batch), device=ids.device).index_add(0, rows, token_losses / counts[rows])
+            losses.sum().backward()
+            run.finish()
+        return losses.detach()
+
+    @contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """Let no parameter ask for a gradient of its own: only what flows between the layers is computed."""
+        asking = [tensor for tensor in self.loaded.theta.values() if tensor.requires_grad]
+        for tensor in asking:
+            tensor.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for tensor in asking:
+                tensor.requires_grad_(True)
+
+
+class _Run:
+    """One forward and backward: the hooks, and what they have gathered."""
+
+    def __init__(self, gradients: BatchedGradients, batch: int, receiver: Receiver) -> None:
+        self.gradients = gradients
+        self.batch = batch
+        self.receiver = receiver
+        self.pending: dict[int, _Pending] = {}
+        self.theta = list(gradients.loaded.theta.values())
+
+    @contextmanager
+    def hooked(self, modules: list[tuple[torch.nn.Module, list[tuple[int, Rule]]]]) -> Iterator[None]:
+        """Watch the modules for as long as the block lasts."""
+        # Gradients have to flow down to the first layer, though no parameter asks for any.
+        embeddings = self.gradients.loaded.model.get_input_embeddings()
+        handles = [embeddings.register_forward_hook(lambda module, read, wrote: wrote.requires_grad_(True))]
+        handles += [module.register_forward_hook(self._watch(rules)) for module, rules in modules]
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _watch(self, rules: list[tuple[int, Rule]]) -> Callable[[torch.nn.Module, tuple[Any, ...], Any], None]:
+        def forward(module: torch.nn.Module, read: tuple[Any, ...], wrote: Any) -> None:
+            active = [(number, rule) for number, rule in rules if number not in self.gradients.unruled]
+            if not isinstance(wrote, Tensor) or not read:
+                for number, _ in active:
+                    self.gradients.give_up(number, f"{type(module).__name__} is called in an unusual way")
+                return
+            if not wrote.requires_grad:
+                if not wrote.is_leaf or not active:
+                    return
+                wrote.requires_grad_(True)  # a further embedding, as of positions
+            source = read[0].detach()
+            for number, _ in active:
+                self.pending.setdefault(number, _Pending()).expected += 1
+
+            def backward(delta: Tensor) -> None:
+                for number, rule in active:
+                    self._take(number, rule, module, source, delta.detach())
+
+            if active:
+                wrote.register_hook(backward)
+
+        return forward
+
+    def _take(self, number: int, rule: Rule, module: torch.nn.Module, source: Tensor, delta: Tensor) -> None:
+        try:
+            contribution = rule(module, source, delta, self.batch)
+        except NoRuleError as reason:
+            self.gradients.give_up(number, str(reason))
+            return
+        pending = self.pending[number]
+        pending.contributions.append(contribution)
+        if len(pending.contributions) == pending.expected:
+            self._hand_over(number, self.pending.pop(number).contributions)
+
+    def finish(self) -> None:
+        """Hand over what was called more often than the loss depends on."""
+        for number in list(self.pending):
+            contributions = self.pending.pop(number).contributions
+            if contributions:
+                self._hand_over(number, contributions)
+
+    def _hand_over(self, number: int, contributions: list[Contribution]) -> None:
+        if number in self.gradients.unruled:
+            return
+        if len(contributions) == 1 and isinstance(contributions[0], Rows):
+            for sample in range(self.batch):
+                ids, grads = summed_rows(contributions[0], sample)
+                if len(ids):
+                    self.receiver.rows(number, sample, ids, grads)
+            return
+        count = self.theta[number].numel()
+        chunk = max(1, _CHUNK_BYTES // (4 * count))
+        for first in range(0, self.batch, chunk):
+            samples = slice(first, min(first + chunk, self.batch))
+            parts = [
+                part.form(samples) if isinstance(part, Dense) else dense_rows(part, samples, len(self.theta[number]))
+                for part in contributions
+            ]
+            grads = parts[0].float() if len(parts) == 1 else torch.stack([part.float() for part in parts]).sum(0)
+            self.receiver.dense(number, first, grads.reshape(grads.shape[0], count))
+
+
+def _inner(model: Any) -> Any:
+    """Return the transformers model inside an adapter, whose forward has the options."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _padded(batch: Sequence[Encoded], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return token ids, and for each token with a loss its sample and the place before it; and tokens a sample."""
+    longest = max(len(sample.input_ids) for sample in batch)
+    # Padded with the sample's own last token: a padding token would make some models look for a mask.
+    ids = [list(sample.input_ids) + [sample.input_ids[-1]] * (longest - len(sample.input_ids)) for sample in batch]
+    counts = torch.tensor([sample.response_tokens for sample in batch])
+    rows = torch.arange(len(batch)).repeat_interleave(counts)
+    places = torch.cat([torch.arange(len(s.input_ids) - s.response_tokens - 1, len(s.input_ids) - 1) for s in batch])
+    return torch.tensor(ids, device=device), rows.to(device), places.to(device), counts.to(device)

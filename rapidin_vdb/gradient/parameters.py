@@ -1,0 +1,44 @@
+"""Which of a model's parameters are theta."""
+
+import re
+
+import torch
+from torch import Tensor
+
+from rapidin_vdb.errors import SpecError
+from rapidin_vdb.records import ModelSpec
+
+
+def choose_parameters(model: torch.nn.Module, spec: ModelSpec) -> dict[str, Tensor]:
+    """Return theta by name, in the order of `named_parameters`; these ask for a gradient from then on, no others.
+
+    Raises:
+        SpecError: the selection matches nothing, or takes in what has no gradient.
+    """
+    named: dict[str, Tensor] = dict(model.named_parameters())  # a tied tensor stands once
+    if spec.parameters == "trainable":
+        chosen = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
+        if spec.quantization != "none" and spec.adapter is None:
+            raise SpecError(f"{spec.quantization} weights have no gradient; give --adapter, or --quantization none")
+    elif spec.parameters == "all":
+        chosen = named
+    else:
+        try:
+            pattern = re.compile(spec.parameters)
+        except re.error as error:
+            raise SpecError(f"--parameters {spec.parameters} is no regular expression: {error}") from error
+        chosen = {name: tensor for name, tensor in named.items() if pattern.search(name)}
+    frozen = [name for name, tensor in chosen.items() if not tensor.is_floating_point()]
+    if frozen:
+        raise SpecError(
+            f"--parameters {spec.parameters} takes in quantised weights, which have no gradient: {frozen[0]}"
+        )
+    if not chosen:
+        raise SpecError(
+            f"--parameters {spec.parameters} matches none of the {len(named)} parameters; "
+            f"names look like {next(iter(named))}"
+        )
+    for name, tensor in named.items():
+        if tensor.is_floating_point():
+            tensor.requires_grad_(name in chosen)
+    return chosen

@@ -1,0 +1,163 @@
+"""Law 5 of the style: batches change nothing. Every sample's RapidGrad in a batch is plain autograd's on it alone."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny_model
+from reference import normalized, sample_gradient, sketched
+
+from rapidin_vdb.gradient import RapidGradMaker, load_model
+from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
+from rapidin_vdb.sketch import BucketMap, draw_shuffle
+
+SKETCH = SketchSpec(width=128, shuffles=3, seed=7)
+
+
+def samples(lengths=(5, 9, 30, 12, 9)) -> list[Encoded]:
+    draw = np.random.default_rng(1)
+    made = []
+    for number, length in enumerate(lengths):
+        response = int(draw.integers(1, length - 1))
+        # Few different tokens, so that embedding rows meet; and the padding token among them.
+        ids = (1, *draw.integers(0, 12, length - 1).tolist())
+        made.append(
+            Encoded(
+                sample_id=f"s{number}",
+                input_ids=ids,
+                offsets=tuple((n, n + 1) for n in range(response)),
+                truncated=False,
+            )
+        )
+    return made
+
+
+def slow(loaded, sample, normalize="layer") -> np.ndarray:
+    grads = sample_gradient(loaded.model, loaded.theta, list(sample.input_ids), sample.response_tokens)
+    flat = np.concatenate([grad.ravel() for grad in (normalized(grads) if normalize == "layer" else grads)])
+    made = BucketMap(SKETCH, len(flat))
+    steps, negative = draw_shuffle(SKETCH, made.length), made.negative(0, made.length).numpy()
+    return sketched(flat, length=made.length, steps=steps, negative=negative, width=SKETCH.width)
+
+
+def assert_close(vector, expected):
+    assert np.linalg.norm(vector - expected) <= 1e-5 * np.linalg.norm(expected)
+
+
+@pytest.mark.parametrize("normalize", ["layer", "none"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("kind", ["lora", "full", "nf4", "all"])
+def test_a_batch_is_its_samples_one_by_one(kind, architecture, normalize, models, adapters):
+    adapter = None if kind == "full" else str(adapters[architecture])
+    spec = ModelSpec(
+        model=str(models[architecture]),
+        adapter=adapter,
+        quantization="nf4" if kind == "nf4" else "none",
+        parameters="all" if kind == "all" else "trainable",
+    )
+    loaded = load_model(spec, device="cpu")
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize=normalize)
+    batch = samples()
+    together = maker.make_batch(batch)
+    for sample, (vector, _) in zip(batch, together, strict=True):
+        assert_close(vector, slow(loaded, sample, normalize))
+        assert_close(vector, maker.make(sample)[0])
+    assert maker._gradients.unruled == {}, "all of it by batched rules, nothing by falling back"
+    assert np.linalg.norm(together[0][0] - together[1][0]) > 0.1 * np.linalg.norm(together[0][0]), "samples differ"
+
+
+def loaded_from(model, dtype="float32") -> LoadedModel:
+    return LoadedModel(
+        spec=ModelSpec(model="toy"), model=model.eval(), tokenizer=None, theta=dict(model.named_parameters()), device="cpu", dtype=dtype
+    )  # fmt: skip
+
+
+class _Scale(torch.nn.Module):
+    """A parameter that no rule knows."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.factor = torch.nn.Parameter(torch.full((16,), 1.3))
+
+    def forward(self, hidden):
+        return self.inner(hidden) * self.factor
+
+
+def test_a_parameter_without_a_rule_falls_back_and_says_so_once(caplog):
+    model = tiny_model("llama")
+    model.model.layers[0].mlp = _Scale(model.model.layers[0].mlp)
+    loaded = loaded_from(model)
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    for _ in range(2):
+        for sample, (vector, _) in zip(samples(), maker.make_batch(samples()), strict=True):
+            assert_close(vector, slow(loaded, sample))
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
+        "model.layers.0.mlp.factor: gradients one sample at a time, which is slower (_Scale has no rule for factor)"
+    ]
+
+
+class _Doubled(torch.nn.Linear):
+    """Looks like a linear layer, and is not one."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) + hidden.sum(-1, keepdim=True) * self.weight.sum()
+
+
+def test_a_rule_that_is_wrong_is_found_out_and_replaced(caplog):
+    model = tiny_model("llama")
+    wrong = _Doubled(16, 16, bias=False)
+    wrong.weight = model.model.layers[1].self_attn.q_proj.weight
+    model.model.layers[1].self_attn.q_proj = wrong
+    loaded = loaded_from(model)
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    for sample, (vector, _) in zip(samples(), maker.make_batch(samples()), strict=True):
+        assert_close(vector, slow(loaded, sample))
+    assert "model.layers.1.self_attn.q_proj.weight: gradients one sample at a time" in caplog.text
+    assert len(maker._gradients.unruled) == 1
+
+
+def test_samples_that_see_one_another_are_done_one_by_one(caplog):
+    """A model that mixes the samples of a batch cannot be batched, and must not be believed."""
+    model = tiny_model("llama")
+    model.model.layers[0].register_forward_hook(lambda module, read, wrote: wrote + wrote.mean(0, keepdim=True))
+    loaded = loaded_from(model)
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    for sample, (vector, loss) in zip(samples(), maker.make_batch(samples()), strict=True):
+        assert_close(vector, slow(loaded, sample))
+        assert loss == pytest.approx(maker.make(sample)[1])
+    assert len(maker._gradients.unruled) == len(loaded.theta)
+
+
+def test_one_bad_sample_does_not_spoil_its_neighbours(models):
+    loaded = load_model(ModelSpec(model=str(models["llama"])), device="cpu")
+    with torch.no_grad():
+        loaded.theta["model.embed_tokens.weight"][200] = float("nan")
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    batch = samples()
+    bad = Encoded(sample_id="bad", input_ids=(1, 200, 5, 6), offsets=((0, 1),), truncated=False)
+    results = maker.make_batch([*batch[:2], bad, *batch[2:]])
+    assert str(results.pop(2)) == "sample bad: the loss is nan"
+    for sample, result in zip(batch, results, strict=True):
+        assert_close(result[0], maker.make(sample)[0])
+
+
+def test_bfloat16_is_batched_too(models, adapters):
+    spec = ModelSpec(model=str(models["llama"]), adapter=str(adapters["llama"]), dtype="bfloat16")
+    maker = RapidGradMaker(load_model(spec, device="cpu"), spec=SKETCH, normalize="layer")
+    exact = RapidGradMaker(
+        load_model(ModelSpec(model=spec.model, adapter=spec.adapter), device="cpu"), spec=SKETCH, normalize="layer"
+    )
+    for sample, (vector, _) in zip(samples(), maker.make_batch(samples()), strict=True):
+        expected = exact.make(sample)[0]
+        assert vector @ expected > 0.98 * np.linalg.norm(vector) * np.linalg.norm(expected)
+    assert maker._gradients.unruled == {}
+
+
+def test_no_gradient_of_a_parameter_is_ever_kept(models):
+    loaded = load_model(ModelSpec(model=str(models["llama"])), device="cpu")
+    RapidGradMaker(loaded, spec=SKETCH, normalize="layer").make_batch(samples())
+    assert all(tensor.grad is None and tensor.requires_grad for tensor in loaded.theta.values())
+    assert not any(module._forward_hooks for module in loaded.model.modules())

@@ -1,0 +1,102 @@
+"""Several workers: the same rows as one process, and a worker that dies costs nothing but time."""
+
+import logging
+import os
+import signal
+
+import numpy as np
+import pytest
+from conftest import toy_records, write_jsonl
+from test_whole import content, make
+
+from rapidin_vdb.errors import FingerprintError, GradientError, SpecError
+
+
+def assert_alike(first, second):
+    """Bit for bit but for what the number of threads does to sums."""
+    one, other = content(first), content(second)
+    assert one.keys() == other.keys()
+    for name, (_, vector) in one.items():
+        a, b = (np.frombuffer(bytes_, np.float16).astype(float) for bytes_ in (vector, other[name][1]))
+        np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
+
+
+def test_two_workers_write_what_one_process_writes(tmp_path, models, adapters):
+    lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(40))
+    alone, together = (make(tmp_path / name, models, adapters) for name in ("alone", "together"))
+    alone.ingest(lines, batch_tokens=900)
+    seen = []
+    report = together.ingest(
+        lines, batch_tokens=900, workers_per_device=2, progress=lambda stage, done, total: seen.append((done, total))
+    )
+    assert (report.added, report.unchanged, report.bad) == (40, 0, ())
+    assert seen[0] == (0, 40) and seen[-1] == (40, 40)
+    assert_alike(together, alone)
+    assert together.ingest(lines, workers_per_device=2).unchanged == 40
+
+
+def test_a_worker_that_is_killed_is_replaced_and_its_batch_done_again(tmp_path, models, adapters, caplog, monkeypatch):
+    from rapidin_vdb import compute
+
+    caplog.set_level(logging.WARNING)
+    original, killed = compute._Worker.give, []
+
+    def give(worker, batch, attempt):
+        original(worker, batch, attempt)
+        if len(killed) < 2:
+            killed.append(worker.process.pid)
+            os.kill(worker.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(compute._Worker, "give", give)
+    database = make(tmp_path / "db", models, adapters)
+    report = database.ingest(
+        write_jsonl(tmp_path / "toy.jsonl", toy_records(24)), batch_tokens=900, workers_per_device=2
+    )
+    assert report.added == database.info().samples == len(content(database)) == 24
+    deaths = [record.getMessage() for record in caplog.records if "died" in record.getMessage()]
+    assert len(deaths) == len(set(killed)) == 2
+    assert all(
+        "a worker on cpu died with exit code -9: its" in death and "go back to the queue" in death for death in deaths
+    )
+
+
+def test_a_batch_that_kills_every_worker_is_given_up(tmp_path, models, adapters, monkeypatch):
+    from rapidin_vdb import compute
+
+    original = compute._Worker.give
+
+    def give(worker, batch, attempt):
+        original(worker, batch, attempt)
+        if any(sample.sample_id == "toy-007" for sample in batch):
+            os.kill(worker.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(compute._Worker, "give", give)
+    database = make(tmp_path / "db", models, adapters)
+    lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(9))
+    with pytest.raises(GradientError, match=r"3 workers died \(the last with exit code -9\) on the 1 samples toy-007"):
+        database.ingest(lines, batch_tokens=1, workers_per_device=2)
+    assert "toy-007" not in content(database)
+
+
+def test_errors_of_workers_reach_the_caller(tmp_path, models, adapters, database):
+    from conftest import save_model
+
+    other = save_model(tmp_path / "other", "llama", seed=5)
+    with pytest.raises(FingerprintError, match="model_hash is"):
+        database.ingest(
+            write_jsonl(tmp_path / "a.jsonl", toy_records(3, first=90)), model=str(other), workers_per_device=2
+        )
+    assert database.info().samples == 24
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"workers_per_device": 0}, "--workers-per-device is 0; wanted 1 or more"),
+        ({"batch_tokens": 0}, "--batch-tokens is 0"),
+        ({"device": "cpu,cuda:7"}, "--device cuda:7: this machine has"),
+    ],
+)
+def test_devices_and_workers_that_make_no_sense(database, tmp_path, options, message):
+    with pytest.raises(SpecError, match=message):
+        database.ingest(tmp_path / "toy.jsonl", **options)
