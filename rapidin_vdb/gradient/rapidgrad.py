@@ -121,8 +121,7 @@ class RapidGradMaker:
             return
         self._give_up_wrong_tensors(batch, place)
         if not self._agrees(batch, place, alone):
-            for number in range(len(self.loaded.theta)):
-                self._gradients.give_up(number, "in a batch, this model's samples are not independent")
+            self._gradients.give_up_all("in a batch, its samples are not independent of one another")
 
     def _agrees(self, batch: Sequence[Encoded], place: int, alone: Tensor) -> bool:
         together = self._batched(batch)[0][place]

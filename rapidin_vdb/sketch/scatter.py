@@ -24,7 +24,6 @@ def _kernel() -> Any:
         total = 0.0
         for number in range(len(rows)):
             begin, source = rows[number] * length, number * length
-            squares = np.float32(0.0)
             place = begin
             stop = begin + length
             while place < stop:
@@ -32,14 +31,16 @@ def _kernel() -> Any:
                 word = signs[place >> 3]
                 bit = place & 7
                 end = min(place + 8 - bit, stop)
+                squares = np.float32(0.0)
                 for current in range(place, end):
                     value = grad[source + current - begin]
                     squares += value * value
                     # By arithmetic: a branch would be mispredicted half of the time.
                     sign = np.float32(1.0) - np.float32(2.0) * np.float32((word >> (current & 7)) & 1)
                     target[buckets[current]] += sign * value
+                # Millions of squares in one float32 would lose the small ones.
+                total += squares
                 place = end
-            total += squares
         return total
 
     # Where types are checked, as in the tests, what is compiled is what stands inside the check.
