@@ -26,8 +26,8 @@ from rapidin_vdb.records import Encoded
 
 logger = logging.getLogger(__name__)
 
-# Gradients of so many bytes are formed at a time; a larger tensor is done for fewer samples at once. On a CPU they stay in
-# its last cache on their way to the sketch.
+# Gradients of so many bytes are formed at a time; a larger tensor is done for fewer samples at once. On a CPU they stay
+# in its last cache on their way to the sketch.
 _CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
 
 
