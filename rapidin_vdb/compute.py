@@ -12,8 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from rapidin_vdb.corpus import Template, load_template
 from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import GradientError, RapidInError
+from rapidin_vdb.gradient import load_config, load_tokenizer
 from rapidin_vdb.gradient.memory import is_out_of_memory, release_memory
 from rapidin_vdb.gradient.rapidgrad import to_half
 from rapidin_vdb.records import Encoded, Fingerprint
@@ -27,6 +29,65 @@ Compute = Callable[[Iterator[Batch]], Iterator[tuple[Batch, list[Result]]]]
 
 # A batch that has taken so many workers with it is not tried again.
 _LIVES = 3
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Road:
+    """All that it takes to turn records into RapidGrads."""
+
+    compute: Compute
+    """Batches to results."""
+    tokenizer: Any
+    """Texts to tokens."""
+    template: Template
+    """Prompts to texts."""
+    config: Any
+    """The model's configuration."""
+
+
+def road_here(engine: Engine) -> Road:
+    """Return the road through a model in this process."""
+    return Road(
+        compute=compute_here(engine),
+        tokenizer=engine.loaded.tokenizer,
+        template=engine.template,
+        config=engine.loaded.model.config,
+    )
+
+
+def road_of_workers(
+    fingerprint: Fingerprint,
+    *,
+    place: str,
+    devices: Sequence[str],
+    workers: int,
+    model: str | None = None,
+    adapter: str | None = None,
+) -> Road:
+    """Return the road through worker processes, dealt out to the devices in turn; no model is loaded in this one.
+
+    Raises:
+        ModelError: the model's tokenizer or configuration cannot be loaded.
+    """
+    name = model or fingerprint.model
+    tokenizer = load_tokenizer(name)
+    specs = [
+        WorkerSpec(
+            fingerprint=fingerprint,
+            place=place,
+            model=model,
+            adapter=adapter,
+            device=devices[number % len(devices)],
+            threads=max(1, (os.cpu_count() or 1) // workers),
+        )
+        for number in range(workers)
+    ]
+    return Road(
+        compute=compute_in_workers(specs),
+        tokenizer=tokenizer,
+        template=load_template(fingerprint.template, tokenizer=tokenizer, text=fingerprint.template_text),
+        config=load_config(name),
+    )
 
 
 def compute_here(engine: Engine) -> Compute:

@@ -1,21 +1,19 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from rapidin_vdb.compute import WorkerSpec, compute_here, compute_in_workers
-from rapidin_vdb.corpus import load_template
+from rapidin_vdb.compute import Road, road_here, road_of_workers
 from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import SpecError, TableError
+from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.gradient import (
     default_batch_tokens,
-    load_config,
-    load_tokenizer,
     resolve_devices,
 )
-from rapidin_vdb.ingest import Corpus, ingest
+from rapidin_vdb.ingest import ingest
+from rapidin_vdb.plan import Corpus
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import encode_queries, query_from, rank, read_queries, sketch_queries
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
@@ -25,7 +23,7 @@ from rapidin_vdb.records import (
     OnDuplicate,
     Sample,
 )
-from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestReport, Ranking, StoredSample
+from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, StoredSample
 from rapidin_vdb.store import SampleTable, Snapshot
 
 
@@ -83,15 +81,16 @@ class Database:
         workers_per_device: int = 1,
         on_bad_record: OnBadRecord = "stop",
         on_duplicate: OnDuplicate = "error",
+        dry_run: bool = False,
         model: str | None = None,
         adapter: str | None = None,
         progress: Progress = silent,
-    ) -> IngestReport:
+    ) -> IngestReport | IngestEstimate:
         """Add the records of some files; samples that are there already are left alone.
 
         `device` may name several, as `cuda:0,cuda:1`. With more than one device or worker, each worker is a process
         that loads the model for itself. `batch_tokens` limits a batch, padding included; by default it follows free
-        memory.
+        memory. A `dry_run` counts and times instead of writing.
 
         Raises:
             CorpusError: a file or a record cannot be read; nothing is written.
@@ -112,45 +111,29 @@ class Database:
         )
         devices = resolve_devices(device)
         workers = len(devices) * workers_per_device
+        road = self._road(devices, workers if not dry_run else 1, model=model, adapter=adapter)
+        options = {
+            "tokenizer": road.tokenizer,
+            "template": road.template,
+            "batch_tokens": batch_tokens
+            or default_batch_tokens(
+                road.config, dtype=self.fingerprint.dtype, device=devices[0], workers=workers_per_device
+            ),
+            "on_bad_record": on_bad_record,
+            "on_duplicate": on_duplicate,
+        }
+        if dry_run:
+            return estimate(self._table, corpus, road.compute, workers=workers, device=devices[0], **options)
+        return ingest(self._table, corpus, road.compute, progress=progress, **options)
+
+    def _road(self, devices: list[str], workers: int, *, model: str | None, adapter: str | None) -> Road:
+        """Return how samples become RapidGrads: in this process, or in workers that load the model for themselves."""
         if workers == 1:
             if self._engine is None:
                 self.load(model=model, adapter=adapter, device=devices[0])
-            engine = self._loaded()
-            config, tokenizer, template = engine.loaded.model.config, engine.loaded.tokenizer, engine.template
-            compute = compute_here(engine)
-        else:
-            name = model or self.fingerprint.model
-            config, tokenizer = load_config(name), load_tokenizer(name)
-            template = load_template(
-                self.fingerprint.template, tokenizer=tokenizer, text=self.fingerprint.template_text
-            )
-            compute = compute_in_workers(
-                [
-                    WorkerSpec(
-                        fingerprint=self.fingerprint,
-                        place=self.path,
-                        model=model,
-                        adapter=adapter,
-                        device=one,
-                        threads=max(1, (os.cpu_count() or 1) // workers),
-                    )
-                    for one in devices
-                    for _ in range(workers_per_device)
-                ]
-            )
-        return ingest(
-            self._table,
-            corpus,
-            compute,
-            tokenizer=tokenizer,
-            template=template,
-            batch_tokens=batch_tokens
-            or default_batch_tokens(
-                config, dtype=self.fingerprint.dtype, device=devices[0], workers=workers_per_device
-            ),
-            on_bad_record=on_bad_record,
-            on_duplicate=on_duplicate,
-            progress=progress,
+            return road_here(self._loaded())
+        return road_of_workers(
+            self.fingerprint, place=self.path, devices=devices, workers=workers, model=model, adapter=adapter
         )
 
     def index(self, recipe: str | Path | IndexRecipe = "cpu", *, progress: Progress = silent) -> IndexInfo:

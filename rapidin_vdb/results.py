@@ -156,6 +156,26 @@ class IngestReport:
 
 
 @dataclass(frozen=True, kw_only=True)
+class IngestEstimate:
+    """What an ingest would take."""
+
+    samples: int
+    """Samples to write."""
+    tokens: int
+    """Their tokens, prompts included, padding not."""
+    batches: int
+    """Batches they make."""
+    bytes: int
+    """What the database will grow by."""
+    peak_memory: int
+    """Bytes at the most, of the device or of this process, seen while a few batches were timed."""
+    seconds: float
+    """Expected from the timed batches, loading the model apart."""
+    bad: tuple[str, ...]
+    """One message for each record that could not be stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class IndexInfo:
     """One built index."""
 

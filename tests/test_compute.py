@@ -89,6 +89,27 @@ def test_errors_of_workers_reach_the_caller(tmp_path, models, adapters, database
     assert database.info().samples == 24
 
 
+def test_a_dry_run_counts_and_times_and_writes_nothing(database, tmp_path, capsys):
+    before = database.info()
+    records = [*toy_records(30, first=20), {"id": "bad", "text": ""}]
+    lines = write_jsonl(tmp_path / "more.jsonl", records)
+    expected = database.ingest(lines, batch_tokens=900, on_bad_record="skip", dry_run=True)
+    assert database.info() == before
+    report = database.ingest(lines, batch_tokens=900, on_bad_record="skip")
+    assert (
+        (expected.samples, expected.tokens, len(expected.bad))
+        == (report.added, report.tokens, 1)
+        == (26, report.tokens, 1)
+    )
+    assert expected.batches > 5
+    grown = sum(path.stat().st_size for path in (tmp_path / "db" / "samples.lance" / "data").iterdir())
+    assert 0.3 * grown * 26 / 50 < expected.bytes < 3 * grown * 26 / 50
+    # A worker's guess is as good as the machine is quiet; that it is about this work is all that can be asked.
+    assert 0.05 * report.seconds < expected.seconds < 20 * report.seconds
+    assert expected.peak_memory > 100e6
+    assert database.ingest(lines, on_bad_record="skip", dry_run=True).seconds == 0.0, "nothing left to do"
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

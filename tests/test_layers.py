@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parent.parent / "rapidin_vdb"
 LAYERS = {
     "errors": 0, "records": 1, "recipe": 1, "progress": 1, "results": 2, "corpus": 2, "sketch": 2, "gradient": 3, "store": 3,
     "index": 3, "engine": 4, "freshness": 4, "query": 4,
-    "compute": 5, "ingest": 6, "database": 7, "creation": 8, "demo": 9, "cli": 10, "__init__": 11, "__main__": 12,
+    "compute": 5, "plan": 5, "ingest": 6, "estimate": 7, "database": 8, "creation": 9, "demo": 10, "cli": 11, "__init__": 12, "__main__": 13,
 }  # fmt: skip
 HOMES = {
     "transformers": {"gradient"}, "peft": {"gradient"}, "bitsandbytes": {"gradient"}, "tokenizers": {"gradient"},

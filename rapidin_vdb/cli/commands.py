@@ -77,6 +77,9 @@ def ingest(
         OnBadRecord, typer.Option(help="Stop before anything is written, or skip and list at the end.")
     ] = "stop",
     on_duplicate: Annotated[OnDuplicate, typer.Option(help="For an id that is there with other content.")] = "error",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it would take, from timing a few batches; write nothing.")
+    ] = False,
     model: Moved = None,
     adapter: MovedAdapter = None,
 ) -> None:
@@ -91,7 +94,7 @@ def ingest(
         report = database.ingest(
             *files, split=split, source=source, id_field=id_field, limit=limit, batch_tokens=batch_tokens,
             device=device, workers_per_device=workers_per_device, on_bad_record=on_bad_record,
-            on_duplicate=on_duplicate, model=model, adapter=adapter, progress=progress,
+            on_duplicate=on_duplicate, dry_run=dry_run, model=model, adapter=adapter, progress=progress,
         )  # fmt: skip
     show.ingested(report)
 

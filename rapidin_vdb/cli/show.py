@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestReport, Ranking, StoredSample
+from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, StoredSample
 
 if TYPE_CHECKING:
     from rapidin_vdb.database import Database
@@ -30,8 +30,11 @@ def created(database: "Database") -> None:
     )
 
 
-def ingested(report: IngestReport) -> None:
-    """Say what an ingest did."""
+def ingested(report: IngestReport | IngestEstimate) -> None:
+    """Say what an ingest did, or would take."""
+    if isinstance(report, IngestEstimate):
+        _estimated(report)
+        return
     parts = [f"{report.added:,} samples added"]
     parts += [f"{report.replaced:,} replaced"] if report.replaced else []
     parts += [f"{report.unchanged:,} were there already"] if report.unchanged else []
@@ -41,6 +44,16 @@ def ingested(report: IngestReport) -> None:
     typer.echo(f"{', '.join(parts)}, in {report.seconds:.1f} s ({rate:,.1f} samples/s)", err=True)
     for message in report.bad:
         typer.echo(f"skipped: {message}", err=True)
+
+
+def _estimated(expected: IngestEstimate) -> None:
+    typer.echo(
+        f"{expected.samples:,} samples of {expected.tokens:,} tokens, in {expected.batches:,} batches\n"
+        f"{expected.bytes / 1e6:,.1f} MB in the database, {expected.peak_memory / 1e9:,.1f} GB of memory at the most\n"
+        f"{expected.seconds:,.0f} s expected, from timing a few batches; nothing was written"
+    )
+    for message in expected.bad:
+        typer.echo(f"would be skipped: {message}", err=True)
 
 
 def indexed(built: IndexInfo) -> None:

@@ -29,6 +29,11 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
+def peak_bytes(device: str) -> int:
+    """Return the most memory that was allocated on a GPU so far; 0 for the CPU, whose peak the system knows."""
+    return int(torch.cuda.max_memory_allocated(device)) if device.startswith("cuda") else 0
+
+
 def release_memory() -> None:
     """Give what torch holds in reserve back to the device."""
     if torch.cuda.is_available():

@@ -1,0 +1,86 @@
+"""What an ingest will take: counted without the model, and timed on a few of its batches."""
+
+import resource
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+
+from rapidin_vdb.compute import Compute
+from rapidin_vdb.corpus import Template, Tokenizer
+from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.gradient.memory import peak_bytes
+from rapidin_vdb.plan import Corpus, Pair, encoded_windows, make_plan, planned_batches
+from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate
+from rapidin_vdb.results import IngestEstimate
+from rapidin_vdb.store import SampleTable
+
+_TIMED = 5
+
+
+def estimate(
+    table: SampleTable,
+    corpus: Corpus,
+    compute: Compute,
+    *,
+    tokenizer: Tokenizer,
+    template: Template,
+    batch_tokens: int,
+    workers: int,
+    device: str,
+    on_bad_record: OnBadRecord = "stop",
+    on_duplicate: OnDuplicate = "error",
+) -> IngestEstimate:
+    """Return what an ingest with these arguments would take; nothing is written.
+
+    Raises:
+        CorpusError: a record cannot be stored, where the options do not allow it.
+    """
+    max_tokens = table.fingerprint.max_tokens
+
+    def windows() -> Iterator[list[Pair | CorpusError]]:
+        return encoded_windows(corpus, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
+
+    plan = make_plan(table, windows(), on_bad_record=on_bad_record, on_duplicate=on_duplicate)
+    sizes: list[tuple[int, int]] = []  # samples and padded tokens of each batch
+    tokens = text = samples = 0
+    todo = dict(plan.todo)
+    for window in windows():
+        for batch in planned_batches(window, todo, batch_tokens):
+            sizes.append((len(batch), len(batch) * max(len(encoded.input_ids) for _, encoded in batch)))
+            samples += len(batch)
+            tokens += sum(len(encoded.input_ids) for _, encoded in batch)
+            text += sum(len((s.prompt or "") + s.response) + 8 * len(e.offsets) for s, e in batch)
+    padded = sum(size for _, size in sizes)
+    seconds = 0.0
+    if sizes:
+        timed = _spread(sizes)
+        chosen = _pick(windows(), dict(plan.todo), batch_tokens, timed)
+        list(compute(iter(chosen[:1])))  # once for what happens once: compiling, the self-check
+        started = time.monotonic()
+        list(compute(iter(chosen)))
+        measured = sum(len(batch) * max(len(sample.input_ids) for sample in batch) for batch in chosen)
+        seconds = (time.monotonic() - started) * padded / measured / workers
+    return IngestEstimate(
+        samples=samples,
+        tokens=tokens,
+        batches=len(sizes),
+        # A RapidGrad in half precision, token ids, and the text.
+        bytes=samples * 2 * table.fingerprint.sketch.width + 4 * tokens + text,
+        peak_memory=max(peak_bytes(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10),
+        seconds=seconds,
+        bad=tuple(plan.bad),
+    )
+
+
+def _spread(sizes: Sequence[tuple[int, int]]) -> set[int]:
+    """Return the numbers of a few batches, from the lightest to the heaviest."""
+    order = sorted(range(len(sizes)), key=lambda number: sizes[number])
+    return {order[round(part * (len(order) - 1) / (_TIMED - 1))] for part in range(_TIMED)}
+
+
+def _pick(
+    windows: Iterator[list[Pair | CorpusError]], todo: dict[str, str], batch_tokens: int, numbers: set[int]
+) -> list[list[Encoded]]:
+    batches = (batch for window in windows for batch in planned_batches(window, todo, batch_tokens))
+    chosen = [batch for number, batch in enumerate(islice(batches, max(numbers) + 1)) if number in numbers]
+    return [[encoded for _, encoded in batch] for batch in chosen]

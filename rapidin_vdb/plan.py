@@ -1,0 +1,189 @@
+"""What an ingest will do: every record is looked at, and samples are cut into batches, before the first gradient."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+
+from rapidin_vdb.corpus import Template, Tokenizer, encode, read_corpus
+from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate, Sample
+from rapidin_vdb.store import ColumnKind, SampleTable, merge_kinds
+
+Pair = tuple[Sample, Encoded]
+
+# Records checked, encoded and sorted by length together.
+_WINDOW = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Corpus:
+    """What to ingest."""
+
+    paths: tuple[Path, ...]
+    """Files, in order."""
+    split: str | None = None
+    """Wins over the records' own field; `train` without either."""
+    source: str | None = None
+    """Wins over the records' own field."""
+    id_field: str = "id"
+    """Which field holds the sample id."""
+    limit: int | None = None
+    """How many records to read at most."""
+
+    def read(self) -> Iterator[Sample | CorpusError]:
+        """Yield the samples, an error in the place of each record that cannot be one."""
+        samples = read_corpus(self.paths, split=self.split, source=self.source, id_field=self.id_field)
+        return islice(samples, self.limit)
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """What the first reading of a corpus found."""
+
+    todo: dict[str, str] = field(default_factory=dict)
+    """Content hash of each sample to write, by id."""
+    kinds: dict[str, ColumnKind] = field(default_factory=dict)
+    """The columns that their fields need."""
+    replaced: set[str] = field(default_factory=set)
+    """Those of them whose id is in the table, with other content."""
+    unchanged: int = 0
+    """Samples that are there already."""
+    seen: int = 0
+    """The table's version that the plan was made for."""
+    kept: int = 0
+    """Samples whose id stands for other content, which stays."""
+    bad: list[str] = field(default_factory=list)
+    """What is wrong with each record that cannot be stored."""
+
+
+def planned_batches(
+    window: Sequence[Pair | CorpusError], todo: dict[str, str], batch_tokens: int
+) -> Iterator[list[Pair]]:
+    """Yield the planned samples of a window in batches of like length, taking them off the plan.
+
+    Batches are cut from all samples of the window and then lose those that are stored: so a run that goes on after
+    another was killed forms the same batches as if it had not been. Batches that lost some samples are cut anew.
+    """
+    pairs = [entry for entry in window if not isinstance(entry, CorpusError)]
+    rest: list[Pair] = []
+    for batch in _cut(pairs, batch_tokens):
+        wanted = _wanted(batch, todo)
+        if len(wanted) == len(batch):
+            yield batch
+        else:
+            rest += wanted
+    yield from _cut(rest, batch_tokens)
+
+
+def _cut(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[list[Pair]]:
+    """Yield batches of like length, of at most `batch_tokens` tokens with their padding, but one sample at least."""
+    batch: list[Pair] = []
+    for pair in sorted(pairs, key=lambda pair: (len(pair[1].input_ids), pair[1].sample_id)):
+        # Sorted: the newest is the longest.
+        if batch and len(pair[1].input_ids) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(pair)
+    if batch:
+        yield batch
+
+
+def encoded_windows(
+    corpus: Corpus, *, tokenizer: Tokenizer, template: Template, max_tokens: int
+) -> Iterator[list[Pair | CorpusError]]:
+    """Yield a corpus's samples with their tokens, some at a time, an error in the place of each that has none."""
+    samples = corpus.read()
+    while window := list(islice(samples, _WINDOW)):
+        yield _encode_window(window, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
+
+
+def _encode_window(
+    window: Sequence[Sample | CorpusError], *, tokenizer: Tokenizer, template: Template, max_tokens: int
+) -> list[Pair | CorpusError]:
+    samples = [entry for entry in window if isinstance(entry, Sample)]
+    encoded = iter(encode(samples, tokenizer=tokenizer, template=template, max_tokens=max_tokens))
+    result: list[Pair | CorpusError] = []
+    for entry in window:
+        if isinstance(entry, CorpusError):
+            result.append(entry)
+        else:
+            tokens = next(encoded)
+            result.append(tokens if isinstance(tokens, CorpusError) else (entry, tokens))
+    return result
+
+
+def make_plan(
+    table: SampleTable,
+    windows: Iterator[list[Pair | CorpusError]],
+    *,
+    on_bad_record: OnBadRecord,
+    on_duplicate: OnDuplicate,
+) -> Plan:
+    """Return what there is to write, every record having been looked at.
+
+    Raises:
+        CorpusError: a record cannot be stored, or an id stands for two contents, where the options do not allow it.
+    """
+    snapshot = table.snapshot()
+    stored = snapshot.content_hashes()
+    plan = Plan(seen=snapshot.version)
+    for window in windows:
+        for entry in window:
+            if isinstance(entry, CorpusError):
+                if on_bad_record == "stop":
+                    raise CorpusError(
+                        f"{entry}. Nothing was written; mend it, or pass over such records with: --on-bad-record skip"
+                    )
+                plan.bad.append(str(entry))
+                continue
+            sample = entry[0]
+            if _decide(plan, sample, stored, table, on_duplicate):
+                plan.todo[sample.sample_id] = sample.content_hash
+                plan.kinds = merge_kinds(plan.kinds, sample.metadata)
+    return plan
+
+
+def _decide(plan: Plan, sample: Sample, stored: dict[str, str], table: SampleTable, on_duplicate: OnDuplicate) -> bool:
+    """Say whether a sample is to be written, counting it either way."""
+    planned = plan.todo.get(sample.sample_id)
+    before = planned or stored.get(sample.sample_id)
+    if before is None:
+        return True
+    if before == sample.content_hash:
+        plan.unchanged += 1
+        return False
+    if on_duplicate == "error":
+        raise CorpusError(
+            f"{sample.location}: sample {sample.sample_id} is "
+            + ("already in these files" if planned else "in the database")
+            + f" with other content{'' if planned else _differing(table, sample)}. Nothing was written; keep the first "
+            "with --on-duplicate skip, take the new one with --on-duplicate replace, or name the field of unique ids "
+            "with --id-field"
+        )
+    if on_duplicate == "skip":
+        plan.kept += 1
+        return False
+    if planned is None:
+        plan.replaced.add(sample.sample_id)
+    return True
+
+
+def _differing(table: SampleTable, sample: Sample) -> str:
+    stored = table.snapshot().samples([sample.sample_id]).get(sample.sample_id)
+    if stored is None:
+        return ""
+    names = [
+        name for name in ("prompt", "response", "split", "source") if getattr(stored, name) != getattr(sample, name)
+    ]
+    return f" (its {' and '.join(names or ['other fields'])} differ)"
+
+
+def _wanted(batch: Sequence[Pair], todo: dict[str, str]) -> list[Pair]:
+    """Take the planned samples of a batch off the plan; of two with one id, the one that the plan settled on."""
+    wanted = []
+    for pair in batch:
+        if todo.get(pair[0].sample_id) == pair[0].content_hash:
+            del todo[pair[0].sample_id]
+            wanted.append(pair)
+    return wanted
