@@ -109,7 +109,8 @@ def _add_more(demo: _Demo, database: Database, more: Path, attacked: list[dict[s
     new = [result for ranking in rankings for result in ranking.results if result.split == "late"]
     bad = sum(bool(result.metadata["poisoned"]) for result in new)
     demo.tell(
-        f"6. {rankings[0].searched - SAMPLES} more records ingested; the next query searched {rankings[0].searched} samples. Of the "
+        f"6. {rankings[0].searched - SAMPLES} more records ingested; the next query searched "
+        f"{rankings[0].searched} samples. Of the "
         f"{len(rankings)} top tens, {len(new)} places went to new samples, {bad} of them poisoned."
     )
 
