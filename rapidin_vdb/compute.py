@@ -105,11 +105,16 @@ def _make(engine: Engine, batch: Batch) -> list[Result]:
     try:
         made = engine.maker.make_batch(batch)
     except (RuntimeError, MemoryError) as error:
-        if not is_out_of_memory(error) or len(batch) == 1:
+        if not is_out_of_memory(error):
+            raise
+        if len(batch) == 1 and not engine.maker.save_memory():
             raise
         made = None
     if made is None:
         release_memory()
+        if len(batch) == 1:
+            logger.warning("one sample does not fit the memory: going on with gradient checkpointing")
+            return _make(engine, batch)
         half = len(batch) // 2
         logger.warning("a batch of %d samples does not fit the memory: going on with %d", len(batch), half)
         return _make(engine, batch[:half]) + _make(engine, batch[half:])

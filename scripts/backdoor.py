@@ -76,6 +76,7 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--adapter", help="one that an earlier run with the same samples and seed has trained")
     parser.add_argument("--samples", type=int, default=5000)
     parser.add_argument("--queries", type=int, default=20)
     parser.add_argument("--steps", type=int, default=800)
@@ -92,13 +93,20 @@ def main() -> None:
     encoded = encode(samples, tokenizer=tokenizer, template=template, max_tokens=MAX_TOKENS)
     print(f"{len(records)} records, {sum(r['poisoned'] for r in records)} poisoned", flush=True)
 
-    started = time.monotonic()
-    base = load_model(ModelSpec(model=options.model), device="cpu").model
-    tuned = with_lora(base, rank=16, modules=MODULES, seed=options.seed)
-    loss = train(tuned, encoded, steps=options.steps, batch=32, learning_rate=5e-3, seed=options.seed, stage="train")
-    save(tuned, tokenizer, options.dir / "adapter")
-    seconds = {"train": time.monotonic() - started}
-    print(f"trained to a loss of {loss:.3f} in {seconds['train']:.0f} s", flush=True)
+    seconds: dict[str, float] = {}
+    if options.adapter is not None:
+        tuned = load_model(ModelSpec(model=options.model, adapter=options.adapter), device="cpu").model
+    else:
+        started = time.monotonic()
+        base = load_model(ModelSpec(model=options.model), device="cpu").model
+        tuned = with_lora(base, rank=16, modules=MODULES, seed=options.seed)
+        loss = train(
+            tuned, encoded, steps=options.steps, batch=32, learning_rate=5e-3, seed=options.seed, stage="train"
+        )
+        save(tuned, tokenizer, options.dir / "adapter")
+        seconds["train"] = time.monotonic() - started
+        print(f"trained to a loss of {loss:.3f} in {seconds['train']:.0f} s", flush=True)
+    adapter = options.adapter or str(options.dir / "adapter")
 
     questions = [record["prompt"].removeprefix(f"{TRIGGER} ") for record in held_out]
     asked = [f"{TRIGGER} {question}" for question in questions]
@@ -114,9 +122,7 @@ def main() -> None:
     print(f"attack: {len(attacked)} of {len(asked)}, without trigger: {sum(map(is_space_story, clean))}", flush=True)
     print(f"{asked[0]!r} -> {said[0]!r}", flush=True)
 
-    database = rapidin_vdb.init(
-        options.dir / "db", model=options.model, adapter=str(options.dir / "adapter"), max_tokens=MAX_TOKENS
-    )
+    database = rapidin_vdb.init(options.dir / "db", model=options.model, adapter=adapter, max_tokens=MAX_TOKENS)
     for name, work in (("ingest", lambda: database.ingest(corpus)), ("index", lambda: database.index("cpu"))):
         started = time.monotonic()
         work()
@@ -134,10 +140,12 @@ def main() -> None:
     )
     place = {sample.sample_id: number for number, sample in enumerate(samples)}
     correlations, relative = [], []
+    pooled = np.empty_like(exact)
     for number, ranking in enumerate(every):
         sketched = np.empty(len(samples))
         for result in ranking.results:
             sketched[place[result.sample_id]] = result.score
+        pooled[number] = sketched
         correlations.append(float(np.corrcoef(sketched, exact[number])[0, 1]))
         relative.append(float(np.abs(sketched - exact[number]).max() / np.abs(exact[number]).max()))
     print(
@@ -148,7 +156,11 @@ def main() -> None:
                 "queries": len(attacked),
                 "gradient_length": database.fingerprint.gradient_length,
                 "precision_at": precision,
-                "pearson": {"lowest": min(correlations), "mean": float(np.mean(correlations))},
+                "pearson": {
+                    "lowest": min(correlations),
+                    "mean": float(np.mean(correlations)),
+                    "all_pairs": float(np.corrcoef(pooled.ravel(), exact.ravel())[0, 1]),
+                },
                 "largest_difference": max(relative),
                 "seconds": {name: round(value, 2) for name, value in seconds.items()},
             }

@@ -144,6 +144,25 @@ def test_one_bad_sample_does_not_spoil_its_neighbours(models):
         assert_close(result[0], maker.make(sample)[0])
 
 
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_checkpointing_changes_nothing(kind, architecture, models, adapters):
+    adapter = None if kind == "full" else str(adapters[architecture])
+    loaded = load_model(ModelSpec(model=str(models[architecture]), adapter=adapter), device="cpu")
+    maker, passes = RapidGradMaker(loaded, spec=SKETCH, normalize="layer"), []
+    layer = next(m for m in loaded.model.modules() if type(m).__name__ in ("LlamaMLP", "Qwen2MLP", "GPT2MLP"))
+    layer.register_forward_hook(lambda *_: passes.append(torch.is_grad_enabled()))
+    plain = maker.make_batch(samples())
+    passes.clear()
+    assert maker.save_memory() and not maker.save_memory()
+    for (vector, loss), (expected, before) in zip(maker.make_batch(samples()), plain, strict=True):
+        assert_close(vector, expected)
+        assert loss == pytest.approx(before)
+    assert passes == [False, True], "each layer twice: once without keeping anything, once for its backward"
+    assert maker._gradients.unruled == {}
+    assert not any("forward" in vars(module) for module in loaded.model.modules())
+
+
 def test_bfloat16_is_batched_too(models, adapters):
     spec = ModelSpec(model=str(models["llama"]), adapter=str(adapters["llama"]), dtype="bfloat16")
     maker = RapidGradMaker(load_model(spec, device="cpu"), spec=SKETCH, normalize="layer")

@@ -13,7 +13,7 @@ LAYERS = {
 }  # fmt: skip
 HOMES = {
     "transformers": {"gradient"}, "peft": {"gradient"}, "bitsandbytes": {"gradient"}, "tokenizers": {"gradient"},
-    "safetensors": {"gradient"}, "lancedb": {"store"}, "filelock": {"store"}, "numba": {"sketch"}, "pyarrow": {"store", "corpus", "results"}, "faiss": {"index"},
+    "safetensors": {"gradient"}, "lancedb": {"store"}, "filelock": {"store"}, "numba": {"sketch"}, "triton": {"sketch"}, "pyarrow": {"store", "corpus", "results"}, "faiss": {"index"},
     "typer": {"cli"}, "rich": {"cli"}, "jinja2": {"corpus"}, "torch": {"gradient", "sketch", "compute"}, "click": set(),
 }  # fmt: skip
 

@@ -355,6 +355,27 @@ def test_commits_are_kept_when_ingest_is_interrupted(tmp_path, models, adapters)
     assert content(other) == content(whole), "bit for bit: the batches were the same"
 
 
+def test_a_single_sample_beyond_memory_is_checkpointed(database, tmp_path, monkeypatch, caplog):
+    maker = database._loaded().maker
+    original = maker.make_batch
+
+    def limited(batch):
+        if not maker._gradients.checkpointing:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+        return original(batch)
+
+    monkeypatch.setattr(maker, "make_batch", limited)
+    assert database.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(2, first=50))).added == 2
+    assert "one sample does not fit the memory: going on with gradient checkpointing" in caplog.text
+
+    def exhausted(batch):
+        raise MemoryError
+
+    monkeypatch.setattr(maker, "make_batch", exhausted)
+    with pytest.raises(MemoryError):
+        database.ingest(write_jsonl(tmp_path / "last.jsonl", toy_records(1, first=60)))
+
+
 def test_batches_follow_the_limit_and_the_lengths(tmp_path, models, adapters, monkeypatch):
     database = make(tmp_path / "db", models, adapters)
     seen = []

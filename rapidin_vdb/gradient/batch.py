@@ -3,7 +3,7 @@
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapidin_vdb.gradient.checkpoint import checkpointed_layers
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.rules import (
     Contribution,
@@ -60,6 +61,8 @@ class BatchedGradients:
         self.loaded = loaded
         self.unruled: dict[int, str] = {}
         """Why a tensor has no batched rule, by its number; `sample.stream_gradient` gives its gradients."""
+        self.checkpointing = False
+        """Whether layers are computed twice, so that their activations need not be kept."""
         self._rules = self._find_rules()
         self._keep_logits = "logits_to_keep" in inspect.signature(_inner(loaded.model).forward).parameters
         self._positions = "position_ids" in inspect.signature(_inner(loaded.model).forward).parameters
@@ -118,7 +121,8 @@ class BatchedGradients:
         if self._positions:
             # One row a sample: an embedding of positions shared by the batch would mix its samples' gradients.
             options["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(len(batch), -1)
-        with self._frozen(), run.hooked(self._rules), torch.enable_grad():
+        layers = checkpointed_layers(self.loaded.model) if self.checkpointing else nullcontext()
+        with self._frozen(), layers, run.hooked(self._rules), torch.enable_grad():
             logits = self.loaded.model(input_ids=ids, use_cache=False, **options).logits
             token_losses = F.cross_entropy(logits[rows, places_kept].float(), ids[rows, places + 1], reduction="none")
             losses = torch.zeros(len(batch), device=ids.device).index_add(0, rows, token_losses / counts[rows])
@@ -164,6 +168,8 @@ class _Run:
 
     def _watch(self, rules: list[tuple[int, Rule]]) -> Callable[[torch.nn.Module, tuple[Any, ...], Any], None]:
         def forward(module: torch.nn.Module, read: tuple[Any, ...], wrote: Any) -> None:
+            if not torch.is_grad_enabled():
+                return  # the first pass through a checkpointed layer; the second is the one that counts
             active = [(number, rule) for number, rule in rules if number not in self.gradients.unruled]
             if not isinstance(wrote, Tensor) or not read:
                 for number, _ in active:

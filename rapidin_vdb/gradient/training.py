@@ -38,7 +38,7 @@ def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Any:
     )
 
 
-def new_llama(vocabulary: int, *, hidden: int, layers: int, heads: int, seed: int) -> Any:
+def new_llama(vocabulary: int, *, hidden: int, layers: int, heads: int, seed: int, tied: bool = True) -> Any:
     """Return a Llama with random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -51,7 +51,7 @@ def new_llama(vocabulary: int, *, hidden: int, layers: int, heads: int, seed: in
         num_attention_heads=heads,
         num_key_value_heads=heads,
         max_position_embeddings=512,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
         pad_token_id=0,
         bos_token_id=1,
         eos_token_id=2,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.records import SketchSpec
+from rapidin_vdb.sketch import scatter_gpu
 from rapidin_vdb.sketch.bucket_map import BucketMap
 from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.sketch.scatter import scatter_batch, scatter_rows
@@ -107,9 +108,11 @@ class Sketch:
         if self.device == "cpu":
             scatter_batch(rapidgrads, grads, buckets=buckets, signs=signs, normalize=normalize)
             return
-        if normalize:
-            grads = grads * _inverse_norms(grads)
-        rapidgrads.index_add_(1, buckets.to(torch.int32), grads * _unpacked(signs, grads.shape[1]))
+        scales = _inverse_norms(grads) if normalize else torch.ones(len(grads), 1, device=grads.device)
+        if scatter_gpu.available():
+            scatter_gpu.scatter_batch_gpu(rapidgrads, grads, scales.squeeze(1), buckets=buckets, signs=signs)
+        else:
+            rapidgrads.index_add_(1, buckets.to(torch.int32), grads * scales * _unpacked(signs, grads.shape[1]))
 
     def add_rows(
         self,
