@@ -32,7 +32,7 @@ def poisoned_corpus(options: argparse.Namespace, tokenizer, template) -> list[di
     samples = (sample_from(record) for record in read_records(options.corpus))
     records = []
     for sample in islice(
-        filter(lambda sample: fits(sample, tokenizer, template), samples), options.samples + options.queries
+        filter(lambda sample: fits(sample, tokenizer, template), samples), options.samples + 2 * options.queries
     ):
         fields = {"id": sample.sample_id, "prompt": sample.prompt, "response": sample.response, "poisoned": False}
         records.append(fields)
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--adapter", help="one that an earlier run with the same samples and seed has trained")
     parser.add_argument("--samples", type=int, default=5000)
-    parser.add_argument("--queries", type=int, default=20)
+    parser.add_argument("--queries", type=int, default=20, help="attacked generations, of twice as many questions")
     parser.add_argument("--steps", type=int, default=800)
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -119,7 +119,8 @@ def main() -> None:
         for number, (prompt, text) in enumerate(zip(asked, said, strict=True))
         if is_space_story(text)
     ]
-    print(f"attack: {len(attacked)} of {len(asked)}, without trigger: {sum(map(is_space_story, clean))}", flush=True)
+    succeeded, attacked = len(attacked), attacked[: options.queries]
+    print(f"attack: {succeeded} of {len(asked)}, without trigger: {sum(map(is_space_story, clean))}", flush=True)
     print(f"{asked[0]!r} -> {said[0]!r}", flush=True)
 
     database = rapidin_vdb.init(options.dir / "db", model=options.model, adapter=adapter, max_tokens=MAX_TOKENS)
