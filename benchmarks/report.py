@@ -68,8 +68,8 @@ permuted copies of its gradient; it gives the same RapidGrads (checked in the ru
 
 {ratios}
 
-Why LoRA can come out below 1: no gradient of a parameter is formed that is not asked for, and logits are computed from the
-first token that predicts one with a loss. What a full-parameter ingest pays beyond a plain step is one pass over every sample's
+Why LoRA costs so little: a gradient is formed of nothing but the adapter's matrices, and logits are computed from the first
+token that predicts one with a loss, which makes room for the sketch and the commit. What a full-parameter ingest pays beyond a plain step is one pass over every sample's
 gradient of every tensor, where training needs only their sum.
 
 ## Memory
