@@ -1,23 +1,15 @@
 """A sample becomes token ids, with its prompt masked and the place of each response token in the text."""
 
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 from rapidin_vdb.corpus.template import Template
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import Encoded, Sample
 
-
-@runtime_checkable
-class Tokenizer(Protocol):
-    """What is asked of a Hugging Face tokenizer."""
-
-    eos_token_id: int | None
-    bos_token: str | None
-
-    def __call__(self, text: list[str], **options: Any) -> Any:
-        """Return `input_ids` and `offset_mapping` of each text."""
-        ...
+Tokenizer = Any
+"""A fast tokenizer of Hugging Face transformers. No protocol: it makes its attributes up as they are asked for, which
+Python 3.12 does not count as having them."""
 
 
 def encode(
