@@ -172,8 +172,7 @@ def ratio(kind: str, *, samples: int, repeats: int) -> dict:
             ]
         found = [result[0] for result in database._loaded().maker.make_batch(few)]
         differences = [np.linalg.norm(a - b) / np.linalg.norm(b) for a, b in zip(found, expected, strict=True)]
-        # Normalised, the rounding of a tensor whose gradient nearly vanishes counts as much as any other's.
-        assert max(differences) < 2**-11, f"the slow way has to give the same to half precision: {differences}"
+        assert max(differences) < 1e-4, f"the slow way has to give the same: {differences}"
         ours_each = statistics.median(run["ingest"]["wall"] for run in runs) / samples
         return {
             "kind": kind,

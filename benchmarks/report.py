@@ -68,14 +68,14 @@ permuted copies of its gradient; it gives the same RapidGrads (checked in the ru
 
 {ratios}
 
-Why LoRA costs so little: a gradient is formed of nothing but the adapter's matrices, and logits are computed from the first
+What is likely to keep LoRA cheap: a gradient is formed of nothing but the adapter's matrices, and logits are computed from the first
 token that predicts one with a loss, which makes room for the sketch and the commit. What a full-parameter ingest pays beyond a plain step is one pass over every sample's
 gradient of every tensor, where training needs only their sum.
 
 ## Memory
 
 By the number of samples (Llama of 2 layers, LoRA, 2,048 tokens a batch, 32-token samples, width 8,192): a commit holds at most
-256 MiB of RapidGrads, and nothing else grows but a list of ids.
+256 MiB of RapidGrads; these 16,000 samples take 262 MB, so most of them wait for one commit.
 
 {samples}
 

@@ -147,5 +147,7 @@ def _inverse_norms(grads: Float[Tensor, "batch grad"]) -> Float[Tensor, "batch 1
     """Return 1 / L2 norm of each row, 0 for one that is exactly zero."""
     largest = grads.abs().amax(1, keepdim=True)
     # Squares of very small gradients would vanish.
-    norms = torch.linalg.vector_norm(grads / largest.clamp(min=torch.finfo(grads.dtype).tiny), dim=1, keepdim=True)
+    scaled = grads / largest.clamp(min=torch.finfo(grads.dtype).tiny)
+    # In float32, torch's sum of millions of squares is off by 1e-4 on a CPU.
+    norms = torch.linalg.vector_norm(scaled, dim=1, keepdim=True, dtype=torch.float64).to(grads.dtype)
     return torch.where(largest == 0, torch.zeros_like(largest), 1 / (norms * largest))
