@@ -13,7 +13,7 @@ from rapidin_vdb.results import IngestReport
 from rapidin_vdb.store import Row, SampleTable
 
 # A commit is made when this much is waiting: seldom enough to be cheap, often enough to lose little.
-_COMMIT_BYTES = 256 << 20
+_COMMIT_BYTES = 64 << 20
 _COMMIT_SECONDS = 60.0
 
 

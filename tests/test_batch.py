@@ -74,6 +74,38 @@ def loaded_from(model, dtype="float32") -> LoadedModel:
     )  # fmt: skip
 
 
+def mixture_of_experts(kind: str):
+    from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+    torch.manual_seed(3)
+    shared = {
+        "vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "num_experts_per_tok": 2, "max_position_embeddings": 64,
+    }  # fmt: skip
+    if kind == "mixtral":
+        return MixtralForCausalLM(MixtralConfig(num_local_experts=5, **shared))
+    return Qwen3MoeForCausalLM(
+        Qwen3MoeConfig(num_experts=5, moe_intermediate_size=12, head_dim=4, norm_topk_prob=True, **shared)
+    )
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_experts_and_their_router_are_batched(kind, experts):
+    model = mixture_of_experts(kind)
+    model.set_experts_implementation(experts)
+    for name, parameter in model.named_parameters():
+        if "gate.weight" in name:
+            torch.nn.init.normal_(parameter)  # so that tokens part
+    loaded = loaded_from(model)
+    assert {"model.layers.0.mlp.gate.weight", "model.layers.1.mlp.experts.down_proj"} <= set(loaded.theta)
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    for sample, (vector, _) in zip(samples(), maker.make_batch(samples()), strict=True):
+        assert_close(vector, slow(loaded, sample))
+        assert_close(vector, maker.make(sample)[0])
+    assert maker._gradients.unruled == {}, "all of it by batched rules, nothing by falling back"
+
+
 class _Scale(torch.nn.Module):
     """A parameter that no rule knows."""
 

@@ -48,6 +48,28 @@ def test_any_range_of_the_map_is_the_same_range_of_the_whole():
         assert made.negative(start, stop).tolist() == negative[start:stop].tolist()
 
 
+@pytest.mark.parametrize("length", [3000, (1 << 31) - 1, (1 << 32) + 5, 6_738_415_616])
+def test_compiled_and_torch_and_plain_integers_follow_alike(length):
+    """Also past 2^31 and 2^32, where 32 bits no longer hold a position."""
+    made = BucketMap(SketchSpec(width=64, shuffles=3, seed=11), length)
+    steps = draw_shuffle(made.spec, made.length)
+    inverses = [[np.argsort(step.row_permutation), np.argsort(step.column_permutation)] for step in steps]
+
+    def follow(position: int) -> int:
+        for rows, columns in inverses:
+            below = made.length // len(rows)
+            position = int(rows[position // below]) * below + position % below
+            position = position - position % len(columns) + int(columns[position % len(columns)])
+        return position
+
+    start = length - 200
+    slow = [follow(position) for position in range(start, length)]
+    assert made.positions(start, length).tolist() == slow
+    dtype = torch.int32 if made.length < 1 << 31 else torch.int64
+    assert made._followed_by_torch(start, length, dtype, "cpu").tolist() == slow
+    assert made.buckets(start, length).tolist() == [position // (made.length // 64) for position in slow]
+
+
 def test_signs_are_balanced_and_independent_of_the_seed_next_door():
     count = 1 << 18
     first, second = (BucketMap(SketchSpec(width=16, seed=seed), count).negative(0, count).numpy() for seed in (1, 2))

@@ -12,17 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapidin_vdb.gradient.checkpoint import checkpointed_layers
+from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows
 from rapidin_vdb.gradient.model import LoadedModel
-from rapidin_vdb.gradient.rules import (
-    Contribution,
-    Dense,
-    NoRuleError,
-    Rows,
-    Rule,
-    dense_rows,
-    rule_for,
-    summed_rows,
-)
+from rapidin_vdb.gradient.rules import Rule, dense_rows, rule_for, summed_rows
 from rapidin_vdb.records import Encoded
 
 logger = logging.getLogger(__name__)
@@ -171,6 +163,8 @@ class _Run:
             if not torch.is_grad_enabled():
                 return  # the first pass through a checkpointed layer; the second is the one that counts
             active = [(number, rule) for number, rule in rules if number not in self.gradients.unruled]
+            if isinstance(wrote, tuple) and wrote:
+                wrote = wrote[0]  # a router of experts: its linear layer's output, then what it chose
             if not isinstance(wrote, Tensor) or not read:
                 for number, _ in active:
                     self.gradients.give_up(number, f"{type(module).__name__} is called in an unusual way")
@@ -179,22 +173,22 @@ class _Run:
                 if not wrote.is_leaf or not active:
                     return
                 wrote.requires_grad_(True)  # a further embedding, as of positions
-            source = read[0].detach()
+            sources = tuple(part.detach() if isinstance(part, Tensor) else part for part in read)
             for number, _ in active:
                 self.pending.setdefault(number, _Pending()).expected += 1
 
             def backward(delta: Tensor) -> None:
                 for number, rule in active:
-                    self._take(number, rule, module, source, delta.detach())
+                    self._take(number, rule, module, sources, delta.detach())
 
             if active:
                 wrote.register_hook(backward)
 
         return forward
 
-    def _take(self, number: int, rule: Rule, module: torch.nn.Module, source: Tensor, delta: Tensor) -> None:
+    def _take(self, number: int, rule: Rule, module: torch.nn.Module, sources: tuple[Any, ...], delta: Tensor) -> None:
         try:
-            contribution = rule(module, source, delta, self.batch)
+            contribution = rule(module, sources, delta, self.batch)
         except NoRuleError as reason:
             self.gradients.give_up(number, str(reason))
             return

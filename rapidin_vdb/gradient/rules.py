@@ -5,39 +5,17 @@ of the loss with respect to y: one batched matrix product gives all samples' gra
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows, tokens_of
+from rapidin_vdb.gradient.experts import down_weight, gate_up_weight, is_experts, is_router
 
-@dataclass(frozen=True, eq=False)
-class Dense:
-    """Gradients of some samples of a batch, made when asked for."""
-
-    form: Callable[[slice], Tensor]
-    """Which samples -> [samples, *shape of the parameter]."""
-
-
-@dataclass(frozen=True, eq=False)
-class Rows:
-    """Gradient rows of an embedding, for the tokens that a batch holds; all other rows are zero."""
-
-    ids: Tensor
-    """Row of each token, [batch, tokens]; -1 for one that gives no gradient."""
-    delta: Tensor
-    """Gradient of each token's row, [batch, tokens, columns]."""
-
-
-Contribution = Dense | Rows
-Rule = Callable[[torch.nn.Module, Tensor, Tensor, int], Contribution]
-"""(module, its input, gradient of its output, batch size) -> what that call adds to the parameter's gradients."""
-
-
-class NoRuleError(Exception):
-    """A module was called in a way that no rule covers; its parameters fall back to autograd."""
+Rule = Callable[[torch.nn.Module, tuple[Any, ...], Tensor, int], Contribution]
+"""(module, its inputs, gradient of its output, batch size) -> what that call adds to the parameter's gradients."""
 
 
 def rule_for(module: torch.nn.Module, name: str) -> Rule | None:
@@ -55,38 +33,31 @@ def rule_for(module: torch.nn.Module, name: str) -> Rule | None:
         return {"weight": _layer_norm_weight, "bias": _bias}.get(name)
     if type(module).__name__.endswith("RMSNorm") and name == "weight" and module.get_parameter(name).dim() == 1:
         return _rms_norm_weight
-    return None
+    if is_experts(module):
+        return {"gate_up_proj": gate_up_weight, "down_proj": down_weight}.get(name)
+    return _linear_weight if is_router(module) else None
 
 
-def _tokens(tensor: Tensor, batch: int) -> Tensor:
-    """Return a tensor as [batch, tokens, columns]; some models flatten the first two for their linear layers."""
-    if tensor.dim() >= 3 and tensor.shape[0] == batch:
-        return tensor.flatten(1, -2)
-    if tensor.dim() == 2 and tensor.shape[0] % batch == 0:
-        return tensor.unflatten(0, (batch, -1))
-    raise NoRuleError(f"a tensor of shape {tuple(tensor.shape)} does not begin with the batch of {batch}")
-
-
-def _linear_weight(module: torch.nn.Module, read: Tensor, delta: Tensor, batch: int) -> Contribution:
-    read, delta = _tokens(read, batch), _tokens(delta, batch)
+def _linear_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+    read, delta = tokens_of(reads[0], batch), tokens_of(delta, batch)
     return Dense(lambda samples: torch.bmm(delta[samples].transpose(1, 2), read[samples].to(delta.dtype)))
 
 
-def _conv1d_weight(module: torch.nn.Module, read: Tensor, delta: Tensor, batch: int) -> Contribution:
-    read, delta = _tokens(read, batch), _tokens(delta, batch)
+def _conv1d_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+    read, delta = tokens_of(reads[0], batch), tokens_of(delta, batch)
     return Dense(lambda samples: torch.bmm(read[samples].transpose(1, 2).to(delta.dtype), delta[samples]))
 
 
-def _bias(module: torch.nn.Module, read: Tensor, delta: Tensor, batch: int) -> Contribution:
-    delta = _tokens(delta, batch)
+def _bias(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+    delta = tokens_of(delta, batch)
     return Dense(lambda samples: delta[samples].float().sum(1))
 
 
-def _layer_norm_weight(module: torch.nn.Module, read: Tensor, delta: Tensor, batch: int) -> Contribution:
+def _layer_norm_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
     assert isinstance(module, torch.nn.LayerNorm)
     if len(module.normalized_shape) != 1:
         raise NoRuleError("a layer norm over several dimensions")
-    read, delta = _tokens(read, batch), _tokens(delta, batch)
+    read, delta = tokens_of(reads[0], batch), tokens_of(delta, batch)
 
     def form(samples: slice) -> Tensor:
         standardised = F.layer_norm(read[samples].float(), module.normalized_shape, None, None, module.eps)
@@ -95,8 +66,8 @@ def _layer_norm_weight(module: torch.nn.Module, read: Tensor, delta: Tensor, bat
     return Dense(form)
 
 
-def _rms_norm_weight(module: torch.nn.Module, read: Tensor, delta: Tensor, batch: int) -> Contribution:
-    read, delta = _tokens(read, batch), _tokens(delta, batch)
+def _rms_norm_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+    read, delta = tokens_of(reads[0], batch), tokens_of(delta, batch)
     epsilon: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if epsilon is None:
         raise NoRuleError("an RMS norm that hides its epsilon")
@@ -108,8 +79,9 @@ def _rms_norm_weight(module: torch.nn.Module, read: Tensor, delta: Tensor, batch
     return Dense(form)
 
 
-def _embedding_weight(module: torch.nn.Module, read: Tensor, delta: Tensor, batch: int) -> Contribution:
+def _embedding_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
     assert isinstance(module, torch.nn.Embedding)
+    read = reads[0]
     if read.dim() != 2 or read.shape[0] != batch or delta.shape[0] != batch:
         raise NoRuleError(f"an embedding of ids of shape {tuple(read.shape)}, for a batch of {batch}")
     ids = read if module.padding_idx is None else read.masked_fill(read == module.padding_idx, -1)

@@ -1,14 +1,13 @@
 """The sketch's inner loop on the CPU: one pass over a gradient fills its buckets and takes its norm."""
 
-import inspect
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
+
+from rapidin_vdb.sketch.compiled import compiled, side_by_side
 
 # Coordinates below which sharing the work among threads costs more than it saves.
 _WORTH_A_THREAD = 1 << 17
@@ -17,7 +16,6 @@ _WORTH_A_THREAD = 1 << 17
 @cache
 def _kernel() -> Any:
     """Compile the loop; a second the first time in a process, and only where a gradient is sketched."""
-    import numba
 
     def scatter(target, grad, buckets, signs, rows, length):  # type: ignore[no-untyped-def]
         # `grad` holds runs of `length` coordinates, one after the other, that begin at rows * length of the tensor.
@@ -43,13 +41,7 @@ def _kernel() -> Any:
                 place = end
         return total
 
-    # Where types are checked, as in the tests, what is compiled is what stands inside the check.
-    return numba.njit(nogil=True)(inspect.unwrap(scatter))
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="sketch")
+    return compiled(scatter)
 
 
 def scatter_rows(
@@ -76,16 +68,15 @@ def scatter_batch(
     """Add each sample's gradient of one tensor to its RapidGrad, in place, samples shared among torch's threads."""
     targets, sources = rapidgrads.numpy(), grads.contiguous().numpy()
     everything, index, bits = np.zeros(1, np.int64), buckets.numpy(), signs.numpy()
-    threads = min(torch.get_num_threads(), len(sources)) if grads.numel() > _WORTH_A_THREAD else 1
 
-    def share(first: int) -> None:
-        for number in range(first, len(sources), threads):
-            _one(targets[number], sources[number : number + 1], everything, index, bits, normalize)
+    def add(number: int) -> None:
+        _one(targets[number], sources[number : number + 1], everything, index, bits, normalize)
 
-    others = [_pool(threads - 1).submit(share, first) for first in range(1, threads)] if threads > 1 else []
-    share(0)
-    for other in others:
-        other.result()
+    if grads.numel() > _WORTH_A_THREAD:
+        side_by_side(add, len(sources))
+    else:
+        for number in range(len(sources)):
+            add(number)
 
 
 def _one(

@@ -75,8 +75,7 @@ class Sketch:
 
     def _compose(self, number: int) -> tuple[Integer[Tensor, " grad"], UInt8[Tensor, " bytes"]]:
         start, stop = self._starts[number], self._starts[number + 1]
-        device = self.device if self.keep == "nowhere" else "cpu"
-        buckets = self._map.buckets(start, stop, device=device).to(torch.uint16 if self._small else torch.int32)
+        buckets = self._map.buckets(start, stop, device=self.device)
         signs = np.packbits(self._map.negative(start, stop).numpy(), bitorder="little")
         return buckets, torch.from_numpy(signs)
 

@@ -164,9 +164,14 @@ class SampleTable:
             return int(self._table.version)
 
     def _arrow(self, rows: Sequence[Row]) -> pa.RecordBatchReader:
-        table = arrow_table(rows, self._table.schema)
-        batches = table.to_batches(max(1, BATCH_BYTES // (2 * self.fingerprint.sketch.width)))
-        return pa.RecordBatchReader.from_batches(table.schema, batches)
+        schema, size = self._table.schema, max(1, BATCH_BYTES // (2 * self.fingerprint.sketch.width))
+        # Converted as Lance asks for them: a second copy of a whole commit would double what is waiting.
+        made = (
+            batch
+            for first in range(0, len(rows), size)
+            for batch in arrow_table(rows[first : first + size], schema).to_batches()
+        )
+        return pa.RecordBatchReader.from_batches(schema, made)
 
     def delete_where(self, where: str) -> int:
         """Delete the samples a filter lets through, in one commit, and return how many there were.

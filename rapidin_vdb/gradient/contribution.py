@@ -1,0 +1,40 @@
+"""What a call of a module adds to the gradients of its parameter, for each sample of a batch."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Dense:
+    """Gradients of some samples of a batch, made when asked for."""
+
+    form: Callable[[slice], Tensor]
+    """Which samples -> [samples, *shape of the parameter]."""
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Gradient rows of an embedding, for the tokens that a batch holds; all other rows are zero."""
+
+    ids: Tensor
+    """Row of each token, [batch, tokens]; -1 for one that gives no gradient."""
+    delta: Tensor
+    """Gradient of each token's row, [batch, tokens, columns]."""
+
+
+Contribution = Dense | Rows
+
+
+class NoRuleError(Exception):
+    """A module was called in a way that no rule covers; its parameters fall back to autograd."""
+
+
+def tokens_of(tensor: Tensor, batch: int) -> Tensor:
+    """Return a tensor as [batch, tokens, columns]; some models flatten the first two for their linear layers."""
+    if tensor.dim() >= 3 and tensor.shape[0] == batch:
+        return tensor.flatten(1, -2)
+    if tensor.dim() == 2 and tensor.shape[0] % batch == 0:
+        return tensor.unflatten(0, (batch, -1))
+    raise NoRuleError(f"a tensor of shape {tuple(tensor.shape)} does not begin with the batch of {batch}")
