@@ -5,11 +5,12 @@ import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
 
+from rapidin_vdb.batches import Pair, planned_batches
 from rapidin_vdb.compute import Compute
 from rapidin_vdb.corpus import Template, Tokenizer
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.gradient.memory import peak_bytes
-from rapidin_vdb.plan import Corpus, Pair, encoded_windows, make_plan, planned_batches
+from rapidin_vdb.plan import Corpus, encoded_windows, make_plan
 from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate
 from rapidin_vdb.results import IngestEstimate
 from rapidin_vdb.store import SampleTable

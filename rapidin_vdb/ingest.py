@@ -3,10 +3,11 @@
 import time
 from collections.abc import Iterator
 
+from rapidin_vdb.batches import Pair, planned_batches
 from rapidin_vdb.compute import Compute
 from rapidin_vdb.corpus import Template, Tokenizer
 from rapidin_vdb.errors import CorpusError, GradientError
-from rapidin_vdb.plan import Corpus, Pair, encoded_windows, make_plan, planned_batches
+from rapidin_vdb.plan import Corpus, encoded_windows, make_plan
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate
 from rapidin_vdb.results import IngestReport

@@ -1,16 +1,16 @@
-"""What an ingest will do: every record is looked at, and samples are cut into batches, before the first gradient."""
+"""What an ingest will do: every record is looked at before the first gradient."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
+from rapidin_vdb.batches import Pair
+from rapidin_vdb.batches import planned_batches as planned_batches  # where benchmarks look for it
 from rapidin_vdb.corpus import Template, Tokenizer, encode, read_corpus
 from rapidin_vdb.errors import CorpusError
-from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate, Sample
+from rapidin_vdb.records import OnBadRecord, OnDuplicate, Sample
 from rapidin_vdb.store import ColumnKind, SampleTable, merge_kinds
-
-Pair = tuple[Sample, Encoded]
 
 # Records checked, encoded and sorted by length together.
 _WINDOW = 1024
@@ -55,38 +55,6 @@ class Plan:
     """Samples whose id stands for other content, which stays."""
     bad: list[str] = field(default_factory=list)
     """What is wrong with each record that cannot be stored."""
-
-
-def planned_batches(
-    window: Sequence[Pair | CorpusError], todo: dict[str, str], batch_tokens: int
-) -> Iterator[list[Pair]]:
-    """Yield the planned samples of a window in batches of like length, taking them off the plan.
-
-    Batches are cut from all samples of the window and then lose those that are stored: so a run that goes on after
-    another was killed forms the same batches as if it had not been. Batches that lost some samples are cut anew.
-    """
-    pairs = [entry for entry in window if not isinstance(entry, CorpusError)]
-    rest: list[Pair] = []
-    for batch in _cut(pairs, batch_tokens):
-        wanted = _wanted(batch, todo)
-        if len(wanted) == len(batch):
-            yield batch
-        else:
-            rest += wanted
-    yield from _cut(rest, batch_tokens)
-
-
-def _cut(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[list[Pair]]:
-    """Yield batches of like length, of at most `batch_tokens` tokens with their padding, but one sample at least."""
-    batch: list[Pair] = []
-    for pair in sorted(pairs, key=lambda pair: (len(pair[1].input_ids), pair[1].sample_id)):
-        # Sorted: the newest is the longest.
-        if batch and len(pair[1].input_ids) * (len(batch) + 1) > batch_tokens:
-            yield batch
-            batch = []
-        batch.append(pair)
-    if batch:
-        yield batch
 
 
 def encoded_windows(
@@ -177,13 +145,3 @@ def _differing(table: SampleTable, sample: Sample) -> str:
         name for name in ("prompt", "response", "split", "source") if getattr(stored, name) != getattr(sample, name)
     ]
     return f" (its {' and '.join(names or ['other fields'])} differ)"
-
-
-def _wanted(batch: Sequence[Pair], todo: dict[str, str]) -> list[Pair]:
-    """Take the planned samples of a batch off the plan; of two with one id, the one that the plan settled on."""
-    wanted = []
-    for pair in batch:
-        if todo.get(pair[0].sample_id) == pair[0].content_hash:
-            del todo[pair[0].sample_id]
-            wanted.append(pair)
-    return wanted

@@ -1,13 +1,15 @@
 """The tree is the design: a module imports only from lower layers, and each outside library has one home."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parent.parent / "rapidin_vdb"
 LAYERS = {
-    "errors": 0, "records": 1, "recipe": 1, "progress": 1, "results": 2, "corpus": 2, "sketch": 2, "gradient": 3, "store": 3,
+    "errors": 0, "records": 1, "recipe": 1, "progress": 1, "batches": 2, "results": 2, "corpus": 2, "sketch": 2, "gradient": 3, "store": 3,
     "index": 3, "engine": 4, "freshness": 4, "query": 4,
     "compute": 5, "plan": 5, "ingest": 6, "estimate": 7, "database": 8, "creation": 9, "demo": 10, "cli": 11, "__init__": 12, "__main__": 13,
 }  # fmt: skip
@@ -50,6 +52,13 @@ def test_imports_point_down_and_stay_at_home(path):
 
 def test_every_module_has_a_layer():
     assert {module_of(path) for path in FILES} == set(LAYERS)
+
+
+def test_batches_are_cut_without_the_libraries_of_the_table():
+    """A benchmark of the GPU cuts them as an ingest does, where lancedb is not installed."""
+    code = "import sys, rapidin_vdb.batches; print({'lancedb', 'pyarrow', 'torch'} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
 
 
 def test_files_stay_short():

@@ -1,0 +1,50 @@
+"""Samples cut into batches of like length; apart from `plan`, so that it needs no table."""
+
+from collections.abc import Iterator, Sequence
+
+from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.records import Encoded, Sample
+
+Pair = tuple[Sample, Encoded]
+
+
+def planned_batches(
+    window: Sequence[Pair | CorpusError], todo: dict[str, str], batch_tokens: int
+) -> Iterator[list[Pair]]:
+    """Yield the planned samples of a window in batches of like length, taking them off the plan.
+
+    Batches are cut from all samples of the window and then lose those that are stored: so a run that goes on after
+    another was killed forms the same batches as if it had not been. Batches that lost some samples are cut anew.
+    """
+    pairs = [entry for entry in window if not isinstance(entry, CorpusError)]
+    rest: list[Pair] = []
+    for batch in _cut(pairs, batch_tokens):
+        wanted = _wanted(batch, todo)
+        if len(wanted) == len(batch):
+            yield batch
+        else:
+            rest += wanted
+    yield from _cut(rest, batch_tokens)
+
+
+def _cut(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[list[Pair]]:
+    """Yield batches of like length, of at most `batch_tokens` tokens with their padding, but one sample at least."""
+    batch: list[Pair] = []
+    for pair in sorted(pairs, key=lambda pair: (len(pair[1].input_ids), pair[1].sample_id)):
+        # Sorted: the newest is the longest.
+        if batch and len(pair[1].input_ids) * (len(batch) + 1) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(pair)
+    if batch:
+        yield batch
+
+
+def _wanted(batch: Sequence[Pair], todo: dict[str, str]) -> list[Pair]:
+    """Take the planned samples of a batch off the plan; of two with one id, the one that the plan settled on."""
+    wanted = []
+    for pair in batch:
+        if todo.get(pair[0].sample_id) == pair[0].content_hash:
+            del todo[pair[0].sample_id]
+            wanted.append(pair)
+    return wanted
