@@ -17,7 +17,7 @@ from rapidin_vdb.gradient.rapidgrad import normalized as scaled_to_one
 from rapidin_vdb.gradient.rapidgrad import to_half
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 from rapidin_vdb.sketch import BucketMap, draw_shuffle
-from rapidin_vdb.sketch.sketch import _inverse_norms
+from rapidin_vdb.sketch.scatter_torch import inverse_norms
 
 SKETCH = SketchSpec(width=64, shuffles=3, seed=7)
 SAMPLE = Encoded(sample_id="s", input_ids=(1, 40, 41, 42, 77, 78, 2), offsets=((0, 1), (1, 2), (2, 2)), truncated=False)
@@ -228,4 +228,4 @@ def test_a_large_tensor_is_scaled_to_norm_one_exactly():
     """Torch's own float32 norm of so many numbers errs by 1e-4."""
     grad = torch.randn(1 << 22, generator=torch.Generator().manual_seed(0)) * 1e-4
     assert float(scaled_to_one(grad).double().norm()) == pytest.approx(1, abs=1e-6)
-    assert float(1 / _inverse_norms(grad.unsqueeze(0))) == pytest.approx(float(grad.double().norm()), rel=1e-6)
+    assert float(1 / inverse_norms(grad.unsqueeze(0))) == pytest.approx(float(grad.double().norm()), rel=1e-6)

@@ -11,7 +11,9 @@ import torch
 
 from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.sketch import Sketch
+from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.sketch.scatter import scatter_batch, scatter_rows
+from rapidin_vdb.sketch.scatter_torch import scatter_batch_torch, scatter_rows_torch
 
 
 def drawn(length: int, width: int, *, batch: int = 3):
@@ -101,18 +103,38 @@ def test_too_large_a_map_is_computed_again_and_said_so(monkeypatch, caplog):
     assert Sketch(SketchSpec(width=256), [700]).keep == "device"
 
 
+# Batches beside the 4 and 8 samples that are taken at once, tensors beside multiples of the block, and every type.
+_CASES = [
+    (batch, length, width, kind, scale)
+    for batch, length, width in ((1, 1, 64), (3, 1000, 64), (4, 1024, 64), (5, 5003, 1 << 16), (8, 128, 1), (19, 300, 1 << 17))
+    for kind in ("float32", "bfloat16", "float16")
+    for scale in ((1.0,) if kind == "float16" else (1.0, 1e-30, 1e-20, 1e20, 1e30))
+]  # fmt: skip
+
+
+def check_batch_loop(scatter, batch, length, width, kind, scale, normalize):
+    """Hold a loop against the obvious one in float64: what is there already stays, exactly zero stays zero."""
+    grads, buckets, signs, numbers, negative = drawn(length, width, batch=batch)
+    grads[batch // 2] = 0
+    grads = torch.from_numpy(grads * np.float32(scale)).to(getattr(torch, kind))
+    out = torch.zeros(batch, width)
+    out[:, 0] = 0.5
+    scatter(out, grads, buckets=buckets, signs=signs, normalize=normalize)
+    expected = obvious(grads.float().numpy(), numbers, negative, width, normalize=normalize)
+    assert batch == 1 or np.abs(expected).max() > 0.01 * (1 if normalize else scale)
+    expected[:, 0] += 0.5
+    np.testing.assert_allclose(out.numpy(), expected, rtol=2e-6, atol=3e-6 * np.abs(expected).max())
+
+
 _INTERPRETED = """
 import sys
 sys.path.insert(0, {tests!r})
-import numpy as np, torch
-from test_scatter import drawn, obvious
+import test_scatter
 from rapidin_vdb.sketch import scatter_gpu
-for length, width in ((1, 64), (1000, 64), (5003, 1 << 16), (3000, 1 << 17)):
-    grads, buckets, signs, numbers, negative = drawn(length, width)
-    scales = 1 / np.linalg.norm(grads, axis=1)
-    out = torch.zeros(3, width)
-    scatter_gpu.scatter_batch_gpu(out, torch.from_numpy(grads), torch.from_numpy(scales), buckets=buckets, signs=signs)
-    np.testing.assert_allclose(out.numpy(), obvious(grads, numbers, negative, width, normalize=True), atol=1e-5)
+scatter_gpu._PROGRAMS = 3  # so that each takes several blocks
+for number, case in enumerate(test_scatter._CASES):
+    for normalize in (False, True):
+        test_scatter.check_batch_loop(scatter_gpu.scatter_batch_gpu, *case, normalize)
 print("same")
 """
 
@@ -129,15 +151,65 @@ def test_the_gpu_loop_in_tritons_interpreter():
     assert done.stdout == "same\n", done.stderr
 
 
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("case", _CASES, ids=str)
+def test_the_loop_in_plain_torch(case, normalize):
+    check_batch_loop(scatter_batch_torch, *case, normalize)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("width", [64, 1 << 16, 1 << 17])
+def test_plain_torch_and_the_cpu_loop_agree(width, normalize):
+    grads, buckets, signs, _, _ = drawn(40 * 13, width)
+    found = torch.zeros(2, 4, width)
+    rows = torch.tensor([2, 0, 30])
+    for out, batch_loop, rows_loop in zip(
+        found, (scatter_batch, scatter_batch_torch), (scatter_rows, scatter_rows_torch), strict=True
+    ):
+        options = {"buckets": buckets, "signs": signs, "normalize": normalize}
+        batch_loop(out[:3], torch.from_numpy(grads), **options)
+        rows_loop(out[3], torch.from_numpy(grads[:, :13].copy()), rows=rows, **options)
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-5)
+    assert (found.abs().amax(2) > 0.1).all()
+
+
+@pytest.mark.parametrize(("keep", "composed"), [("device", 0), ("host", 0), ("nowhere", 3)])
+def test_the_map_of_a_tensor_is_fetched_once_a_batch(keep, composed, monkeypatch):
+    """A batch may come in parts, and embedding rows come sample by sample."""
+    sketch, rapidgrads = Sketch(SketchSpec(width=256), [700, 3000], keep=keep), torch.zeros(2, 256)
+    asked, original = [], sketch._compose
+    monkeypatch.setattr(sketch, "_compose", lambda number: asked.append(number) or original(number))
+    for number, length in ((0, 700), (1, 3000), (0, 700)):
+        maps = []
+        for _ in range(2):
+            sketch.add_batch(rapidgrads, number, torch.randn(2, length), normalize=True)
+            sketch.add_rows(rapidgrads[0], number, torch.tensor([3]), torch.randn(1, 10), normalize=True)
+            maps.append(sketch._tensor(number))
+        assert maps[0][0] is maps[1][0]
+        assert torch.equal(maps[0][0], original(number)[0])
+    assert len(asked) == composed
+
+
+def test_free_memory_of_a_gpu_counts_what_torch_holds_in_reserve(monkeypatch):
+    for name, value in {"mem_get_info": (1000, 9000), "memory_reserved": 700, "memory_allocated": 300}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda device, value=value: value)
+    assert free_bytes("cuda:0") == 1400
+    assert free_bytes("cpu") > 1 << 20
+
+
 @pytest.mark.gpu
-def test_the_gpu_gives_what_the_cpu_gives():
-    lengths, grads = [700, 3000, 41], torch.randn(2, 3741)
+@pytest.mark.parametrize("keep", ["device", "host", "nowhere"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("width", [256, 1 << 17])
+def test_the_gpu_gives_what_the_cpu_gives(width, kind, keep):
+    lengths, grads = [700, 300_000, 41], torch.randn(11, 300_741).to(getattr(torch, kind))
     found = []
     for device in ("cpu", "cuda:0"):
-        sketch, rapidgrads = Sketch(SketchSpec(width=256), lengths, device=device), torch.zeros(2, 256, device=device)
+        sketch = Sketch(SketchSpec(width=width), lengths, device=device, keep=keep)
+        rapidgrads = torch.zeros(11, width, device=device)
         for number, part in enumerate(grads.to(device).split(lengths, dim=1)):
             sketch.add_batch(rapidgrads, number, part, normalize=True)
         rows = torch.tensor([0, 3], device=device)
-        sketch.add_rows(rapidgrads[0], 0, rows, grads[:, :7].to(device).contiguous(), normalize=True)
+        sketch.add_rows(rapidgrads[0], 0, rows, grads[:2, :7].float().to(device), normalize=True)
         found.append(rapidgrads.cpu())
     torch.testing.assert_close(*found, atol=1e-4, rtol=1e-4)

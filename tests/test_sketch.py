@@ -70,6 +70,30 @@ def test_compiled_and_torch_and_plain_integers_follow_alike(length):
     assert made.buckets(start, length).tolist() == [position // (made.length // 64) for position in slow]
 
 
+@pytest.mark.parametrize("start", [0, 8, 256, 264, 1, 7, 250, 255, 1001])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 255, 256, 1000])
+def test_packed_signs_are_the_signs(start, count):
+    made = BucketMap(SketchSpec(width=256, seed=3), 100_000)
+    negative, packed = made.negative(0, 4096).numpy()[start : start + count], made.signs(start, start + count).numpy()
+    assert len(packed) == -(-count // 8)
+    assert np.unpackbits(packed, count=count, bitorder="little").tolist() == negative.tolist()
+    assert count < 255 or 0.3 < negative.mean() < 0.7
+
+
+def test_permutations_leave_the_gpu_when_the_map_is_kept(monkeypatch):
+    made = BucketMap(SketchSpec(width=64, shuffles=3), 5000)
+    there = made._followed_by_torch(0, 100, torch.int32, "cpu")  # as on a GPU
+    assert list(made._moved) == ["cpu"]
+    made.leave_devices()
+    assert made._moved == {}
+    assert torch.equal(made._followed_by_torch(0, 100, torch.int32, "cpu"), there)
+    left = []
+    monkeypatch.setattr(BucketMap, "leave_devices", lambda made: left.append(made))
+    for keep in ("device", "host", "nowhere"):
+        Sketch(SketchSpec(width=64), [300], keep=keep)
+    assert len(left) == 2, "composed again for every batch, they are needed again"
+
+
 def test_signs_are_balanced_and_independent_of_the_seed_next_door():
     count = 1 << 18
     first, second = (BucketMap(SketchSpec(width=16, seed=seed), count).negative(0, count).numpy() for seed in (1, 2))

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Integer
+from jaxtyping import Bool, Integer, UInt8
 from torch import Tensor
 
 from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.sketch.compiled import compiled, side_by_side
-from rapidin_vdb.sketch.shuffle import draw_shuffle, draw_signs, padded_length
+from rapidin_vdb.sketch.shuffle import draw_packed_signs, draw_shuffle, draw_signs, padded_length
 
 # Coordinates mapped at a time, and those of them that one thread takes.
 _RUN = 1 << 24
@@ -117,6 +117,10 @@ class BucketMap:
             self._moved[device] = [(rows.to(device), columns.to(device)) for rows, columns in self._steps]
         return self._moved[device]
 
+    def leave_devices(self) -> None:
+        """Drop the permutations' copies on GPUs; what is asked for later brings them there again."""
+        self._moved.clear()
+
     def negative(self, start: int, stop: int) -> Bool[Tensor, " grad"]:
         """Return which of the coordinates [start, stop) have sign -1.
 
@@ -124,6 +128,10 @@ class BucketMap:
         order changes nothing, its entries being independent of the shuffle.
         """
         return torch.from_numpy(draw_signs(self.spec, start, stop))
+
+    def signs(self, start: int, stop: int) -> UInt8[Tensor, " bytes"]:
+        """Return the same eight to a byte, the first in the lowest bit."""
+        return torch.from_numpy(draw_packed_signs(self.spec, start, stop))
 
 
 def _inverse(permutation: np.ndarray) -> Tensor:

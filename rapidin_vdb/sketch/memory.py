@@ -9,7 +9,8 @@ def free_bytes(device: str) -> int:
     """Return the bytes that can still be allocated on a device."""
     if device.startswith("cuda"):
         free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
+        # What torch has freed it keeps for itself; to the device that looks taken.
+        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     try:
         for line in Path("/proc/meminfo").read_text("ascii").splitlines():
             if line.startswith("MemAvailable:"):

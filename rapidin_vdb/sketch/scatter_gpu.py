@@ -1,13 +1,18 @@
-"""The sketch's inner loop on a GPU, in Triton; None where there is no Triton, and plain torch has to do."""
+"""The sketch's inner loop on a GPU, in Triton: one pass over a gradient fills its buckets and takes its norm."""
 
 from functools import cache
 from typing import Any
 
 import torch
-from jaxtyping import Float, Integer, UInt8
+from jaxtyping import Float, Float64, Integer, UInt8
 from torch import Tensor
 
-_BLOCK = 1024
+from rapidin_vdb.sketch.scatter_torch import signed_view
+
+# Coordinates that a program takes at a time, and programs at most: enough to fill a GPU, and few enough that their sums
+# of squares, which meet in one number a sample, do not queue.
+_BLOCK = 128
+_PROGRAMS = 2048
 
 
 @cache
@@ -18,20 +23,34 @@ def _kernel() -> Any:
     except ImportError:
         return None
 
-    def scatter(grads, buckets, signs, scales, rapidgrads, length, width, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
-        sample = tl.program_id(1).to(tl.int64)
-        place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-        inside = place < length
-        grad = tl.load(grads + sample * length + place, mask=inside, other=0.0)
-        # Sixteen bits come as signed numbers.
-        bucket = tl.load(buckets + place, mask=inside, other=0).to(tl.int64) & (width - 1)
-        sign = (tl.load(signs + (place >> 3), mask=inside, other=0).to(tl.int64) >> (place & 7)) & 1
-        value = grad * tl.load(scales + sample) * (1 - 2 * sign).to(tl.float32)
-        tl.atomic_add(rapidgrads + sample * width + bucket, value, mask=inside)
+    def scatter(  # type: ignore[no-untyped-def]
+        grads, buckets, signs, sums, squares, length, count, width, SAMPLES: tl.constexpr, BLOCK: tl.constexpr
+    ):
+        # `grads` is [count, length], `sums` [width, SAMPLES]: samples stand side by side in a bucket, so that the
+        # hardware adds four at once. It does where all of them are added to: zeros, for those that are not there.
+        sample = tl.arange(0, SAMPLES)
+        total = tl.zeros((SAMPLES, BLOCK), tl.float64)
+        for begin in range(tl.program_id(0).to(tl.int64) * BLOCK, length, tl.num_programs(0) * BLOCK):
+            place = begin + tl.arange(0, BLOCK)
+            inside = place < length
+            there = (sample < count)[:, None] & inside[None, :]
+            source = grads + sample.to(tl.int64)[:, None] * length + place[None, :]
+            grad = tl.load(source, mask=there, other=0.0).to(tl.float32)
+            # In float64 the squares of very small or very large numbers neither vanish nor overflow.
+            total += grad.to(tl.float64) * grad.to(tl.float64)
+            # Sixteen bits come as signed numbers.
+            bucket = tl.load(buckets + place, mask=inside, other=0).to(tl.int64) & (width - 1)
+            bit = (tl.load(signs + (place >> 3), mask=inside, other=0).to(tl.int32) >> (place & 7).to(tl.int32)) & 1
+            signed = tl.trans(grad * (1 - 2 * bit).to(tl.float32)[None, :])
+            # Relaxed: nobody reads before the end, and a fence for every addition would cost many times the addition.
+            tl.atomic_add(
+                sums + bucket[:, None] * SAMPLES + sample[None, :], signed, mask=inside[:, None], sem="relaxed"
+            )
+        tl.atomic_add(squares + sample, tl.sum(total, 1), sem="relaxed")
 
     import inspect
 
-    return triton.jit(inspect.unwrap(scatter))
+    return triton.jit(inspect.unwrap(scatter), do_not_specialize=["count"])
 
 
 def available() -> bool:
@@ -42,18 +61,40 @@ def available() -> bool:
 def scatter_batch_gpu(
     rapidgrads: Float[Tensor, "batch sketch"],
     grads: Float[Tensor, "batch grad"],
-    scales: Float[Tensor, " batch"],
     *,
     buckets: Integer[Tensor, " grad"],
     signs: UInt8[Tensor, " bytes"],
+    normalize: bool,
 ) -> None:
-    """Add each sample's scaled gradient of one tensor to its RapidGrad, in place, with atomic additions.
+    """Add each sample's gradient of one tensor to its RapidGrad, in place, with atomic additions.
 
-    Their order is the hardware's: two runs differ in the last bits of float32, far below half precision.
+    Gradients may be of any floating type; numbers below 2^-126 may count as zero. The order of additions is the
+    hardware's: two runs differ in the last bits of float32, far below half precision.
     """
-    batch, length = grads.shape
-    index = buckets.view(torch.int16) if buckets.dtype == torch.uint16 else buckets
-    grid = (-(-length // _BLOCK), batch)
+    for into, part in zip(rapidgrads.split(8), grads.contiguous().split(8), strict=True):
+        sums, squares = _summed(part, rapidgrads.shape[1], buckets=buckets, signs=signs)
+        if normalize:
+            # Unscaled first, scaled when the norm is known; a gradient that is exactly zero stays zero.
+            scales = torch.where(squares == 0, 0.0, squares.rsqrt()).float()
+            into.addcmul_(sums.t()[: len(part)], scales[: len(part), None])
+        else:
+            into.add_(sums.t()[: len(part)])
+
+
+def _summed(
+    grads: Float[Tensor, "batch grad"],
+    width: int,
+    *,
+    buckets: Integer[Tensor, " grad"],
+    signs: UInt8[Tensor, " bytes"],
+) -> tuple[Float[Tensor, "sketch samples"], Float64[Tensor, " samples"]]:
+    """Return the sketches of at most 8 gradients as they are, and their sums of squares; 4 or 8, the further ones 0."""
+    count, length = grads.shape
+    samples = 4 if count <= 4 else 8
+    sums = torch.zeros(width, samples, device=grads.device)
+    squares = torch.zeros(samples, dtype=torch.float64, device=grads.device)
+    grid = (min(-(-length // _BLOCK), _PROGRAMS),)
     _kernel()[grid](
-        grads.contiguous(), index, signs, scales.contiguous(), rapidgrads, length, rapidgrads.shape[1], BLOCK=_BLOCK
+        grads, signed_view(buckets), signs, sums, squares, length, count, width, SAMPLES=samples, BLOCK=_BLOCK
     )
+    return sums, squares

@@ -77,7 +77,12 @@ def draw_shuffle(spec: SketchSpec, length: int) -> list[ShuffleStep]:
 
 
 def draw_signs(spec: SketchSpec, start: int, stop: int) -> np.ndarray:
-    """Return the Rademacher signs of coordinates [start, stop) of the unshuffled gradient, as booleans: True is -1.
+    """Return the Rademacher signs of coordinates [start, stop) of the unshuffled gradient, as booleans: True is -1."""
+    return np.unpackbits(draw_packed_signs(spec, start, stop), count=stop - start, bitorder="little").astype(bool)
+
+
+def draw_packed_signs(spec: SketchSpec, start: int, stop: int) -> np.ndarray:
+    """Return the same signs eight to a byte, the first in the lowest bit; bits behind the last sign mean nothing.
 
     Any range can be drawn by itself: the generator is counter-based.
     """
@@ -86,8 +91,11 @@ def draw_signs(spec: SketchSpec, start: int, stop: int) -> np.ndarray:
     first = start // 256
     stream.advance(first)
     words = stream.random_raw(4 * (-(-stop // 256) - first)) if stop > start else np.empty(0, np.uint64)
-    bits = np.unpackbits(words.astype("<u8").view(np.uint8), bitorder="little")
-    return bits[start - 256 * first : stop - 256 * first].astype(bool)
+    # The words are the signs, packed already. A byte more, for the last one to take its upper bits from.
+    packed = np.append(words.astype("<u8", copy=False).view(np.uint8), np.uint8(0))[start // 8 - 32 * first :]
+    if past := start % 8:
+        packed[:-1] = packed[:-1] >> past | packed[1:] << (8 - past)
+    return packed[: -(-(stop - start) // 8)]
 
 
 def _stream(spec: SketchSpec, *, purpose: int) -> np.random.Philox:
