@@ -17,7 +17,6 @@ from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import GradientError, RapidInError
 from rapidin_vdb.gradient import load_config, load_tokenizer
 from rapidin_vdb.gradient.memory import is_out_of_memory, release_memory
-from rapidin_vdb.gradient.rapidgrad import to_half
 from rapidin_vdb.records import Encoded, Fingerprint
 
 logger = logging.getLogger(__name__)
@@ -103,31 +102,20 @@ def compute_here(engine: Engine) -> Compute:
 def _make(engine: Engine, batch: Batch) -> list[Result]:
     """Compute a batch, in halves where it does not fit the memory."""
     try:
-        made = engine.maker.make_batch(batch)
+        return engine.maker.make_batch(batch, half=True)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         if len(batch) == 1 and not engine.maker.save_memory():
             raise
-        made = None
-    if made is None:
-        release_memory()
-        if len(batch) == 1:
-            logger.warning("one sample does not fit the memory: going on with gradient checkpointing")
-            return _make(engine, batch)
-        half = len(batch) // 2
-        logger.warning("a batch of %d samples does not fit the memory: going on with %d", len(batch), half)
-        return _make(engine, batch[:half]) + _make(engine, batch[half:])
-    return [_halved(result, sample.sample_id) for result, sample in zip(made, batch, strict=True)]
-
-
-def _halved(result: tuple[np.ndarray, float] | GradientError, sample_id: str) -> Result:
-    if isinstance(result, GradientError):
-        return result
-    try:
-        return to_half(result[0], sample_id=sample_id), result[1]
-    except GradientError as error:
-        return error
+    # Out here, where the error no longer holds what did not fit.
+    release_memory()
+    if len(batch) == 1:
+        logger.warning("one sample does not fit the memory: going on with gradient checkpointing")
+        return _make(engine, batch)
+    half = len(batch) // 2
+    logger.warning("a batch of %d samples does not fit the memory: going on with %d", len(batch), half)
+    return _make(engine, batch[:half]) + _make(engine, batch[half:])
 
 
 @dataclass(frozen=True, kw_only=True)

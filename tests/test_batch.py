@@ -1,5 +1,6 @@
 """Law 5 of the style: batches change nothing. Every sample's RapidGrad in a batch is plain autograd's on it alone."""
 
+import dataclasses
 import logging
 
 import numpy as np
@@ -9,7 +10,11 @@ from conftest import tiny_model
 from reference import normalized, sample_gradient, sketched
 
 from rapidin_vdb.gradient import RapidGradMaker, load_model
+from rapidin_vdb.gradient import batch as batch_module
+from rapidin_vdb.gradient.contribution import Rows
 from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.gradient.precision import adapter_layers
+from rapidin_vdb.gradient.rules import summed_rows
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 from rapidin_vdb.sketch import BucketMap, draw_shuffle
 
@@ -195,8 +200,10 @@ def test_checkpointing_changes_nothing(kind, architecture, models, adapters):
     assert not any("forward" in vars(module) for module in loaded.model.modules())
 
 
-def test_bfloat16_is_batched_too(models, adapters):
-    spec = ModelSpec(model=str(models["llama"]), adapter=str(adapters["llama"]), dtype="bfloat16")
+@pytest.mark.parametrize("kind", ["lora", "full"])
+def test_bfloat16_is_batched_too(kind, models, adapters):
+    adapter = None if kind == "full" else str(adapters["llama"])
+    spec = ModelSpec(model=str(models["llama"]), adapter=adapter, dtype="bfloat16")
     maker = RapidGradMaker(load_model(spec, device="cpu"), spec=SKETCH, normalize="layer")
     exact = RapidGradMaker(
         load_model(ModelSpec(model=spec.model, adapter=spec.adapter), device="cpu"), spec=SKETCH, normalize="layer"
@@ -212,3 +219,117 @@ def test_no_gradient_of_a_parameter_is_ever_kept(models):
     RapidGradMaker(loaded, spec=SKETCH, normalize="layer").make_batch(samples())
     assert all(tensor.grad is None and tensor.requires_grad for tensor in loaded.theta.values())
     assert not any(module._forward_hooks for module in loaded.model.modules())
+
+
+def test_half_precision_is_the_same_rounded(models, adapters):
+    spec = ModelSpec(model=str(models["llama"]), adapter=str(adapters["llama"]))
+    maker = RapidGradMaker(load_model(spec, device="cpu"), spec=SKETCH, normalize="layer")
+    stored = maker.make_batch(samples(), half=True)
+    for (vector, loss), (half, same) in zip(maker.make_batch(samples()), stored, strict=True):
+        assert half.dtype == np.float16 and half.tolist() == vector.astype(np.float16).tolist() != vector.tolist()
+        assert loss == same
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tensor_done_in_parts_is_done_whole(tied, models, monkeypatch):
+    """What is too large for the whole batch is formed for some samples at a time, down to one."""
+    loaded = load_model(ModelSpec(model=str(models["qwen2" if tied else "llama"])), device="cpu")
+    maker, parts = RapidGradMaker(loaded, spec=SKETCH, normalize="layer"), []
+    whole = maker.make_batch(samples())
+    original = maker._sketch.add_batch
+    monkeypatch.setattr(
+        maker._sketch,
+        "add_batch",
+        lambda out, *rest, **options: parts.append(len(out)) or original(out, *rest, **options),
+    )
+    for count in (1, 2):
+        parts.clear()
+        monkeypatch.setitem(batch_module._CHUNK_BYTES, "cpu", count * 4 * 259 * 16)
+        for (vector, _), (expected, _) in zip(maker.make_batch(samples()), whole, strict=True):
+            assert_close(vector, expected)
+        assert parts.count(count) >= 5 // count, "the output layer, at least"
+
+
+def test_a_gpu_takes_gradients_as_they_come(models):
+    """In bfloat16 twice as many fit; sums of several calls, and a CPU's, are float32."""
+    loaded = load_model(ModelSpec(model=str(models["llama"]), dtype="bfloat16"), device="cpu")
+    number = list(loaded.theta).index("lm_head.weight")
+
+    class Kinds:
+        def dense(self, number, first, grads):
+            kinds.setdefault(number, (grads.dtype, tuple(grads.shape)))
+
+        def rows(self, number, sample, ids, grads):
+            kinds.setdefault(number, (grads.dtype, tuple(grads.shape)))
+
+    kinds, gradients = {}, batch_module.BatchedGradients(loaded)
+    gradients.stream(samples(), Kinds())
+    assert kinds[number] == (torch.bfloat16, (5, 259 * 16))
+    run = batch_module._Run(gradients, 5, Kinds())
+    chunk = batch_module._CHUNK_BYTES["cpu"] // (4 * 259 * 16)
+    assert (run._chunk(number, 1), run._chunk(number, 2)) == (chunk, chunk)
+    gradients.loaded = dataclasses.replace(loaded, device="cuda:0")
+    fitting = batch_module._CHUNK_BYTES["cuda"] // (259 * 16)
+    assert (run._chunk(number, 1), run._chunk(number, 2)) == (fitting // 2, fitting // 4)
+
+
+def test_rows_of_a_batch_are_each_samples_own_summed():
+    draw = torch.Generator().manual_seed(0)
+    ids, delta = torch.randint(-1, 4, (3, 9), generator=draw), torch.randn(3, 9, 5, generator=draw)
+    ids[1] = -1  # a sample that touches nothing
+    found = summed_rows(Rows(ids, delta.bfloat16()), 4)
+    assert [rows.tolist() for rows, _ in found] == [sorted(set(row.tolist()) - {-1}) for row in ids]
+    for sample, (rows, grads) in enumerate(found):
+        for row, grad in zip(rows, grads, strict=True):
+            torch.testing.assert_close(grad, delta.bfloat16().float()[sample, ids[sample] == row].sum(0))
+    assert len(found[0][0]) > 2 and found[0][1].dtype == torch.float32
+
+
+class _Products(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes of every float32 matrix product how long its sums are, and whether TF32 is allowed."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.bmm, torch.ops.aten.addmm):
+            left, right = args[-2:]
+            if left.dtype == torch.float32:
+                self.seen.append((right.shape[-2], torch.backends.cuda.matmul.fp32_precision))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_an_adapter_is_computed_under_tf32_on_a_gpu_and_nothing_else_is(checkpointing, models, adapters, monkeypatch):
+    """As on a GPU, where the switch has an effect; a CPU does not look at it."""
+    spec = ModelSpec(model=str(models["llama"]), adapter=str(adapters["llama"]), dtype="bfloat16")
+    loaded = load_model(spec, device="cpu")
+    on_gpu = dataclasses.replace(loaded, device="cuda:0")
+    assert adapter_layers(loaded) == [] == adapter_layers(dataclasses.replace(on_gpu, dtype="float32"))
+    layers = adapter_layers(on_gpu)
+    assert {id(layer.weight) for layer in layers} == {id(tensor) for tensor in loaded.theta.values()}
+    # Another product in float32, of one term each, as of rotary positions.
+    mlp = next(module for module in loaded.model.modules() if type(module).__name__ == "LlamaMLP")
+    mlp.register_forward_hook(
+        lambda _, read, wrote: wrote + (wrote.detach().float()[..., :1] @ torch.ones(1, 16)).bfloat16()
+    )
+    plain = RapidGradMaker(loaded, spec=SKETCH, normalize="layer").make_batch(samples())
+    monkeypatch.setattr(batch_module, "adapter_layers", lambda loaded: layers)
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    maker.make_batch(samples())  # and the self-check, by plain autograd
+    if checkpointing:
+        assert maker.save_memory()
+    before = torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()
+    with _Products() as products:
+        made = maker.make_batch(samples())
+    assert before == (torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision())
+    assert before[0] != "tf32"
+    assert {allowed for terms, allowed in products.seen if terms == 1} == {before[0]}
+    assert {allowed for terms, allowed in products.seen if terms != 1} == {"tf32"}
+    # Forward, backward and the gradient of each layer, but for the first layers' backward, which nobody needs.
+    assert len([terms for terms, _ in products.seen if terms != 1]) >= (3 + checkpointing) * len(layers) - 4
+    for (vector, _), (expected, _) in zip(made, plain, strict=True):
+        np.testing.assert_allclose(vector, expected, atol=2e-3 * np.abs(expected).max())
+    assert maker._gradients.unruled == {}
+    assert not any("forward" in vars(module) for module in loaded.model.modules())

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from rapidin_vdb.errors import GradientError, ModelError, SpecError
 from rapidin_vdb.gradient import RapidGradMaker, fingerprint_of, load_model
+from rapidin_vdb.gradient.rapidgrad import judged
 from rapidin_vdb.gradient.rapidgrad import normalized as scaled_to_one
-from rapidin_vdb.gradient.rapidgrad import to_half
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 from rapidin_vdb.sketch import BucketMap, draw_shuffle
 from rapidin_vdb.sketch.scatter_torch import inverse_norms
@@ -127,12 +127,40 @@ def test_gradients_that_cannot_be_stored_are_named(models, tmp_path):
     maker = RapidGradMaker(load_model(spec, device="cpu"), spec=SKETCH, normalize="layer")
     with pytest.raises(GradientError, match="sample s: the gradient is zero"):
         maker.make(SAMPLE)
-    with pytest.raises(
-        GradientError, match="sample s: the RapidGrad reaches 7e.04, beyond half precision .65504.*--normalize layer"
-    ):
-        to_half(np.float32([1, 70000]), sample_id="s")
-    with pytest.raises(GradientError, match="sample s: the RapidGrad reaches only 1e-09 and vanishes"):
-        to_half(np.float32([0, 1e-9]), sample_id="s")
+
+
+@pytest.mark.parametrize(
+    ("loss", "entries", "message"),
+    [
+        (float("nan"), [1, 1], "sample s: the loss is nan"),
+        (float("inf"), [0, 0], "sample s: the loss is inf"),
+        (1.5, [float("nan"), 1], "sample s: the gradient is not finite (loss 1.5)"),
+        (1.5, [1, -float("inf")], "sample s: the gradient is not finite (loss 1.5)"),
+        (1.5, [0, -0.0], "sample s: the gradient is zero (loss 1.5)"),
+        (1.5, [1, -70000], "sample s: the RapidGrad reaches 7e+04, beyond half precision (65504); make the database with --normalize layer"),
+        (1.5, [0, -1e-9], "sample s: the RapidGrad reaches only 1e-09 and vanishes in half precision; make the database with --normalize layer"),
+    ],
+)  # fmt: skip
+def test_rapidgrads_are_looked_at_before_they_are_stored(loss, entries, message):
+    """A bad one between two good ones, which pass whole."""
+    vectors = torch.tensor([[1.0, 65519.0], entries, [2.0**-24, 0.0]])
+    losses = torch.tensor([1.0, loss, 2.0])
+    first, bad, last = judged(vectors, losses, ["a", "s", "b"], half=True)
+    assert str(bad) == message
+    assert (first[0].tolist(), first[1], last[0].tolist(), last[1]) == ([1, 65504], 1, [2.0**-24, 0], 2)
+    whole = judged(vectors, losses, ["a", "s", "b"], half=False)
+    assert isinstance(whole[1], GradientError) == ("half precision" not in message)
+    assert whole[0][0].tolist() == [1, 65519]
+
+
+def test_half_precision_is_rounded_as_numpy_rounds_it():
+    draw = np.random.default_rng(0)
+    vectors = (draw.standard_normal((3, 1 << 16)) * 10.0 ** draw.uniform(-9, 4, (3, 1 << 16))).astype(np.float32)
+    # Halfway between two halves, and the last below the smallest.
+    vectors[0, :4] = 1 + 2.0**-11, 1 + 3 * 2.0**-11, 2.0**-25, 3 * 2.0**-25
+    found = judged(torch.from_numpy(vectors), torch.ones(3), list("abc"), half=True)
+    assert all(np.array_equal(made[0].view(np.uint16), v.astype(np.float16).view(np.uint16)) for made, v in zip(found, vectors, strict=True))  # fmt: skip
+    assert found[0][0].dtype == np.float16
 
 
 @pytest.mark.parametrize(

@@ -359,16 +359,16 @@ def test_a_single_sample_beyond_memory_is_checkpointed(database, tmp_path, monke
     maker = database._loaded().maker
     original = maker.make_batch
 
-    def limited(batch):
+    def limited(batch, **options):
         if not maker._gradients.checkpointing:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-        return original(batch)
+        return original(batch, **options)
 
     monkeypatch.setattr(maker, "make_batch", limited)
     assert database.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(2, first=50))).added == 2
     assert "one sample does not fit the memory: going on with gradient checkpointing" in caplog.text
 
-    def exhausted(batch):
+    def exhausted(batch, **options):
         raise MemoryError
 
     monkeypatch.setattr(maker, "make_batch", exhausted)
@@ -380,7 +380,11 @@ def test_batches_follow_the_limit_and_the_lengths(tmp_path, models, adapters, mo
     database = make(tmp_path / "db", models, adapters)
     seen = []
     original = database._loaded().maker.make_batch
-    monkeypatch.setattr(database._loaded().maker, "make_batch", lambda batch: seen.append(batch) or original(batch))
+    monkeypatch.setattr(
+        database._loaded().maker,
+        "make_batch",
+        lambda batch, **options: seen.append(batch) or original(batch, **options),
+    )
     database.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(24)), batch_tokens=700)
     lengths = [[len(sample.input_ids) for sample in batch] for batch in seen]
     assert sum(map(len, lengths)) == 24 and len(lengths) > 3
@@ -396,11 +400,11 @@ def test_a_batch_beyond_memory_is_halved(database, tmp_path, monkeypatch, caplog
     maker, sizes = database._loaded().maker, []
     original = maker.make_batch
 
-    def limited(batch):
+    def limited(batch, **options):
         sizes.append(len(batch))
         if len(batch) > 2:
             raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
-        return original(batch)
+        return original(batch, **options)
 
     monkeypatch.setattr(maker, "make_batch", limited)
     assert database.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(8, first=50))).added == 8

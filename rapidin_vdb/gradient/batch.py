@@ -14,14 +14,15 @@ from torch import Tensor
 from rapidin_vdb.gradient.checkpoint import checkpointed_layers
 from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows
 from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.gradient.precision import adapter_layers, tf32_products, tf32_rule
 from rapidin_vdb.gradient.rules import Rule, dense_rows, rule_for, summed_rows
 from rapidin_vdb.records import Encoded
 
 logger = logging.getLogger(__name__)
 
 # Gradients of so many bytes are formed at a time; a larger tensor is done for fewer samples at once. On a CPU they stay
-# in its last cache on their way to the sketch.
-_CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 512 << 20}
+# in its last cache on their way to the sketch; a GPU's sketch takes eight samples at a time, if it can.
+_CHUNK_BYTES = {"cpu": 24 << 20, "cuda": 1 << 30}
 
 
 @runtime_checkable
@@ -29,11 +30,11 @@ class Receiver(Protocol):
     """Takes per-sample gradients as they come; each tensor of theta comes once for every sample that it touches."""
 
     def dense(self, number: int, first: int, grads: Tensor) -> None:
-        """Take tensor `number` for the samples from `first` on, [samples, coordinates]."""
+        """Take tensor `number` for the samples from `first` on, [samples, coordinates], in whatever type they come."""
         ...
 
     def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
-        """Take some rows of tensor `number` for one sample, [rows] and [rows, columns]; its other rows are zero."""
+        """Take some rows of tensor `number` for one sample, [rows] and float32 [rows, columns]; all others are zero."""
         ...
 
 
@@ -49,12 +50,16 @@ class BatchedGradients:
     """A model whose modules report what their parameters' gradients are made of."""
 
     def __init__(self, loaded: LoadedModel) -> None:
-        """Find the rule of every tensor of theta; those without one are announced, and done by autograd."""
+        """Find the rule of every tensor of theta; those without one are announced, and done by autograd.
+
+        On a GPU, float32 LoRA adapters of a base in 16 bits are computed under TF32 (`precision.adapter_layers`).
+        """
         self.loaded = loaded
         self.unruled: dict[int, str] = {}
         """Why a tensor has no batched rule, by its number; `sample.stream_gradient` gives its gradients."""
         self.checkpointing = False
         """Whether layers are computed twice, so that their activations need not be kept."""
+        self._tf32_layers = adapter_layers(loaded)
         self._rules = self._find_rules()
         self._keep_logits = "logits_to_keep" in inspect.signature(_inner(loaded.model).forward).parameters
         self._positions = "position_ids" in inspect.signature(_inner(loaded.model).forward).parameters
@@ -74,7 +79,7 @@ class BatchedGradients:
                 if rule is None:
                     self.give_up(number, f"{type(module).__name__} has no rule for {name}")
                 else:
-                    rules.append((number, rule))
+                    rules.append((number, tf32_rule(rule) if module in self._tf32_layers else rule))
             if rules:
                 found.append((module, rules))
         for number in numbers.values():
@@ -103,20 +108,21 @@ class BatchedGradients:
         run = _Run(self, len(batch), receiver)
         ids, rows, places, counts = _padded(batch, self.loaded.device)
         options: dict[str, Any] = {}
+        first = 0
         if self._keep_logits:
             # Logits are only needed from the first token that predicts one with a loss.
-            first = int(places.min())
+            first = min(len(sample.input_ids) - sample.response_tokens for sample in batch) - 1
             options["logits_to_keep"] = ids.shape[1] - first
-            places_kept = places - first
-        else:
-            places_kept = places
         if self._positions:
             # One row a sample: an embedding of positions shared by the batch would mix its samples' gradients.
             options["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(len(batch), -1)
         layers = checkpointed_layers(self.loaded.model) if self.checkpointing else nullcontext()
-        with self._frozen(), layers, run.hooked(self._rules), torch.enable_grad():
+        products = tf32_products(self._tf32_layers)
+        with self._frozen(), layers, products, run.hooked(self._rules), torch.enable_grad():
             logits = self.loaded.model(input_ids=ids, use_cache=False, **options).logits
-            token_losses = F.cross_entropy(logits[rows, places_kept].float(), ids[rows, places + 1], reduction="none")
+            token_losses = F.cross_entropy(
+                logits[rows, places - first].float(), ids[rows, places + 1], reduction="none"
+            )
             losses = torch.zeros(len(batch), device=ids.device).index_add(0, rows, token_losses / counts[rows])
             losses.sum().backward()
             run.finish()
@@ -208,21 +214,27 @@ class _Run:
         if number in self.gradients.unruled:
             return
         if len(contributions) == 1 and isinstance(contributions[0], Rows):
-            for sample in range(self.batch):
-                ids, grads = summed_rows(contributions[0], sample)
+            for sample, (ids, grads) in enumerate(summed_rows(contributions[0], len(self.theta[number]))):
                 if len(ids):
                     self.receiver.rows(number, sample, ids, grads)
             return
-        count = self.theta[number].numel()
-        chunk = max(1, _CHUNK_BYTES[self.gradients.loaded.device.split(":")[0]] // (4 * count))
+        chunk = self._chunk(number, len(contributions))
         for first in range(0, self.batch, chunk):
             samples = slice(first, min(first + chunk, self.batch))
-            parts = [
-                part.form(samples) if isinstance(part, Dense) else dense_rows(part, samples, len(self.theta[number]))
-                for part in contributions
-            ]
-            grads = parts[0].float() if len(parts) == 1 else torch.stack([part.float() for part in parts]).sum(0)
-            self.receiver.dense(number, first, grads.reshape(grads.shape[0], count))
+            grads = self._formed(number, contributions[0], samples)
+            for further in contributions[1:]:
+                grads = grads.float().add_(self._formed(number, further, samples))
+            self.receiver.dense(number, first, grads.flatten(1))
+
+    def _chunk(self, number: int, contributions: int) -> int:
+        """Return for how many samples at once the gradient of a tensor is formed."""
+        kind, tensor = self.gradients.loaded.device.split(":")[0], self.theta[number]
+        # Several are summed in float32, and a CPU's sketch takes nothing else.
+        size = 4 if kind == "cpu" or contributions > 1 else tensor.element_size()
+        return max(1, _CHUNK_BYTES[kind] // (size * tensor.numel()))
+
+    def _formed(self, number: int, part: Contribution, samples: slice) -> Tensor:
+        return part.form(samples) if isinstance(part, Dense) else dense_rows(part, samples, len(self.theta[number]))
 
 
 def _inner(model: Any) -> Any:

@@ -1,5 +1,6 @@
 """From samples to their RapidGrads: gradients, layer-wise normalisation, sketch, half precision."""
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -68,15 +69,19 @@ class RapidGradMaker:
             raise result
         return result
 
-    def make_batch(self, batch: Sequence[Encoded]) -> list[tuple[np.ndarray, float] | GradientError]:
+    def make_batch(
+        self, batch: Sequence[Encoded], *, half: bool = False
+    ) -> list[tuple[np.ndarray, float] | GradientError]:
         """Return each sample's RapidGrad, float32 [width], and its loss; an error in the place of one that has none.
+
+        With `half`, RapidGrads are float16, as they are stored; one that is beyond that is an error too.
 
         A RapidGrad does not depend on the batch that its sample is in. The first batch is checked against the gradient
         of one of its samples alone; a tensor whose batched rule turns out wrong for this model falls back to autograd.
         """
         known = self.loaded.model.get_input_embeddings().num_embeddings
         fitting = [sample for sample in batch if max(sample.input_ids) < known]
-        made = dict(zip(map(id, fitting), self._make_fitting(fitting), strict=True))
+        made = dict(zip(map(id, fitting), self._make_fitting(fitting, half), strict=True))
         return [
             made.get(id(sample))
             or GradientError(
@@ -85,16 +90,13 @@ class RapidGradMaker:
             for sample in batch
         ]
 
-    def _make_fitting(self, batch: Sequence[Encoded]) -> list[tuple[np.ndarray, float] | GradientError]:
+    def _make_fitting(self, batch: Sequence[Encoded], half: bool) -> list[tuple[np.ndarray, float] | GradientError]:
         if not batch:
             return []
         if not self._checked:
             self._check(batch)
         rapidgrads, losses = self._batched(batch)
-        vectors, values = rapidgrads.cpu().numpy(), losses.tolist()
-        return [
-            _judged(vector, loss, sample.sample_id) for vector, loss, sample in zip(vectors, values, batch, strict=True)
-        ]
+        return judged(rapidgrads, losses, [sample.sample_id for sample in batch], half=half)
 
     def _batched(self, batch: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
         rapidgrads = torch.zeros(len(batch), self.spec.width, device=self.loaded.device)
@@ -191,39 +193,50 @@ class _Prober:
 
     def dense(self, number: int, first: int, grads: Tensor) -> None:
         if first <= self._place < first + len(grads):
-            self.found[number] = self.probe(number, grads[self._place - first].unsqueeze(0))
+            self.found[number] = self.probe(number, grads[self._place - first].unsqueeze(0).float())
 
     def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
         if sample == self._place:
             self.found[number] = self.probe(number, grads, ids)
 
 
-def _judged(vector: np.ndarray, loss: float, sample_id: str) -> tuple[np.ndarray, float] | GradientError:
-    if not np.isfinite(loss):
-        return GradientError(f"sample {sample_id}: the loss is {loss}")
-    if not np.isfinite(vector).all():
-        return GradientError(f"sample {sample_id}: the gradient is not finite (loss {loss:.4g})")
-    if not vector.any():
-        return GradientError(f"sample {sample_id}: the gradient is zero (loss {loss:.4g})")
-    return vector, loss
+def judged(
+    rapidgrads: Float[Tensor, "batch sketch"],
+    losses: Float[Tensor, " batch"],
+    sample_ids: Sequence[str],
+    *,
+    half: bool,
+) -> list[tuple[np.ndarray, float] | GradientError]:
+    """Return RapidGrads, in half precision where asked for, with their losses; an error for each that cannot be stored.
 
-
-def to_half(rapidgrad: Float[np.ndarray, " sketch"], *, sample_id: str) -> np.ndarray:
-    """Return a RapidGrad in half precision, as it is stored.
-
-    Raises:
-        GradientError: an entry is beyond half precision, or all of them vanish in it.
+    They are looked at, and rounded, where they are: a GPU does it in no time, and has half as much to send.
     """
-    with np.errstate(over="ignore"):
-        half = rapidgrad.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise GradientError(
-            f"sample {sample_id}: the RapidGrad reaches {np.abs(rapidgrad).max():.3g}, beyond half precision (65504); "
+    vectors = rapidgrads.half() if half else rapidgrads
+    # The largest entry tells it all: what is not finite spreads to it, and rounding keeps it the largest.
+    largest = torch.linalg.vector_norm(rapidgrads, ord=float("inf"), dim=1)
+    facts = torch.stack([losses.float(), largest, largest.to(vectors.dtype).float()], 1).tolist()
+    return [
+        GradientError(f"sample {sample_id}: {objection}") if (objection := _objection(*fact)) else (vector, fact[0])
+        for vector, fact, sample_id in zip(vectors.cpu().numpy(), facts, sample_ids, strict=True)
+    ]
+
+
+def _objection(loss: float, largest: float, rounded: float) -> str | None:
+    """Say what is wrong with a RapidGrad, from its largest entry before and after it was rounded; None for nothing."""
+    if not math.isfinite(loss):
+        return f"the loss is {loss}"
+    if not math.isfinite(largest):
+        return f"the gradient is not finite (loss {loss:.4g})"
+    if largest == 0:
+        return f"the gradient is zero (loss {loss:.4g})"
+    if not math.isfinite(rounded):
+        return (
+            f"the RapidGrad reaches {largest:.3g}, beyond half precision (65504); "
             "make the database with --normalize layer"
         )
-    if not half.any():
-        raise GradientError(
-            f"sample {sample_id}: the RapidGrad reaches only {np.abs(rapidgrad).max():.3g} and vanishes in half "
-            "precision; make the database with --normalize layer"
+    if rounded == 0:
+        return (
+            f"the RapidGrad reaches only {largest:.3g} and vanishes in half precision; "
+            "make the database with --normalize layer"
         )
-    return half
+    return None

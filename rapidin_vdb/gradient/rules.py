@@ -96,9 +96,13 @@ def dense_rows(rows: Rows, samples: slice, count: int) -> Tensor:
     return grads.scatter_add_(1, ids.clamp(min=0).unsqueeze(-1).expand_as(delta), delta * kept)
 
 
-def summed_rows(rows: Rows, sample: int) -> tuple[Tensor, Tensor]:
-    """Return one sample's distinct rows and their gradients, [rows] and [rows, columns]."""
-    ids, delta = rows.ids[sample], rows.delta[sample].float()
-    ids, delta = ids[ids >= 0], delta[ids >= 0]
-    distinct, places = ids.unique(return_inverse=True)
-    return distinct, torch.zeros(len(distinct), delta.shape[-1], device=delta.device).index_add_(0, places, delta)
+def summed_rows(rows: Rows, count: int) -> list[tuple[Tensor, Tensor]]:
+    """Return each sample's distinct rows, of `count` in all, and their gradients: [rows] and [rows, columns]."""
+    batch, kept = len(rows.ids), rows.ids >= 0
+    # All samples at once, as if each had rows of its own: a GPU is asked once a batch how many there are.
+    keys = (rows.ids + count * torch.arange(batch, device=rows.ids.device).unsqueeze(1))[kept]
+    distinct, places = keys.unique(return_inverse=True)
+    delta = rows.delta[kept].float()
+    grads = torch.zeros(len(distinct), delta.shape[-1], device=delta.device).index_add_(0, places, delta)
+    sizes = torch.bincount(distinct // count, minlength=batch).tolist()
+    return list(zip((distinct % count).split(sizes), grads.split(sizes), strict=True))
