@@ -1,22 +1,22 @@
-"""What ingest costs, beside a plain training step, the slow way, and itself at other sizes; all in one run.
+"""What ingest costs, beside a plain training step, the slow way, a peer, and itself at other sizes; all in one run.
 
-scripts/bench ingest [--only ratio,slow,memory,scaling] [--small]
+scripts/bench ingest [--only ratio,peer,memory,scaling] [--small] [--peer-python PATH]
 """
 
 import argparse
+import hashlib
 import json
-import platform
+import os
 import random
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from datetime import date
 from pathlib import Path
 
-HERE = Path(__file__).parent
+from common import HERE, RESULTS, Clock, machine
+
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 SHAPES = {
     # hidden, layers, heads; the large one has 33.7M parameters with a vocabulary of 8192
@@ -26,26 +26,8 @@ SHAPES = {
 }
 
 
-def machine() -> dict[str, str]:
-    """Return what the figures were taken on."""
-    import torch
-
-    processor = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
-    return {
-        "commit": commit.stdout.strip(),
-        "date": date.today().isoformat(),
-        "processor": processor,
-        "threads": str(torch.get_num_threads()),
-        "torch": torch.__version__,
-    }
-
-
-def make_model(folder: Path, *, shape: str, lora: bool) -> dict[str, str]:
-    """Write a Llama with random weights, and an adapter of rank 16 where asked; return the arguments of `init`."""
+def make_model(folder: Path, *, shape: str, lora: bool, rank: int = 16) -> dict[str, str]:
+    """Write a Llama with random weights, and an adapter where asked; return the arguments of `init`."""
     import torch
 
     from rapidin_vdb.gradient.training import new_llama, save, train_tokenizer, with_lora
@@ -53,10 +35,12 @@ def make_model(folder: Path, *, shape: str, lora: bool) -> dict[str, str]:
     hidden, layers, heads = SHAPES[shape]
     tokenizer = train_tokenizer(["a"], vocabulary=259)
     model = new_llama(8192, hidden=hidden, layers=layers, heads=heads, seed=0, tied=False)
+    model.config.max_position_embeddings = 2048  # bergson wants no batch of more tokens; nothing computed depends on it
+    model.name_or_path = str(folder / "model")  # where bergson looks for the adapter's model
     save(model, tokenizer, folder / "model")
     arguments = {"model": str(folder / "model")}
     if lora:
-        model = with_lora(model, rank=16, modules=MODULES, seed=0)
+        model = with_lora(model, rank=rank, modules=MODULES, seed=0)
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.02)
@@ -77,7 +61,8 @@ def make_corpus(path: Path, *, samples: int, tokens: int) -> Path:
 
 def batches_of(database, corpus: Path, batch_tokens: int) -> list:
     """Return the batches that an ingest of this corpus forms."""
-    from rapidin_vdb.plan import Corpus, encoded_windows, planned_batches
+    from rapidin_vdb.batches import planned_batches
+    from rapidin_vdb.plan import Corpus, encoded_windows
 
     road = database._road(["cpu"], 1, model=None, adapter=None)
     windows = list(
@@ -122,15 +107,18 @@ def slow_rapidgrad(loaded, sample, *, spec, steps, negative):
     return vector.reshape(spec.width, -1).sum(1)
 
 
-class Clock:
-    """Wall and CPU seconds of a block."""
-
-    def __enter__(self) -> "Clock":
-        self._start = time.perf_counter(), time.process_time()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.wall, self.cpu = time.perf_counter() - self._start[0], time.process_time() - self._start[1]
+def one_round(database, corpus: Path, samples: int) -> dict[str, dict[str, float]]:
+    """A plain step over every batch, and an ingest of the same into an empty database."""
+    loaded = database._loaded().loaded
+    batches = batches_of(database, corpus, 2048)
+    database._loaded().maker.make_batch(batches[0])  # the first batch's self-check is not what is measured
+    with Clock() as plain:
+        for batch in batches:
+            plain_step(loaded, batch)
+    with Clock() as ours:
+        report = database.ingest(corpus, batch_tokens=2048)
+    assert report.added == samples
+    return {"plain": vars_of(plain), "ingest": vars_of(ours)}
 
 
 def ratio(kind: str, *, samples: int, repeats: int) -> dict:
@@ -142,7 +130,7 @@ def ratio(kind: str, *, samples: int, repeats: int) -> dict:
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        arguments = make_model(folder, shape="large", lora=kind == "lora")
+        arguments = make_model(folder, shape="large", lora=kind != "full", rank=512 if kind == "lora, r = 512" else 16)
         corpus = make_corpus(folder / "corpus.jsonl", samples=samples, tokens=128)
         warm = make_corpus(folder / "warm.jsonl", samples=16, tokens=128)
         runs = []
@@ -154,18 +142,11 @@ def ratio(kind: str, *, samples: int, repeats: int) -> dict:
                 database.ingest(warm, batch_tokens=2048)
                 plain_step(loaded, batches[0])
                 continue
-            database._loaded().maker.make_batch(batches[0])  # the first batch's self-check is not what is measured
-            with Clock() as plain:
-                for batch in batches:
-                    plain_step(loaded, batch)
-            with Clock() as ours:
-                report = database.ingest(corpus, batch_tokens=2048)
-            assert report.added == samples
-            runs.append({"plain": vars_of(plain), "ingest": vars_of(ours)})
+            runs.append(one_round(database, corpus, samples))
         fingerprint = database.fingerprint
         made = BucketMap(fingerprint.sketch, fingerprint.gradient_length)
         steps, negative = draw_shuffle(fingerprint.sketch, made.length), made.negative(0, made.length).numpy()
-        few = batches[0][: 4 if kind == "lora" else 2]
+        few = batches[0][: 8 if kind == "lora" else 2]
         with Clock() as slow:
             expected = [
                 slow_rapidgrad(loaded, one, spec=fingerprint.sketch, steps=steps, negative=negative) for one in few
@@ -191,6 +172,102 @@ def ratio(kind: str, *, samples: int, repeats: int) -> dict:
 def vars_of(clock: Clock) -> dict[str, float]:
     """Return a clock's readings."""
     return {"wall": clock.wall, "cpu": clock.cpu}
+
+
+def peer_python() -> str:
+    """Return the Python of bergson's environment, which is made the first time."""
+    requirements = HERE / "peer-requirements.txt"
+    folder = HERE.parent / ".venv-bergson"
+    python, done = str(folder / "bin" / "python"), folder / ".installed"
+    wanted = hashlib.sha256(requirements.read_bytes()).hexdigest()
+    if not done.exists() or done.read_text() != wanted:
+        print(f"installing bergson into {folder.name} (a few minutes the first time) ...", file=sys.stderr, flush=True)
+        install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        for command in (
+            [sys.executable, "-m", "venv", str(folder)],
+            [*install, "--constraint", str(requirements), "torch"],
+            [*install, "--no-deps", "--requirement", str(requirements)],
+        ):
+            subprocess.run(command, check=True, stdout=sys.stderr)
+        done.write_text(wanted)
+    return python
+
+
+def ours_once(kind: str, *, folder: str, samples: int) -> dict:
+    """One round of ours in a process of its own, on what `peer` made."""
+    import rapidin_vdb
+
+    home = Path(folder)
+    arguments = {"model": str(home / "model")} | ({"adapter": str(home / "adapter")} if kind == "lora" else {})
+    with tempfile.TemporaryDirectory() as name:
+        warm = rapidin_vdb.init(Path(name) / "warm", template="text", **arguments)
+        warm.ingest(home / "warm.jsonl", batch_tokens=2048)
+        plain_step(warm._loaded().loaded, batches_of(warm, home / "warm.jsonl", 2048)[0])
+        del warm
+        database = rapidin_vdb.init(Path(name) / "db", template="text", **arguments)
+        made = one_round(database, home / "corpus.jsonl", samples)
+        size = sum(file.stat().st_size for file in (Path(name) / "db").rglob("*") if file.is_file())
+        return made | {"numbers_a_sample": database.fingerprint.sketch.width, "bytes_a_sample": size / samples}
+
+
+def peer(kind: str, *, samples: int, repeats: int, python: str) -> dict:
+    """Ingest and bergson's `build`, each beside a plain step of its own process, taking turns."""
+    import rapidin_vdb
+
+    runs = []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        arguments = make_model(folder, shape="large", lora=kind == "lora")
+        database = rapidin_vdb.init(folder / "db", template="text", shuffles=1, **arguments)
+        for part, count in (("corpus", samples), ("warm", 16)):
+            corpus = make_corpus(folder / f"{part}.jsonl", samples=count, tokens=128)
+            batches = batches_of(database, corpus, 2048)
+            assert {len(batch) for batch in batches} == {16}
+            with (folder / f"{part}-ids.jsonl").open("w") as file:
+                for encoded in (encoded for batch in batches for encoded in batch):
+                    ids = list(encoded.input_ids)
+                    assert len(ids) == 128
+                    file.write(json.dumps({"input_ids": ids, "length": len(ids)}) + "\n")
+        del database
+        environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+        command = [python, str(HERE / "peer.py"), "--model", arguments["model"]]
+        command += ["--adapter", arguments["adapter"]] if kind == "lora" else []
+        command += ["--data", str(folder / "corpus-ids.jsonl"), "--warm", str(folder / "warm-ids.jsonl")]
+        # Numbers a sample: 64 adapter matrices * 32 * 32 = 65,536; 56 linear layers * 34 * 34 = 64,736.
+        command += ["--dim", "32" if kind == "lora" else "34"]
+        for number in range(repeats):
+            with tempfile.TemporaryDirectory() as indexes:
+                done = subprocess.run([*command, "--folder", indexes], capture_output=True, text=True, env=environment)
+            if done.returncode:
+                raise RuntimeError(done.stderr)
+            theirs = json.loads(done.stdout.splitlines()[-1])
+            ours = apart("ours_once", kind=kind, folder=str(folder), samples=samples)
+            runs.append({"bergson": theirs, "ours": ours})
+            print(f"peer {kind}: round {number + 1} of {repeats}", file=sys.stderr, flush=True)
+
+    def middle(of) -> dict[str, float]:
+        return {clock: statistics.median(of(run, clock) for run in runs) for clock in ("wall", "cpu")}
+
+    last = runs[-1]
+    return {
+        "kind": kind,
+        "samples": samples,
+        "bergson_ratio": middle(lambda run, of: run["bergson"]["build"][of] / run["bergson"]["plain"][of]),
+        "ours_ratio": middle(lambda run, of: run["ours"]["ingest"][of] / run["ours"]["plain"][of]),
+        "ours_to_bergson": middle(lambda run, of: run["ours"]["ingest"][of] / run["bergson"]["build"][of]),
+        "ours_to_bergson_prepared": middle(
+            lambda run, of: run["ours"]["ingest"][of] / (run["bergson"]["build"][of] - run["bergson"]["drawing"][of])
+        ),
+        "plain_to_plain": middle(lambda run, of: run["ours"]["plain"][of] / run["bergson"]["plain"][of]),
+        "bergson_seconds_a_sample": middle(lambda run, of: run["bergson"]["build"][of] / samples),
+        "ours_seconds_a_sample": middle(lambda run, of: run["ours"]["ingest"][of] / samples),
+        "numbers_a_sample": {side: last[side]["numbers_a_sample"] for side in ("bergson", "ours")},
+        "bytes_a_sample": {side: last[side]["bytes_a_sample"] for side in ("bergson", "ours")},
+        "parameters": last["bergson"]["parameters"],
+        "parameters_bergson_sees": last["bergson"]["parameters_seen"],
+        "versions": last["bergson"]["versions"],
+        "runs": runs,
+    }
 
 
 def peak(*, shape: str, lora: bool, samples: int, tokens: int, batch_tokens: int, width: int) -> dict:
@@ -255,8 +332,9 @@ def apart(function: str, **options: object) -> dict:
 def main() -> None:
     """Measure what is asked for, and write it down."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", default="ratio,memory,scaling", help="which parts, by comma")
+    parser.add_argument("--only", default="ratio,peer,memory,scaling", help="which parts, by comma")
     parser.add_argument("--small", action="store_true", help="fewer samples, to see that it runs")
+    parser.add_argument("--peer-python", help="the Python of an environment with bergson, instead of making one")
     parser.add_argument("--apart", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.apart:
@@ -264,11 +342,16 @@ def main() -> None:
         print(json.dumps(globals()[function](**values)))
         return
     parts, few = options.only.split(","), options.small
+    python = (options.peer_python or peer_python()) if "peer" in parts else ""
     result: dict = {"command": "scripts/bench ingest " + " ".join(sys.argv[1:]), "machine": machine()}
     if "ratio" in parts:
         result["ratio"] = [
-            apart("ratio", kind=kind, samples=32 if few else 96, repeats=1 if few else 3) for kind in ("lora", "full")
+            apart("ratio", kind=kind, samples=32 if few else 96, repeats=1 if few else 3)
+            for kind in ("lora", "lora, r = 512", "full")
         ]
+    if "peer" in parts:
+        shared_options = {"samples": 32 if few else 96, "repeats": 1 if few else 3}
+        result["peer"] = [apart("peer", kind=kind, python=python, **shared_options) for kind in ("lora", "full")]
     if "memory" in parts:
         shared = {"lora": True, "tokens": 32, "batch_tokens": 2048, "width": 8192}
         result["memory_by_samples"] = [
@@ -287,7 +370,7 @@ def main() -> None:
     text = json.dumps(result, indent=1)
     print(text)
     if not few:
-        (HERE / "results" / "ingest.json").write_text(text + "\n", "utf-8")
+        (RESULTS / "ingest.json").write_text(text + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -15,9 +15,11 @@ from rapidin_vdb.gradient import (
 from rapidin_vdb.ingest import ingest
 from rapidin_vdb.plan import Corpus
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.query import encode_queries, query_from, rank, read_queries, sketch_queries
+from rapidin_vdb.query import encode_queries, query_from, read_queries, sketch_queries
+from rapidin_vdb.ranking import rank
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import (
+    Aggregate,
     Fingerprint,
     OnBadRecord,
     OnDuplicate,
@@ -137,16 +139,16 @@ class Database:
         )
 
     def index(self, recipe: str | Path | IndexRecipe = "cpu", *, progress: Progress = silent) -> IndexInfo:
-        """Build an index after a recipe, keep it beside the table, and say what it holds.
+        """Build an index after a recipe, or bring one up to date, keep it beside the table, and say what it holds.
 
         Raises:
             SpecError: no such recipe, or one that cannot be honoured.
             TableError: the database is empty.
         """
         chosen = recipe if isinstance(recipe, IndexRecipe) else read_recipe(recipe)
-        snapshot = self._table.snapshot()
-        self._check_not_empty(snapshot)
-        return self._indexes.build(snapshot, chosen, progress=progress)
+        self._check_not_empty(self._table.snapshot())
+        self._table.ensure_scalar_indices()
+        return self._indexes.build(self._table.snapshot(), chosen, progress=progress)
 
     def query(
         self,
@@ -158,6 +160,11 @@ class Database:
         top_k: int = 10,
         where: str | None = None,
         harmful: bool = False,
+        both: bool = False,
+        group_by: str | None = None,
+        aggregate: Aggregate = "sum",
+        index: str | None = None,
+        as_of: int | None = None,
         model: str | None = None,
         adapter: str | None = None,
         device: str = "auto",
@@ -165,14 +172,17 @@ class Database:
     ) -> list[Ranking]:
         """Return, for each query, the samples that most influenced its generation.
 
-        Queries are one prompt and generation, or those of a file, or samples made by `query_from`. `model`, `adapter`
-        and `device` are as for `load`, where nothing is loaded yet.
+        Queries are one prompt and generation, or those of a file, or samples made by `query_from`. With `both`, the
+        most negative come beside the most positive, from one pass. `group_by` names a column, by whose values the
+        influence of all samples is added up or averaged. `index` names the built index to use, and `as_of` an older
+        version of the table. `model`, `adapter` and `device` are as for `load`, where nothing is loaded yet.
 
         Raises:
             CorpusError: a query cannot be read or encoded.
             GradientError: a query gives no finite gradient.
             FilterError: the filter cannot be understood.
-            SpecError: `top_k` is not positive, or no query or several kinds of query are given.
+            SpecError: `top_k` is not positive, no query or several kinds of query are given, or no such index is built.
+            TableError: the database is empty, or has no such version.
         """
         if top_k < 1:
             raise SpecError(f"--top-k is {top_k}; wanted 1 or more")
@@ -185,8 +195,10 @@ class Database:
         elif file is not None:
             queries = read_queries(Path(file))
         assert queries is not None
-        snapshot = self._table.snapshot()
+        snapshot = self._table.snapshot(as_of)
         self._check_not_empty(snapshot)
+        if group_by is not None:
+            snapshot.group_of(group_by)
         if where is not None:
             snapshot.count(where)  # a filter that is not understood is said before a model is loaded
         if self._engine is None:
@@ -199,8 +211,17 @@ class Database:
             max_tokens=self.fingerprint.max_tokens,
         )
         sketched = sketch_queries(engine.maker, encoded, progress=progress)
-        index = self._indexes.fresh(snapshot, progress=progress)
-        return rank(snapshot, index, sketched, top_k=top_k, where=where, harmful=harmful)
+        return rank(
+            snapshot,
+            self._indexes.fresh(snapshot, name=index, progress=progress),
+            sketched,
+            top_k=top_k,
+            where=where,
+            harmful=harmful,
+            both=both,
+            group_by=group_by,
+            aggregate=aggregate,
+        )
 
     def _check_not_empty(self, snapshot: Snapshot) -> None:
         if not snapshot.count():
@@ -233,7 +254,7 @@ class Database:
             model=stored.model,
             adapter=stored.adapter,
             table_version=snapshot.version,
-            indexes=self._indexes.list(snapshot),
+            indexes=self._indexes.built(snapshot),
             bytes=sum(path.stat().st_size for path in Path(self.path).rglob("*") if path.is_file()),
             columns=snapshot.columns,
         )

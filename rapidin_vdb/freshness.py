@@ -1,86 +1,262 @@
-"""Indexes beside a table: an answer always comes from one that holds exactly the table's newest version."""
+"""Indexes beside a table: an answer always comes from one that holds exactly the version that was asked for."""
 
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 
 import numpy as np
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index import Manifest, ShardedIndex, build_index, list_manifests, load_index, save_index
+from rapidin_vdb.index import (
+    Batch,
+    Held,
+    Keys,
+    Manifest,
+    ShardedIndex,
+    TableSource,
+    empty_index,
+    extend_index,
+    list_manifests,
+    load_index,
+    load_keys,
+    make_shard,
+    measured_recall,
+    with_recall,
+    write_index,
+)
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.results import IndexInfo
+from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.store import TABLE, Snapshot
 
 logger = logging.getLogger(__name__)
 
+# An index is written anew when more than this share of its rows went or came, or when it lies in so many parts.
+_MOST_CHANGED = 0.3
+_MOST_PARTS = 64
+
 
 class IndexKeeper:
-    """Builds, finds and keeps the indexes of one database."""
+    """Builds, finds, updates and keeps the indexes of one database."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._resident: tuple[int, ShardedIndex] | None = None
+        self._resident: tuple[Held, ShardedIndex] | None = None
+        self._lock = Lock()
 
     def build(self, snapshot: Snapshot, recipe: IndexRecipe, *, progress: Progress = silent) -> IndexInfo:
-        """Build an index of a version of the table, write it to disk, and say what it holds."""
-        built = _build(snapshot, recipe, progress=progress)
-        manifest = save_index(
-            built, self._folder, table=TABLE, table_version=snapshot.version, table_digest=snapshot.digest
-        )
-        self._resident = (snapshot.version, built)
-        return _info(manifest, snapshot)
+        """Bring an index of a recipe to a version of the table, on disk, and say what it holds.
 
-    def fresh(self, snapshot: Snapshot, *, progress: Progress = silent) -> ShardedIndex:
-        """Return an index of exactly this version of the table: at hand, on disk, or made now."""
-        if self._resident is not None and self._resident[0] == snapshot.version:
-            return self._resident[1]
-        index = self._load(snapshot)
-        if index is None:
-            manifests = list_manifests(self._folder)
-            recipe = read_recipe("cpu")
-            if manifests:
-                logger.info("no built index holds version %d: searching the table itself", snapshot.version)
-                recipe = manifests[0].index_recipe
-            index = _build(snapshot, recipe, progress=progress)
-        self._resident = (snapshot.version, index)
+        Where one was built before, only the difference is applied, unless that is most of the table.
+
+        Raises:
+            SpecError: the recipe cannot be honoured for this table.
+        """
+        width = snapshot.fingerprint.sketch.width
+        if recipe.coarse_width >= width:
+            raise SpecError(
+                f"index recipe {recipe.name}: coarse_width is {recipe.coarse_width}, but the database's RapidGrads "
+                f"are only {width} wide; give a smaller one, or take a recipe without"
+            )
+        with self._lock:
+            manifest = next((known for known in list_manifests(self._folder) if known.name == recipe.name), None)
+            extended = None
+            if manifest is not None and manifest.index_recipe == recipe:
+                extended = self._extended(manifest, snapshot, progress=progress)
+            if extended is None:
+                count = snapshot.count()
+                batches = _counted(_batches(snapshot), count, progress)
+                extended = write_index(self._folder, recipe, _held(snapshot), batches, count=count)
+            index = load_index(self._folder, extended)
+            if recipe.coarse_width and index.samples:
+                extended = with_recall(self._folder, extended, measured_recall(index))
+            self._resident = (_held(snapshot), index)
+        return _info(extended, snapshot)
+
+    def fresh(self, snapshot: Snapshot, *, name: str | None = None, progress: Progress = silent) -> ShardedIndex:
+        """Return an index of exactly this version of the table: at hand, on disk, updated, or made now.
+
+        `name` asks for the built index of that name; otherwise an exact one goes before a coarse one.
+
+        Raises:
+            SpecError: there is no built index of that name.
+        """
+        with self._lock:
+            manifests = self._chosen(name)
+            resident = self._at_hand(snapshot, manifests, name)
+            index = resident or self._from_disk(snapshot, manifests, progress) or _of_table(snapshot, progress)
+            self._resident = (_held(snapshot), index)
+        if index.recipe.coarse_width:
+            self._say_what_coarse_finds(index)
         return index
 
-    def list(self, snapshot: Snapshot) -> tuple[IndexInfo, ...]:
+    def built(self, snapshot: Snapshot) -> tuple[IndexInfo, ...]:
         """Return what is built, and whether it holds this version of the table."""
         return tuple(_info(manifest, snapshot) for manifest in list_manifests(self._folder))
 
-    def _load(self, snapshot: Snapshot) -> ShardedIndex | None:
-        for manifest in list_manifests(self._folder):
-            if _holds(manifest, snapshot):
+    def _chosen(self, name: str | None) -> list[Manifest]:
+        manifests = list_manifests(self._folder)
+        if name is not None and name not in [manifest.name for manifest in manifests]:
+            built = ", ".join(manifest.name for manifest in manifests) or "none"
+            raise SpecError(f"no index {name} is built (built: {built}); build it with: rapidin-vdb index")
+        chosen = [manifest for manifest in manifests if name is None or manifest.name == name]
+        return sorted(chosen, key=lambda manifest: (manifest.recipe["coarse_width"] > 0, manifest.name))
+
+    def _at_hand(self, snapshot: Snapshot, manifests: list[Manifest], name: str | None) -> ShardedIndex | None:
+        """Return the index in memory, brought to this version, if it is the one to use."""
+        if self._resident is None:
+            return None
+        held, index = self._resident
+        if name is not None and index.recipe.name != name:
+            return None
+        if name is None and manifests and index.recipe != manifests[0].index_recipe:
+            return None
+        if held == _held(snapshot):
+            return index
+        if not index.grows or snapshot.digest_of(held.version) != held.digest:
+            return None
+        keys, missing = index.keys.difference(*snapshot.row_keys())
+        if _much(index.keys, keys, missing):
+            return None
+        return index.updated(keys, _batches(snapshot, missing))
+
+    def _from_disk(self, snapshot: Snapshot, manifests: list[Manifest], progress: Progress) -> ShardedIndex | None:
+        for known in manifests:
+            manifest = known
+            for _ in range(2):
                 try:
-                    return load_index(self._folder, manifest)
+                    return self._loaded(manifest, snapshot, progress)
                 except SpecError as error:
-                    logger.warning("%s", error)
+                    # Damaged, or replaced by somebody else while it was read.
+                    again = [known for known in list_manifests(self._folder) if known.name == manifest.name]
+                    if not again or again[0] == manifest:
+                        logger.warning("%s", error)
+                        break
+                    manifest = again[0]
         return None
 
+    def _loaded(self, manifest: Manifest, snapshot: Snapshot, progress: Progress) -> ShardedIndex | None:
+        """Return a built index, brought to this version on disk, or in memory where it has to stay as it is there."""
+        if snapshot.version >= manifest.table_version:
+            try:
+                found = self._extended(manifest, snapshot, progress=progress)
+                return None if found is None else load_index(self._folder, found)
+            except OSError as error:
+                logger.warning("the index %s cannot be brought up to date on disk: %s", manifest.name, error)
+        change = self._difference(manifest, snapshot)
+        if change is None:
+            return None
+        index = load_index(self._folder, manifest)
+        keys, missing = change
+        return index.updated(keys, _batches(snapshot, missing)) if index.grows or not len(missing) else None
 
-def _build(snapshot: Snapshot, recipe: IndexRecipe, *, progress: Progress) -> ShardedIndex:
-    count = snapshot.count()
+    def _extended(self, manifest: Manifest, snapshot: Snapshot, *, progress: Progress) -> Manifest | None:
+        """Return an index brought to this version on disk; None where it has to be made anew.
 
-    def batches() -> Iterator[tuple[list[str], np.ndarray]]:
-        done = 0
-        progress("index", done, count)
-        for ids, vectors in snapshot.vectors():
-            yield ids, vectors
-            done += len(ids)
-            progress("index", done, count)
+        Raises:
+            SpecError: it is damaged.
+            OSError: the folder cannot be written.
+        """
+        if _holds(manifest, snapshot):
+            return manifest
+        change = self._difference(manifest, snapshot)
+        if change is None or len(manifest.parts) >= _MOST_PARTS:
+            return None
+        keys, missing = change
+        batches = _counted(_batches(snapshot, missing), len(missing), progress)
+        return extend_index(self._folder, manifest, _held(snapshot), keys, batches, count=len(missing))
 
-    return build_index(recipe, batches(), width=snapshot.fingerprint.sketch.width, count=count)
+    def _difference(self, manifest: Manifest, snapshot: Snapshot) -> tuple[Keys, np.ndarray] | None:
+        """Return what is alive of a built index in this version, and what the version has beyond it.
+
+        None where they cannot be compared, or differ in most: then the index has to be made anew.
+        """
+        if (manifest.table, manifest.width) != (TABLE, snapshot.fingerprint.sketch.width):
+            return None
+        if snapshot.digest_of(manifest.table_version) != manifest.table_digest:
+            return None  # of a copy that went its own way, or of a version that is no longer kept
+        before = load_keys(self._folder, manifest)
+        keys, missing = before.difference(*snapshot.row_keys())
+        return None if _much(before, keys, missing) else (keys, missing)
+
+    def _say_what_coarse_finds(self, index: ShardedIndex) -> None:
+        found = [known.recall for known in list_manifests(self._folder) if known.name == index.recipe.name]
+        if found and found[0] is not None:
+            logger.warning(
+                "the index %s is not exact: it found %.1f %% of the best %d samples when it was built",
+                index.recipe.name, 100 * found[0]["recall"], found[0]["at"],
+            )  # fmt: skip
+
+
+def _of_table(snapshot: Snapshot, progress: Progress) -> ShardedIndex:
+    """Return an index of the table itself: its rows in memory, or streamed from it where they do not fit."""
+    recipe, width, count = read_recipe("cpu"), snapshot.fingerprint.sketch.width, snapshot.count()
+    if 2 * width * count < free_bytes("cpu") // 2:
+        return empty_index(recipe, width=width).updated(
+            empty_index(recipe, width=width).keys, _counted(_batches(snapshot), count, progress)
+        )
+    logger.info("the table is larger than the memory that is free: streaming it; an index is faster")
+    return _streamed(snapshot, recipe)
+
+
+def _streamed(snapshot: Snapshot, recipe: IndexRecipe) -> ShardedIndex:
+    """Return an index that reads the table itself."""
+    sample_ids, row_ids, versions = snapshot.keys_in_order()
+    width = snapshot.fingerprint.sketch.width
+    source = TableSource(
+        row_ids,
+        lambda: ((batch.row_ids, batch.vectors) for batch in snapshot.vectors()),
+        lambda wanted: ((batch.row_ids, batch.vectors) for batch in snapshot.vectors(wanted)),
+        width,
+    )
+    recipe = replace(recipe, shards_per_device=1)
+    return ShardedIndex(
+        recipe=recipe,
+        width=width,
+        keys=Keys(sample_ids, row_ids, versions, np.ones(len(sample_ids), bool)),
+        shards=(make_shard("cpu", source, recipe, width=width),),
+        numbers=(np.arange(len(sample_ids)),),
+        largest_norm=None,
+    )
+
+
+def _batches(snapshot: Snapshot, row_ids: np.ndarray | None = None) -> Iterator[Batch]:
+    if row_ids is not None and not len(row_ids):
+        return
+    for found in snapshot.vectors(row_ids):
+        alive = np.ones(len(found.sample_ids), bool)
+        yield Batch(Keys(found.sample_ids, found.row_ids, found.versions, alive), found.vectors.view(np.uint16))
+
+
+def _counted(batches: Iterator[Batch], total: int, progress: Progress) -> Iterator[Batch]:
+    done = 0
+    progress("index", done, total)
+    for batch in batches:
+        yield batch
+        done += len(batch.rows)
+        progress("index", done, total)
+
+
+def _much(before: Keys, after: Keys, missing: np.ndarray) -> bool:
+    """Say whether making an index anew costs less than what an update leaves behind."""
+    return int((~after.alive).sum()) + len(missing) > _MOST_CHANGED * max(len(before), 1)
+
+
+def _held(snapshot: Snapshot) -> Held:
+    return Held(
+        table=TABLE,
+        version=snapshot.version,
+        digest=snapshot.digest,
+        width=snapshot.fingerprint.sketch.width,
+    )
 
 
 def _holds(manifest: Manifest, snapshot: Snapshot) -> bool:
-    return (manifest.table, manifest.table_digest, manifest.width) == (
-        TABLE,
-        snapshot.digest,
-        snapshot.fingerprint.sketch.width,
-    )
+    held = _held(snapshot)
+    return (manifest.table, manifest.table_digest, manifest.width) == (held.table, held.digest, held.width)
 
 
 def _info(manifest: Manifest, snapshot: Snapshot) -> IndexInfo:
@@ -89,4 +265,6 @@ def _info(manifest: Manifest, snapshot: Snapshot) -> IndexInfo:
         recipe=manifest.recipe,
         fresh=_holds(manifest, snapshot),
         samples=manifest.samples,
+        table_version=manifest.table_version,
+        recall=manifest.recall,
     )

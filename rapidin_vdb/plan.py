@@ -6,7 +6,6 @@ from itertools import islice
 from pathlib import Path
 
 from rapidin_vdb.batches import Pair
-from rapidin_vdb.batches import planned_batches as planned_batches  # where benchmarks look for it
 from rapidin_vdb.corpus import Template, Tokenizer, encode, read_corpus
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import OnBadRecord, OnDuplicate, Sample

@@ -1,4 +1,4 @@
-"""A generation becomes a ranking of the samples that most influenced it (paper, Eq. 5)."""
+"""Queries are read, encoded, and turned into RapidGrads by the road that samples take."""
 
 import time
 from collections.abc import Sequence
@@ -9,15 +9,10 @@ import numpy as np
 
 from rapidin_vdb.corpus import Template, Tokenizer, encode, read_records, sample_from
 from rapidin_vdb.corpus.files import Record
-from rapidin_vdb.errors import CorpusError, SpecError
+from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.gradient import RapidGradMaker
-from rapidin_vdb.index import ShardedIndex
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, Sample
-from rapidin_vdb.results import RankedSample, Ranking, Seconds
-from rapidin_vdb.store import Snapshot
-
-SCORE_UNIT = "epochs * learning_rate * inner product of RapidGrads (Eq. 5)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,62 +89,3 @@ def sketch_queries(maker: RapidGradMaker, encoded: Sequence[Encoded], *, progres
     return Sketched(
         query_ids=tuple(query.sample_id for query in encoded), vectors=np.stack(vectors), seconds=tuple(seconds)
     )
-
-
-def rank(
-    snapshot: Snapshot,
-    index: ShardedIndex,
-    sketched: Sketched,
-    *,
-    top_k: int = 10,
-    where: str | None = None,
-    harmful: bool = False,
-) -> list[Ranking]:
-    """Return each query's samples of largest influence, or of most negative influence where `harmful`.
-
-    The filter is applied first: results are the best of the samples that match it.
-
-    Raises:
-        FilterError: the filter cannot be understood.
-        SpecError: `top_k` is not positive.
-    """
-    if top_k < 1:
-        raise SpecError(f"--top-k is {top_k}; wanted 1 or more")
-    started = time.monotonic()
-    matching = None if where is None else snapshot.sample_ids(where)
-    factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
-    # Harmful is helpful of the negated query: there is no second search.
-    sign = -1.0 if harmful else 1.0
-    found = index.search(sign * sketched.vectors, top_k, among=matching)
-    samples = snapshot.samples([sample_id for ranked in found for sample_id, _ in ranked])
-    search = (time.monotonic() - started) / len(found)
-    rankings = []
-    for query_id, gradient, ranked in zip(sketched.query_ids, sketched.seconds, found, strict=True):
-        results = []
-        for number, (sample_id, score) in enumerate(ranked, start=1):
-            sample = samples[sample_id]
-            results.append(
-                RankedSample(
-                    rank=number,
-                    sample_id=sample_id,
-                    score=sign * score * factor,
-                    exact_score=None,
-                    split=sample.split,
-                    source=sample.source,
-                    prompt=sample.prompt,
-                    response=sample.response,
-                    metadata=sample.metadata,
-                    tokens=None,
-                )
-            )
-        rankings.append(
-            Ranking(
-                query_id=query_id,
-                score_unit=SCORE_UNIT,
-                searched=len(index.sample_ids) if matching is None else len(matching),
-                where=where,
-                seconds=Seconds(gradient=gradient, search=search, tokens=0.0, total=gradient + search),
-                results=tuple(results),
-            )
-        )
-    return rankings

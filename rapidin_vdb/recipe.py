@@ -2,18 +2,20 @@
 
 import os
 import tomllib
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from rapidin_vdb.errors import SpecError
 
 ElementType = Literal["float16", "float32"]
+Residence = Literal["resident", "mapped", "streamed"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class IndexRecipe:
-    """How an index is laid out; it never changes an answer, only where and how fast it is found."""
+    """How an index is laid out; unless it is coarse, only where and how fast an answer is found, never which."""
 
     name: str
     """The file's name, without `.toml`."""
@@ -23,6 +25,12 @@ class IndexRecipe:
     """Parts a device searches at once; 0 means one a core on the CPU and one on a GPU."""
     element_type: ElementType = "float16"
     """How vectors are held; sums are in float32 either way."""
+    residence: Residence = "resident"
+    """Whether rows are read into memory, mapped from their file, or streamed from it once for a batch of queries."""
+    coarse_width: int = 0
+    """Width of folded vectors, held in memory, that a search looks at first; 0 for an exact search."""
+    refine: int = 10
+    """How many times `top_k` candidates of a coarse search are scored again at full width."""
 
     @property
     def shard_devices(self) -> tuple[str, ...]:
@@ -79,10 +87,39 @@ def _recipe(path: Path, values: dict[str, Any]) -> IndexRecipe:
     for name in devices:
         if name != "cpu" and not (name.startswith("cuda:") and name[5:].isdecimal()):
             raise SpecError(f"index recipe {path}: device {name!r} is neither cpu nor cuda:N")
-    shards = values.get("shards_per_device", 0)
-    if type(shards) is not int or not 0 <= shards <= 1024:
-        raise SpecError(f"index recipe {path}: shards_per_device is {shards!r}; wanted 0 (automatic) to 1024")
-    element_type = values.get("element_type", "float16")
-    if element_type not in ("float16", "float32"):
-        raise SpecError(f"index recipe {path}: element_type is {element_type!r}; wanted float16 or float32")
-    return IndexRecipe(name=path.stem, devices=tuple(devices), shards_per_device=shards, element_type=element_type)
+    shards = _whole(path, values, "shards_per_device", 0, "0 (automatic) to 1024", lambda n: 0 <= n <= 1024)
+    coarse = _whole(
+        path, values, "coarse_width", 0, "0 (exact) or a power of two", lambda n: n >= 0 and n & (n - 1) == 0
+    )
+    refine = _whole(path, values, "refine", 10, "1 or more", lambda n: n >= 1)
+    element_type = _one_of(path, values, "element_type", get_args(ElementType))
+    residence = _one_of(path, values, "residence", get_args(Residence))
+    recipe = IndexRecipe(
+        name=path.stem,
+        devices=tuple(devices),
+        shards_per_device=shards,
+        element_type=element_type,
+        residence=residence,
+        coarse_width=coarse,
+        refine=refine,
+    )
+    if residence != "resident" and (set(devices) != {"cpu"} or element_type != "float16"):
+        raise SpecError(
+            f'index recipe {path}: residence is {residence!r}, which goes with devices = ["cpu"] and element_type = '
+            '"float16" only'
+        )
+    return recipe
+
+
+def _whole(path: Path, values: dict[str, Any], key: str, default: int, wanted: str, fits: Callable[[int], bool]) -> int:
+    value = values.get(key, default)
+    if type(value) is not int or not fits(value):
+        raise SpecError(f"index recipe {path}: {key} is {value!r}; wanted {wanted}")
+    return value
+
+
+def _one_of(path: Path, values: dict[str, Any], key: str, known: tuple[str, ...]) -> Any:
+    value = values.get(key, known[0])
+    if value not in known:
+        raise SpecError(f"index recipe {path}: {key} is {value!r}; wanted {' or '.join(known)}")
+    return value

@@ -10,6 +10,7 @@ Quantization = Literal["none", "nf4", "int8"]
 DType = Literal["auto", "float32", "bfloat16", "float16"]
 OnBadRecord = Literal["stop", "skip"]
 OnDuplicate = Literal["skip", "replace", "error"]
+Aggregate = Literal["sum", "mean"]
 
 
 @dataclass(frozen=True, kw_only=True)

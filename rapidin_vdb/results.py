@@ -63,6 +63,18 @@ class RankedSample:
 
 
 @dataclass(frozen=True, kw_only=True)
+class GroupInfluence:
+    """Influence of all samples that share a value."""
+
+    value: Scalar
+    """The value."""
+    samples: int
+    """How many samples of those searched have it."""
+    score: float
+    """Their influence, added up or averaged (Eq. 5), no unit."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ranking:
     """The answer to one query: samples by influence, ties by `sample_id`."""
 
@@ -78,18 +90,23 @@ class Ranking:
     """Where the time went."""
     results: tuple[RankedSample, ...]
     """Best first."""
+    harmful: tuple[RankedSample, ...] | None = None
+    """Most negative first, where both ends were asked for."""
+    groups: tuple[GroupInfluence, ...] | None = None
+    """Influence by the values of a column, largest first, where it was asked for."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the JSON object that `query --json` prints."""
-        return dataclasses.asdict(self)
+        """Return the JSON object that `query --json` prints; `harmful` and `groups` only where they were asked for."""
+        optional = ("harmful", "groups")
+        return {k: v for k, v in dataclasses.asdict(self).items() if k not in optional or v is not None}
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """Return one flat dict a result, with the query's id, for tables."""
+        """Return one flat dict a result, with the query's id, for tables; where both ends were asked for, both."""
         return [
             {"query_id": self.query_id}
             | {k: v for k, v in dataclasses.asdict(result).items() if k != "metadata"}
             | {name: value for name, value in result.metadata.items()}
-            for result in self.results
+            for result in (*self.results, *(self.harmful or ()))
         ]
 
     def to_arrow(self) -> Any:
@@ -187,6 +204,10 @@ class IndexInfo:
     """Whether it holds the table as it is now."""
     samples: int
     """How many samples it holds."""
+    table_version: int
+    """The version of the table that it holds."""
+    recall: Mapping[str, Any] | None
+    """What a coarse index was measured to find of the best `at` samples, over `queries`; None for an exact one."""
 
 
 @dataclass(frozen=True, kw_only=True)

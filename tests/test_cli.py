@@ -135,7 +135,7 @@ def test_tables_fit_a_terminal_and_hide_control_characters(capsys, database, tmp
         (["ingest", "{db}", "{tmp}/toy.jsonl", "--device", "tpu"], "--device tpu is no device"),
         (
             ["index", "{db}", "--recipe", "x.toml"],
-            "no index recipe at x.toml; give a TOML file or one of: indexes/cpu.toml",
+            "no index recipe at x.toml; give a TOML file or one of: indexes/coarse_to_fine.toml",
         ),
         (["show", "{db}", "nobody"], "no sample 'nobody' in"),
         (["delete", "{db}", "--ids", "{tmp}/none"], "--ids {tmp}/none: cannot be read"),

@@ -1,14 +1,13 @@
 """Law 5: any number of shards gives the float64 brute force, ids and scores, with and without a filter, ties by id."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
 from reference import top_k
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index import build_index, list_manifests, load_index, save_index
+from rapidin_vdb.index import Batch, Keys, empty_index
 from rapidin_vdb.recipe import IndexRecipe
 
 WIDTH = 64
@@ -23,14 +22,28 @@ def rows(count: int, *, seed: int = 0, ties: bool = False) -> dict[str, np.ndarr
     return dict(zip(names, vectors, strict=True))
 
 
-def index_of(vectors, *, shards=1, element_type="float16", batch=7, devices=("cpu",)):
+def batches_of(vectors, *, batch=7, first=0, version=1):
     names = list(vectors)
-    batches = [
-        (names[start : start + batch], np.stack([vectors[name] for name in names[start : start + batch]]))
-        for start in range(0, len(names), batch)
-    ]
-    recipe = IndexRecipe(name="test", devices=devices, shards_per_device=shards, element_type=element_type)
-    return build_index(recipe, batches, width=WIDTH, count=len(names))
+    for start in range(0, len(names), batch):
+        part = names[start : start + batch]
+        row_ids = np.arange(first + start, first + start + len(part))
+        keys = Keys(part, row_ids, np.full(len(part), version), np.ones(len(part), bool))
+        yield Batch(keys, np.stack([vectors[name] for name in part]).view(np.uint16))
+
+
+def recipe_of(*, shards=1, devices=("cpu",), **options):
+    return IndexRecipe(name="test", devices=devices, shards_per_device=shards, **options)
+
+
+def index_of(vectors, *, width=WIDTH, batch=7, **options):
+    index = empty_index(recipe_of(**options), width=width)
+    return index.updated(index.keys, batches_of(vectors, batch=batch))
+
+
+def row_ids_of(vectors, names):
+    """`batches_of` numbers rows in order."""
+    places = {name: place for place, name in enumerate(vectors)}
+    return np.array([places.get(name, 10**6) for name in names], dtype=np.int64)
 
 
 def queries(count: int) -> np.ndarray:
@@ -53,7 +66,7 @@ def test_shards_change_nothing(shards, element_type, share, ties):
     allowed = vectors if among is None else {name: vectors[name] for name in among}
     asked = queries(5)
     for k in (1, 10, 499, 2000):
-        found = index.search(asked, k, among=among)
+        found = index.search(asked, k, among=None if among is None else row_ids_of(vectors, among))
         for query, ranked in zip(asked, found, strict=True):
             assert_same(ranked, top_k(allowed, query, k))
     if ties:
@@ -75,8 +88,7 @@ def test_equal_rows_of_full_width_are_cut_by_id_whatever_float32_makes_of_them()
         draw = np.random.default_rng(seed)
         row = draw.standard_normal(1 << 16).astype(np.float16)
         names = [f"s{number:03d}" for number in draw.permutation(60)]
-        recipe = IndexRecipe(name="test", shards_per_device=1)
-        index = build_index(recipe, [(names, np.stack([row] * 60))], width=1 << 16, count=60)
+        index = index_of({name: row for name in names}, width=1 << 16)
         query = row.astype(np.float32) + draw.standard_normal(1 << 16).astype(np.float32)
         (ranked,) = index.search(query[None], 10)
         assert [name for name, _ in ranked] == [f"s{number:03d}" for number in range(10)]
@@ -107,7 +119,7 @@ def test_more_shards_than_rows_and_no_rows_at_all():
 
 def test_ids_that_are_not_in_the_index_are_passed_over():
     vectors = rows(20)
-    (ranked,) = index_of(vectors).search(queries(1), 5, among=["s0003", "gone", "s0004"])
+    (ranked,) = index_of(vectors).search(queries(1), 5, among=row_ids_of(vectors, ["s0003", "gone", "s0004"]))
     assert_same(ranked, top_k({name: vectors[name] for name in ("s0003", "s0004")}, queries(1)[0], 5))
 
 
@@ -116,7 +128,7 @@ def test_a_gpu_that_is_not_there_is_searched_on_the_cpu():
     index = index_of(vectors, devices=("cuda:7", "cuda:8"))
     (ranked,) = index.search(queries(1), 5)
     assert_same(ranked, top_k(vectors, queries(1)[0], 5))
-    assert [shard.rows for shard in index.shards] == [25, 25]
+    assert [shard.rows for shard in index.shards] == [28, 22], "whole batches go to the smallest shard"
 
 
 def test_large_scores_of_wide_vectors_come_out_exact():
@@ -132,30 +144,70 @@ def test_large_scores_of_wide_vectors_come_out_exact():
 
 
 @pytest.mark.parametrize("element_type", ["float16", "float32"])
-def test_a_saved_index_answers_as_before(tmp_path, element_type):
-    vectors = rows(60)
+@pytest.mark.parametrize("shards", [1, 3])
+@pytest.mark.parametrize("count", [1, 3, 20])
+def test_both_ends_come_from_one_pass(shards, element_type, count):
+    vectors, asked = rows(200, ties=True), queries(count)
+    index = index_of(vectors, shards=shards, element_type=element_type)
+    for among in (None, sorted(vectors)[:50]):
+        row_ids = None if among is None else row_ids_of(vectors, among)
+        highest, lowest = index.search_both(asked, 7, among=row_ids)
+        assert highest == index.search(asked, 7, among=row_ids)
+        for query, ranked in zip(asked, lowest, strict=True):
+            allowed = vectors if among is None else {name: vectors[name] for name in among}
+            worst = sorted(top_k(allowed, query, 200), key=lambda pair: (pair[1], pair[0]))[:7]
+            assert_same(ranked, worst)
+
+
+@pytest.mark.parametrize("element_type", ["float16", "float32"])
+@pytest.mark.parametrize("count", [1, 20])
+def test_groups_add_up_all_of_their_samples(element_type, count):
+    vectors, asked = rows(150), queries(count)
     index = index_of(vectors, shards=2, element_type=element_type)
-    save_index(index, tmp_path, table="samples", table_version=3, table_digest="d")
-    manifest = save_index(index, tmp_path, table="samples", table_version=4, table_digest="d")
-    assert list_manifests(tmp_path) == [manifest]
-    assert (manifest.table_version, manifest.samples, manifest.recipe["element_type"]) == (4, 60, element_type)
-    assert load_index(tmp_path, manifest).search(queries(3), 9) == index.search(queries(3), 9)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["test"], "nothing is left lying about"
+    names = list(vectors)[:140]  # ten samples are filtered out
+    groups = np.arange(140) % 3
+    order = np.random.default_rng(0).permutation(140)
+    sums = index.group_sums(asked, row_ids_of(vectors, names)[order], groups[order], 3)
+    for number, query in enumerate(asked):
+        slow = [
+            sum(float(vectors[name].astype(np.float64) @ query.astype(np.float64)) for name in names[group::3])
+            for group in range(3)
+        ]
+        np.testing.assert_allclose(sums[number], slow, atol=1e-4)
 
 
-def test_a_damaged_index_is_not_believed(tmp_path):
-    manifest = save_index(index_of(rows(30)), tmp_path, table="samples", table_version=1, table_digest="d")
-    ids = tmp_path / "test" / "sample_ids.json"
-    ids.write_text(json.dumps(json.loads(ids.read_text())[:-1]))
-    with pytest.raises(
-        SpecError, match="the index test is damaged: the number of rows differs from the manifest; build it anew"
-    ):
-        load_index(tmp_path, manifest)
-    (tmp_path / "test" / "shard_0.faiss").write_bytes(b"nonsense")
-    with pytest.raises(SpecError, match="the index test is damaged"):
-        load_index(tmp_path, manifest)
-    (tmp_path / "test" / "manifest.json").write_text("{")
-    assert list_manifests(tmp_path) == []
+@pytest.mark.parametrize("element_type", ["float16", "float32"])
+@pytest.mark.parametrize("shards", [1, 3])
+def test_an_updated_index_is_as_one_made_anew(shards, element_type):
+    """Rows go, rows come, a row is replaced; and going back to the older version undoes all of it."""
+    vectors, later, asked = rows(100), rows(130, seed=4), queries(4)
+    old = {name: vectors[name] for name in list(vectors)[:90]}
+    index = index_of(old, shards=shards, element_type=element_type)
+    versions = np.full(90, 1)
+    gone, replaced = list(old)[5], list(old)[6]
+    kept = np.array([place for place in range(90) if place not in (5, 6)])
+    # Row 6 keeps its row id with another content; rows 90 to 99 are new.
+    now = {name: old[name] for place, name in enumerate(old) if place not in (5, 6)}
+    more = {replaced: later["s0120"]} | {f"n{number}": later[f"s{number:04d}"] for number in range(10)}
+    row_ids, changed = np.concatenate([kept, [6], np.arange(90, 100)]), np.concatenate([versions[kept], np.full(11, 2)])
+    keys, missing = index.keys.difference(row_ids, changed)
+    assert missing.tolist() == [6, *range(90, 100)]
+    batch = Batch(
+        Keys(list(more), missing, np.full(11, 2), np.ones(11, bool)), np.stack(list(more.values())).view(np.uint16)
+    )
+    updated = index.updated(keys, [batch])
+    assert updated.samples == len(now | more) == 99
+    for k in (1, 20, 200):
+        for query, ranked in zip(asked, updated.search(asked, k), strict=True):
+            assert_same(ranked, top_k(now | more, query, k))
+    (ranked,) = updated.search(asked[:1], 3, among=np.array([5, 6, 95]))
+    assert {name for name, _ in ranked} == {replaced, "n5"}, "what is gone is not found by its row id either"
+    keys, missing = updated.keys.difference(np.arange(90), versions)
+    assert len(missing) == 0, "all of the older version is still held"
+    back = updated.updated(keys, [])
+    for query, ranked in zip(asked, back.search(asked, 30), strict=True):
+        assert_same(ranked, top_k(old, query, 30))
+    assert gone in {name for name, _ in back.search(asked, 90)[0]}
 
 
 @pytest.mark.gpu
@@ -166,5 +218,6 @@ def test_gpus_change_nothing(devices, element_type):
     index = index_of(vectors, devices=devices, element_type=element_type)
     for among in (None, sorted(vectors)[:100]):
         allowed = vectors if among is None else {name: vectors[name] for name in among}
-        for query, ranked in zip(asked, index.search(asked, 10, among=among), strict=True):
+        row_ids = None if among is None else row_ids_of(vectors, among)
+        for query, ranked in zip(asked, index.search(asked, 10, among=row_ids), strict=True):
             assert_same(ranked, top_k(allowed, query, 10))

@@ -103,7 +103,9 @@ def test_what_is_written_is_read(table):
     }  # fmt: skip
     assert found["c\nd"].metadata == {"ok": False}
     vectors = {
-        name: vector[0] for ids, batch in table.snapshot().vectors() for name, vector in zip(ids, batch, strict=True)
+        name: vector[0]
+        for batch in table.snapshot().vectors()
+        for name, vector in zip(batch.sample_ids, batch.vectors, strict=True)
     }
     assert vectors == {"a": 1.0, "b": 1.0, "c\nd": 2.0}
     assert SampleTable(table.uri).fingerprint == FINGERPRINT
@@ -157,14 +159,75 @@ def test_replace_and_delete(table):
     assert sorted(table.snapshot().sample_ids()) == ["a", "b", "c\nd", "new"]
     assert {
         vector[0]
-        for ids, batch in table.snapshot().vectors()
-        for name, vector in zip(ids, batch, strict=True)
+        for batch in table.snapshot().vectors()
+        for name, vector in zip(batch.sample_ids, batch.vectors, strict=True)
         if name == "a"
     } == {9.0}
     assert table.delete_ids(["b", "zz", "c\nd"]) == ["b", "c\nd"]
     assert table.delete_where("sample_id = 'new'") == 1
     assert table.delete_where("sample_id = 'new'") == 0
     assert table.snapshot().sample_ids() == ["a"]
+
+
+def test_rows_keep_their_ids_and_say_when_they_changed(table):
+    """What an index is kept fresh by."""
+    before = table.snapshot()
+    row_ids, versions = before.row_keys()
+    table.replace([row("a", value=9.0), row("new")])
+    table.delete_ids(["b"])
+    table.ensure_scalar_indices()  # a version of its own, in which no row changes
+    after = table.snapshot()
+    changed = dict(zip(*(part.tolist() for part in after.row_keys()), strict=True))
+    names = {one: name for name, one in zip(*after.keys_in_order()[:2], strict=True)}
+    assert sorted(names.values()) == ["a", "c\nd", "new"]
+    stayed = {one: version for one, version in zip(row_ids.tolist(), versions.tolist(), strict=True)}
+    assert {names[one] for one in changed if changed[one] == stayed.get(one)} == {"c\nd"}
+    assert {names[one] for one in changed if one in stayed} == {"a", "c\nd"}
+    taken = [batch for batch in after.vectors(np.array(sorted(one for one in names if names[one] == "a")))]
+    assert [(batch.sample_ids, batch.vectors[0, 0]) for batch in taken] == [(["a"], 9.0)]
+    assert before.digest == after.digest_of(before.version) != after.digest
+    assert after.digest_of(10**6) is None
+
+
+def test_many_rows_taken_are_those_asked_for(table):
+    table.append([row(f"m{number:03d}", value=number) for number in range(100)], seen=table.snapshot().version)
+    snapshot = table.snapshot()
+    names, row_ids, _ = snapshot.keys_in_order()
+    for wanted in (3, 60):  # one by one, and in a scan
+        chosen = np.random.default_rng(0).choice(row_ids, wanted, replace=False)
+        got = {
+            name: vector[0]
+            for batch in snapshot.vectors(chosen)
+            for name, vector in zip(batch.sample_ids, batch.vectors, strict=True)
+        }
+        assert sorted(got) == sorted(names[row_ids.tolist().index(one)] for one in chosen)
+        assert all(value == int(name[1:]) for name, value in got.items() if name.startswith("m"))
+
+
+def test_older_versions_and_columns_to_group_by(table):
+    before = table.snapshot()
+    table.delete_ids(["a"])
+    assert sorted(table.snapshot(before.version).sample_ids()) == ["a", "b", "c\nd"]
+    with pytest.raises(TableError, match="has no version 999"):
+        table.snapshot(999)
+    row_ids, values = table.snapshot().group_of("SPLIT")
+    assert (len(row_ids), sorted(values)) == (2, ["test", "train"])
+    with pytest.raises(FilterError, match="no column 'vector' to group by. Columns are: sample_id"):
+        table.snapshot().group_of("vector")
+
+
+def test_scalar_indices_change_no_answer(table):
+    table.ensure_scalar_indices()
+    version = table.snapshot().version
+    table.ensure_scalar_indices()
+    assert table.snapshot().version == version, "nothing to catch up with"
+    before = table.snapshot().count("split = 'train'")
+    table.append([row(f"m{number:03d}", split="train") for number in range(20)], seen=version)
+    assert table.snapshot().count("split = 'train'") == before + 20
+    table.ensure_scalar_indices()
+    assert table.snapshot().version > version + 1
+    assert table.snapshot().count("split = 'train'") == before + 20
+    assert 0 < before < 3
 
 
 def test_columns_grow_and_widen_but_never_change_their_meaning(table):

@@ -22,7 +22,9 @@ def content(database) -> dict[str, tuple]:
     """Everything that a table says of each sample, its vector included."""
     snapshot = database._table.snapshot()
     vectors = {
-        name: vector.tobytes() for ids, batch in snapshot.vectors() for name, vector in zip(ids, batch, strict=True)
+        name: vector.tobytes()
+        for batch in snapshot.vectors()
+        for name, vector in zip(batch.sample_ids, batch.vectors, strict=True)
     }
     samples = snapshot.samples(list(vectors))
     assert len(vectors) == snapshot.count(), "no id stands twice"
@@ -142,14 +144,14 @@ def test_a_built_index_is_used_and_answers_alike(database, monkeypatch):
     without = database.query("Say 5", "blue 35")[0].results
     database.index("two_gpus")
     again = rapidin_vdb.open(database.path)
-    monkeypatch.setattr("rapidin_vdb.freshness._build", lambda *a, **k: pytest.fail("built anew"))
+    monkeypatch.setattr("rapidin_vdb.freshness._batches", lambda *a, **k: pytest.fail("vectors read from the table"))
     assert again.query("Say 5", "blue 35")[0].results == without
 
 
 def test_a_damaged_index_is_passed_over(database, tmp_path, caplog):
     database.index("cpu")
     expected = database.query("Say 5", "blue 35")[0].results
-    (tmp_path / "db" / "indexes" / "cpu" / "shard_0.faiss").write_bytes(b"x")
+    next((tmp_path / "db" / "indexes" / "cpu").glob("*.rows.npy")).write_bytes(b"x")
     assert rapidin_vdb.open(database.path).query("Say 5", "blue 35")[0].results == expected
     assert "the index cpu is damaged" in caplog.text
 

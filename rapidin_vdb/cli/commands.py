@@ -9,7 +9,7 @@ import typer
 
 from rapidin_vdb.cli import show
 from rapidin_vdb.cli.progress import progress_bars
-from rapidin_vdb.records import DType, Normalize, OnBadRecord, OnDuplicate, Quantization
+from rapidin_vdb.records import Aggregate, DType, Normalize, OnBadRecord, OnDuplicate, Quantization
 
 DB = Annotated[str, typer.Argument(metavar="DB", help="Folder of the database.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
@@ -105,7 +105,7 @@ def index(
         str, typer.Option(help="A file such as indexes/cpu.toml, or the name of one that is shipped.")
     ] = "indexes/cpu.toml",
 ) -> None:
-    """Build a search index; a query uses it while it is fresh.
+    """Build a search index, or bring one up to date; a query does that by itself.
 
     Example: rapidin-vdb index db --recipe indexes/cpu.toml
     """
@@ -125,6 +125,17 @@ def query(
     top_k: Annotated[int, typer.Option(help="How many samples to return.")] = 10,
     where: Annotated[str | None, typer.Option(help="SQL filter, applied before the search.")] = None,
     harmful: Annotated[bool, typer.Option("--harmful", help="Rank the most negative influence first.")] = False,
+    both: Annotated[bool, typer.Option("--both", help="Both ends: most positive, and most negative.")] = False,
+    group_by: Annotated[
+        str | None, typer.Option(help="Influence of all samples by the values of this column, such as source.")
+    ] = None,
+    aggregate: Annotated[Aggregate, typer.Option(help="Whether --group-by adds up or averages.")] = "sum",
+    index_name: Annotated[
+        str | None, typer.Option("--index", help="Which built index to use [default: an exact one].")
+    ] = None,
+    as_of: Annotated[
+        int | None, typer.Option(help="Answer from an older version of the table; `info` says the newest.")
+    ] = None,
     as_json: AsJson = False,
     device: Device = "auto",
     model: Moved = None,
@@ -141,8 +152,9 @@ def query(
     database = rapidin_vdb.open(db)
     with progress_bars() as progress:
         rankings = database.query(
-            prompt, generation, file=file, top_k=top_k, where=where, harmful=harmful, progress=progress,
-            device=device, model=model, adapter=adapter,
+            prompt, generation, file=file, top_k=top_k, where=where, harmful=harmful, both=both, group_by=group_by,
+            aggregate=aggregate, index=index_name, as_of=as_of, progress=progress, device=device, model=model,
+            adapter=adapter,
         )  # fmt: skip
     show.ranked(rankings, as_json=as_json)
 

@@ -9,7 +9,15 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, StoredSample
+from rapidin_vdb.results import (
+    DatabaseInfo,
+    IndexInfo,
+    IngestEstimate,
+    IngestReport,
+    RankedSample,
+    Ranking,
+    StoredSample,
+)
 
 if TYPE_CHECKING:
     from rapidin_vdb.database import Database
@@ -58,7 +66,19 @@ def _estimated(expected: IngestEstimate) -> None:
 
 def indexed(built: IndexInfo) -> None:
     """Say what was built."""
-    typer.echo(f"built index {built.name} of {built.samples:,} samples", err=True)
+    typer.echo(
+        f"index {built.name} holds {built.samples:,} samples of version {built.table_version}{_recalled(built)}",
+        err=True,
+    )
+
+
+def _recalled(built: IndexInfo) -> str:
+    if built.recall is None:
+        return ""
+    return (
+        f"; not exact: it finds {100 * built.recall['recall']:.1f} % of the best {built.recall['at']} "
+        f"(measured with {built.recall['queries']} samples as queries)"
+    )
 
 
 def ranked(rankings: Sequence[Ranking], *, as_json: bool) -> None:
@@ -74,13 +94,25 @@ def ranked(rankings: Sequence[Ranking], *, as_json: bool) -> None:
 
 def _ranking_table(ranking: Ranking) -> None:
     matching = f" that match {ranking.where}" if ranking.where is not None else ""
-    typer.echo(f"{ranking.query_id}: {len(ranking.results)} of {ranking.searched:,} samples{matching}")
+    typer.echo(f"{_printable(ranking.query_id)}: {len(ranking.results)} of {ranking.searched:,} samples{matching}")
     if not ranking.results:
         typer.echo("  no sample matches")
         return
-    wide = min(max(len(_printable(result.sample_id)) for result in ranking.results), 24)
+    _result_lines(ranking.results)
+    if ranking.harmful is not None:
+        typer.echo("most negative:")
+        _result_lines(ranking.harmful)
+    if ranking.groups is not None:
+        typer.echo(f"{'samples':>8}  {'influence':>10}  value")
+        for group in ranking.groups:
+            value = "(none)" if group.value is None else _cut(str(group.value), 56)
+            typer.echo(f"{group.samples:>8,}  {group.score:>10.4g}  {value}")
+
+
+def _result_lines(results: Sequence[RankedSample]) -> None:
+    wide = min(max(len(_printable(result.sample_id)) for result in results), 24)
     typer.echo(f"{'rank':>4}  {'score':>10}  {'sample_id':<{wide}}  {'split':<8}  text")
-    for result in ranking.results:
+    for result in results:
         name = _cut(result.sample_id, wide)
         text = f"{result.prompt} -> {result.response}" if result.prompt else result.response
         line = f"{result.rank:>4}  {result.score:>10.4g}  {name:<{wide}}  {_cut(result.split, 8):<8}  "
@@ -115,8 +147,9 @@ def info(found: DatabaseInfo, *, as_json: bool) -> None:
             )
         elif name == "indexes":
             for built in found.indexes:
-                state = "fresh" if built.fresh else "of an older version; a query looks at the table instead"
-                typer.echo(f"{'index':<14} {built.name}: {built.samples:,} samples, {state}")
+                state = "fresh" if built.fresh else f"of version {built.table_version}; a query brings it up to date"
+                line = f"{built.name}: {built.samples:,} samples, {state}{_recalled(built)}"
+                typer.echo(textwrap.fill(line, 80, initial_indent=f"{'index':<15}", subsequent_indent=" " * 15))
         else:
             typer.echo(
                 f"{name.replace('_', ' '):<14} {f'{value:,}' if type(value) is int and name != 'seed' else value}"

@@ -1,6 +1,28 @@
-"""Exact top-k by inner product over FAISS shards, on CPUs or GPUs."""
+"""Exact top-k by inner product over shards, on CPUs or GPUs."""
 
-from rapidin_vdb.index.files import Manifest, list_manifests, load_index, save_index
-from rapidin_vdb.index.index import ShardedIndex, build_index
+from rapidin_vdb.index.index import Batch, ShardedIndex, empty_index, make_shard
+from rapidin_vdb.index.keys import Keys, joined
+from rapidin_vdb.index.loading import load_index, load_keys
+from rapidin_vdb.index.manifest import Held, Manifest, list_manifests
+from rapidin_vdb.index.recall import measured_recall
+from rapidin_vdb.index.source import TableSource
+from rapidin_vdb.index.writing import extend_index, with_recall, write_index
 
-__all__ = ["Manifest", "ShardedIndex", "build_index", "list_manifests", "load_index", "save_index"]
+__all__ = [
+    "Batch",
+    "Held",
+    "Keys",
+    "Manifest",
+    "ShardedIndex",
+    "TableSource",
+    "empty_index",
+    "extend_index",
+    "joined",
+    "list_manifests",
+    "load_index",
+    "load_keys",
+    "make_shard",
+    "measured_recall",
+    "with_recall",
+    "write_index",
+]

@@ -1,94 +1,202 @@
-"""Exact top-k over any number of shards: candidates from FAISS, order and scores from float64."""
+"""Exact top-k over any number of shards: candidates in single precision, order and scores in double."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
+from rapidin_vdb.compiled import side_by_side
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index.shard import Shard
+from rapidin_vdb.index.coarse import folded
+from rapidin_vdb.index.half import exact_inner_products
+from rapidin_vdb.index.keys import Keys, joined
+from rapidin_vdb.index.shard import FaissShard, Found, ScanShard, Shard, best_of, gpu_of
+from rapidin_vdb.index.source import ArraySource, Rows, RowSource, TableSource, norm_of
 from rapidin_vdb.recipe import IndexRecipe
 
 # Candidates beyond top_k that are asked of each shard, so that rounding and ties rarely need a second search.
 _SLACK = 16
 _RESCORE_ROWS = 64
 
+Queries = Float32[np.ndarray, "queries sketch"]
+Ranked = list[tuple[str, float]]
+"""Sample ids and scores, best first."""
 
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Rows on their way into an index."""
+
+    keys: Keys
+    """Their keys."""
+    rows: Rows
+    """The bits of their float16 RapidGrads."""
+
+
+@dataclass(frozen=True, eq=False)
 class ShardedIndex:
-    """The RapidGrads of one table version, spread over the devices of a recipe."""
+    """The RapidGrads of one version of a table, spread over the devices of a recipe; never changed, but replaced."""
 
-    def __init__(
-        self,
-        recipe: IndexRecipe,
-        *,
-        width: int,
-        sample_ids: Sequence[str],
-        shards: Sequence[Shard],
-        largest_norm: float,
-    ) -> None:
-        """Hold shards whose rows, one shard after the other, are these samples, none longer than `largest_norm`."""
-        self.recipe = recipe
-        self.width = width
-        self.sample_ids = list(sample_ids)
-        self.shards = list(shards)
-        self.largest_norm = largest_norm
-        self._starts = np.cumsum([0, *(shard.rows for shard in shards)])
-        self._numbers = {sample_id: number for number, sample_id in enumerate(self.sample_ids)}
+    recipe: IndexRecipe
+    """How it is laid out."""
+    width: int
+    """Length of a RapidGrad."""
+    keys: Keys
+    """Which samples it holds, in the order of their numbers."""
+    shards: tuple[Shard, ...]
+    """Shares of the rows; of the folded rows where the recipe is coarse."""
+    numbers: tuple[Int64[np.ndarray, " _"], ...]
+    """For each shard the numbers of its rows, ascending."""
+    largest_norm: float | None
+    """No row is longer; None where the rows have not been read yet."""
+    full: RowSource | None = None
+    """Rows at full width, in the order of their numbers, where the shards hold folded ones."""
+
+    @property
+    def samples(self) -> int:
+        """How many samples it holds."""
+        return self.keys.count
+
+    @property
+    def grows(self) -> bool:
+        """Whether rows can be added by `updated`: not where they are streamed."""
+        return all(
+            isinstance(source, ArraySource) for source in [*self._sources(), *([self.full] if self.full else [])]
+        )
 
     def search(
-        self, queries: Float32[np.ndarray, "queries sketch"], top_k: int, *, among: Iterable[str] | None = None
-    ) -> list[list[tuple[str, float]]]:
+        self, queries: Queries, top_k: int, *, among: Int64[np.ndarray, " row_ids"] | None = None
+    ) -> list[Ranked]:
         """Return the `top_k` samples of largest inner product with each query, best first, ties by sample id.
 
-        `among` restricts the search to those samples; ids that the index does not hold are passed over. Fewer samples
-        than `top_k` return them all. Scores are inner products in float64 of the stored vectors with the query, so that
-        neither shards, nor devices, nor the other queries of a batch change them.
+        `among` restricts the search to rows of those ids; ids that the index does not hold are passed over. Fewer
+        samples than `top_k` return them all. Scores are inner products in float64 of the stored vectors with the query,
+        so that neither shards, nor devices, nor the other queries of a batch change them.
+
+        Where the recipe is coarse, candidates come from folded vectors, and a sample may be missed.
 
         Raises:
             SpecError: `top_k` is not positive.
         """
+        return self._search(queries, top_k, among, both=False)[0]
+
+    def search_both(
+        self, queries: Queries, top_k: int, *, among: Int64[np.ndarray, " row_ids"] | None = None
+    ) -> tuple[list[Ranked], list[Ranked]]:
+        """Return what `search` does, and the `top_k` of lowest inner product, lowest first, from one pass."""
+        highest, lowest = self._search(queries, top_k, among, both=True)
+        return highest, [[(sample_id, -score) for sample_id, score in ranked] for ranked in lowest]
+
+    def group_sums(
+        self,
+        queries: Queries,
+        row_ids: Int64[np.ndarray, " samples"],
+        groups: Int64[np.ndarray, " samples"],
+        count: int,
+    ) -> Float64[np.ndarray, "queries groups"]:
+        """Return the sum of each query's scores over each of `count` groups of rows.
+
+        `groups` says for each of `row_ids` which group it belongs to. Scores are taken in float32 and added in float64.
+        """
+        order = np.argsort(row_ids)
+        numbers = self.keys.numbers_of(row_ids)
+        members = np.full(len(self.keys), -1)
+        members[numbers] = groups[order[np.searchsorted(row_ids, self.keys.row_ids[numbers], sorter=order)]]
+        sums = np.zeros((len(queries), count))
+        for shard, owned in zip(self._full_shards(), self._full_numbers(), strict=True):
+            wanted = np.flatnonzero(members[owned] >= 0)
+            if not len(wanted):
+                continue
+            for local, scores in shard.scores(queries, wanted):
+                for query in range(len(queries)):
+                    sums[query] += np.bincount(members[owned[local]], weights=scores[query], minlength=count)
+        return sums
+
+    def updated(self, keys: Keys, batches: Iterable[Batch]) -> "ShardedIndex":
+        """Return this index with other rows alive, and with further rows; this one may no longer be used."""
+        shards, numbers, largest, full = list(self.shards), list(self.numbers), self.largest_norm, self.full
+        parts, count = [keys], len(keys)
+        for batch in batches:
+            # To the smallest shard, so that they stay of like size.
+            place = min(range(len(shards)), key=lambda shard: len(numbers[shard]))
+            rows = batch.rows if not self.recipe.coarse_width else folded(batch.rows, self.recipe.coarse_width)
+            shards[place] = shards[place].added(rows)
+            numbers[place] = np.concatenate([numbers[place], np.arange(count, count + len(batch.rows))])
+            largest = max(largest or 0.0, norm_of(batch.rows))
+            if full is not None:
+                assert isinstance(full, ArraySource)
+                full = ArraySource([*full.arrays, batch.rows], self.width)
+            parts.append(batch.keys)
+            count += len(batch.rows)
+        return replace(
+            self, keys=joined(parts), shards=tuple(shards), numbers=tuple(numbers), largest_norm=largest, full=full
+        )
+
+    def _search(self, queries: Queries, top_k: int, among: np.ndarray | None, *, both: bool) -> list[list[Ranked]]:
         if top_k < 1:
             raise SpecError(f"top_k is {top_k}; wanted 1 or more")
-        rows = None
-        if among is not None:
-            rows = np.array(sorted(self._numbers[name] for name in set(among) if name in self._numbers), dtype=np.int64)
-        count = len(self.sample_ids) if rows is None else len(rows)
+        rows = None if among is None else self.keys.numbers_of(among)
+        if rows is None and self.keys.count < len(self.keys):
+            rows = self.keys.numbers
+        count = len(self.keys) if rows is None else len(rows)
+        signs = (1.0, -1.0) if both else (1.0,)
         if count == 0 or len(queries) == 0:
-            return [[] for _ in queries]
-        results: list[list[tuple[str, float]]] = [[] for _ in queries]
-        pending, wanted = list(range(len(queries))), min(count, top_k + _SLACK)
-        while pending:
-            scores, numbers = self._candidates(queries[pending], wanted, rows)
-            unsettled = []
-            for place, query in enumerate(pending):
-                ranked, settled = self._settle(queries[query], scores[place], numbers[place], top_k, wanted >= count)
-                if settled:
-                    results[query] = ranked
-                else:
-                    unsettled.append(query)
-            pending, wanted = unsettled, min(count, 2 * wanted)
-        return results
+            return [[[] for _ in queries] for _ in signs]
+        wanted = min(count, self.recipe.refine * top_k if self.recipe.coarse_width else top_k + _SLACK)
+        found = self._candidates(queries, wanted, rows, both=both)
+        return [
+            self._ranked(np.float32(sign) * queries, candidates, top_k, wanted, rows, count)
+            for sign, candidates in zip(signs, found, strict=True)
+        ]
 
-    def _candidates(
-        self, queries: Float32[np.ndarray, "queries sketch"], wanted: int, rows: Int64[np.ndarray, " samples"] | None
-    ) -> tuple[Float32[np.ndarray, "queries found"], Int64[np.ndarray, "queries found"]]:
+    def _ranked(
+        self, queries: Queries, found: Found, top_k: int, wanted: int, rows: np.ndarray | None, count: int
+    ) -> list[Ranked]:
+        """Rank candidates exactly, and ask for more where rounding or ties leave open whether one is missing."""
+        results: dict[int, Ranked] = {}
+        pending = list(range(len(queries)))
+        while True:
+            everything = wanted >= count or self.full is not None
+            answers = self._settle_all(queries[pending], found, top_k, everything)
+            results |= {query: ranked for query, (ranked, _) in zip(pending, answers, strict=True)}
+            pending = [query for query, (_, settled) in zip(pending, answers, strict=True) if not settled]
+            if not pending:
+                return [results[query] for query in range(len(queries))]
+            wanted = min(count, 2 * wanted)
+            found = self._candidates(queries[pending], wanted, rows, both=False)[0]
+
+    def _candidates(self, queries: Queries, wanted: int, rows: np.ndarray | None, *, both: bool) -> list[Found]:
         """Return the best `wanted` rows of all shards with their scores in float32, best first."""
+        if self.recipe.coarse_width:
+            queries = queries.reshape(len(queries), self.recipe.coarse_width, -1).sum(2)
+        queries = np.ascontiguousarray(queries)
 
-        def search(number: int) -> tuple[np.ndarray, np.ndarray] | None:
-            shard, start, stop = self.shards[number], self._starts[number], self._starts[number + 1]
-            local = None if rows is None else rows[(rows >= start) & (rows < stop)] - start
-            if start == stop or (local is not None and not len(local)):
+        def search(number: int) -> list[Found] | None:
+            shard, owned = self.shards[number], self.numbers[number]
+            local = None if rows is None else np.flatnonzero(np.isin(owned, rows, assume_unique=True))
+            if not len(owned) or (local is not None and not len(local)):
                 return None
-            scores, places = shard.search(np.ascontiguousarray(queries), wanted, local)
-            return scores, np.where(places >= 0, places + start, -1)
+            found = shard.search(queries, wanted, local, both=both)
+            return [(scores, np.where(places >= 0, owned[places], -1)) for scores, places in found]
 
-        with ThreadPoolExecutor(max_workers=len(self.shards)) as pool:
-            found = [part for part in pool.map(search, range(len(self.shards))) if part is not None]
-        scores = np.concatenate([part[0] for part in found], axis=1)
-        numbers = np.concatenate([part[1] for part in found], axis=1)
-        order = np.argsort(-scores, axis=1, kind="stable")[:, :wanted]
-        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+        places = range(len(self.shards))
+        if all(shard.side_by_side(len(queries)) for shard in self.shards):
+            with ThreadPoolExecutor(max_workers=len(self.shards)) as pool:
+                parts = [part for part in pool.map(search, places) if part is not None]
+        else:
+            parts = [part for part in map(search, places) if part is not None]
+        return [best_of([part[end] for part in parts], wanted) for end in range(1 + both)]
+
+    def _settle_all(self, queries: Queries, found: Found, top_k: int, everything: bool) -> list[tuple[Ranked, bool]]:
+        answers: dict[int, tuple[Ranked, bool]] = {}
+
+        def settle(query: int) -> None:
+            answers[query] = self._settle(queries[query], found[0][query], found[1][query], top_k, everything)
+
+        side_by_side(settle, len(queries))
+        return [answers[query] for query in range(len(queries))]
 
     def _settle(
         self,
@@ -97,19 +205,28 @@ class ShardedIndex:
         numbers: Int64[np.ndarray, " found"],
         top_k: int,
         everything: bool,
-    ) -> tuple[list[tuple[str, float]], bool]:
+    ) -> tuple[Ranked, bool]:
         """Rank candidates exactly; say whether a row beyond them could still belong to the first `top_k`."""
         numbers = numbers[numbers >= 0]
         exact = self._exact_scores(query, numbers)
         ranked = sorted(
-            ((self.sample_ids[number], float(score)) for number, score in zip(numbers, exact, strict=True)),
+            ((self.keys.sample_ids[number], float(score)) for number, score in zip(numbers, exact, strict=True)),
             key=lambda pair: (-pair[1], pair[0]),
         )[:top_k]
         # Whatever was left out scored at most the last candidate, give or take rounding.
         rounding = max(shard.rounding for shard in self.shards)
-        margin = 2 * rounding * float(np.linalg.norm(query)) * self.largest_norm
+        margin = 2 * rounding * float(np.linalg.norm(query)) * self._norm_bound()
         settled = everything or ranked[-1][1] > float(scores[len(numbers) - 1]) + margin
         return ranked, settled
+
+    def _norm_bound(self) -> float:
+        """Return what no row that was searched is longer than."""
+        if self.largest_norm is not None:
+            return self.largest_norm
+        return max(source.largest_norm for source in self._sources() if isinstance(source, TableSource))
+
+    def _sources(self) -> list[RowSource]:
+        return [shard.source for shard in self.shards if isinstance(shard, ScanShard)]
 
     def _exact_scores(
         self, query: Float32[np.ndarray, " sketch"], numbers: Int64[np.ndarray, " found"]
@@ -117,39 +234,46 @@ class ShardedIndex:
         """Return inner products with the query in float64."""
         exact = np.empty(len(numbers))
         wide = query.astype(np.float64)
-        owners = np.searchsorted(self._starts, numbers, side="right") - 1
-        for owner in np.unique(owners):
-            places = np.flatnonzero(owners == owner)
-            for begin in range(0, len(places), _RESCORE_ROWS):
-                part = places[begin : begin + _RESCORE_ROWS]
-                vectors = self.shards[owner].vectors(numbers[part] - self._starts[owner]).astype(np.float64)
-                # einsum, not BLAS: the same order of additions for every row, wherever it stands, so that equal
-                # vectors have equal scores.
-                exact[part] = np.einsum("ij,j->i", vectors, wide)
+        for places, rows in self._rows(numbers):
+            exact[places] = exact_inner_products(rows, wide)
         return exact
 
+    def _rows(self, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield some rows at full width, and where each stands among them."""
+        for shard, owned in zip(self._full_shards(), self._full_numbers(), strict=True):
+            mine = np.flatnonzero(np.isin(numbers, owned))
+            local = np.searchsorted(owned, numbers[mine])
+            for begin in range(0, len(mine), _RESCORE_ROWS):
+                part = slice(begin, begin + _RESCORE_ROWS)
+                yield mine[part], shard.take(local[part])
 
-def build_index(
-    recipe: IndexRecipe, batches: Iterable[tuple[list[str], np.ndarray]], *, width: int, count: int
-) -> ShardedIndex:
-    """Return an index of `count` rows that arrive in batches of ids and float16 [samples, width]."""
-    devices = recipe.shard_devices
-    shards = [Shard(device, width=width, element_type=recipe.element_type) for device in devices]
-    # Runs of equal length, the first ones longer by a row where it does not come out even.
-    ends = np.cumsum([count // len(shards) + (number < count % len(shards)) for number in range(len(shards))])
-    sample_ids: list[str] = []
-    largest_norm = 0.0
-    for ids, vectors in batches:
-        wide = vectors.astype(np.float32)
-        largest_norm = max(largest_norm, float(np.sqrt(np.einsum("ij,ij->i", wide, wide).max(initial=0.0))))
-        begin = 0
-        while begin < len(ids):
-            number = int(np.searchsorted(ends, len(sample_ids), side="right"))
-            end = min(len(ids), begin + int(ends[number]) - len(sample_ids))
-            shards[number].add(vectors[begin:end])
-            sample_ids += ids[begin:end]
-            begin = end
-    # A little more than was computed in float32.
+    def _full_shards(self) -> Sequence[Shard]:
+        return self.shards if self.full is None else (ScanShard(self.full, width=self.width),)
+
+    def _full_numbers(self) -> Sequence[np.ndarray]:
+        return self.numbers if self.full is None else (np.arange(len(self.keys)),)
+
+
+def empty_index(recipe: IndexRecipe, *, width: int) -> ShardedIndex:
+    """Return an index of no rows, in memory, to which rows are added by `updated`."""
+    inner = recipe.coarse_width or width
+    shards = tuple(make_shard(device, ArraySource([], inner), recipe, width=inner) for device in recipe.shard_devices)
     return ShardedIndex(
-        recipe, width=width, sample_ids=sample_ids, shards=shards, largest_norm=largest_norm * (1 + 1e-4)
+        recipe=recipe,
+        width=width,
+        keys=joined([]),
+        shards=shards,
+        numbers=tuple(np.empty(0, np.int64) for _ in shards),
+        largest_norm=0.0,
+        full=ArraySource([], width) if recipe.coarse_width else None,
     )
+
+
+def make_shard(device: str, source: RowSource, recipe: IndexRecipe, *, width: int) -> Shard:
+    """Return a shard of some rows; on a GPU, or in single precision, it is FAISS's."""
+    if gpu_of(device) is None and recipe.element_type == "float16":
+        return ScanShard(source, width=width)
+    shard = FaissShard(device, width=width, recipe=recipe)
+    for chunk in source.chunks(None):
+        shard.added(chunk.rows)
+    return shard

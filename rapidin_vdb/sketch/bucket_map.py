@@ -9,8 +9,8 @@ import torch
 from jaxtyping import Bool, Integer, UInt8
 from torch import Tensor
 
+from rapidin_vdb.compiled import compiled, side_by_side
 from rapidin_vdb.records import SketchSpec
-from rapidin_vdb.sketch.compiled import compiled, side_by_side
 from rapidin_vdb.sketch.shuffle import draw_packed_signs, draw_shuffle, draw_signs, padded_length
 
 # Coordinates mapped at a time, and those of them that one thread takes.

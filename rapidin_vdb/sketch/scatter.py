@@ -7,7 +7,7 @@ import numpy as np
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
-from rapidin_vdb.sketch.compiled import compiled, side_by_side
+from rapidin_vdb.compiled import compiled, side_by_side
 
 # Coordinates below which sharing the work among threads costs more than it saves.
 _WORTH_A_THREAD = 1 << 17

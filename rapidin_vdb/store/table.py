@@ -9,6 +9,7 @@ from typing import Any
 import lancedb
 import pyarrow as pa
 from filelock import FileLock
+from lancedb.index import Bitmap, BTree
 
 from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
 from rapidin_vdb.records import Fingerprint
@@ -86,11 +87,31 @@ class SampleTable:
             raise TableError(f"no database can be made at {uri}: {first_line(error)}") from error
         return SampleTable(uri)
 
-    def snapshot(self) -> Snapshot:
-        """Return the newest committed version, pinned."""
+    def snapshot(self, version: int | None = None) -> Snapshot:
+        """Return the newest committed version, pinned, or an older one.
+
+        Raises:
+            TableError: there is no such version, or it is no longer kept.
+        """
         table = self._connection.open_table(TABLE)
-        table.checkout(table.version)
+        newest = int(table.version)
+        try:
+            table.checkout(newest if version is None else version)
+        except (ValueError, RuntimeError, OSError, OverflowError) as error:
+            raise TableError(
+                f"{self.uri} has no version {version} (any more); the newest is {newest}, and `info` says so"
+            ) from error
         return Snapshot(table, self.uri)
+
+    def ensure_scalar_indices(self) -> None:
+        """Let filters on `split`, `source` and `sample_id` look things up, for new rows too."""
+        with self._committing():
+            there = {index.columns[0]: index for index in self._table.list_indices()}
+            for column, config in (("split", Bitmap()), ("source", Bitmap()), ("sample_id", BTree())):
+                found = there.get(column)
+                # Rows that came later are looked at one by one, which is cheap for few.
+                if found is None or 4 * found.num_unindexed_rows > found.num_indexed_rows:
+                    self._table.create_index(column, config=config, replace=True)
 
     def ensure_columns(self, kinds: dict[str, ColumnKind], *, seen: int = 0) -> int:
         """Add the columns that are missing, and widen whole numbers to floating point where asked.

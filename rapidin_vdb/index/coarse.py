@@ -1,0 +1,29 @@
+"""Narrow copies of RapidGrads for a first, coarse search: neighbouring buckets summed are those of a smaller width."""
+
+import numpy as np
+from jaxtyping import UInt16
+
+from rapidin_vdb.errors import SpecError
+
+Rows = UInt16[np.ndarray, "rows sketch"]
+
+
+def folded(rows: Rows, width: int) -> UInt16[np.ndarray, "rows {width}"]:
+    """Return rows, as bits of float16, folded to a width and divided by a power of two near the root of the fold.
+
+    Sums of m independent entries are sqrt(m) times as large as one, so the division keeps them in the range that they
+    had; it is exact, and the same for all rows, so it changes no ranking.
+
+    Raises:
+        SpecError: a sum is beyond half precision.
+    """
+    times = rows.shape[1] // width
+    sums = rows.view(np.float16).reshape(len(rows), width, times).sum(2, dtype=np.float32)
+    with np.errstate(over="ignore"):
+        narrow = (sums / np.float32(2.0 ** (times.bit_length() // 2))).astype(np.float16)
+    if not np.isfinite(narrow).all():
+        raise SpecError(
+            f"folded to width {width}, a RapidGrad reaches {np.abs(sums).max():.3g}, beyond half precision; use a "
+            "larger coarse_width, or a recipe without one"
+        )
+    return narrow.view(np.uint16)

@@ -1,0 +1,117 @@
+"""Indexes are loaded onto their devices, and checked against their manifest on the way."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+
+from rapidin_vdb.errors import SpecError
+from rapidin_vdb.index.index import ShardedIndex, make_shard
+from rapidin_vdb.index.keys import Keys, joined
+from rapidin_vdb.index.manifest import Manifest, Part
+from rapidin_vdb.index.source import ArraySource, FileSource, RowFile, RowSource
+from rapidin_vdb.recipe import IndexRecipe
+
+
+def load_keys(folder: Path, manifest: Manifest) -> Keys:
+    """Return the keys of a built index.
+
+    Raises:
+        SpecError: its files are missing or do not fit the manifest.
+    """
+    place = folder / manifest.name
+    with _told(manifest):
+        parts = []
+        for part in manifest.parts:
+            row_ids, versions = np.load(place / f"{part.name}.keys.npy", allow_pickle=False)
+            sample_ids = json.loads((place / f"{part.name}.ids.json").read_text("utf-8"))
+            if not len(sample_ids) == len(row_ids) == part.count:
+                raise ValueError("the number of rows differs from the manifest")
+            parts.append(Keys(sample_ids, row_ids, versions, np.ones(part.count, bool)))
+        keys = joined(parts)
+        if manifest.gone is not None:
+            keys.alive[np.load(place / manifest.gone, allow_pickle=False)] = False
+        if int(keys.alive.sum()) != manifest.samples:
+            raise ValueError("the number of samples differs from the manifest")
+    return keys
+
+
+def load_index(folder: Path, manifest: Manifest) -> ShardedIndex:
+    """Load a built index onto its devices; one that is mapped or streamed stays on disk.
+
+    Raises:
+        SpecError: its files are missing or do not fit the manifest.
+    """
+    recipe = manifest.index_recipe
+    keys = load_keys(folder, manifest)
+    with _told(manifest):
+        inner = recipe.coarse_width or manifest.width
+        kind = "coarse" if recipe.coarse_width else "rows"
+        starts = np.cumsum([0, *(part.count for part in manifest.parts)])
+        shards, numbers = [], []
+        for shard, device in enumerate(_devices(manifest, recipe)):
+            mine = [place for place, part in enumerate(manifest.parts) if part.shard == shard]
+            files = [_row_file(folder, manifest, manifest.parts[place], kind, inner) for place in mine]
+            # Folded rows are the part that is held in memory.
+            residence = "resident" if recipe.coarse_width else recipe.residence
+            shards.append(make_shard(device, _source(files, residence, inner), recipe, width=inner))
+            owned = [np.arange(starts[place], starts[place + 1]) for place in mine]
+            numbers.append(np.concatenate([np.empty(0, np.int64), *owned]))
+        full = None
+        if recipe.coarse_width:
+            files = [_row_file(folder, manifest, part, "rows", manifest.width) for part in manifest.parts]
+            full = _source(files, "mapped" if recipe.residence == "resident" else recipe.residence, manifest.width)
+    return ShardedIndex(
+        recipe=recipe,
+        width=manifest.width,
+        keys=keys,
+        shards=tuple(shards),
+        numbers=tuple(numbers),
+        largest_norm=manifest.largest_norm,
+        full=full,
+    )
+
+
+def _row_file(folder: Path, manifest: Manifest, part: Part, kind: str, width: int) -> RowFile:
+    path = folder / manifest.name / f"{part.name}.{kind}.npy"
+    with path.open("rb") as file:
+        np.lib.format.read_magic(file)
+        shape, _, kind_of = np.lib.format.read_array_header_1_0(file)
+        offset = file.tell()
+    if shape != (part.count, width) or kind_of != np.dtype("<f2"):
+        raise ValueError(f"{path.name} holds {kind_of} of shape {shape}, not float16 of {(part.count, width)}")
+    if path.stat().st_size != offset + 2 * part.count * width:
+        raise ValueError(f"{path.name} is {path.stat().st_size} bytes long, not {offset + 2 * part.count * width}")
+    return RowFile(path, offset, part.count)
+
+
+def _source(files: list[RowFile], residence: str, width: int) -> RowSource:
+    if residence == "streamed":
+        return FileSource(files, width)
+    if residence == "mapped":
+        # Copy on write: torch wants arrays that could be written.
+        mapped = [np.memmap(file.path, np.uint16, "c", file.offset, (file.count, width)) for file in files]
+        return ArraySource(mapped, width)
+    return ArraySource(
+        [np.fromfile(file.path, np.uint16, offset=file.offset).reshape(file.count, width) for file in files], width
+    )
+
+
+@contextmanager
+def _told(manifest: Manifest) -> Iterator[None]:
+    """Turn what goes wrong in reading an index into an error of ours."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, IndexError) as error:
+        raise SpecError(
+            f"the index {manifest.name} is damaged: {error}; build it anew with: rapidin-vdb index"
+        ) from error
+
+
+def _devices(manifest: Manifest, recipe: IndexRecipe) -> Iterator[str]:
+    """Yield a device for each shard; "one a core" may have meant another number of cores."""
+    devices = recipe.shard_devices
+    for shard in range(manifest.shards):
+        yield devices[shard % len(devices)]

@@ -1,0 +1,100 @@
+"""What a built index holds: a cache beside the table, each in a folder of its own with a manifest.
+
+A folder holds parts: rows as a plain array of float16, their keys, and the folded rows where the recipe is coarse. What
+came into the table later is a further part, what left it a list of numbers; the manifest says which files count, and is
+replaced as a whole.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rapidin_vdb.recipe import IndexRecipe
+
+MANIFEST = "manifest.json"
+_FORMAT = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """Rows that came into an index together."""
+
+    name: str
+    """Beginning of its files' names."""
+    count: int
+    """How many rows."""
+    shard: int
+    """Which shard holds them."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Manifest:
+    """What a built index holds, and how it was made."""
+
+    name: str
+    """The recipe's name."""
+    recipe: dict[str, Any]
+    """The recipe."""
+    table: str
+    """Which table it indexes."""
+    table_version: int
+    """The table's version that it holds."""
+    table_digest: str
+    """What tells this version from any other, also from one of the same number in a copy of the table."""
+    width: int
+    """Length of a RapidGrad."""
+    samples: int
+    """How many samples it holds."""
+    shards: int
+    """Into how many shards its rows are dealt."""
+    parts: tuple[Part, ...]
+    """Its rows, in the order of their numbers."""
+    gone: str | None
+    """The file of the numbers that the table no longer has."""
+    largest_norm: float
+    """No row is longer."""
+    recall: dict[str, Any] | None = None
+    """What a coarse search was measured to find; None for an exact one."""
+    format: int = _FORMAT
+    """Version of this layout."""
+
+    @property
+    def index_recipe(self) -> IndexRecipe:
+        """The recipe, as a record."""
+        return IndexRecipe(**self.recipe | {"devices": tuple(self.recipe["devices"])})
+
+    @property
+    def rows(self) -> int:
+        """How many rows its files hold, those too that the table no longer has."""
+        return sum(part.count for part in self.parts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held:
+    """Which version of which table an index holds."""
+
+    table: str
+    """Its name."""
+    version: int
+    """Its version."""
+    digest: str
+    """What tells this version from all others."""
+    width: int
+    """Length of a RapidGrad."""
+
+
+def list_manifests(folder: Path) -> list[Manifest]:
+    """Return the manifests of the indexes below `folder` that can be read, by name."""
+    found = []
+    for path in sorted(folder.glob(f"[!.]*/{MANIFEST}")):
+        try:
+            values = json.loads(path.read_text("utf-8"))
+            if values.get("format") == _FORMAT:
+                parts = tuple(Part(**part) for part in values["parts"])
+                manifest = Manifest(**values | {"parts": parts})
+                if path.parent.name == manifest.name and manifest.index_recipe.name == manifest.name:
+                    found.append(manifest)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+            continue  # an index is a cache: one that cannot be read is as good as none
+    return found

@@ -1,0 +1,41 @@
+"""Loops are compiled, and give what plain numpy gives, with and without the processor's own instructions."""
+
+import numpy as np
+import pytest
+import torch
+from llvmlite import binding
+
+from rapidin_vdb.compiled import compiled, half_widener, side_by_side
+
+
+@pytest.mark.parametrize("instruction", [True, False])
+def test_every_finite_half_precision_number_is_widened(instruction, monkeypatch):
+    if not instruction:
+        monkeypatch.setattr(binding, "get_host_cpu_features", dict)
+        monkeypatch.setattr("platform.machine", lambda: "something else")
+    wide = half_widener()
+    assert hasattr(wide, "py_func") != instruction or not binding.get_host_cpu_features().get("f16c")
+
+    def loop(halves, out):
+        for number in range(len(halves)):
+            out[number] = wide(halves[number])
+
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    halves = halves[np.isfinite(halves.view(np.float16))]
+    out = np.empty(len(halves), np.float32)
+    compiled(loop)(halves, out)
+    assert out.tobytes() == halves.view(np.float16).astype(np.float32).tobytes()
+
+
+def test_tasks_run_once_each_and_errors_come_out(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    done = []
+    side_by_side(done.append, 10)
+    assert sorted(done) == list(range(10))
+
+    def fail(number):
+        if number == 7:
+            raise ValueError("seven")
+
+    with pytest.raises(ValueError, match="seven"):
+        side_by_side(fail, 10)

@@ -1,0 +1,217 @@
+"""A query answers from exactly the version asked for, whatever was built before and whatever came since."""
+
+import json
+import logging
+import shutil
+
+import numpy as np
+import pytest
+from conftest import toy_records, write_jsonl
+from reference import top_k
+
+import rapidin_vdb
+from rapidin_vdb.errors import SpecError, TableError
+from rapidin_vdb.index import ShardedIndex
+from rapidin_vdb.recipe import IndexRecipe
+
+RECIPES = {
+    "cpu": IndexRecipe(name="cpu"),
+    "float32": IndexRecipe(name="float32", element_type="float32", shards_per_device=2),
+    "mapped": IndexRecipe(name="mapped", residence="mapped"),
+    "streamed": IndexRecipe(name="streamed", residence="streamed", shards_per_device=1),
+    "all_candidates": IndexRecipe(name="all_candidates", coarse_width=32, refine=100),
+}
+ASKED = ("Say 5", "blue 35")
+
+
+def brute_force(database, k=100, as_of=None, where=None):
+    """From the vectors of the table alone."""
+    snapshot = database._table.snapshot(as_of)
+    allowed = set(snapshot.sample_ids(where))
+    vectors = {
+        name: vector
+        for batch in snapshot.vectors()
+        for name, vector in zip(batch.sample_ids, batch.vectors, strict=True)
+        if name in allowed
+    }
+    engine = database._loaded()
+    from rapidin_vdb.query import encode_queries, query_from, sketch_queries
+
+    encoded = encode_queries(
+        [query_from(*ASKED)], tokenizer=engine.loaded.tokenizer, template=engine.template, max_tokens=512
+    )
+    return top_k(vectors, sketch_queries(engine.maker, encoded).vectors[0], k)
+
+
+def assert_answers(database, *, k=100, as_of=None, where=None, **options):
+    (ranking,) = database.query(*ASKED, top_k=k, as_of=as_of, where=where, **options)
+    expected = brute_force(database, k, as_of, where)
+    assert [result.sample_id for result in ranking.results] == [name for name, _ in expected]
+    np.testing.assert_allclose([result.score for result in ranking.results], [score for _, score in expected])
+    return ranking
+
+
+def change(database, tmp_path, round_number):
+    """Add a few, replace one, delete one; a small part of the table each."""
+    more = [
+        {"id": f"r{round_number}-{n}", "instruction": f"Say {n}", "output": f"red {round_number} {n}"} for n in (1, 2)
+    ]
+    more.append({"id": "toy-002", "instruction": "Say 2", "output": f"changed {round_number}"})
+    path = write_jsonl(tmp_path / f"more{round_number}.jsonl", more)
+    database.ingest(path, on_duplicate="replace")
+    database.delete(ids=[f"toy-{10 + round_number:03d}"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_changes_reach_a_built_index_and_only_they(database, tmp_path, name, monkeypatch):
+    database.index(RECIPES[name])
+    assert_answers(database)
+    read = []
+    real = rapidin_vdb.freshness._batches
+
+    def counted(snapshot, row_ids=None):
+        read.append(None if row_ids is None else len(row_ids))
+        return real(snapshot, row_ids)
+
+    monkeypatch.setattr("rapidin_vdb.freshness._batches", counted)
+    first = database.info().table_version
+    for number in range(2):
+        change(database, tmp_path, number)
+        assert [index.fresh for index in database.info().indexes] == [False]
+        # From memory, and in a process that finds the older index on disk.
+        for one in (database, rapidin_vdb.open(database.path)):
+            assert_answers(one)
+            assert_answers(one, where="sample_id LIKE 'r%' OR stars > 2", k=3)
+        assert [(index.fresh, index.samples) for index in database.info().indexes] == [(True, 25 + number)]
+    assert read and None not in read and max(read) <= 3, "nothing but the difference is read"
+    database.index(RECIPES[name])
+    assert_answers(database)
+    assert None not in read
+    # An older version, and back.
+    assert_answers(database, as_of=first)
+    ranking = assert_answers(rapidin_vdb.open(database.path), as_of=first)
+    assert ranking.searched == 24
+    assert_answers(database)
+    assert [index.fresh for index in database.info().indexes] == [True], "an older version is never put on disk"
+    with pytest.raises(TableError, match="has no version 99999"):
+        database.query(*ASKED, as_of=99999)
+
+
+def test_a_version_that_only_brings_scalar_indices_reads_no_row(database, monkeypatch):
+    database.index("cpu")
+    database._table._table.create_index("tokens", config=__import__("lancedb").index.BTree())
+    assert [index.fresh for index in database.info().indexes] == [False]
+    monkeypatch.setattr(
+        "rapidin_vdb.store.snapshot.Snapshot.vectors", lambda *a, **k: pytest.fail("vectors are read from the table")
+    )
+    again = rapidin_vdb.open(database.path)
+    assert again.query(*ASKED)[0].searched == 24
+    assert [index.fresh for index in database.info().indexes] == [True]
+
+
+def test_most_of_a_table_changed_is_made_anew(database, tmp_path):
+    database.index("cpu")
+    before = {path.name for path in (tmp_path / "db" / "indexes" / "cpu").glob("*.rows.npy")}
+    database.delete(where="stars > 2")
+    assert_answers(database)
+    info = database.index("cpu")
+    after = {path.name for path in (tmp_path / "db" / "indexes" / "cpu").glob("*.rows.npy")}
+    assert not before & after
+    assert (info.fresh, info.samples) == (True, database.info().samples)
+    assert_answers(rapidin_vdb.open(database.path))
+
+
+def test_a_folder_that_cannot_be_written_is_updated_in_memory(database, tmp_path, monkeypatch, caplog):
+    for recipe in RECIPES.values():
+        database.index(recipe)
+    change(database, tmp_path, 1)
+
+    def refused(*arguments, **options):
+        raise PermissionError("read-only file system")
+
+    monkeypatch.setattr("rapidin_vdb.freshness.extend_index", refused)
+    for name in RECIPES:
+        assert_answers(rapidin_vdb.open(database.path), index=name)
+    assert "cannot be brought up to date on disk: read-only file system" in caplog.text
+    assert [index.fresh for index in database.info().indexes] == [False] * len(RECIPES)
+
+
+def test_the_index_is_chosen_by_name_or_an_exact_one_is(database, caplog):
+    database.index(IndexRecipe(name="a_coarse", coarse_width=8, refine=2))
+    database.query(*ASKED)
+    assert "the index a_coarse is not exact: it found" in caplog.text
+    built = database.info().indexes[0]
+    assert 0 < built.recall["recall"] <= 1 and built.recall["at"] == 10
+    database.index("cpu")
+    caplog.clear()
+    assert_answers(database)
+    assert_answers(rapidin_vdb.open(database.path))
+    assert "not exact" not in caplog.text
+    database.query(*ASKED, index="a_coarse")
+    assert "not exact" in caplog.text
+    with pytest.raises(SpecError, match=r"no index gpu is built \(built: a_coarse, cpu\)"):
+        database.query(*ASKED, index="gpu")
+    with pytest.raises(SpecError, match="coarse_width is 64, but the database's RapidGrads are only 64 wide"):
+        database.index(IndexRecipe(name="b", coarse_width=64))
+
+
+def test_a_table_larger_than_memory_is_streamed(database, monkeypatch, caplog):
+    caplog.set_level(logging.INFO)
+    monkeypatch.setattr("rapidin_vdb.freshness.free_bytes", lambda device: 4000)
+    assert_answers(database)
+    assert_answers(database, where="stars > 2", k=3)
+    assert "larger than the memory that is free: streaming it" in caplog.text
+    monkeypatch.undo()
+    assert_answers(rapidin_vdb.open(database.path))
+
+
+def test_an_index_that_somebody_else_replaces_meanwhile(database, tmp_path, monkeypatch):
+    """Its files vanish between reading the manifest and reading them."""
+    database.index("cpu")
+    real, calls = rapidin_vdb.freshness.load_index, []
+
+    def load(folder, manifest):
+        calls.append(manifest)
+        if len(calls) == 1:
+            shutil.rmtree(tmp_path / "db" / "indexes" / "cpu")
+            rapidin_vdb.open(database.path).index("cpu")
+        return real(folder, manifest)
+
+    other = rapidin_vdb.open(database.path)
+    monkeypatch.setattr("rapidin_vdb.freshness.load_index", load)
+    assert_answers(other)
+    assert calls[0] != calls[-1]
+
+
+def test_both_ends_and_groups(database, tmp_path):
+    (ranking,) = database.query(*ASKED, top_k=4, both=True, group_by="Source", where="stars > 1")
+    assert ranking.results == database.query(*ASKED, top_k=4, where="stars > 1")[0].results
+    assert ranking.harmful == database.query(*ASKED, top_k=4, where="stars > 1", harmful=True)[0].results
+    everything = {r.sample_id: r for r in database.query(*ASKED, top_k=99, where="stars > 1")[0].results}
+    records = {record["id"]: record for record in toy_records(24)}
+    sums = {}
+    for sample_id, result in everything.items():
+        sums.setdefault(records[sample_id]["source"], []).append(result.score)
+    found = {group.value: (group.samples, group.score) for group in ranking.groups}
+    assert found == {value: (len(scores), pytest.approx(sum(scores), abs=1e-5)) for value, scores in sums.items()}
+    assert [group.score for group in ranking.groups] == sorted((g.score for g in ranking.groups), reverse=True)
+    (mean,) = database.query(*ASKED, group_by="source", aggregate="mean", where="stars > 1")
+    assert {group.value: group.score for group in mean.groups} == {
+        value: pytest.approx(np.mean(scores), abs=1e-6) for value, scores in sums.items()
+    }
+    assert len(ranking.to_rows()) == 8
+    json.dumps(ranking.to_dict())
+    (nobody,) = database.query(*ASKED, both=True, group_by="source", where="stars > 1000")
+    assert (nobody.results, nobody.harmful, nobody.groups) == ((), (), ())
+    with pytest.raises(SpecError, match="give one of --harmful and --both"):
+        database.query(*ASKED, both=True, harmful=True)
+
+
+def test_an_index_is_never_half_shared(database):
+    """An updated index does not change the one that it came from, as far as that may still be used."""
+    database.index("cpu")
+    index = database._indexes._resident[1]
+    assert isinstance(index, ShardedIndex)
+    keys, missing = index.keys.difference(index.keys.row_ids[1:], index.keys.versions[1:])
+    assert len(missing) == 0
+    assert (index.updated(keys, []).samples, index.samples) == (23, 24)

@@ -1,0 +1,291 @@
+"""Built indexes on disk: whatever the recipe, an answer is that of the rows in memory; and never that of damaged files."""
+
+import itertools
+import json
+
+import numpy as np
+import pytest
+from reference import top_k
+from test_index import WIDTH, assert_same, batches_of, queries, recipe_of, row_ids_of, rows
+
+from rapidin_vdb.errors import SpecError
+from rapidin_vdb.index import (
+    Batch,
+    Held,
+    Keys,
+    TableSource,
+    extend_index,
+    list_manifests,
+    load_index,
+    load_keys,
+    make_shard,
+    measured_recall,
+    write_index,
+)
+from rapidin_vdb.index import source as sources
+from rapidin_vdb.index.coarse import folded
+from rapidin_vdb.index.half import exact_inner_products, inner_products
+from rapidin_vdb.index.source import ahead
+from rapidin_vdb.recipe import IndexRecipe, read_recipe, shipped_recipes
+
+
+def held(version=1, digest="d", width=WIDTH):
+    return Held(table="samples", version=version, digest=digest, width=width)
+
+
+def write(folder, recipe, vectors, width=WIDTH):
+    return write_index(folder, recipe, held(width=width), batches_of(vectors), count=len(vectors))
+
+
+RECIPES = [
+    {"shards": 1}, {"shards": 3}, {"shards": 2, "element_type": "float32"}, {"shards": 2, "residence": "mapped"},
+    {"shards": 1, "residence": "streamed"}, {"shards": 3, "residence": "streamed"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("options", RECIPES, ids=str)
+@pytest.mark.parametrize("count", [0, 1, 2, 150])
+def test_a_written_index_answers_as_brute_force(tmp_path, options, count, monkeypatch):
+    monkeypatch.setattr(sources, "_READ_BYTES", 2 * WIDTH * 11)  # several reads a file
+    vectors = rows(count, ties=True)
+    index = load_index(tmp_path, write(tmp_path, recipe_of(**options), vectors))
+    assert index.samples == count
+    for asked, share in itertools.product((queries(1), queries(3), queries(20)), (None, 0.0, 0.02, 0.5, 1.0)):
+        among = None if share is None else sorted(vectors)[: int(count * share)]
+        allowed = vectors if among is None else {name: vectors[name] for name in among}
+        found = index.search(asked, 9, among=None if among is None else row_ids_of(vectors, among))
+        for query, ranked in zip(asked, found, strict=True):
+            assert_same(ranked, top_k(allowed, query, 9))
+
+
+@pytest.mark.parametrize("options", RECIPES, ids=str)
+def test_a_difference_is_written_beside_what_is_there(tmp_path, options):
+    vectors, asked = rows(80), queries(3)
+    manifest = write(tmp_path, recipe_of(**options), vectors)
+    before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "test").glob("*.rows.npy")}
+    row_ids = np.concatenate([np.arange(70), np.arange(80, 95)])  # ten are gone, fifteen are new
+    keys, missing = load_keys(tmp_path, manifest).difference(row_ids, np.where(row_ids < 80, 1, 2))
+    more = {f"n{number:02d}": vector for number, vector in enumerate(list(rows(15, seed=8).values()))}
+    manifest = extend_index(
+        tmp_path, manifest, held(2), keys, batches_of(more, first=80, version=2), count=len(missing)
+    )
+    assert (manifest.samples, manifest.table_version, list_manifests(tmp_path)) == (85, 2, [manifest])
+    now = {name: vectors[name] for name in list(vectors)[:70]} | more
+    for query, ranked in zip(asked, load_index(tmp_path, manifest).search(asked, 100), strict=True):
+        assert_same(ranked, top_k(now, query, 100))
+    after = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "test").glob("*.rows.npy")}
+    assert before.items() <= after.items(), "what was there is not written again"
+    assert len(after) == len(before) + 1
+    # Once more, with nothing but a deletion; and nothing that the manifest does not name is left lying about.
+    keys, missing = load_keys(tmp_path, manifest).difference(row_ids[1:], np.where(row_ids[1:] < 80, 1, 2))
+    manifest = extend_index(tmp_path, manifest, held(3), keys, [], count=0)
+    del now[next(iter(now))]
+    for query, ranked in zip(asked, load_index(tmp_path, manifest).search(asked, 100), strict=True):
+        assert_same(ranked, top_k(now, query, 100))
+    assert len([path for path in (tmp_path / "test").iterdir() if path.name.startswith("gone")]) == 1
+
+
+def test_writing_again_replaces_and_leaves_nothing(tmp_path):
+    write(tmp_path, recipe_of(shards=2), rows(30))
+    manifest = write(tmp_path, recipe_of(shards=2), rows(40, seed=2))
+    assert list_manifests(tmp_path) == [manifest]
+    assert len(list((tmp_path / "test").glob("*.npy"))) == 4
+    assert load_index(tmp_path, manifest).samples == 40
+
+
+def test_a_write_that_fails_leaves_the_older_index(tmp_path):
+    vectors = rows(30)
+    manifest = write(tmp_path, recipe_of(), vectors)
+
+    def broken():
+        yield from itertools.islice(batches_of(vectors), 2)
+        raise OSError("no space left")
+
+    with pytest.raises(OSError, match="no space left"):
+        write_index(tmp_path, recipe_of(), held(2), broken(), count=30)
+    assert list_manifests(tmp_path) == [manifest]
+    (ranked,) = load_index(tmp_path, manifest).search(queries(1), 5)
+    assert_same(ranked, top_k(vectors, queries(1)[0], 5))
+    manifest = write(tmp_path, recipe_of(), vectors)
+    assert len(list((tmp_path / "test").glob("*.npy"))) == 2, "the next one takes away what it left"
+
+
+@pytest.mark.parametrize("options", [{"shards": 1}, {"shards": 1, "residence": "streamed"}], ids=str)
+@pytest.mark.parametrize("damage", ["ids", "ids gone", "keys", "rows short", "rows wide", "rows nonsense", "gone"])
+def test_a_damaged_index_is_not_believed(tmp_path, damage, options):
+    manifest = write(tmp_path, recipe_of(**options), rows(30))
+    keys, _ = load_keys(tmp_path, manifest).difference(np.arange(25), np.ones(25, np.int64))
+    manifest = extend_index(tmp_path, manifest, held(2), keys, [], count=0)
+    load_index(tmp_path, manifest)
+    place, name = tmp_path / "test", manifest.parts[0].name
+    files = {"ids": f"{name}.ids.json", "keys": f"{name}.keys.npy", "rows": f"{name}.rows.npy", "gone": manifest.gone}
+    path = place / files[damage.split()[0]]
+    if damage == "ids":
+        path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
+    elif damage == "rows short":
+        path.write_bytes(path.read_bytes()[:-2])
+    elif damage == "rows wide":
+        np.save(path, np.zeros((30, WIDTH // 2), np.float16))
+    elif damage == "ids gone":
+        path.unlink()
+    else:
+        path.write_bytes(b"nonsense")
+    with pytest.raises(SpecError, match="the index test is damaged: .*; build it anew with: rapidin-vdb index"):
+        load_index(tmp_path, manifest)
+    (place / "manifest.json").write_text("{")
+    assert list_manifests(tmp_path) == []
+
+
+def test_rows_that_fail_while_they_are_streamed_are_told(tmp_path):
+    manifest = write(tmp_path, recipe_of(residence="streamed"), rows(30))
+    index = load_index(tmp_path, manifest)
+    path = tmp_path / "test" / f"{manifest.parts[0].name}.rows.npy"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(OSError, match="ends too early"):
+        index.search(queries(1), 3)
+
+
+def test_a_table_is_searched_without_an_index():
+    vectors, asked = rows(60, ties=True), queries(2)
+    stacked = np.stack(list(vectors.values()))
+    row_ids = np.arange(60) + 1000
+
+    def scan():
+        for first in range(0, 60, 13):
+            yield row_ids[first : first + 13], stacked[first : first + 13]
+
+    def take(wanted):
+        for row_id in sorted(wanted.tolist(), reverse=True):  # the table answers in an order of its own
+            yield np.array([row_id]), stacked[[row_id - 1000]]
+
+    source = TableSource(row_ids, scan, take, WIDTH)
+    shard = make_shard("cpu", source, recipe_of(), width=WIDTH)
+    from rapidin_vdb.index import ShardedIndex
+
+    index = ShardedIndex(
+        recipe=recipe_of(), width=WIDTH, keys=Keys(list(vectors), row_ids, np.ones(60, np.int64), np.ones(60, bool)),
+        shards=(shard,), numbers=(np.arange(60),), largest_norm=None,
+    )  # fmt: skip
+    assert not index.grows
+    for share in (None, 3, 50):
+        among = None if share is None else list(vectors)[:share]
+        allowed = vectors if among is None else {name: vectors[name] for name in among}
+        found = index.search(asked, 10, among=None if among is None else row_ids_of(vectors, among) + 1000)
+        for query, ranked in zip(asked, found, strict=True):
+            assert_same(ranked, top_k(allowed, query, 10))
+
+
+def test_reading_ahead_hands_on_errors_and_stops_when_nobody_waits():
+    reached = []
+
+    def numbers(last):
+        for number in range(last):
+            reached.append(number)
+            yield number
+        raise ValueError("at the end")
+
+    with pytest.raises(ValueError, match="at the end"):
+        list(ahead(numbers(5)))
+    reached.clear()
+    for number in ahead(numbers(1000)):
+        if number == 3:
+            break
+    assert len(reached) < 20
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 30])
+@pytest.mark.parametrize("picked", [False, True])
+def test_inner_products_of_half_precision_rows(count, picked):
+    draw = np.random.default_rng(0)
+    halves = draw.standard_normal((50, 333)).astype(np.float16)
+    halves[3] = 0.0
+    halves[4] *= 1e-4  # subnormal
+    halves[5, :5] = [65504, -65504, 6e-8, -6e-8, -0.0]
+    picks = np.array([3, 4, 5, 17, 49]) if picked else None
+    asked = draw.standard_normal((count, 333)).astype(np.float32)
+    wanted = halves if picks is None else halves[picks]
+    found = inner_products(halves.view(np.uint16), asked, picks)
+    slow = asked.astype(np.float64) @ wanted.astype(np.float64).T
+    norms = np.linalg.norm(asked, axis=1)[:, None] * np.linalg.norm(wanted.astype(np.float64), axis=1)
+    assert (np.abs(found - slow) <= 1e-6 * norms).all()
+    np.testing.assert_allclose(
+        exact_inner_products(wanted.view(np.uint16), asked[0].astype(np.float64)), slow[0], rtol=1e-12, atol=1e-12
+    )
+
+
+def test_folding_is_that_of_the_sketch():
+    vectors = np.random.default_rng(0).standard_normal((20, 64)).astype(np.float16)
+    narrow = folded(vectors.view(np.uint16), 16).view(np.float16)
+    np.testing.assert_allclose(narrow, vectors.astype(np.float64).reshape(20, 16, 4).sum(2) / 2, rtol=1e-3, atol=1e-3)
+    with pytest.raises(SpecError, match="folded to width 1, a RapidGrad reaches .*, beyond half precision"):
+        folded(np.full((1, 64), 60000, np.float16).view(np.uint16), 1)
+
+
+def test_coarse_to_fine_scores_are_exact_and_its_recall_is_measured(tmp_path):
+    vectors, asked = rows(400), queries(5)
+    recipe = recipe_of(shards=2, coarse_width=16, refine=4)
+    index = load_index(tmp_path, write(tmp_path, recipe, vectors))
+    found = index.search(asked, 10)
+    for query, ranked in zip(asked, found, strict=True):
+        scores = dict(top_k(vectors, query, 400))
+        assert_same(ranked, sorted(((name, scores[name]) for name, _ in ranked), key=lambda pair: (-pair[1], pair[0])))
+    # Every candidate scored again is the exact answer; a quarter of the width misses some of it.
+    everything = recipe_of(shards=2, coarse_width=16, refine=40)
+    for query, ranked in zip(
+        asked, load_index(tmp_path, write(tmp_path, everything, vectors)).search(asked, 10), strict=True
+    ):
+        assert_same(ranked, top_k(vectors, query, 10))
+    recall = measured_recall(index)
+    assert (recall["at"], recall["queries"]) == (10, 32)
+    slow = []
+    names, numbers = list(vectors), np.unique(np.linspace(0, 399, 32).astype(np.int64))
+    for number in numbers:
+        query = vectors[names[number]].astype(np.float32)
+        right = [name for name, _ in top_k(vectors, query, 11) if name != names[number]][:10]
+        got = {name for name, _ in index.search(query[None], 11)[0]}
+        slow.append(sum(name in got for name in right) / 10)
+    assert recall["recall"] == pytest.approx(np.mean(slow))
+    assert 0.2 < recall["recall"] < 1.0
+
+
+def test_coarse_indexes_take_updates(tmp_path):
+    vectors, asked = rows(50), queries(2)
+    manifest = write(tmp_path, recipe_of(coarse_width=32, refine=100), vectors)
+    index = load_index(tmp_path, manifest)
+    keys, missing = index.keys.difference(np.arange(5, 55), np.where(np.arange(5, 55) < 50, 1, 2))
+    more = {f"n{number}": vector for number, vector in enumerate(rows(5, seed=9).values())}
+    now = {name: vectors[name] for name in list(vectors)[5:]} | more
+    later = list(batches_of(more, first=50, version=2))
+    in_memory = index.updated(keys, later)
+    on_disk = load_index(tmp_path, extend_index(tmp_path, manifest, held(2), keys, later, count=len(missing)))
+    for query, first, second in zip(asked, in_memory.search(asked, 60), on_disk.search(asked, 60), strict=True):
+        assert_same(first, top_k(now, query, 60))
+        assert first == second
+
+
+@pytest.mark.parametrize("name", sorted(shipped_recipes()))
+def test_every_shipped_recipe_answers(tmp_path, name):
+    """Without a GPU, those for GPUs are searched on the CPU."""
+    width = 8192
+    draw = np.random.default_rng(3)
+    vectors = {f"s{number:03d}": draw.standard_normal(width).astype(np.float16) for number in range(60)}
+    asked = draw.standard_normal((3, width)).astype(np.float32)
+    recipe = read_recipe(name)
+    manifest = write_index(tmp_path, recipe, held(width=width), batches_of(vectors), count=60)
+    index = load_index(tmp_path, manifest)
+    for query, ranked in zip(asked, index.search(asked, 5), strict=True):
+        if not recipe.coarse_width:
+            assert_same(ranked, top_k(vectors, query, 5))
+        else:
+            scores = dict(top_k(vectors, query, 60))
+            assert all(score == pytest.approx(scores[sample_id], rel=1e-12) for sample_id, score in ranked)
+
+
+def test_a_batch_larger_than_a_shard_is_cut(tmp_path):
+    vectors = rows(10)
+    one = next(iter(batches_of(vectors, batch=10)))
+    manifest = write_index(tmp_path, IndexRecipe(name="test", shards_per_device=4), held(), [one], count=10)
+    assert [part.count for part in manifest.parts] == [3, 3, 2, 2]
+    assert isinstance(one, Batch)
+    (ranked,) = load_index(tmp_path, manifest).search(queries(1), 10)
+    assert_same(ranked, top_k(vectors, queries(1)[0], 10))
