@@ -6,8 +6,9 @@
 import json
 from pathlib import Path
 
-HERE = Path(__file__).parent
-DOCS = HERE.parent / "docs"
+from common import RESULTS
+
+DOCS = Path(__file__).parent.parent / "docs"
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:
@@ -116,7 +117,7 @@ lambda 20. *Ingest* is everything but loading the model: reading and checking th
 *Plain* is one forward and backward over the same batches, with gradients of the trainable parameters, no optimizer. Medians of
 three runs that alternate the two. LoRA is of rank 16 on q, k, v, o. The slow way takes one sample at a time and makes 2 * lambda
 permuted copies of its gradient; it gives the same RapidGrads (checked in the run). With a LoRA of rank 16 even a plain step takes
-nearly half as long as the slow way: no ingest could be five times faster. *r = 512* is the paper's rank, on the same layers.
+about half as long as the slow way: no ingest could be five times faster. *r = 512* is the paper's rank, on the same layers.
 
 {ratios}
 
@@ -170,7 +171,7 @@ def plot(result: dict, path: Path) -> None:
 
 def main() -> None:
     """Write both."""
-    result = json.loads((HERE / "results" / "ingest.json").read_text("utf-8"))
+    result = json.loads((RESULTS / "ingest.json").read_text("utf-8"))
     (DOCS / "ingest.md").write_text(write(result), "utf-8")
     plot(result, DOCS / "ingest.svg")
 

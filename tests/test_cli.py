@@ -78,6 +78,18 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters):
         (rank, "test", None, None) for rank in (1, 2, 3)
     ]
     assert ranking["results"][0]["sample_id"] == "toy-005"
+    asked = ("query", db, "--prompt", "Say 5", "--generation", "blue 35", "--top-k", 2)
+    both = json.loads(run(*asked, "--both", "--group-by", "source", "--index", "cpu", "--json", check=0).stdout)
+    assert list(both)[-3:] == ["results", "harmful", "groups"]
+    assert {group["value"]: group["samples"] for group in both["groups"]} == {"even": 5, "odd": 5}
+    assert both["harmful"][0]["score"] < both["results"][-1]["score"]
+    table = run(*asked, "--both", "--group-by", "source", "--aggregate", "mean", check=0).stdout.splitlines()
+    assert [line.split()[0] for line in table] == [
+        "query:", "rank", "1", "2", "most", "rank", "1", "2", "samples", "5", "5"
+    ]  # fmt: skip
+    assert max(map(len, table)) <= 80
+    wrong = run(*asked, "--as-of", 999, check=1)
+    assert "has no version 999 (any more); the newest is" in wrong.stderr
     info = json.loads(run("info", db, "--json", check=0).stdout)
     assert list(info) == [
         "samples", "tokens", "width", "shuffles", "seed", "normalize", "model", "adapter", "table_version", "indexes", "bytes"

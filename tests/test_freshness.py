@@ -155,6 +155,26 @@ def test_the_index_is_chosen_by_name_or_an_exact_one_is(database, caplog):
         database.index(IndexRecipe(name="b", coarse_width=64))
 
 
+def test_many_queries_are_as_one_by_one_whatever_is_searched(database, tmp_path, monkeypatch):
+    """More than go through the loop for few: also where rows are read-only memory of the table's reader."""
+    asked = [{"id": f"q{n}", "prompt": f"Say {n}", "generation": f"blue {n}"} for n in range(12)]
+    path = write_jsonl(tmp_path / "asked.jsonl", asked)
+
+    def answers(one):
+        return [[(r.sample_id, r.score) for r in ranking.results] for ranking in one.query(file=path, top_k=5)]
+
+    first = answers(database)
+    assert first == [
+        [(r.sample_id, r.score) for r in database.query(a["prompt"], a["generation"], top_k=5)[0].results]
+        for a in asked
+    ]
+    monkeypatch.setattr("rapidin_vdb.freshness.free_bytes", lambda device: 4000)
+    assert answers(rapidin_vdb.open(database.path)) == first
+    for recipe in RECIPES.values():
+        database.index(recipe)
+        assert answers(database) == first
+
+
 def test_a_table_larger_than_memory_is_streamed(database, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     monkeypatch.setattr("rapidin_vdb.freshness.free_bytes", lambda device: 4000)

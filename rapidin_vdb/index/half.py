@@ -123,6 +123,8 @@ def _by_matrix_products(block: np.ndarray, queries: np.ndarray, picks: np.ndarra
     step = max(1, _BLOCK_BYTES // (4 * width))
     count = out.shape[1]
     wide = _block(step * width)[: step * width].view(step, width)
+    if not block.flags.writeable:
+        block = block.copy()  # torch wants arrays that could be written
     asked, halves, products = torch.from_numpy(queries), torch.from_numpy(block.view(np.float16)), torch.from_numpy(out)
     for first in range(0, count, step):
         last = min(first + step, count)

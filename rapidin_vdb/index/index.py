@@ -172,10 +172,13 @@ class ShardedIndex:
         if self.recipe.coarse_width:
             queries = queries.reshape(len(queries), self.recipe.coarse_width, -1).sum(2)
         queries = np.ascontiguousarray(queries)
+        wanted_rows = None if rows is None else np.zeros(len(self.keys), bool)
+        if wanted_rows is not None:
+            wanted_rows[rows] = True
 
         def search(number: int) -> list[Found] | None:
             shard, owned = self.shards[number], self.numbers[number]
-            local = None if rows is None else np.flatnonzero(np.isin(owned, rows, assume_unique=True))
+            local = None if wanted_rows is None else np.flatnonzero(wanted_rows[owned])
             if not len(owned) or (local is not None and not len(local)):
                 return None
             found = shard.search(queries, wanted, local, both=both)
@@ -241,8 +244,11 @@ class ShardedIndex:
     def _rows(self, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield some rows at full width, and where each stands among them."""
         for shard, owned in zip(self._full_shards(), self._full_numbers(), strict=True):
-            mine = np.flatnonzero(np.isin(numbers, owned))
-            local = np.searchsorted(owned, numbers[mine])
+            if not len(owned):
+                continue
+            local = np.minimum(np.searchsorted(owned, numbers), len(owned) - 1)
+            mine = np.flatnonzero(owned[local] == numbers)
+            local = local[mine]
             for begin in range(0, len(mine), _RESCORE_ROWS):
                 part = slice(begin, begin + _RESCORE_ROWS)
                 yield mine[part], shard.take(local[part])

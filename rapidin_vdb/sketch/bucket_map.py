@@ -23,8 +23,8 @@ def _follow() -> Any:
     """Compile the loop that follows positions through all permutations."""
 
     def follow(positions, tables, starts, shifts):  # type: ignore[no-untyped-def]
-        # So few at a time that they, and one permutation, stay in a core's cache through all 2 * lambda look-ups.
-        run = 8192
+        # So many at a time that reading a permutation is nothing, so few that both stay in a core's cache.
+        run = 65536
         for begin in range(0, len(positions), run):
             part = positions[begin : begin + run]
             for step in range(len(shifts)):
