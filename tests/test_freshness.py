@@ -157,7 +157,7 @@ def test_the_index_is_chosen_by_name_or_an_exact_one_is(database, caplog):
 
 def test_many_queries_are_as_one_by_one_whatever_is_searched(database, tmp_path, monkeypatch):
     """More than go through the loop for few: also where rows are read-only memory of the table's reader."""
-    asked = [{"id": f"q{n}", "prompt": f"Say {n}", "generation": f"blue {n}"} for n in range(12)]
+    asked = [{"id": f"q{n}", "prompt": f"Say {n}", "generation": f"blue {n}"} for n in range(40)]
     path = write_jsonl(tmp_path / "asked.jsonl", asked)
 
     def answers(one):

@@ -145,7 +145,7 @@ def test_large_scores_of_wide_vectors_come_out_exact():
 
 @pytest.mark.parametrize("element_type", ["float16", "float32"])
 @pytest.mark.parametrize("shards", [1, 3])
-@pytest.mark.parametrize("count", [1, 3, 20])
+@pytest.mark.parametrize("count", [1, 3, 40])
 def test_both_ends_come_from_one_pass(shards, element_type, count):
     vectors, asked = rows(200, ties=True), queries(count)
     index = index_of(vectors, shards=shards, element_type=element_type)
@@ -160,7 +160,7 @@ def test_both_ends_come_from_one_pass(shards, element_type, count):
 
 
 @pytest.mark.parametrize("element_type", ["float16", "float32"])
-@pytest.mark.parametrize("count", [1, 20])
+@pytest.mark.parametrize("count", [1, 40])
 def test_groups_add_up_all_of_their_samples(element_type, count):
     vectors, asked = rows(150), queries(count)
     index = index_of(vectors, shards=2, element_type=element_type)

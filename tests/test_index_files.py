@@ -50,7 +50,7 @@ def test_a_written_index_answers_as_brute_force(tmp_path, options, count, monkey
     vectors = rows(count, ties=True)
     index = load_index(tmp_path, write(tmp_path, recipe_of(**options), vectors))
     assert index.samples == count
-    for asked, share in itertools.product((queries(1), queries(3), queries(20)), (None, 0.0, 0.02, 0.5, 1.0)):
+    for asked, share in itertools.product((queries(1), queries(3), queries(40)), (None, 0.0, 0.02, 0.5, 1.0)):
         among = None if share is None else sorted(vectors)[: int(count * share)]
         allowed = vectors if among is None else {name: vectors[name] for name in among}
         found = index.search(asked, 9, among=None if among is None else row_ids_of(vectors, among))
@@ -193,7 +193,7 @@ def test_reading_ahead_hands_on_errors_and_stops_when_nobody_waits():
     assert len(reached) < 20
 
 
-@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 30])
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 32, 33, 40])
 @pytest.mark.parametrize("picked", [False, True])
 def test_inner_products_of_half_precision_rows(count, picked):
     draw = np.random.default_rng(0)
