@@ -135,7 +135,8 @@ def ratio(kind: str, *, samples: int, repeats: int) -> dict:
         warm = make_corpus(folder / "warm.jsonl", samples=16, tokens=128)
         runs = []
         for number in range(repeats + 1):
-            database = rapidin_vdb.init(folder / f"db{number}", template="text", **arguments)
+            shuffles = 100 if kind == "lora, lambda = 100" else 20
+            database = rapidin_vdb.init(folder / f"db{number}", template="text", shuffles=shuffles, **arguments)
             loaded = database._loaded().loaded
             batches = batches_of(database, corpus, 2048)
             if number == 0:  # compile, fill the caches
@@ -146,7 +147,7 @@ def ratio(kind: str, *, samples: int, repeats: int) -> dict:
         fingerprint = database.fingerprint
         made = BucketMap(fingerprint.sketch, fingerprint.gradient_length)
         steps, negative = draw_shuffle(fingerprint.sketch, made.length), made.negative(0, made.length).numpy()
-        few = batches[0][: 8 if kind == "lora" else 2]
+        few = batches[0][: 2 if fingerprint.gradient_length > 1 << 20 else 8]
         with Clock() as slow:
             expected = [
                 slow_rapidgrad(loaded, one, spec=fingerprint.sketch, steps=steps, negative=negative) for one in few
@@ -347,7 +348,7 @@ def main() -> None:
     if "ratio" in parts:
         result["ratio"] = [
             apart("ratio", kind=kind, samples=32 if few else 96, repeats=1 if few else 3)
-            for kind in ("lora", "lora, r = 512", "full")
+            for kind in ("lora", "lora, lambda = 100", "lora, r = 512", "full")
         ]
     if "peer" in parts:
         shared_options = {"samples": 32 if few else 96, "repeats": 1 if few else 3}
