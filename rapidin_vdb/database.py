@@ -196,6 +196,8 @@ class Database:
             queries = read_queries(Path(file))
         assert queries is not None
         snapshot = self._table.snapshot(as_of)
+        if as_of is not None and not snapshot.count():
+            raise TableError(f"version {as_of} of the database {self.path} is empty; `info` says the newest")
         self._check_not_empty(snapshot)
         if group_by is not None:
             snapshot.group_of(group_by)

@@ -89,7 +89,7 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters):
     ]  # fmt: skip
     assert max(map(len, table)) <= 80
     wrong = run(*asked, "--as-of", 999, check=1)
-    assert "has no version 999 (any more); the newest is" in wrong.stderr
+    assert "has no version 999, or no longer; wanted one from 1 to" in wrong.stderr
     info = json.loads(run("info", db, "--json", check=0).stdout)
     assert list(info) == [
         "samples", "tokens", "width", "shuffles", "seed", "normalize", "model", "adapter", "table_version", "indexes", "bytes"

@@ -95,6 +95,8 @@ def test_changes_reach_a_built_index_and_only_they(database, tmp_path, name, mon
     assert [index.fresh for index in database.info().indexes] == [True], "an older version is never put on disk"
     with pytest.raises(TableError, match="has no version 99999"):
         database.query(*ASKED, as_of=99999)
+    with pytest.raises(TableError, match="version 1 of the database .* is empty"):
+        database.query(*ASKED, as_of=1)
 
 
 def test_a_version_that_only_brings_scalar_indices_reads_no_row(database, monkeypatch):

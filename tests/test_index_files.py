@@ -136,6 +136,17 @@ def test_a_damaged_index_is_not_believed(tmp_path, damage, options):
     assert list_manifests(tmp_path) == []
 
 
+def test_an_index_larger_than_memory_is_mapped(tmp_path, monkeypatch, caplog):
+    vectors = rows(30)
+    manifest = write(tmp_path, recipe_of(shards=2), vectors)
+    monkeypatch.setattr("rapidin_vdb.index.loading.free_bytes", lambda device: 4000)
+    index = load_index(tmp_path, manifest)
+    assert all(isinstance(array, np.memmap) for shard in index.shards for array in shard.source.arrays)
+    assert "does not fit into memory: mapping its files" in caplog.text
+    (ranked,) = index.search(queries(1), 5)
+    assert_same(ranked, top_k(vectors, queries(1)[0], 5))
+
+
 def test_rows_that_fail_while_they_are_streamed_are_told(tmp_path):
     manifest = write(tmp_path, recipe_of(residence="streamed"), rows(30))
     index = load_index(tmp_path, manifest)

@@ -208,8 +208,9 @@ def test_older_versions_and_columns_to_group_by(table):
     before = table.snapshot()
     table.delete_ids(["a"])
     assert sorted(table.snapshot(before.version).sample_ids()) == ["a", "b", "c\nd"]
-    with pytest.raises(TableError, match="has no version 999"):
-        table.snapshot(999)
+    for version in (999, 0, -3, 2**70):
+        with pytest.raises(TableError, match=f"has no version {version}, or no longer; wanted one from 1 to "):
+            table.snapshot(version)
     row_ids, values = table.snapshot().group_of("SPLIT")
     assert (len(row_ids), sorted(values)) == (2, ["test", "train"])
     with pytest.raises(FilterError, match="no column 'vector' to group by. Columns are: sample_id"):

@@ -1,6 +1,7 @@
 """Indexes are loaded onto their devices, and checked against their manifest on the way."""
 
 import json
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,10 @@ from rapidin_vdb.index.index import ShardedIndex, make_shard
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.manifest import Manifest, Part
 from rapidin_vdb.index.source import ArraySource, FileSource, RowFile, RowSource
-from rapidin_vdb.recipe import IndexRecipe
+from rapidin_vdb.recipe import IndexRecipe, Residence
+from rapidin_vdb.sketch.memory import free_bytes
+
+logger = logging.getLogger(__name__)
 
 
 def load_keys(folder: Path, manifest: Manifest) -> Keys:
@@ -50,12 +54,18 @@ def load_index(folder: Path, manifest: Manifest) -> ShardedIndex:
         inner = recipe.coarse_width or manifest.width
         kind = "coarse" if recipe.coarse_width else "rows"
         starts = np.cumsum([0, *(part.count for part in manifest.parts)])
+        # Folded rows are the part that is held in memory.
+        residence: Residence = "resident" if recipe.coarse_width else recipe.residence
+        size = 2 * manifest.rows * inner
+        if residence == "resident" and set(recipe.devices) == {"cpu"} and size > 0.8 * free_bytes("cpu"):
+            logger.warning(
+                "the index %s of %d MiB does not fit into memory: mapping its files", recipe.name, size >> 20
+            )
+            residence = "mapped"
         shards, numbers = [], []
         for shard, device in enumerate(_devices(manifest, recipe)):
             mine = [place for place, part in enumerate(manifest.parts) if part.shard == shard]
             files = [_row_file(folder, manifest, manifest.parts[place], kind, inner) for place in mine]
-            # Folded rows are the part that is held in memory.
-            residence = "resident" if recipe.coarse_width else recipe.residence
             shards.append(make_shard(device, _source(files, residence, inner), recipe, width=inner))
             owned = [np.arange(starts[place], starts[place + 1]) for place in mine]
             numbers.append(np.concatenate([np.empty(0, np.int64), *owned]))
@@ -87,7 +97,7 @@ def _row_file(folder: Path, manifest: Manifest, part: Part, kind: str, width: in
     return RowFile(path, offset, part.count)
 
 
-def _source(files: list[RowFile], residence: str, width: int) -> RowSource:
+def _source(files: list[RowFile], residence: Residence, width: int) -> RowSource:
     if residence == "streamed":
         return FileSource(files, width)
     if residence == "mapped":

@@ -95,12 +95,15 @@ class SampleTable:
         """
         table = self._connection.open_table(TABLE)
         newest = int(table.version)
+        refusal = TableError(
+            f"{self.uri} has no version {version}, or no longer; wanted one from 1 to {newest} (`info` says the newest)"
+        )
+        if version is not None and not 1 <= version <= newest:
+            raise refusal
         try:
             table.checkout(newest if version is None else version)
-        except (ValueError, RuntimeError, OSError, OverflowError) as error:
-            raise TableError(
-                f"{self.uri} has no version {version} (any more); the newest is {newest}, and `info` says so"
-            ) from error
+        except (ValueError, RuntimeError, OSError) as error:
+            raise refusal from error
         return Snapshot(table, self.uri)
 
     def ensure_scalar_indices(self) -> None:
