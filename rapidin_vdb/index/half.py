@@ -135,24 +135,28 @@ def exact_inner_products(
 _kept = threading.local()
 
 
-def _block(size: int) -> torch.Tensor:
+def _buffer(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     """Return a buffer of this thread's: memory that has been touched before is twice as fast to write."""
-    if getattr(_kept, "block", None) is None or len(_kept.block) < size:
-        _kept.block = torch.empty(size)
-    return _kept.block
+    kept: dict[Any, torch.Tensor] = _kept.__dict__
+    if dtype not in kept or len(kept[dtype]) < rows * width:
+        kept[dtype] = torch.empty(rows * width, dtype=dtype)
+    return kept[dtype][: rows * width].view(rows, width)
 
 
 def _by_matrix_products(block: np.ndarray, queries: np.ndarray, picks: np.ndarray | None, out: np.ndarray) -> None:
     width = block.shape[1]
     step = max(1, _BLOCK_BYTES // (4 * width))
     count = out.shape[1]
-    wide = _block(step * width)[: step * width].view(step, width)
-    if not block.flags.writeable:
-        block = block.copy()  # torch wants arrays that could be written
-    asked, halves, products = torch.from_numpy(queries), torch.from_numpy(block.view(np.float16)), torch.from_numpy(out)
+    asked, products = torch.from_numpy(queries), torch.from_numpy(out)
+    wide = _buffer(min(step, count), width, torch.float32)
+    # Gathered first, where not all are wanted or torch would complain that the array cannot be written.
+    gather = picks is not None or not block.flags.writeable
+    near = _buffer(min(step, count), width, torch.float16) if gather else torch.from_numpy(block.view(np.float16))
     for first in range(0, count, step):
         last = min(first + step, count)
-        rows = halves[first:last] if picks is None else halves[torch.from_numpy(picks[first:last])]
+        if gather:
+            chosen = np.arange(first, last) if picks is None else picks[first:last]
+            np.take(block, chosen, axis=0, out=near[: last - first].numpy().view(np.uint16), mode="clip")
         part = wide[: last - first]
-        part.copy_(rows)
+        part.copy_(near[: last - first] if gather else near[first:last])
         products[:, first:last] = asked @ part.T
