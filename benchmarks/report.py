@@ -163,9 +163,10 @@ def plot(result: dict, path: Path) -> None:
     left.legend(frameon=False)
     by_samples = result["memory_by_samples"]
     right.plot([e["samples"] for e in by_samples], [e["peak_mib"] for e in by_samples], marker="o")
+    right.set_xticks([e["samples"] for e in by_samples], [f"{e['samples']:,}" for e in by_samples])
     right.set_xlabel("samples")
     right.set_ylabel("peak memory, MiB")
-    right.set_ylim(bottom=0)
+    right.set_ylim(0, 1.15 * max(e["peak_mib"] for e in by_samples))
     figure.savefig(path)
 
 

@@ -116,7 +116,6 @@ def plot(result: dict, path) -> None:
     shares = {
         "one query\n(memory)": result["one_query"]["gb_per_s"] / most["memory_gb_per_s"],
         "100 queries\n(matrix product)": result["hundred_queries"]["gflop_per_s"] / most["gemm_gflop_per_s"],
-        "streamed,\none query (disk)": result["streamed"]["one_of_raw"],
     }
     bars = left.bar(list(shares), [100 * share for share in shares.values()], 0.6)
     left.bar_label(bars, fmt="%.0f %%")
