@@ -16,6 +16,7 @@ from rapidin_vdb.index import (
     Manifest,
     ShardedIndex,
     TableSource,
+    check_index,
     empty_index,
     extend_index,
     list_manifests,
@@ -64,12 +65,17 @@ class IndexKeeper:
         with self._lock:
             manifest = next((known for known in list_manifests(self._folder) if known.name == recipe.name), None)
             extended = None
-            if manifest is not None and manifest.index_recipe == recipe:
-                extended = self._extended(manifest, snapshot, progress=progress)
-            if extended is None:
-                count = snapshot.count()
-                batches = _counted(_batches(snapshot), count, progress)
-                extended = write_index(self._folder, recipe, _held(snapshot), batches, count=count)
+            try:
+                if manifest is not None and manifest.index_recipe == recipe:
+                    extended = self._sound(manifest, snapshot, progress=progress)
+                if extended is None:
+                    count = snapshot.count()
+                    batches = _counted(_batches(snapshot), count, progress)
+                    extended = write_index(self._folder, recipe, _held(snapshot), batches, count=count)
+            except OSError as error:
+                raise SpecError(
+                    f"the index {recipe.name} cannot be written to {self._folder}: {error}; the database is as it was"
+                ) from error
             index = load_index(self._folder, extended)
             if recipe.coarse_width and index.samples:
                 extended = with_recall(self._folder, extended, measured_recall(index))
@@ -152,6 +158,17 @@ class IndexKeeper:
         index = load_index(self._folder, manifest)
         keys, missing = change
         return index.updated(keys, _batches(snapshot, missing)) if index.grows or not len(missing) else None
+
+    def _sound(self, manifest: Manifest, snapshot: Snapshot, *, progress: Progress) -> Manifest | None:
+        """Return an index brought to this version on disk; None where it is damaged, or has to be made anew."""
+        try:
+            extended = self._extended(manifest, snapshot, progress=progress)
+            if extended is not None:
+                check_index(self._folder, extended)
+            return extended
+        except SpecError as error:
+            logger.warning("%s", error)
+            return None
 
     def _extended(self, manifest: Manifest, snapshot: Snapshot, *, progress: Progress) -> Manifest | None:
         """Return an index brought to this version on disk; None where it has to be made anew.

@@ -205,6 +205,24 @@ def test_an_index_that_somebody_else_replaces_meanwhile(database, tmp_path, monk
     assert calls[0] != calls[-1]
 
 
+@pytest.mark.parametrize("suffix", ["rows.npy", "keys.npy", "ids.json"])
+def test_a_damaged_index_is_built_anew(database, tmp_path, suffix, caplog):
+    """Also by the command that its message names."""
+    database.index("cpu")
+    next((tmp_path / "db" / "indexes" / "cpu").glob(f"*.{suffix}")).write_bytes(b"x")
+    again = rapidin_vdb.open(database.path)
+    assert again.index("cpu").fresh
+    assert "the index cpu is damaged" in caplog.text
+    assert_answers(rapidin_vdb.open(database.path))
+
+
+def test_an_index_that_cannot_be_written_is_told(database, tmp_path):
+    (tmp_path / "db" / "indexes").write_text("a file in the way")
+    with pytest.raises(SpecError, match="the index cpu cannot be written to .*indexes: .*; the database is as it was"):
+        database.index("cpu")
+    assert_answers(database)
+
+
 def test_both_ends_and_groups(database, tmp_path):
     (ranking,) = database.query(*ASKED, top_k=4, both=True, group_by="Source", where="stars > 1")
     assert ranking.results == database.query(*ASKED, top_k=4, where="stars > 1")[0].results

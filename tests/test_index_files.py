@@ -152,8 +152,27 @@ def test_rows_that_fail_while_they_are_streamed_are_told(tmp_path):
     index = load_index(tmp_path, manifest)
     path = tmp_path / "test" / f"{manifest.parts[0].name}.rows.npy"
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(OSError, match="ends too early"):
+    with pytest.raises(SpecError, match="ends too early; build the index anew with: rapidin-vdb index"):
         index.search(queries(1), 3)
+
+
+@pytest.mark.parametrize("residence", ["mapped", "streamed"])
+def test_an_index_that_is_open_outlives_its_files(tmp_path, residence):
+    vectors = rows(30)
+    index = load_index(tmp_path, write(tmp_path, recipe_of(residence=residence), vectors))
+    write(tmp_path, recipe_of(residence=residence), rows(5, seed=3))  # somebody else builds it anew
+    for asked in (queries(1), queries(40)):
+        for query, ranked in zip(asked, index.search(asked, 5), strict=True):
+            assert_same(ranked, top_k(vectors, query, 5))
+
+
+def test_an_index_that_was_changed_meanwhile_is_not_extended(tmp_path):
+    manifest = write(tmp_path, recipe_of(), rows(30))
+    keys, _ = load_keys(tmp_path, manifest).difference(np.arange(25), np.ones(25, np.int64))
+    other = write(tmp_path, recipe_of(), rows(40, seed=3))
+    with pytest.raises(SpecError, match="the index test was changed by somebody else meanwhile"):
+        extend_index(tmp_path, manifest, held(2), keys, [], count=0)
+    assert list_manifests(tmp_path) == [other] and load_index(tmp_path, other).samples == 40
 
 
 def test_a_table_is_searched_without_an_index():

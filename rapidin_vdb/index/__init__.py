@@ -2,7 +2,7 @@
 
 from rapidin_vdb.index.index import Batch, ShardedIndex, empty_index, make_shard
 from rapidin_vdb.index.keys import Keys, joined
-from rapidin_vdb.index.loading import load_index, load_keys
+from rapidin_vdb.index.loading import check_index, load_index, load_keys
 from rapidin_vdb.index.manifest import Held, Manifest, list_manifests
 from rapidin_vdb.index.recall import measured_recall
 from rapidin_vdb.index.source import TableSource
@@ -15,6 +15,7 @@ __all__ = [
     "Manifest",
     "ShardedIndex",
     "TableSource",
+    "check_index",
     "empty_index",
     "extend_index",
     "joined",

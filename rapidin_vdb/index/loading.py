@@ -42,6 +42,20 @@ def load_keys(folder: Path, manifest: Manifest) -> Keys:
     return keys
 
 
+def check_index(folder: Path, manifest: Manifest) -> None:
+    """Look whether an index's files are there and fit its manifest; their rows are not read.
+
+    Raises:
+        SpecError: they are missing or do not fit.
+    """
+    load_keys(folder, manifest)
+    with _told(manifest):
+        for part in manifest.parts:
+            _row_file(folder, manifest, part, "rows", manifest.width)
+            if manifest.index_recipe.coarse_width:
+                _row_file(folder, manifest, part, "coarse", manifest.index_recipe.coarse_width)
+
+
 def load_index(folder: Path, manifest: Manifest) -> ShardedIndex:
     """Load a built index onto its devices; one that is mapped or streamed stays on disk.
 

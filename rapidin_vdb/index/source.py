@@ -1,5 +1,7 @@
 """Where a shard's rows are: in memory, in a mapped file, in a file that is streamed, or in the table itself."""
 
+import os
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,8 @@ from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
 from jaxtyping import Int64, UInt16
+
+from rapidin_vdb.errors import SpecError
 
 Numbers = Int64[np.ndarray, " picked"]
 Rows = UInt16[np.ndarray, "rows sketch"]
@@ -97,6 +101,10 @@ class FileSource:
         self._files = tuple(files)
         self._width = width
         self._starts = np.cumsum([0, *(file.count for file in files)])
+        # Held open: whoever builds the index anew takes the files away.
+        self._open = [os.open(file.path, os.O_RDONLY) for file in files]
+        for descriptor in self._open:
+            weakref.finalize(self, os.close, descriptor)
         # Buffers of earlier searches: memory that has been touched before is faster to read into.
         self._spare: list[list[np.ndarray]] = []
 
@@ -118,24 +126,27 @@ class FileSource:
 
     def _read(self, wanted: Numbers | None, size: int, buffers: list[np.ndarray]) -> Iterator[Chunk]:
         turn = 0
-        for source, start in zip(self._files, self._starts, strict=False):
-            with source.path.open("rb", buffering=0) as file:
-                for first in range(0, source.count, size):
-                    count = min(size, source.count - first)
-                    if wanted is not None and not len(_between(wanted, int(start) + first, count)):
-                        continue
-                    rows = buffers[turn % len(buffers)][: count * self._width]
-                    turn += 1
-                    file.seek(source.offset + first * 2 * self._width)
-                    _fill(file.readinto, rows.data.cast("B"), source.path)
-                    chunk = _chunk(int(start) + first, rows.reshape(count, self._width), wanted)
-                    assert chunk is not None
-                    yield chunk
+        for source, opened, start in zip(self._files, self._open, self._starts, strict=False):
+            for first in range(0, source.count, size):
+                count = min(size, source.count - first)
+                if wanted is not None and not len(_between(wanted, int(start) + first, count)):
+                    continue
+                rows = buffers[turn % len(buffers)][: count * self._width]
+                turn += 1
+                _fill(opened, rows.data.cast("B"), source.offset + first * 2 * self._width, source.path)
+                chunk = _chunk(int(start) + first, rows.reshape(count, self._width), wanted)
+                assert chunk is not None
+                yield chunk
 
     def take(self, numbers: Numbers) -> Rows:
         """Return some rows."""
-        mapped = [np.memmap(file.path, np.uint16, "c", file.offset, (file.count, self._width)) for file in self._files]
-        return ArraySource(mapped, self._width).take(numbers)
+        result = np.empty((len(numbers), self._width), np.uint16)
+        owners = np.searchsorted(self._starts, numbers, side="right") - 1
+        for place, (number, owner) in enumerate(zip(numbers, owners, strict=True)):
+            source = self._files[owner]
+            offset = source.offset + int(number - self._starts[owner]) * 2 * self._width
+            _fill(self._open[owner], result[place].data.cast("B"), offset, source.path)
+        return result
 
 
 class TableSource:
@@ -252,10 +263,13 @@ def _chunk(first: int, rows: np.ndarray, wanted: np.ndarray | None) -> Chunk | N
     return Chunk(mine, rows, mine - first) if len(mine) else None
 
 
-def _fill(readinto: Callable[[memoryview], int | None], target: memoryview, path: Path) -> None:
+def _fill(opened: int, target: memoryview, offset: int, path: Path) -> None:
     done = 0
     while done < len(target):
-        count = readinto(target[done:])
+        try:
+            count = os.preadv(opened, [target[done:]], offset + done)
+        except OSError as error:
+            raise SpecError(f"{path} cannot be read: {error}; build the index anew with: rapidin-vdb index") from error
         if not count:
-            raise OSError(f"{path} ends too early")
+            raise SpecError(f"{path} ends too early; build the index anew with: rapidin-vdb index")
         done += count

@@ -12,10 +12,11 @@ from uuid import uuid4
 import numpy as np
 from filelock import FileLock
 
+from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index.coarse import folded
 from rapidin_vdb.index.index import Batch
 from rapidin_vdb.index.keys import Keys, joined
-from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, Part
+from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, Part, list_manifests
 from rapidin_vdb.index.source import norm_of
 from rapidin_vdb.recipe import IndexRecipe
 
@@ -49,9 +50,15 @@ def write_index(folder: Path, recipe: IndexRecipe, held: Held, batches: Iterable
 def extend_index(
     folder: Path, manifest: Manifest, held: Held, keys: Keys, batches: Iterable[Batch], *, count: int
 ) -> Manifest:
-    """Bring an index to another version of the table: `keys` say which rows are alive, `batches` bring `count` more."""
+    """Bring an index to another version of the table: `keys` say which rows are alive, `batches` bring `count` more.
+
+    Raises:
+        SpecError: somebody else has changed the index since the manifest was read.
+    """
     place = folder / manifest.name
     with _lock(place):
+        if manifest not in list_manifests(folder):
+            raise SpecError(f"the index {manifest.name} was changed by somebody else meanwhile")
         sizes = [0] * manifest.shards
         for part in manifest.parts:
             sizes[part.shard] += part.count
