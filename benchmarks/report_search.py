@@ -76,7 +76,7 @@ The limits were measured before these two ({limits["memory_gb_per_s"]:.1f} GB/s,
 
 The same rows in {streamed["gib"]:.1f} GiB of files, put out of the page cache before each pass as far as the system agreed. Reading alone:
 {streamed["raw_gb_per_s"]:.2f} GB/s. One query: {streamed["one_query_gb_per_s"]:.2f} GB/s ({100 * streamed["one_of_raw"]:.0f} %); 100 queries: {streamed["hundred_queries_gb_per_s"]:.2f} GB/s ({100 * streamed["hundred_of_raw"]:.0f} %), bounded by arithmetic.
-More than 100 % says that what lies below the page cache serves one pass faster than another, though they take turns in coming first.
+More than 100 % says that what lies below the page cache served one pass faster than another (see the log).
 With the files in the page cache (those that fit): {streamed["cached_one_gb_per_s"]:.2f} GB/s of {streamed["cached_raw_gb_per_s"]:.2f}.
 
 ## Fresh
