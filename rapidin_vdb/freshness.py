@@ -35,7 +35,8 @@ from rapidin_vdb.store import TABLE, Snapshot
 
 logger = logging.getLogger(__name__)
 
-# An index is written anew when more than this share of its rows went or came, or when it lies in so many parts.
+# An index is written anew when more than this share of its rows went or came; and by the next `index` when it lies in so
+# many parts (queries go on adding parts: each is only a file more to open).
 _MOST_CHANGED = 0.3
 _MOST_PARTS = 64
 
@@ -93,7 +94,11 @@ class IndexKeeper:
         with self._lock:
             manifests = self._chosen(name)
             resident = self._at_hand(snapshot, manifests, name)
-            index = resident or self._from_disk(snapshot, manifests, progress) or _of_table(snapshot, progress)
+            index = resident or self._from_disk(snapshot, manifests, progress)
+            if index is None:
+                if manifests:
+                    logger.info("no built index can serve version %d: reading the table itself", snapshot.version)
+                index = _of_table(snapshot, progress)
             self._resident = (_held(snapshot), index)
         if index.recipe.coarse_width:
             self._say_what_coarse_finds(index)
@@ -161,6 +166,8 @@ class IndexKeeper:
 
     def _sound(self, manifest: Manifest, snapshot: Snapshot, *, progress: Progress) -> Manifest | None:
         """Return an index brought to this version on disk; None where it is damaged, or has to be made anew."""
+        if len(manifest.parts) >= _MOST_PARTS:
+            return None
         try:
             extended = self._extended(manifest, snapshot, progress=progress)
             if extended is not None:
@@ -180,7 +187,7 @@ class IndexKeeper:
         if _holds(manifest, snapshot):
             return manifest
         change = self._difference(manifest, snapshot)
-        if change is None or len(manifest.parts) >= _MOST_PARTS:
+        if change is None:
             return None
         keys, missing = change
         batches = _counted(_batches(snapshot, missing), len(missing), progress)

@@ -111,6 +111,19 @@ def test_a_version_that_only_brings_scalar_indices_reads_no_row(database, monkey
     assert [index.fresh for index in database.info().indexes] == [True]
 
 
+def test_many_parts_are_put_together_by_the_next_index(database, tmp_path, monkeypatch):
+    monkeypatch.setattr("rapidin_vdb.freshness._MOST_PARTS", 3)
+    database.index(RECIPES["streamed"])
+    place = tmp_path / "db" / "indexes" / "streamed"
+    for number in range(3):
+        change(database, tmp_path, number)
+        assert_answers(rapidin_vdb.open(database.path))
+        assert len(list(place.glob("*.rows.npy"))) == 2 + number
+    database.index(RECIPES["streamed"])
+    assert len(list(place.glob("*.rows.npy"))) == 1
+    assert_answers(rapidin_vdb.open(database.path))
+
+
 def test_most_of_a_table_changed_is_made_anew(database, tmp_path):
     database.index("cpu")
     before = {path.name for path in (tmp_path / "db" / "indexes" / "cpu").glob("*.rows.npy")}
