@@ -35,8 +35,8 @@ from rapidin_vdb.store import TABLE, Snapshot
 
 logger = logging.getLogger(__name__)
 
-# An index is written anew when more than this share of its rows went or came; and by the next `index` when it lies in so
-# many parts (queries go on adding parts: each is only a file more to open).
+# An index is written anew when more than this share of its rows went or came; and by the next `index` when it lies in
+# so many parts (queries go on adding parts: each is only a file more to open).
 _MOST_CHANGED = 0.3
 _MOST_PARTS = 64
 
