@@ -10,10 +10,8 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
-import numpy as np
-
 from rapidin_vdb.corpus import Template, load_template
-from rapidin_vdb.engine import Engine, load_engine
+from rapidin_vdb.engine import Engine, Made, load_engine
 from rapidin_vdb.errors import GradientError, RapidInError
 from rapidin_vdb.gradient import load_config, load_tokenizer
 from rapidin_vdb.gradient.memory import is_out_of_memory, release_memory
@@ -22,8 +20,8 @@ from rapidin_vdb.records import Encoded, Fingerprint
 logger = logging.getLogger(__name__)
 
 Batch = list[Encoded]
-Result = tuple[np.ndarray, float] | GradientError
-"""A RapidGrad in half precision and its loss, or why there is none."""
+Result = Made | GradientError
+"""What a sample was turned into, or why it could not be."""
 Compute = Callable[[Iterator[Batch]], Iterator[tuple[Batch, list[Result]]]]
 
 # A batch that has taken so many workers with it is not tried again.
@@ -44,10 +42,10 @@ class Road:
     """The model's configuration."""
 
 
-def road_here(engine: Engine) -> Road:
-    """Return the road through a model in this process."""
+def road_here(engine: Engine, *, token_width: int | None = None) -> Road:
+    """Return the road through a model in this process; with `token_width`, single tokens get RapidGrads too."""
     return Road(
-        compute=compute_here(engine),
+        compute=compute_here(engine, token_width=token_width),
         tokenizer=engine.loaded.tokenizer,
         template=engine.template,
         config=engine.loaded.model.config,
@@ -62,6 +60,7 @@ def road_of_workers(
     workers: int,
     model: str | None = None,
     adapter: str | None = None,
+    token_width: int | None = None,
 ) -> Road:
     """Return the road through worker processes, dealt out to the devices in turn; no model is loaded in this one.
 
@@ -78,6 +77,7 @@ def road_of_workers(
             adapter=adapter,
             device=devices[number % len(devices)],
             threads=max(1, (os.cpu_count() or 1) // workers),
+            token_width=token_width,
         )
         for number in range(workers)
     ]
@@ -89,20 +89,20 @@ def road_of_workers(
     )
 
 
-def compute_here(engine: Engine) -> Compute:
+def compute_here(engine: Engine, *, token_width: int | None = None) -> Compute:
     """Return a function that computes batches in this process, one after the other."""
 
     def compute(batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
         for batch in batches:
-            yield batch, _make(engine, batch)
+            yield batch, _make(engine, batch, token_width)
 
     return compute
 
 
-def _make(engine: Engine, batch: Batch) -> list[Result]:
+def _make(engine: Engine, batch: Batch, token_width: int | None) -> list[Result]:
     """Compute a batch, in halves where it does not fit the memory."""
     try:
-        return engine.maker.make_batch(batch, half=True)
+        return engine.make(batch, token_width=token_width)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -112,10 +112,10 @@ def _make(engine: Engine, batch: Batch) -> list[Result]:
     release_memory()
     if len(batch) == 1:
         logger.warning("one sample does not fit the memory: going on with gradient checkpointing")
-        return _make(engine, batch)
+        return _make(engine, batch, token_width)
     half = len(batch) // 2
     logger.warning("a batch of %d samples does not fit the memory: going on with %d", len(batch), half)
-    return _make(engine, batch[:half]) + _make(engine, batch[half:])
+    return _make(engine, batch[:half], token_width) + _make(engine, batch[half:], token_width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +134,8 @@ class WorkerSpec:
     """Where to compute."""
     threads: int
     """CPU threads."""
+    token_width: int | None = None
+    """Width of single tokens' RapidGrads; None where none are asked for."""
 
 
 def compute_in_workers(specs: Sequence[WorkerSpec]) -> Compute:
@@ -255,7 +257,7 @@ def _work(pipe: Connection, spec: WorkerSpec) -> None:
                     engine = load_engine(
                         spec.fingerprint, place=spec.place, model=spec.model, adapter=spec.adapter, device=spec.device
                     )
-                pipe.send(_make(engine, batch))
+                pipe.send(_make(engine, batch, spec.token_width))
             except (RapidInError, RuntimeError, MemoryError) as error:
                 pipe.send(error)
                 return

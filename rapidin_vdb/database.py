@@ -3,30 +3,29 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from rapidin_vdb.answering import answer, versions_for
 from rapidin_vdb.compute import Road, road_here, road_of_workers
 from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import SpecError, TableError
 from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.gradient import (
-    default_batch_tokens,
-    resolve_devices,
-)
+from rapidin_vdb.gradient import check_token_width, default_batch_tokens, resolve_devices
 from rapidin_vdb.ingest import ingest
 from rapidin_vdb.plan import Corpus
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.query import encode_queries, query_from, read_queries, sketch_queries
-from rapidin_vdb.ranking import rank
+from rapidin_vdb.query import query_from, read_queries
+from rapidin_vdb.question import Question
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import (
     Aggregate,
     Fingerprint,
+    Level,
     OnBadRecord,
     OnDuplicate,
     Sample,
 )
 from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, StoredSample
-from rapidin_vdb.store import SampleTable, Snapshot
+from rapidin_vdb.store import SampleTable
 
 
 def open(path: str | Path) -> "Database":
@@ -44,7 +43,10 @@ class Database:
     def __init__(self, table: SampleTable, *, engine: Engine | None = None) -> None:
         self._table = table
         self._engine = engine
-        self._indexes = IndexKeeper(Path(table.uri) / "indexes")
+        self._indexes: dict[Level, IndexKeeper] = {
+            "sample": IndexKeeper(Path(table.uri) / "indexes"),
+            "token": IndexKeeper(Path(table.uri) / "token_indexes"),
+        }
 
     @property
     def path(self) -> str:
@@ -83,6 +85,8 @@ class Database:
         workers_per_device: int = 1,
         on_bad_record: OnBadRecord = "stop",
         on_duplicate: OnDuplicate = "error",
+        token_gradients: bool = False,
+        token_width: int | None = None,
         dry_run: bool = False,
         model: str | None = None,
         adapter: str | None = None,
@@ -92,7 +96,9 @@ class Database:
 
         `device` may name several, as `cuda:0,cuda:1`. With more than one device or worker, each worker is a process
         that loads the model for itself. `batch_tokens` limits a batch, padding included; by default it follows free
-        memory. A `dry_run` counts and times instead of writing.
+        memory. With `token_gradients`, response tokens get RapidGrads of their own, of width `token_width` (by default
+        that of those which are there, else 4096); samples that are there without get them. A `dry_run` counts and times
+        instead of writing.
 
         Raises:
             CorpusError: a file or a record cannot be read; nothing is written.
@@ -108,12 +114,15 @@ class Database:
         ):
             if value is not None and value < 1:
                 raise SpecError(f"--{name} is {value}; wanted 1 or more")
+        if token_width is not None and not token_gradients:
+            raise SpecError("--token-width goes with --token-gradients")
+        single = self._token_width(token_width) if token_gradients else None
         corpus = Corpus(
             paths=tuple(Path(file) for file in files), split=split, source=source, id_field=id_field, limit=limit
         )
         devices = resolve_devices(device)
         workers = len(devices) * workers_per_device
-        road = self._road(devices, workers if not dry_run else 1, model=model, adapter=adapter)
+        road = self._road(devices, workers if not dry_run else 1, model=model, adapter=adapter, token_width=single)
         options = {
             "tokenizer": road.tokenizer,
             "template": road.template,
@@ -125,30 +134,56 @@ class Database:
             "on_duplicate": on_duplicate,
         }
         if dry_run:
-            return estimate(self._table, corpus, road.compute, workers=workers, device=devices[0], **options)
-        return ingest(self._table, corpus, road.compute, progress=progress, **options)
+            return estimate(
+                self._table, corpus, road.compute, workers=workers, device=devices[0], token_width=single, **options
+            )
+        if single is not None:
+            self._table.tokens.ensure(single)
+        return ingest(self._table, corpus, road.compute, progress=progress, token_gradients=token_gradients, **options)
 
-    def _road(self, devices: list[str], workers: int, *, model: str | None, adapter: str | None) -> Road:
+    def _token_width(self, given: int | None) -> int:
+        """Return the width of single tokens' RapidGrads: that which they have here, or the one asked for."""
+        here = self._table.tokens.width
+        if here is not None and given not in (None, here):
+            raise SpecError(f"--token-width is {given}, but tokens are stored with {here} here; leave it out")
+        width = here or given or min(4096, self.fingerprint.sketch.width)
+        check_token_width(width, self.fingerprint.sketch.width)
+        return width
+
+    def _road(
+        self, devices: list[str], workers: int, *, model: str | None, adapter: str | None, token_width: int | None
+    ) -> Road:
         """Return how samples become RapidGrads: in this process, or in workers that load the model for themselves."""
         if workers == 1:
             if self._engine is None:
                 self.load(model=model, adapter=adapter, device=devices[0])
-            return road_here(self._loaded())
+            return road_here(self._loaded(), token_width=token_width)
         return road_of_workers(
-            self.fingerprint, place=self.path, devices=devices, workers=workers, model=model, adapter=adapter
+            self.fingerprint,
+            place=self.path,
+            devices=devices,
+            workers=workers,
+            model=model,
+            adapter=adapter,
+            token_width=token_width,
         )
 
-    def index(self, recipe: str | Path | IndexRecipe = "cpu", *, progress: Progress = silent) -> IndexInfo:
+    def index(
+        self, recipe: str | Path | IndexRecipe = "cpu", *, level: Level = "sample", progress: Progress = silent
+    ) -> IndexInfo:
         """Build an index after a recipe, or bring one up to date, keep it beside the table, and say what it holds.
+
+        With the level `token` it is one of single tokens.
 
         Raises:
             SpecError: no such recipe, or one that cannot be honoured.
-            TableError: the database is empty.
+            TableError: the database is empty, or has no RapidGrads of tokens.
         """
         chosen = recipe if isinstance(recipe, IndexRecipe) else read_recipe(recipe)
-        self._check_not_empty(self._table.snapshot())
+        versions_for(self._table, Question(level=level))
         self._table.ensure_scalar_indices()
-        return self._indexes.build(self._table.snapshot(), chosen, progress=progress)
+        samples, tokens = versions_for(self._table, Question(level=level))
+        return self._indexes[level].build(tokens or samples, chosen, progress=progress)
 
     def query(
         self,
@@ -161,6 +196,11 @@ class Database:
         where: str | None = None,
         harmful: bool = False,
         both: bool = False,
+        level: Level = "sample",
+        focus: Sequence[str] = (),
+        tokens: bool = False,
+        matrix: bool = False,
+        refine: int = 0,
         group_by: str | None = None,
         aggregate: Aggregate = "sum",
         index: str | None = None,
@@ -173,19 +213,26 @@ class Database:
         """Return, for each query, the samples that most influenced its generation.
 
         Queries are one prompt and generation, or those of a file, or samples made by `query_from`. With `both`, the
-        most negative come beside the most positive, from one pass. `group_by` names a column, by whose values the
-        influence of all samples is added up or averaged. `index` names the built index to use, and `as_of` an older
-        version of the table. `model`, `adapter` and `device` are as for `load`, where nothing is loaded yet.
+        most negative come beside the most positive, from one pass. With the level `token`, single training tokens are
+        ranked. `focus` names texts of the generation whose tokens alone are asked about (Eq. 7); a query of a file may
+        have its own. `tokens` gives each result's tokens scores (Eq. 6), and `matrix` their influence on each token of
+        the generation (Eq. 8), both exact; `refine` ranks so many of the first results again by exact score. `group_by`
+        names a column, by whose values the influence of all samples is added up or averaged. `index` names the built
+        index to use, and `as_of` an older version of the table. `model`, `adapter` and `device` are as for `load`,
+        where nothing is loaded yet.
 
         Raises:
             CorpusError: a query cannot be read or encoded.
             GradientError: a query gives no finite gradient.
             FilterError: the filter cannot be understood.
-            SpecError: `top_k` is not positive, no query or several kinds of query are given, or no such index is built.
-            TableError: the database is empty, or has no such version.
+            SpecError: an option is out of range or excludes another, no query or several kinds of query are given, a
+                focus is not in its generation, or no such index is built.
+            TableError: the database is empty, has no such version, or no RapidGrads of tokens.
         """
-        if top_k < 1:
-            raise SpecError(f"--top-k is {top_k}; wanted 1 or more")
+        question = Question(
+            top_k=top_k, where=where, harmful=harmful, both=both, level=level, focus=tuple(focus), tokens=tokens,
+            matrix=matrix, refine=refine, group_by=group_by, aggregate=aggregate, index=index, as_of=as_of,
+        )  # fmt: skip
         if (generation is not None) + (file is not None) + (queries is not None) != 1 or (
             prompt is not None and generation is None
         ):
@@ -195,41 +242,12 @@ class Database:
         elif file is not None:
             queries = read_queries(Path(file))
         assert queries is not None
-        snapshot = self._table.snapshot(as_of)
-        if as_of is not None and not snapshot.count():
-            raise TableError(f"version {as_of} of the database {self.path} is empty; `info` says the newest")
-        self._check_not_empty(snapshot)
-        if group_by is not None:
-            snapshot.group_of(group_by)
-        if where is not None:
-            snapshot.count(where)  # a filter that is not understood is said before a model is loaded
+        versions = versions_for(self._table, question)
         if self._engine is None:
             self.load(model=model, adapter=adapter, device=device)
-        engine = self._loaded()
-        encoded = encode_queries(
-            queries,
-            tokenizer=engine.loaded.tokenizer,
-            template=engine.template,
-            max_tokens=self.fingerprint.max_tokens,
+        return answer(
+            question, queries, versions=versions, keeper=self._indexes[level], engine=self._loaded(), progress=progress
         )
-        sketched = sketch_queries(engine.maker, encoded, progress=progress)
-        return rank(
-            snapshot,
-            self._indexes.fresh(snapshot, name=index, progress=progress),
-            sketched,
-            top_k=top_k,
-            where=where,
-            harmful=harmful,
-            both=both,
-            group_by=group_by,
-            aggregate=aggregate,
-        )
-
-    def _check_not_empty(self, snapshot: Snapshot) -> None:
-        if not snapshot.count():
-            raise TableError(
-                f"the database {self.path} is empty; add samples first: rapidin-vdb ingest {self.path} FILE"
-            )
 
     def show(self, sample_id: str) -> StoredSample:
         """Return a sample as it is stored, without its vector.
@@ -245,7 +263,11 @@ class Database:
     def info(self) -> DatabaseInfo:
         """Return how large the database is, what made it, and which indexes are fresh."""
         snapshot = self._table.snapshot()
+        tokens = self._table.tokens.snapshot()
         stored = self.fingerprint
+        built = self._indexes["sample"].built(snapshot)
+        if tokens is not None:
+            built += self._indexes["token"].built(tokens)
         return DatabaseInfo(
             samples=snapshot.count(),
             tokens=snapshot.total_tokens(),
@@ -256,8 +278,10 @@ class Database:
             model=stored.model,
             adapter=stored.adapter,
             table_version=snapshot.version,
-            indexes=self._indexes.built(snapshot),
+            indexes=built,
             bytes=sum(path.stat().st_size for path in Path(self.path).rglob("*") if path.is_file()),
+            token_gradients=0 if tokens is None else tokens.rows(),
+            token_width=None if tokens is None else tokens.width,
             columns=snapshot.columns,
         )
 

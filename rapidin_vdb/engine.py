@@ -1,12 +1,36 @@
 """A loaded model with its template and sketch: what turns the samples of one fingerprint into RapidGrads."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
 from typing import cast
 
+import numpy as np
+
 from rapidin_vdb.corpus import Template, load_template
-from rapidin_vdb.errors import ModelError
-from rapidin_vdb.gradient import LoadedModel, RapidGradMaker, fingerprint_of, load_model
-from rapidin_vdb.records import DType, Fingerprint, ModelSpec
+from rapidin_vdb.errors import GradientError, ModelError
+from rapidin_vdb.gradient import (
+    ExactInfluence,
+    LoadedModel,
+    RapidGradMaker,
+    TokenRapidGradMaker,
+    fingerprint_of,
+    load_model,
+)
+from rapidin_vdb.records import DType, Encoded, Fingerprint, ModelSpec
 from rapidin_vdb.store import check_fingerprint
+
+
+@dataclass(frozen=True, eq=False)
+class Made:
+    """What a sample was turned into."""
+
+    vector: np.ndarray
+    """Its RapidGrad, float16 [width]."""
+    loss: float
+    """Its mean cross-entropy, in nats."""
+    tokens: np.ndarray | None = None
+    """The RapidGrads of its response tokens, float16 [tokens, token width], where they were asked for."""
 
 
 class Engine:
@@ -23,6 +47,35 @@ class Engine:
             fingerprint.template, tokenizer=loaded.tokenizer, text=fingerprint.template_text
         )
         self.maker = RapidGradMaker(loaded, spec=fingerprint.sketch, normalize=fingerprint.normalize)
+        self._token_maker: TokenRapidGradMaker | None = None
+
+    @cached_property
+    def influence(self) -> ExactInfluence:
+        """Exact influence by the model's full gradients."""
+        return ExactInfluence(self.maker)
+
+    def make(self, batch: Sequence[Encoded], *, token_width: int | None = None) -> list[Made | GradientError]:
+        """Return what each sample of a batch is turned into, or why it cannot be.
+
+        With `token_width`, the RapidGrads of its single tokens too.
+        """
+        if token_width is None:
+            return [_made(result, None) for result in self.maker.make_batch(batch, half=True)]
+        if self._token_maker is None or self._token_maker.width != token_width:
+            self._token_maker = TokenRapidGradMaker(self.maker, width=token_width)
+        norms: dict[str, np.ndarray] = {}
+        results = self.maker.make_batch(batch, half=True, norms=norms)
+        good = [s for s, result in zip(batch, results, strict=True) if not isinstance(result, GradientError)]
+        tokens = self._token_maker.make(good, norms) if good else {}
+        return [_made(result, tokens.get(sample.sample_id)) for sample, result in zip(batch, results, strict=True)]
+
+
+def _made(
+    result: tuple[np.ndarray, float] | GradientError, tokens: np.ndarray | GradientError | None
+) -> Made | GradientError:
+    if isinstance(result, GradientError):
+        return result
+    return tokens if isinstance(tokens, GradientError) else Made(result[0], result[1], tokens)
 
 
 def load_engine(

@@ -30,6 +30,7 @@ def estimate(
     device: str,
     on_bad_record: OnBadRecord = "stop",
     on_duplicate: OnDuplicate = "error",
+    token_width: int | None = None,
 ) -> IngestEstimate:
     """Return what an ingest with these arguments would take; nothing is written.
 
@@ -41,17 +42,24 @@ def estimate(
     def windows() -> Iterator[list[Pair | CorpusError]]:
         return encoded_windows(corpus, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
 
-    plan = make_plan(table, windows(), on_bad_record=on_bad_record, on_duplicate=on_duplicate)
-    sizes: list[tuple[int, int]] = []  # samples and padded tokens of each batch
-    tokens = text = samples = 0
+    plan = make_plan(
+        table,
+        windows(),
+        on_bad_record=on_bad_record,
+        on_duplicate=on_duplicate,
+        token_gradients=token_width is not None,
+    )
+    sizes: list[tuple[int, int]] = []  # samples and work of each batch
+    tokens = text = samples = single = 0
     todo = dict(plan.todo)
     for window in windows():
         for batch in planned_batches(window, todo, batch_tokens):
-            sizes.append((len(batch), len(batch) * max(len(encoded.input_ids) for _, encoded in batch)))
+            sizes.append((len(batch), _work([encoded for _, encoded in batch], token_width is not None)))
             samples += len(batch)
             tokens += sum(len(encoded.input_ids) for _, encoded in batch)
+            single += sum(encoded.response_tokens for _, encoded in batch) if token_width is not None else 0
             text += sum(len((s.prompt or "") + s.response) + 8 * len(e.offsets) for s, e in batch)
-    padded = sum(size for _, size in sizes)
+    work = sum(size for _, size in sizes)
     seconds = 0.0
     if sizes:
         timed = _spread(sizes)
@@ -59,18 +67,30 @@ def estimate(
         list(compute(iter(chosen[:1])))  # once for what happens once: compiling, the self-check
         started = time.monotonic()
         list(compute(iter(chosen)))
-        measured = sum(len(batch) * max(len(sample.input_ids) for sample in batch) for batch in chosen)
-        seconds = (time.monotonic() - started) * padded / measured / workers
+        measured = sum(_work(batch, token_width is not None) for batch in chosen)
+        seconds = (time.monotonic() - started) * work / measured / workers
     return IngestEstimate(
         samples=samples,
         tokens=tokens,
         batches=len(sizes),
-        # A RapidGrad in half precision, token ids, and the text.
-        bytes=samples * 2 * table.fingerprint.sketch.width + 4 * tokens + text,
+        token_gradients=single,
+        # RapidGrads in half precision, token ids, and the text.
+        bytes=(samples - len(plan.tokens_only)) * 2 * table.fingerprint.sketch.width
+        + 2 * single * (token_width or 0)
+        + 4 * tokens
+        + text,
         peak_memory=max(peak_bytes(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10),
         seconds=seconds,
         bad=tuple(plan.bad),
     )
+
+
+def _work(batch: Sequence[Encoded], token_gradients: bool) -> int:
+    """Return how many tokens go through the model for a batch, padding included."""
+    padded = len(batch) * max(len(sample.input_ids) for sample in batch)
+    # For each response token, all that stands before it.
+    single = sum((len(s.input_ids) - s.response_tokens // 2) * s.response_tokens for s in batch)
+    return padded + (single if token_gradients else 0)
 
 
 def _spread(sizes: Sequence[tuple[int, int]]) -> set[int]:

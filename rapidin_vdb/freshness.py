@@ -31,7 +31,7 @@ from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.sketch.memory import free_bytes
-from rapidin_vdb.store import TABLE, Snapshot
+from rapidin_vdb.store import SAMPLES, TableVersion
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class IndexKeeper:
         self._resident: tuple[Held, ShardedIndex] | None = None
         self._lock = Lock()
 
-    def build(self, snapshot: Snapshot, recipe: IndexRecipe, *, progress: Progress = silent) -> IndexInfo:
+    def build(self, snapshot: TableVersion, recipe: IndexRecipe, *, progress: Progress = silent) -> IndexInfo:
         """Bring an index of a recipe to a version of the table, on disk, and say what it holds.
 
         Where one was built before, only the difference is applied, unless that is most of the table.
@@ -57,7 +57,7 @@ class IndexKeeper:
         Raises:
             SpecError: the recipe cannot be honoured for this table.
         """
-        width = snapshot.fingerprint.sketch.width
+        width = snapshot.width
         if recipe.coarse_width >= width:
             raise SpecError(
                 f"index recipe {recipe.name}: coarse_width is {recipe.coarse_width}, but the database's RapidGrads "
@@ -70,7 +70,7 @@ class IndexKeeper:
                 if manifest is not None and manifest.index_recipe == recipe:
                     extended = self._sound(manifest, snapshot, progress=progress)
                 if extended is None:
-                    count = snapshot.count()
+                    count = snapshot.rows()
                     batches = _counted(_batches(snapshot), count, progress)
                     extended = write_index(self._folder, recipe, _held(snapshot), batches, count=count)
             except OSError as error:
@@ -83,7 +83,7 @@ class IndexKeeper:
             self._resident = (_held(snapshot), index)
         return _info(extended, snapshot)
 
-    def fresh(self, snapshot: Snapshot, *, name: str | None = None, progress: Progress = silent) -> ShardedIndex:
+    def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> ShardedIndex:
         """Return an index of exactly this version of the table: at hand, on disk, updated, or made now.
 
         `name` asks for the built index of that name; otherwise an exact one goes before a coarse one.
@@ -104,7 +104,7 @@ class IndexKeeper:
             self._say_what_coarse_finds(index)
         return index
 
-    def built(self, snapshot: Snapshot) -> tuple[IndexInfo, ...]:
+    def built(self, snapshot: TableVersion) -> tuple[IndexInfo, ...]:
         """Return what is built, and whether it holds this version of the table."""
         return tuple(_info(manifest, snapshot) for manifest in list_manifests(self._folder))
 
@@ -116,7 +116,7 @@ class IndexKeeper:
         chosen = [manifest for manifest in manifests if name is None or manifest.name == name]
         return sorted(chosen, key=lambda manifest: (manifest.recipe["coarse_width"] > 0, manifest.name))
 
-    def _at_hand(self, snapshot: Snapshot, manifests: list[Manifest], name: str | None) -> ShardedIndex | None:
+    def _at_hand(self, snapshot: TableVersion, manifests: list[Manifest], name: str | None) -> ShardedIndex | None:
         """Return the index in memory, brought to this version, if it is the one to use."""
         if self._resident is None:
             return None
@@ -134,7 +134,7 @@ class IndexKeeper:
             return None
         return index.updated(keys, _batches(snapshot, missing))
 
-    def _from_disk(self, snapshot: Snapshot, manifests: list[Manifest], progress: Progress) -> ShardedIndex | None:
+    def _from_disk(self, snapshot: TableVersion, manifests: list[Manifest], progress: Progress) -> ShardedIndex | None:
         for known in manifests:
             manifest = known
             for _ in range(2):
@@ -149,7 +149,7 @@ class IndexKeeper:
                     manifest = again[0]
         return None
 
-    def _loaded(self, manifest: Manifest, snapshot: Snapshot, progress: Progress) -> ShardedIndex | None:
+    def _loaded(self, manifest: Manifest, snapshot: TableVersion, progress: Progress) -> ShardedIndex | None:
         """Return a built index, brought to this version on disk, or in memory where it has to stay as it is there."""
         if snapshot.version >= manifest.table_version:
             try:
@@ -164,7 +164,7 @@ class IndexKeeper:
         keys, missing = change
         return index.updated(keys, _batches(snapshot, missing)) if index.grows or not len(missing) else None
 
-    def _sound(self, manifest: Manifest, snapshot: Snapshot, *, progress: Progress) -> Manifest | None:
+    def _sound(self, manifest: Manifest, snapshot: TableVersion, *, progress: Progress) -> Manifest | None:
         """Return an index brought to this version on disk; None where it is damaged, or has to be made anew."""
         if len(manifest.parts) >= _MOST_PARTS:
             return None
@@ -177,7 +177,7 @@ class IndexKeeper:
             logger.warning("%s", error)
             return None
 
-    def _extended(self, manifest: Manifest, snapshot: Snapshot, *, progress: Progress) -> Manifest | None:
+    def _extended(self, manifest: Manifest, snapshot: TableVersion, *, progress: Progress) -> Manifest | None:
         """Return an index brought to this version on disk; None where it has to be made anew.
 
         Raises:
@@ -193,12 +193,12 @@ class IndexKeeper:
         batches = _counted(_batches(snapshot, missing), len(missing), progress)
         return extend_index(self._folder, manifest, _held(snapshot), keys, batches, count=len(missing))
 
-    def _difference(self, manifest: Manifest, snapshot: Snapshot) -> tuple[Keys, np.ndarray] | None:
+    def _difference(self, manifest: Manifest, snapshot: TableVersion) -> tuple[Keys, np.ndarray] | None:
         """Return what is alive of a built index in this version, and what the version has beyond it.
 
         None where they cannot be compared, or differ in most: then the index has to be made anew.
         """
-        if (manifest.table, manifest.width) != (TABLE, snapshot.fingerprint.sketch.width):
+        if (manifest.table, manifest.width) != (snapshot.name, snapshot.width):
             return None
         if snapshot.digest_of(manifest.table_version) != manifest.table_digest:
             return None  # of a copy that went its own way, or of a version that is no longer kept
@@ -215,9 +215,9 @@ class IndexKeeper:
             )  # fmt: skip
 
 
-def _of_table(snapshot: Snapshot, progress: Progress) -> ShardedIndex:
+def _of_table(snapshot: TableVersion, progress: Progress) -> ShardedIndex:
     """Return an index of the table itself: its rows in memory, or streamed from it where they do not fit."""
-    recipe, width, count = read_recipe("cpu"), snapshot.fingerprint.sketch.width, snapshot.count()
+    recipe, width, count = read_recipe("cpu"), snapshot.width, snapshot.rows()
     if 2 * width * count < free_bytes("cpu") // 2:
         return empty_index(recipe, width=width).updated(
             empty_index(recipe, width=width).keys, _counted(_batches(snapshot), count, progress)
@@ -226,10 +226,10 @@ def _of_table(snapshot: Snapshot, progress: Progress) -> ShardedIndex:
     return _streamed(snapshot, recipe)
 
 
-def _streamed(snapshot: Snapshot, recipe: IndexRecipe) -> ShardedIndex:
+def _streamed(snapshot: TableVersion, recipe: IndexRecipe) -> ShardedIndex:
     """Return an index that reads the table itself."""
     sample_ids, row_ids, versions = snapshot.keys_in_order()
-    width = snapshot.fingerprint.sketch.width
+    width = snapshot.width
     source = TableSource(
         row_ids,
         lambda: ((batch.row_ids, batch.vectors) for batch in snapshot.vectors()),
@@ -247,12 +247,12 @@ def _streamed(snapshot: Snapshot, recipe: IndexRecipe) -> ShardedIndex:
     )
 
 
-def _batches(snapshot: Snapshot, row_ids: np.ndarray | None = None) -> Iterator[Batch]:
+def _batches(snapshot: TableVersion, row_ids: np.ndarray | None = None) -> Iterator[Batch]:
     if row_ids is not None and not len(row_ids):
         return
     for found in snapshot.vectors(row_ids):
-        alive = np.ones(len(found.sample_ids), bool)
-        yield Batch(Keys(found.sample_ids, found.row_ids, found.versions, alive), found.vectors.view(np.uint16))
+        alive = np.ones(len(found.keys), bool)
+        yield Batch(Keys(found.keys, found.row_ids, found.versions, alive), found.vectors.view(np.uint16))
 
 
 def _counted(batches: Iterator[Batch], total: int, progress: Progress) -> Iterator[Batch]:
@@ -269,21 +269,21 @@ def _much(before: Keys, after: Keys, missing: np.ndarray) -> bool:
     return int((~after.alive).sum()) + len(missing) > _MOST_CHANGED * max(len(before), 1)
 
 
-def _held(snapshot: Snapshot) -> Held:
+def _held(snapshot: TableVersion) -> Held:
     return Held(
-        table=TABLE,
+        table=snapshot.name,
         version=snapshot.version,
         digest=snapshot.digest,
-        width=snapshot.fingerprint.sketch.width,
+        width=snapshot.width,
     )
 
 
-def _holds(manifest: Manifest, snapshot: Snapshot) -> bool:
+def _holds(manifest: Manifest, snapshot: TableVersion) -> bool:
     held = _held(snapshot)
     return (manifest.table, manifest.table_digest, manifest.width) == (held.table, held.digest, held.width)
 
 
-def _info(manifest: Manifest, snapshot: Snapshot) -> IndexInfo:
+def _info(manifest: Manifest, snapshot: TableVersion) -> IndexInfo:
     return IndexInfo(
         name=manifest.name,
         recipe=manifest.recipe,
@@ -291,4 +291,5 @@ def _info(manifest: Manifest, snapshot: Snapshot) -> IndexInfo:
         samples=manifest.samples,
         table_version=manifest.table_version,
         recall=manifest.recall,
+        level="sample" if snapshot.name == SAMPLES else "token",
     )

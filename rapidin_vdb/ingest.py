@@ -6,12 +6,13 @@ from collections.abc import Iterator
 from rapidin_vdb.batches import Pair, planned_batches
 from rapidin_vdb.compute import Compute
 from rapidin_vdb.corpus import Template, Tokenizer
+from rapidin_vdb.engine import Made
 from rapidin_vdb.errors import CorpusError, GradientError
-from rapidin_vdb.plan import Corpus, encoded_windows, make_plan
+from rapidin_vdb.plan import Corpus, Plan, encoded_windows, make_plan
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate
+from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate, Sample
 from rapidin_vdb.results import IngestReport
-from rapidin_vdb.store import Row, SampleTable
+from rapidin_vdb.store import Row, SampleTable, TokenRows
 
 # A commit is made when this much is waiting: seldom enough to be cheap, often enough to lose little.
 _COMMIT_BYTES = 64 << 20
@@ -28,13 +29,15 @@ def ingest(
     batch_tokens: int,
     on_bad_record: OnBadRecord = "stop",
     on_duplicate: OnDuplicate = "error",
+    token_gradients: bool = False,
     progress: Progress = silent,
 ) -> IngestReport:
     """Write the RapidGrads of a corpus's samples, and say what was done.
 
     A sample whose id is in the table with the same content is left alone, so that an ingest that was interrupted, or is
     run twice, simply goes on. `on_duplicate` says what to do where the content differs. The corpus is read twice: first
-    to check every record, then to take gradients.
+    to check every record, then to take gradients. With `token_gradients`, `compute` makes those of single tokens too;
+    samples that are in the table without them get them.
 
     Raises:
         CorpusError: a record cannot be stored, under `on_bad_record="stop"`; nothing is written.
@@ -47,9 +50,15 @@ def ingest(
     def windows() -> Iterator[list[Pair | CorpusError]]:
         return encoded_windows(corpus, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
 
-    plan = make_plan(table, windows(), on_bad_record=on_bad_record, on_duplicate=on_duplicate)
+    plan = make_plan(
+        table,
+        windows(),
+        on_bad_record=on_bad_record,
+        on_duplicate=on_duplicate,
+        token_gradients=token_gradients,
+    )
     plan.seen = table.ensure_columns(plan.kinds, seen=plan.seen)
-    writer = _Writer(table, replacing=plan.replaced, seen=plan.seen)
+    writer = _Writer(table, plan)
     total, done, tokens = len(plan.todo), 0, 0
     in_flight: dict[str, Pair] = {}
 
@@ -66,7 +75,7 @@ def ingest(
                 sample, _ = in_flight.pop(encoded.sample_id)
                 done, tokens = done + 1, tokens + len(encoded.input_ids)
                 if not isinstance(result, GradientError):
-                    writer.add(Row(sample=sample, encoded=encoded, vector=result[0], loss=result[1]))
+                    writer.add(sample, encoded, result)
                 elif on_bad_record == "stop":
                     raise GradientError(
                         f"{sample.location}: {result}. What was done before is kept; pass over such samples with: "
@@ -87,6 +96,7 @@ def ingest(
         kept=plan.kept,
         bad=tuple(plan.bad),
         tokens=tokens,
+        token_gradients=writer.token_gradients,
         seconds=time.monotonic() - started,
         table_version=table.snapshot().version,
     )
@@ -95,19 +105,26 @@ def ingest(
 class _Writer:
     """Gathers rows and commits them, many at a time."""
 
-    def __init__(self, table: SampleTable, *, replacing: set[str], seen: int) -> None:
+    def __init__(self, table: SampleTable, plan: Plan) -> None:
         self.added = 0
         self.replaced = 0
+        self.token_gradients = 0
         self._table = table
-        self._replacing = replacing
-        self._seen = seen
+        self._replacing = plan.replaced
+        self._there = plan.tokens_only
+        self._seen = plan.seen
         self._rows: list[Row] = []
+        self._tokens: list[TokenRows] = []
         self._bytes = 0
         self._since = time.monotonic()
 
-    def add(self, row: Row) -> None:
-        self._rows.append(row)
-        self._bytes += row.vector.nbytes
+    def add(self, sample: Sample, encoded: Encoded, made: Made) -> None:
+        if sample.sample_id not in self._there:
+            self._rows.append(Row(sample=sample, encoded=encoded, vector=made.vector, loss=made.loss))
+            self._bytes += made.vector.nbytes
+        if made.tokens is not None:
+            self._tokens.append(TokenRows(encoded=encoded, content_hash=sample.content_hash, vectors=made.tokens))
+            self._bytes += made.tokens.nbytes
 
     def commit_if_due(self) -> None:
         if self._bytes >= _COMMIT_BYTES or time.monotonic() - self._since >= _COMMIT_SECONDS:
@@ -115,7 +132,10 @@ class _Writer:
 
     def commit(self) -> None:
         # Emptied first: a Ctrl-C in the middle must not write rows a second time that the commit goes on to write.
-        rows, self._rows, self._bytes = self._rows, [], 0
+        rows, self._rows, tokens, self._tokens, self._bytes = self._rows, [], self._tokens, [], 0
+        if tokens:
+            # Before their samples: a sample whose tokens were asked for is never there without them.
+            self.token_gradients += self._table.tokens.write(tokens)
         if rows:
             replaced = sum(row.sample.sample_id in self._replacing for row in rows)
             self._seen = self._table.replace(rows) if replaced else self._table.append(rows, seen=self._seen)

@@ -44,6 +44,8 @@ class Plan:
     """Content hash of each sample to write, by id."""
     kinds: dict[str, ColumnKind] = field(default_factory=dict)
     """The columns that their fields need."""
+    tokens_only: set[str] = field(default_factory=set)
+    """Those of them that are in the table, and lack the RapidGrads of their single tokens."""
     replaced: set[str] = field(default_factory=set)
     """Those of them whose id is in the table, with other content."""
     unchanged: int = 0
@@ -86,14 +88,19 @@ def make_plan(
     *,
     on_bad_record: OnBadRecord,
     on_duplicate: OnDuplicate,
+    token_gradients: bool = False,
 ) -> Plan:
     """Return what there is to write, every record having been looked at.
+
+    With `token_gradients`, samples that are there without those of their tokens are among it.
 
     Raises:
         CorpusError: a record cannot be stored, or an id stands for two contents, where the options do not allow it.
     """
     snapshot = table.snapshot()
     stored = snapshot.content_hashes()
+    tokens = table.tokens.snapshot() if token_gradients else None
+    having = tokens.content_hashes() if tokens is not None else set()
     plan = Plan(seen=snapshot.version)
     for window in windows:
         for entry in window:
@@ -105,7 +112,13 @@ def make_plan(
                 plan.bad.append(str(entry))
                 continue
             sample = entry[0]
-            if _decide(plan, sample, stored, table, on_duplicate):
+            wanted = _decide(plan, sample, stored, table, on_duplicate)
+            if not wanted and token_gradients and sample.sample_id not in plan.todo:
+                lacking = (sample.sample_id, sample.content_hash) not in having
+                if lacking and stored.get(sample.sample_id) == sample.content_hash:
+                    plan.tokens_only.add(sample.sample_id)
+                    plan.todo[sample.sample_id] = sample.content_hash
+            if wanted:
                 plan.todo[sample.sample_id] = sample.content_hash
                 plan.kinds = merge_kinds(plan.kinds, sample.metadata)
     return plan

@@ -10,6 +10,7 @@ import numpy as np
 from rapidin_vdb.corpus import Template, Tokenizer, encode, read_records, sample_from
 from rapidin_vdb.corpus.files import Record
 from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.focus import focus_of, focused
 from rapidin_vdb.gradient import RapidGradMaker
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, Sample
@@ -25,6 +26,8 @@ class Sketched:
     """float32 [queries, width]."""
     seconds: tuple[float, ...]
     """How long each took."""
+    focus: tuple[tuple[str, ...], ...]
+    """The texts that each is about; none for the whole generation."""
 
 
 def query_from(prompt: str | None, generation: str, *, query_id: str = "query") -> Sample:
@@ -58,23 +61,36 @@ def read_queries(path: Path) -> list[Sample]:
 
 
 def encode_queries(
-    queries: Sequence[Sample], *, tokenizer: Tokenizer, template: Template, max_tokens: int
+    queries: Sequence[Sample],
+    *,
+    tokenizer: Tokenizer,
+    template: Template,
+    max_tokens: int,
+    focus: Sequence[str] = (),
 ) -> list[Encoded]:
-    """Return the tokens of queries.
+    """Return the tokens of queries; those of a query's own focus, or of the one given, carry its loss.
 
     Raises:
         CorpusError: one of them leaves no token with a loss.
+        SpecError: a focus is not in its generation.
     """
     encoded = []
-    for result in encode(queries, tokenizer=tokenizer, template=template, max_tokens=max_tokens):
+    results = encode(queries, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
+    for query, result in zip(queries, results, strict=True):
         if isinstance(result, CorpusError):
             raise result
-        encoded.append(result)
+        encoded.append(focused(query, result, focus_of(query, focus)))
     return encoded
 
 
-def sketch_queries(maker: RapidGradMaker, encoded: Sequence[Encoded], *, progress: Progress = silent) -> Sketched:
-    """Return the RapidGrads of queries, by the same road as samples take.
+def sketch_queries(
+    maker: RapidGradMaker,
+    encoded: Sequence[Encoded],
+    *,
+    focus: Sequence[tuple[str, ...]] | None = None,
+    progress: Progress = silent,
+) -> Sketched:
+    """Return the RapidGrads of queries, by the same road as samples take; `focus` says what each is about.
 
     Raises:
         GradientError: a query gives no gradient, or one that is not finite.
@@ -87,5 +103,8 @@ def sketch_queries(maker: RapidGradMaker, encoded: Sequence[Encoded], *, progres
         seconds.append(time.monotonic() - started)
     progress("gradients", len(encoded), len(encoded))
     return Sketched(
-        query_ids=tuple(query.sample_id for query in encoded), vectors=np.stack(vectors), seconds=tuple(seconds)
+        query_ids=tuple(query.sample_id for query in encoded),
+        vectors=np.stack(vectors),
+        seconds=tuple(seconds),
+        focus=tuple(focus) if focus is not None else ((),) * len(encoded),
     )

@@ -5,73 +5,71 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index import ShardedIndex
 from rapidin_vdb.query import Sketched
+from rapidin_vdb.question import Question
 from rapidin_vdb.records import Aggregate, Scalar
 from rapidin_vdb.results import GroupInfluence, RankedSample, Ranking, Seconds, StoredSample
 from rapidin_vdb.store import Snapshot
 
-SCORE_UNIT = "epochs * learning_rate * inner product of RapidGrads (Eq. 5)"
 
-
-def rank(
-    snapshot: Snapshot,
-    index: ShardedIndex,
-    sketched: Sketched,
-    *,
-    top_k: int = 10,
-    where: str | None = None,
-    harmful: bool = False,
-    both: bool = False,
-    group_by: str | None = None,
-    aggregate: Aggregate = "sum",
-) -> list[Ranking]:
+def rank(snapshot: Snapshot, index: ShardedIndex, sketched: Sketched, question: Question) -> list[Ranking]:
     """Return each query's samples of largest influence, or of most negative influence where `harmful`.
 
     With `both`, one pass finds both. The filter is applied first: results are the best of the samples that match it.
-    With `group_by`, the influence of all of these, summed or averaged by their value in a column, comes beside.
+    With `group_by`, the influence of all of these, summed or averaged by their value in a column, comes beside. Where
+    the first results are to be ranked again, there are as many as that takes.
 
     Raises:
         FilterError: the filter cannot be understood, or there is no such column.
-        SpecError: `top_k` is not positive, or both ends are asked for twice.
     """
-    if top_k < 1:
-        raise SpecError(f"--top-k is {top_k}; wanted 1 or more")
-    if harmful and both:
-        raise SpecError("give one of --harmful and --both")
     started = time.monotonic()
-    among = None if where is None else snapshot.row_ids(where)
-    searched = index.samples if among is None else len(among)
+    among = None if question.where is None else snapshot.row_ids(question.where)
     factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
     groups = None
-    if group_by is not None:
-        groups = _groups(snapshot, index, sketched.vectors, among, group_by, aggregate, factor)
-    # Harmful is helpful of the negated query: there is no second search.
-    sign = -1.0 if harmful else 1.0
-    ends = (
-        index.search_both(sketched.vectors, top_k, among=among)
-        if both
-        else (index.search(np.float32(sign) * sketched.vectors, top_k, among=among), None)
-    )
-    names = [name for end in ends if end is not None for ranked in end for name, _ in ranked]
-    samples = snapshot.samples(names)
-    search = (time.monotonic() - started) / max(len(sketched.query_ids), 1)
-    rankings = []
-    for number, (query_id, gradient) in enumerate(zip(sketched.query_ids, sketched.seconds, strict=True)):
-        rankings.append(
-            Ranking(
-                query_id=query_id,
-                score_unit=SCORE_UNIT,
-                searched=searched,
-                where=where,
-                seconds=Seconds(gradient=gradient, search=search, tokens=0.0, total=gradient + search),
-                results=_results(ends[0][number], samples, sign * factor),
-                harmful=None if ends[1] is None else _results(ends[1][number], samples, factor),
-                groups=None if groups is None else groups[number],
-            )
+    if question.group_by is not None:
+        groups = _groups(snapshot, index, sketched.vectors, among, question.group_by, question.aggregate, factor)
+    ends = both_ends(index, sketched.vectors, among, question, top_k=max(question.top_k, question.refine))
+    samples = snapshot.samples([name for end in ends for ranked in end for name, _ in ranked])
+    seconds = (time.monotonic() - started) / max(len(sketched.query_ids), 1)
+    return [
+        Ranking(
+            query_id=query_id,
+            score_unit=score_unit(sketched, number),
+            searched=index.samples if among is None else len(among),
+            where=question.where,
+            seconds=seconds_of(sketched, number, seconds),
+            results=_results(ends[0][number], samples, factor),
+            harmful=_results(ends[1][number], samples, factor) if question.both else None,
+            groups=None if groups is None else groups[number],
+            focus=sketched.focus[number] or None,
         )
-    return rankings
+        for number, query_id in enumerate(sketched.query_ids)
+    ]
+
+
+def both_ends(
+    index: ShardedIndex, vectors: np.ndarray, among: np.ndarray | None, question: Question, *, top_k: int
+) -> tuple[list[list[tuple[str, float]]], ...]:
+    """Return what is most positive, or most negative, for each query; or both, from one pass."""
+    if question.both:
+        return index.search_both(vectors, top_k, among=among)
+    # Harmful is helpful of the negated query: there is no second search.
+    sign = -1.0 if question.harmful else 1.0
+    found = index.search(np.float32(sign) * vectors, top_k, among=among)
+    return ([[(name, sign * score) for name, score in ranked] for ranked in found],)
+
+
+def score_unit(sketched: Sketched, number: int) -> str:
+    """Say what a score is."""
+    focused = bool(sketched.focus[number])
+    return f"epochs * learning_rate * inner product of RapidGrads ({'Eq. 7' if focused else 'Eq. 5'})"
+
+
+def seconds_of(sketched: Sketched, number: int, search: float) -> Seconds:
+    """Return where a query's time went."""
+    gradient = sketched.seconds[number]
+    return Seconds(gradient=gradient, search=search, tokens=0.0, total=gradient + search)
 
 
 def _results(

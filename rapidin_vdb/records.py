@@ -11,6 +11,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 OnBadRecord = Literal["stop", "skip"]
 OnDuplicate = Literal["skip", "replace", "error"]
 Aggregate = Literal["sum", "mean"]
+Level = Literal["sample", "token"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,14 +59,27 @@ class Encoded:
     input_ids: tuple[int, ...]
     """Prompt, response and end-of-sequence token, in order."""
     offsets: tuple[tuple[int, int], ...]
-    """Half-open spans, in code points of the response, of the last `len(offsets)` ids: those that carry loss."""
+    """Half-open spans, in code points of the response, of the last `len(offsets)` ids: those of the response."""
     truncated: bool
     """Whether ids were cut from the right to respect `max_tokens`."""
+    focus: tuple[int, ...] | None = None
+    """Which response tokens carry loss, by their number from 0; None for all (the paper's Gamma(E))."""
 
     @property
     def response_tokens(self) -> int:
-        """How many tokens carry loss (the paper's G)."""
+        """How many tokens the response has (the paper's G)."""
         return len(self.offsets)
+
+    @property
+    def loss_tokens(self) -> tuple[int, ...]:
+        """The response tokens that carry loss, by their number from 0."""
+        return tuple(range(len(self.offsets))) if self.focus is None else self.focus
+
+    @property
+    def loss_places(self) -> tuple[int, ...]:
+        """Where those tokens stand among the ids; the logits before each predict it."""
+        first = len(self.input_ids) - len(self.offsets)
+        return tuple(first + number for number in self.loss_tokens)
 
 
 @dataclass(frozen=True, kw_only=True)

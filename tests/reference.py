@@ -50,3 +50,18 @@ def top_k(vectors: dict[str, np.ndarray], query: np.ndarray, k: int) -> list[tup
         name: float((vector.astype(np.float64) * query.astype(np.float64)).sum()) for name, vector in vectors.items()
     }
     return sorted(scores.items(), key=lambda pair: (-pair[1], pair[0]))[:k]
+
+
+def token_gradients(model, theta: dict, ids: list[int], response_tokens: int) -> list[list[np.ndarray]]:
+    """One backward pass a token, each through a forward pass of its own."""
+    grads = []
+    for place in range(len(ids) - response_tokens, len(ids)):
+        log_probabilities = torch.log_softmax(model(input_ids=torch.tensor([ids])).logits[0].double(), -1)
+        found = torch.autograd.grad(-log_probabilities[place - 1, ids[place]], list(theta.values()), allow_unused=True)
+        grads.append(
+            [
+                np.zeros(tuple(tensor.shape)) if grad is None else grad.detach().double().numpy()
+                for grad, tensor in zip(found, theta.values(), strict=True)
+            ]
+        )
+    return grads

@@ -31,7 +31,7 @@ def brute_force(database, k=100, as_of=None, where=None):
     vectors = {
         name: vector
         for batch in snapshot.vectors()
-        for name, vector in zip(batch.sample_ids, batch.vectors, strict=True)
+        for name, vector in zip(batch.keys, batch.vectors, strict=True)
         if name in allowed
     }
     engine = database._loaded()
@@ -104,7 +104,7 @@ def test_a_version_that_only_brings_scalar_indices_reads_no_row(database, monkey
     database._table._table.create_index("tokens", config=__import__("lancedb").index.BTree())
     assert [index.fresh for index in database.info().indexes] == [False]
     monkeypatch.setattr(
-        "rapidin_vdb.store.snapshot.Snapshot.vectors", lambda *a, **k: pytest.fail("vectors are read from the table")
+        "rapidin_vdb.store.version.TableVersion.vectors", lambda *a, **k: pytest.fail("vectors are read from the table")
     )
     again = rapidin_vdb.open(database.path)
     assert again.query(*ASKED)[0].searched == 24
@@ -263,7 +263,7 @@ def test_both_ends_and_groups(database, tmp_path):
 def test_an_index_is_never_half_shared(database):
     """An updated index does not change the one that it came from, as far as that may still be used."""
     database.index("cpu")
-    index = database._indexes._resident[1]
+    index = database._indexes["sample"]._resident[1]
     assert isinstance(index, ShardedIndex)
     keys, missing = index.keys.difference(index.keys.row_ids[1:], index.keys.versions[1:])
     assert len(missing) == 0

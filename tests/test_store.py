@@ -105,7 +105,7 @@ def test_what_is_written_is_read(table):
     vectors = {
         name: vector[0]
         for batch in table.snapshot().vectors()
-        for name, vector in zip(batch.sample_ids, batch.vectors, strict=True)
+        for name, vector in zip(batch.keys, batch.vectors, strict=True)
     }
     assert vectors == {"a": 1.0, "b": 1.0, "c\nd": 2.0}
     assert SampleTable(table.uri).fingerprint == FINGERPRINT
@@ -160,7 +160,7 @@ def test_replace_and_delete(table):
     assert {
         vector[0]
         for batch in table.snapshot().vectors()
-        for name, vector in zip(batch.sample_ids, batch.vectors, strict=True)
+        for name, vector in zip(batch.keys, batch.vectors, strict=True)
         if name == "a"
     } == {9.0}
     assert table.delete_ids(["b", "zz", "c\nd"]) == ["b", "c\nd"]
@@ -184,7 +184,7 @@ def test_rows_keep_their_ids_and_say_when_they_changed(table):
     assert {names[one] for one in changed if changed[one] == stayed.get(one)} == {"c\nd"}
     assert {names[one] for one in changed if one in stayed} == {"a", "c\nd"}
     taken = [batch for batch in after.vectors(np.array(sorted(one for one in names if names[one] == "a")))]
-    assert [(batch.sample_ids, batch.vectors[0, 0]) for batch in taken] == [(["a"], 9.0)]
+    assert [(batch.keys, batch.vectors[0, 0]) for batch in taken] == [(["a"], 9.0)]
     assert before.digest == after.digest_of(before.version) != after.digest
     assert after.digest_of(10**6) is None
 
@@ -198,7 +198,7 @@ def test_many_rows_taken_are_those_asked_for(table):
         got = {
             name: vector[0]
             for batch in snapshot.vectors(chosen)
-            for name, vector in zip(batch.sample_ids, batch.vectors, strict=True)
+            for name, vector in zip(batch.keys, batch.vectors, strict=True)
         }
         assert sorted(got) == sorted(names[row_ids.tolist().index(one)] for one in chosen)
         assert all(value == int(name[1:]) for name, value in got.items() if name.startswith("m"))

@@ -24,7 +24,7 @@ def content(database) -> dict[str, tuple]:
     vectors = {
         name: vector.tobytes()
         for batch in snapshot.vectors()
-        for name, vector in zip(batch.sample_ids, batch.vectors, strict=True)
+        for name, vector in zip(batch.keys, batch.vectors, strict=True)
     }
     samples = snapshot.samples(list(vectors))
     assert len(vectors) == snapshot.count(), "no id stands twice"

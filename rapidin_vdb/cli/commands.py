@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from rapidin_vdb.cli import show
+from rapidin_vdb.cli.pages import check_writable, write_page
 from rapidin_vdb.cli.progress import progress_bars
-from rapidin_vdb.records import Aggregate, DType, Normalize, OnBadRecord, OnDuplicate, Quantization
+from rapidin_vdb.records import Aggregate, DType, Level, Normalize, OnBadRecord, OnDuplicate, Quantization
 
 DB = Annotated[str, typer.Argument(metavar="DB", help="Folder of the database.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
@@ -77,6 +78,12 @@ def ingest(
         OnBadRecord, typer.Option(help="Stop before anything is written, or skip and list at the end.")
     ] = "stop",
     on_duplicate: Annotated[OnDuplicate, typer.Option(help="For an id that is there with other content.")] = "error",
+    token_gradients: Annotated[
+        bool, typer.Option("--token-gradients", help="Store a RapidGrad for every response token too.")
+    ] = False,
+    token_width: Annotated[
+        int | None, typer.Option(help="Length of those, a power of two [default: what is there, else 4096].")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it would take, from timing a few batches; write nothing.")
     ] = False,
@@ -94,7 +101,8 @@ def ingest(
         report = database.ingest(
             *files, split=split, source=source, id_field=id_field, limit=limit, batch_tokens=batch_tokens,
             device=device, workers_per_device=workers_per_device, on_bad_record=on_bad_record,
-            on_duplicate=on_duplicate, dry_run=dry_run, model=model, adapter=adapter, progress=progress,
+            on_duplicate=on_duplicate, token_gradients=token_gradients, token_width=token_width, dry_run=dry_run,
+            model=model, adapter=adapter, progress=progress,
         )  # fmt: skip
     show.ingested(report)
 
@@ -104,6 +112,7 @@ def index(
     recipe: Annotated[
         str, typer.Option(help="A file such as indexes/cpu.toml, or the name of one that is shipped.")
     ] = "indexes/cpu.toml",
+    level: Annotated[Level, typer.Option(help="Of samples, or of single tokens.")] = "sample",
 ) -> None:
     """Build a search index, or bring one up to date; a query does that by itself.
 
@@ -113,7 +122,7 @@ def index(
 
     database = rapidin_vdb.open(db)
     with progress_bars() as progress:
-        built = database.index(recipe, progress=progress)
+        built = database.index(recipe, level=level, progress=progress)
     show.indexed(built)
 
 
@@ -126,6 +135,19 @@ def query(
     where: Annotated[str | None, typer.Option(help="SQL filter, applied before the search.")] = None,
     harmful: Annotated[bool, typer.Option("--harmful", help="Rank the most negative influence first.")] = False,
     both: Annotated[bool, typer.Option("--both", help="Both ends: most positive, and most negative.")] = False,
+    level: Annotated[
+        Level, typer.Option(help="What to rank: samples, or single training tokens (after --token-gradients).")
+    ] = "sample",
+    focus: Annotated[
+        list[str] | None, typer.Option(help="Ask only about this text of the generation; may be given several times.")
+    ] = None,
+    tokens: Annotated[
+        bool, typer.Option("--tokens", help="Give every token of the results its exact influence.")
+    ] = False,
+    matrix: Annotated[
+        bool, typer.Option("--matrix", help="The same on each token of the generation, in --json.")
+    ] = False,
+    refine: Annotated[int, typer.Option(help="Rank this many of the first results again, by exact influence.")] = 0,
     group_by: Annotated[
         str | None, typer.Option(help="Influence of all samples by the values of this column, such as source.")
     ] = None,
@@ -137,6 +159,9 @@ def query(
         int | None, typer.Option(help="Answer from an older version of the table; `info` says the newest.")
     ] = None,
     as_json: AsJson = False,
+    html: Annotated[
+        Path | None, typer.Option(help="Write a page to look at: tokens in colours, for every generated token.")
+    ] = None,
     device: Device = "auto",
     model: Moved = None,
     adapter: MovedAdapter = None,
@@ -149,13 +174,18 @@ def query(
 
     if (generation is None) == (file is None) or (prompt is not None and file is not None):
         raise typer.BadParameter("give --generation (and --prompt), or --file QUERIES.jsonl")
+    if html is not None:
+        check_writable(html, level)
     database = rapidin_vdb.open(db)
     with progress_bars() as progress:
         rankings = database.query(
-            prompt, generation, file=file, top_k=top_k, where=where, harmful=harmful, both=both, group_by=group_by,
-            aggregate=aggregate, index=index_name, as_of=as_of, progress=progress, device=device, model=model,
-            adapter=adapter,
+            prompt, generation, file=file, top_k=top_k, where=where, harmful=harmful, both=both, level=level,
+            focus=focus or (), tokens=tokens or html is not None, matrix=matrix or html is not None, refine=refine,
+            group_by=group_by, aggregate=aggregate, index=index_name, as_of=as_of, progress=progress, device=device,
+            model=model, adapter=adapter,
         )  # fmt: skip
+    if html is not None:
+        write_page(html, rankings, title=db)
     show.ranked(rankings, as_json=as_json)
 
 

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from rapidin_vdb.cli.ranked import ranking_table
+from rapidin_vdb.cli.text import cut, printable
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.results import (
     DatabaseInfo,
     IndexInfo,
     IngestEstimate,
     IngestReport,
-    RankedSample,
     Ranking,
     StoredSample,
 )
@@ -48,15 +49,18 @@ def ingested(report: IngestReport | IngestEstimate) -> None:
     parts += [f"{report.unchanged:,} were there already"] if report.unchanged else []
     parts += [f"{report.kept:,} kept as they were"] if report.kept else []
     parts += [f"{len(report.bad):,} skipped"] if report.bad else []
-    rate = (report.added + report.replaced) / report.seconds
-    typer.echo(f"{', '.join(parts)}, in {report.seconds:.1f} s ({rate:,.1f} samples/s)", err=True)
+    parts += [f"{report.token_gradients:,} token gradients"] if report.token_gradients else []
+    written = report.added + report.replaced
+    rate, what = (written, "samples") if written else (report.token_gradients, "token gradients")
+    typer.echo(f"{', '.join(parts)}, in {report.seconds:.1f} s ({rate / report.seconds:,.1f} {what}/s)", err=True)
     for message in report.bad:
         typer.echo(f"skipped: {message}", err=True)
 
 
 def _estimated(expected: IngestEstimate) -> None:
+    single = f", and {expected.token_gradients:,} token gradients" if expected.token_gradients else ""
     typer.echo(
-        f"{expected.samples:,} samples of {expected.tokens:,} tokens, in {expected.batches:,} batches\n"
+        f"{expected.samples:,} samples of {expected.tokens:,} tokens, in {expected.batches:,} batches{single}\n"
         f"{expected.bytes / 1e6:,.1f} MB in the database, {expected.peak_memory / 1e9:,.1f} GB of memory at the most\n"
         f"{expected.seconds:,.0f} s expected, from timing a few batches; nothing was written"
     )
@@ -67,7 +71,7 @@ def _estimated(expected: IngestEstimate) -> None:
 def indexed(built: IndexInfo) -> None:
     """Say what was built."""
     typer.echo(
-        f"index {built.name} holds {built.samples:,} samples of version {built.table_version}{_recalled(built)}",
+        f"index {built.name} holds {built.samples:,} {built.level}s of version {built.table_version}{_recalled(built)}",
         err=True,
     )
 
@@ -89,34 +93,7 @@ def ranked(rankings: Sequence[Ranking], *, as_json: bool) -> None:
         else:
             if number:
                 typer.echo("")
-            _ranking_table(ranking)
-
-
-def _ranking_table(ranking: Ranking) -> None:
-    matching = f" that match {ranking.where}" if ranking.where is not None else ""
-    typer.echo(f"{_printable(ranking.query_id)}: {len(ranking.results)} of {ranking.searched:,} samples{matching}")
-    if not ranking.results:
-        typer.echo("  no sample matches")
-        return
-    _result_lines(ranking.results)
-    if ranking.harmful is not None:
-        typer.echo("most negative:")
-        _result_lines(ranking.harmful)
-    if ranking.groups is not None:
-        typer.echo(f"{'samples':>8}  {'influence':>10}  value")
-        for group in ranking.groups:
-            value = "(none)" if group.value is None else _cut(str(group.value), 56)
-            typer.echo(f"{group.samples:>8,}  {group.score:>10.4g}  {value}")
-
-
-def _result_lines(results: Sequence[RankedSample]) -> None:
-    wide = min(max(len(_printable(result.sample_id)) for result in results), 24)
-    typer.echo(f"{'rank':>4}  {'score':>10}  {'sample_id':<{wide}}  {'split':<8}  text")
-    for result in results:
-        name = _cut(result.sample_id, wide)
-        text = f"{result.prompt} -> {result.response}" if result.prompt else result.response
-        line = f"{result.rank:>4}  {result.score:>10.4g}  {name:<{wide}}  {_cut(result.split, 8):<8}  "
-        typer.echo(line + _cut(text, max(80 - len(line), 16)))
+            ranking_table(ranking)
 
 
 def sample(stored: StoredSample, *, as_json: bool) -> None:
@@ -125,14 +102,14 @@ def sample(stored: StoredSample, *, as_json: bool) -> None:
         json_line(stored.to_dict())
         return
     cut = ", cut to fit" if stored.truncated else ""
-    source = f"  source: {_printable(stored.source)}" if stored.source is not None else ""
-    typer.echo(f"{_printable(stored.sample_id)}  split: {_printable(stored.split)}{source}")
+    source = f"  source: {printable(stored.source)}" if stored.source is not None else ""
+    typer.echo(f"{printable(stored.sample_id)}  split: {printable(stored.split)}{source}")
     typer.echo(f"{stored.tokens} response tokens{cut}, loss {stored.loss:.4f} nats")
     for name, value in stored.metadata.items():
-        typer.echo(f"{name}: {_printable(str(value))}")
+        typer.echo(f"{name}: {printable(str(value))}")
     for title, text in (("prompt", stored.prompt), ("response", stored.response)):
         if text is not None:
-            typer.echo(f"\n{title}:\n{textwrap.indent(_printable(text, lines=True), '  ')}")
+            typer.echo(f"\n{title}:\n{textwrap.indent(printable(text, lines=True), '  ')}")
 
 
 def info(found: DatabaseInfo, *, as_json: bool) -> None:
@@ -148,7 +125,7 @@ def info(found: DatabaseInfo, *, as_json: bool) -> None:
         elif name == "indexes":
             for built in found.indexes:
                 state = "fresh" if built.fresh else f"of version {built.table_version}; a query brings it up to date"
-                line = f"{built.name}: {built.samples:,} samples, {state}{_recalled(built)}"
+                line = f"{built.name}: {built.samples:,} {built.level}s, {state}{_recalled(built)}"
                 typer.echo(textwrap.fill(line, 80, initial_indent=f"{'index':<15}", subsequent_indent=" " * 15))
         else:
             typer.echo(
@@ -178,17 +155,4 @@ def deleted(result: list[str] | int, wanted: list[str] | None) -> None:
     if wanted is not None and not isinstance(result, int):
         missing = sorted(set(wanted) - set(result))
         if missing:
-            typer.echo(f"{len(missing):,} ids were not in the database: {_cut(', '.join(missing), 200)}", err=True)
-
-
-def _cut(text: str, length: int) -> str:
-    text = _printable(" ".join(text.split()))
-    return text if len(text) <= length else text[: length - 1] + "…"
-
-
-def _printable(text: str | None, *, lines: bool = False) -> str:
-    """Show control characters instead of sending them to the terminal: a record may hold escape sequences."""
-    return "".join(
-        character if character.isprintable() or (lines and character == "\n") else repr(character)[1:-1]
-        for character in text or ""
-    )
+            typer.echo(f"{len(missing):,} ids were not in the database: {cut(', '.join(missing), 200)}", err=True)

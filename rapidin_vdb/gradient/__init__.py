@@ -1,14 +1,21 @@
 """Models, and the gradients of samples, layer by layer."""
 
 from rapidin_vdb.gradient.fingerprint import fingerprint_of
+from rapidin_vdb.gradient.influence import Direction, Exact, ExactInfluence
 from rapidin_vdb.gradient.memory import default_batch_tokens
 from rapidin_vdb.gradient.model import LoadedModel, load_config, load_model, load_tokenizer, resolve_devices
 from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
 from rapidin_vdb.gradient.sample import stream_gradient
+from rapidin_vdb.gradient.token_rapidgrad import TokenRapidGradMaker, check_token_width
 
 __all__ = [
+    "Direction",
+    "Exact",
+    "ExactInfluence",
     "LoadedModel",
     "RapidGradMaker",
+    "TokenRapidGradMaker",
+    "check_token_width",
     "default_batch_tokens",
     "fingerprint_of",
     "load_config",

@@ -1,6 +1,5 @@
 """Per-sample gradients of a whole batch from one forward and one backward, handed on as backward reaches each layer."""
 
-import inspect
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -8,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rapidin_vdb.gradient.checkpoint import checkpointed_layers
 from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows
+from rapidin_vdb.gradient.forward import batch_losses
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.precision import adapter_layers, tf32_products, tf32_rule
 from rapidin_vdb.gradient.rules import Rule, dense_rows, rule_for, summed_rows
@@ -61,8 +60,6 @@ class BatchedGradients:
         """Whether layers are computed twice, so that their activations need not be kept."""
         self._tf32_layers = adapter_layers(loaded)
         self._rules = self._find_rules()
-        self._keep_logits = "logits_to_keep" in inspect.signature(_inner(loaded.model).forward).parameters
-        self._positions = "position_ids" in inspect.signature(_inner(loaded.model).forward).parameters
 
     def _find_rules(self) -> list[tuple[torch.nn.Module, list[tuple[int, Rule]]]]:
         numbers = {id(tensor): number for number, tensor in enumerate(self.loaded.theta.values())}
@@ -100,30 +97,12 @@ class BatchedGradients:
         logger.warning("%s: all gradients one sample at a time, which is slower (%s)", self.loaded.spec.model, reason)
 
     def stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
-        """Hand the gradients of every ruled tensor to the receiver, and return each sample's loss, [batch].
-
-        Samples are padded on the right without an attention mask: in a causal model no token sees what follows it, and
-        what a padding token computes reaches no loss.
-        """
+        """Hand the gradients of every ruled tensor to the receiver, and return each sample's loss, [batch]."""
         run = _Run(self, len(batch), receiver)
-        ids, rows, places, counts = _padded(batch, self.loaded.device)
-        options: dict[str, Any] = {}
-        first = 0
-        if self._keep_logits:
-            # Logits are only needed from the first token that predicts one with a loss.
-            first = min(len(sample.input_ids) - sample.response_tokens for sample in batch) - 1
-            options["logits_to_keep"] = ids.shape[1] - first
-        if self._positions:
-            # One row a sample: an embedding of positions shared by the batch would mix its samples' gradients.
-            options["position_ids"] = torch.arange(ids.shape[1], device=ids.device).expand(len(batch), -1)
         layers = checkpointed_layers(self.loaded.model) if self.checkpointing else nullcontext()
         products = tf32_products(self._tf32_layers)
         with self._frozen(), layers, products, run.hooked(self._rules), torch.enable_grad():
-            logits = self.loaded.model(input_ids=ids, use_cache=False, **options).logits
-            token_losses = F.cross_entropy(
-                logits[rows, places - first].float(), ids[rows, places + 1], reduction="none"
-            )
-            losses = torch.zeros(len(batch), device=ids.device).index_add(0, rows, token_losses / counts[rows])
+            losses = batch_losses(self.loaded, batch).means()
             losses.sum().backward()
             run.finish()
         return losses.detach()
@@ -235,19 +214,3 @@ class _Run:
 
     def _formed(self, number: int, part: Contribution, samples: slice) -> Tensor:
         return part.form(samples) if isinstance(part, Dense) else dense_rows(part, samples, len(self.theta[number]))
-
-
-def _inner(model: Any) -> Any:
-    """Return the transformers model inside an adapter, whose forward has the options."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _padded(batch: Sequence[Encoded], device: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return token ids, and for each token with a loss its sample and the place before it; and tokens a sample."""
-    longest = max(len(sample.input_ids) for sample in batch)
-    # Padded with the sample's own last token: a padding token would make some models look for a mask.
-    ids = [list(sample.input_ids) + [sample.input_ids[-1]] * (longest - len(sample.input_ids)) for sample in batch]
-    counts = torch.tensor([sample.response_tokens for sample in batch])
-    rows = torch.arange(len(batch)).repeat_interleave(counts)
-    places = torch.cat([torch.arange(len(s.input_ids) - s.response_tokens - 1, len(s.input_ids) - 1) for s in batch])
-    return torch.tensor(ids, device=device), rows.to(device), places.to(device), counts.to(device)

@@ -5,12 +5,13 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
-from rapidin_vdb.gradient.batch import BatchedGradients
+from rapidin_vdb.gradient.batch import BatchedGradients, Receiver
 from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.gradient.receivers import Measuring, Sketcher
 from rapidin_vdb.gradient.sample import stream_gradient
 from rapidin_vdb.records import Encoded, Normalize, SketchSpec
 from rapidin_vdb.sketch import Sketch
@@ -70,18 +71,19 @@ class RapidGradMaker:
         return result
 
     def make_batch(
-        self, batch: Sequence[Encoded], *, half: bool = False
+        self, batch: Sequence[Encoded], *, half: bool = False, norms: dict[str, np.ndarray] | None = None
     ) -> list[tuple[np.ndarray, float] | GradientError]:
         """Return each sample's RapidGrad, float32 [width], and its loss; an error in the place of one that has none.
 
-        With `half`, RapidGrads are float16, as they are stored; one that is beyond that is an error too.
+        With `half`, RapidGrads are float16, as they are stored; one that is beyond that is an error too. `norms` is
+        filled with the L2 norms of each sample's gradient of each tensor, float64 [tensors], by sample id.
 
         A RapidGrad does not depend on the batch that its sample is in. The first batch is checked against the gradient
         of one of its samples alone; a tensor whose batched rule turns out wrong for this model falls back to autograd.
         """
         known = self.loaded.model.get_input_embeddings().num_embeddings
         fitting = [sample for sample in batch if max(sample.input_ids) < known]
-        made = dict(zip(map(id, fitting), self._make_fitting(fitting, half), strict=True))
+        made = dict(zip(map(id, fitting), self._make_fitting(fitting, half, norms), strict=True))
         return [
             made.get(id(sample))
             or GradientError(
@@ -90,33 +92,59 @@ class RapidGradMaker:
             for sample in batch
         ]
 
-    def _make_fitting(self, batch: Sequence[Encoded], half: bool) -> list[tuple[np.ndarray, float] | GradientError]:
+    def _make_fitting(
+        self, batch: Sequence[Encoded], half: bool, norms: dict[str, np.ndarray] | None
+    ) -> list[tuple[np.ndarray, float] | GradientError]:
         if not batch:
             return []
         if not self._checked:
             self._check(batch)
-        rapidgrads, losses = self._batched(batch)
+        sketcher = self._sketcher(len(batch))
+        if norms is None:
+            losses = self.stream(batch, sketcher)
+        else:
+            measuring = Measuring(sketcher, len(batch), len(self.loaded.theta))
+            losses = self.stream(batch, measuring)
+            norms |= dict(zip([sample.sample_id for sample in batch], measuring.norms, strict=True))
+        rapidgrads = sketcher.rapidgrads
         return judged(rapidgrads, losses, [sample.sample_id for sample in batch], half=half)
 
-    def _batched(self, batch: Sequence[Encoded]) -> tuple[Tensor, Tensor]:
-        rapidgrads = torch.zeros(len(batch), self.spec.width, device=self.loaded.device)
-        losses = self._gradients.stream(batch, _Sketcher(self._sketch, rapidgrads, self.normalize == "layer"))
-        if self._gradients.unruled:
-            for number, sample in enumerate(batch):
-                try:
-                    losses[number] = self._add_alone(rapidgrads[number], sample, only=set(self._gradients.unruled))
-                except GradientError:
-                    losses[number] = float("nan")
-        return rapidgrads, losses
+    def stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
+        """Hand each sample's gradient of every tensor of theta to a receiver; return the losses, [batch].
 
-    def _add_alone(self, rapidgrad: Tensor, sample: Encoded, *, only: set[int] | None = None) -> float:
-        """Add gradients of some tensors, or of all, by autograd on the sample alone; return its loss."""
+        A sample whose loss is not finite has a loss of NaN.
+        """
+        losses = self._gradients.stream(batch, receiver)
+        if self._gradients.unruled:
+            for place, sample in enumerate(batch):
+
+                def alone(number: int, grad: Tensor, place: int = place) -> None:
+                    receiver.dense(number, place, grad.reshape(1, -1))
+
+                try:
+                    losses[place] = stream_gradient(self.loaded, sample, alone, only=set(self._gradients.unruled))
+                except GradientError:
+                    losses[place] = float("nan")
+        return losses
+
+    def scales(self, norms: Float64[np.ndarray, "batch tensors"]) -> Float64[np.ndarray, "batch tensors"]:
+        """Return what normalises gradients of these L2 norms; one whose gradient is zero has no part."""
+        if self.normalize == "none":
+            return np.ones_like(norms)
+        return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
+
+    def _sketcher(self, batch: int) -> Sketcher:
+        rapidgrads = torch.zeros(batch, self.spec.width, device=self.loaded.device)
+        return Sketcher(self._sketch, rapidgrads, self.normalize == "layer")
+
+    def _add_alone(self, rapidgrad: Tensor, sample: Encoded) -> None:
+        """Add the gradients of all tensors by autograd on the sample alone."""
 
         def receive(number: int, grad: Tensor) -> None:
             flat = grad.reshape(-1).float()
             self._sketch.add(rapidgrad, number, normalized(flat) if self.normalize == "layer" else flat)
 
-        return stream_gradient(self.loaded, sample, receive, only=only)
+        stream_gradient(self.loaded, sample, receive)
 
     def _check(self, batch: Sequence[Encoded]) -> None:
         """Compare the most padded sample of a batch with the same sample alone."""
@@ -134,7 +162,9 @@ class RapidGradMaker:
             self._gradients.give_up_all("in a batch, its samples are not independent of one another")
 
     def _agrees(self, batch: Sequence[Encoded], place: int, alone: Tensor) -> bool:
-        together = self._batched(batch)[0][place]
+        sketcher = self._sketcher(len(batch))
+        self.stream(batch, sketcher)
+        together = sketcher.rapidgrads[place]
         tolerance = _TOLERANCE.get(self.loaded.dtype, 0.1) * float(torch.linalg.vector_norm(alone))
         return float(torch.linalg.vector_norm(together - alone)) <= tolerance
 
@@ -156,22 +186,6 @@ class RapidGradMaker:
                 min=1e-30
             ):
                 self._gradients.give_up(number, "its batched gradient differs from autograd's")
-
-
-class _Sketcher:
-    """Adds the gradients of a batch to its RapidGrads."""
-
-    def __init__(self, sketch: Sketch, rapidgrads: Tensor, normalize: bool) -> None:
-        self._sketch = sketch
-        self._rapidgrads = rapidgrads
-        self._normalize = normalize
-
-    def dense(self, number: int, first: int, grads: Tensor) -> None:
-        part = self._rapidgrads[first : first + len(grads)]
-        self._sketch.add_batch(part, number, grads, normalize=self._normalize)
-
-    def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
-        self._sketch.add_rows(self._rapidgrads[sample], number, ids, grads, normalize=self._normalize)
 
 
 class _Prober:

@@ -11,12 +11,12 @@ from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.records import Encoded
 
 
-def response_loss(loaded: LoadedModel, encoded: Encoded) -> Tensor:
-    """Return the mean cross-entropy over the response tokens, in nats: logits at i - 1 predict token i (section 2)."""
+def token_losses(loaded: LoadedModel, encoded: Encoded) -> Tensor:
+    """Return the cross-entropy at each token that carries loss, in nats: logits at i - 1 predict token i."""
     ids = torch.tensor([encoded.input_ids], device=loaded.device)
     logits = loaded.model(input_ids=ids, use_cache=False).logits
-    count = encoded.response_tokens
-    return F.cross_entropy(logits[0, -count - 1 : -1].float(), ids[0, -count:])
+    places = torch.tensor(encoded.loss_places, device=loaded.device)
+    return F.cross_entropy(logits[0, places - 1].float(), ids[0, places], reduction="none")
 
 
 def stream_gradient(
@@ -52,7 +52,7 @@ def stream_gradient(
         tensor.requires_grad_(False)
     try:
         with torch.enable_grad():
-            loss = response_loss(loaded, encoded)
+            loss = token_losses(loaded, encoded).mean()
             value = float(loss.detach())
             if not torch.isfinite(loss):
                 raise GradientError(f"sample {encoded.sample_id}: the loss is {value}")

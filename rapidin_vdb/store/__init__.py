@@ -2,7 +2,22 @@
 
 from rapidin_vdb.store.fingerprint import check_fingerprint
 from rapidin_vdb.store.rows import ColumnKind, Row, merge_kinds
-from rapidin_vdb.store.snapshot import TABLE, Snapshot
+from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
 from rapidin_vdb.store.table import SampleTable
+from rapidin_vdb.store.tokens import TokenRows, TokenSnapshot, TokenTable, token_of
+from rapidin_vdb.store.version import TableVersion
 
-__all__ = ["TABLE", "ColumnKind", "Row", "SampleTable", "Snapshot", "check_fingerprint", "merge_kinds"]
+__all__ = [
+    "SAMPLES",
+    "ColumnKind",
+    "Row",
+    "SampleTable",
+    "Snapshot",
+    "TableVersion",
+    "TokenRows",
+    "TokenSnapshot",
+    "TokenTable",
+    "check_fingerprint",
+    "merge_kinds",
+    "token_of",
+]

@@ -24,7 +24,9 @@ from rapidin_vdb.store.rows import (
     column_kind,
     samples_schema,
 )
-from rapidin_vdb.store.snapshot import BATCH_BYTES, IDS_A_FILTER, TABLE, Snapshot, batches, first_line, told
+from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
+from rapidin_vdb.store.tokens import TokenTable
+from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, first_line, told
 
 _WIDENED = "_widened_"
 
@@ -41,18 +43,20 @@ class SampleTable:
         """
         uri = local_place(uri)
         self.uri = uri
-        if not Path(uri, f"{TABLE}.lance").is_dir():
+        if not Path(uri, f"{SAMPLES}.lance").is_dir():
             raise TableNotFoundError(
                 f"no database at {uri}; make one with: rapidin-vdb init {uri} --model NAME_OR_PATH"
             )
         try:
             self._connection = _connect(uri)
-            self._table = self._connection.open_table(TABLE)
+            self._table = self._connection.open_table(SAMPLES)
         except (ValueError, OSError, RuntimeError) as error:
             raise TableError(f"the database at {uri} cannot be opened: {first_line(error)}") from error
         self.fingerprint = read_fingerprint(self._table.schema.metadata, place=uri)
         # Held for the moment of a commit only; the system lets go of it when a process dies.
         self._lock = FileLock(Path(uri, ".commit.lock"))
+        self.tokens = TokenTable(self._connection, uri, self.fingerprint, self._committing)
+        """The RapidGrads of single tokens."""
 
     @staticmethod
     def check_free(uri: str) -> None:
@@ -62,7 +66,7 @@ class SampleTable:
             TableExistsError: a database, or other files.
         """
         uri = local_place(uri)
-        if Path(uri, f"{TABLE}.lance").exists():
+        if Path(uri, f"{SAMPLES}.lance").exists():
             raise TableExistsError(f"a database is already at {uri}; add to it with: rapidin-vdb ingest {uri} FILE")
         if Path(uri).is_file() or (Path(uri).is_dir() and any(Path(uri).iterdir())):
             raise TableExistsError(f"{uri} is not empty, and what it holds is no database; give a new folder")
@@ -81,7 +85,7 @@ class SampleTable:
         try:
             # Stable row ids let an index see exactly what changed since its version.
             _connect(uri).create_table(
-                TABLE, schema=schema, storage_options={"new_table_enable_stable_row_ids": "true"}
+                SAMPLES, schema=schema, storage_options={"new_table_enable_stable_row_ids": "true"}
             )
         except (ValueError, OSError, RuntimeError) as error:
             raise TableError(f"no database can be made at {uri}: {first_line(error)}") from error
@@ -93,7 +97,7 @@ class SampleTable:
         Raises:
             TableError: there is no such version, or it is no longer kept.
         """
-        table = self._connection.open_table(TABLE)
+        table = self._connection.open_table(SAMPLES)
         newest = int(table.version)
         refusal = TableError(
             f"{self.uri} has no version {version}, or no longer; wanted one from 1 to {newest} (`info` says the newest)"
@@ -185,6 +189,7 @@ class SampleTable:
         with self._committing():
             merge = self._table.merge_insert("sample_id").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(self._arrow(rows))
+            self.tokens.delete_of([row.sample.sample_id for row in rows], but=[row.sample.content_hash for row in rows])
             return int(self._table.version)
 
     def _arrow(self, rows: Sequence[Row]) -> pa.RecordBatchReader:
@@ -206,10 +211,12 @@ class SampleTable:
         expression = checked_filter(where)
         self.snapshot().count(where)  # so that a filter that is not understood is told as such
         with self._committing():
-            count = self.snapshot().count(where)
-            if count:
+            # Samples first: tokens without their sample are never looked at.
+            gone = self.snapshot().sample_ids(where)
+            if gone:
                 self._table.delete(expression)
-        return count
+                self.tokens.delete_of(gone)
+        return len(gone)
 
     def delete_ids(self, sample_ids: Sequence[str]) -> list[str]:
         """Delete samples by id, and return the ids that were there."""
@@ -217,6 +224,7 @@ class SampleTable:
             there = sorted(set(self.snapshot().sample_ids()) & set(sample_ids))
             for batch in batches(there, IDS_A_FILTER):
                 self._table.delete(ids_filter(batch))
+            self.tokens.delete_of(there)
         return there
 
 

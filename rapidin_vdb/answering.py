@@ -1,0 +1,92 @@
+"""From a question to its rankings: which versions, which index, and what is explained."""
+
+from collections.abc import Sequence
+
+from rapidin_vdb.engine import Engine
+from rapidin_vdb.errors import TableError
+from rapidin_vdb.explanation import explain
+from rapidin_vdb.focus import focus_of
+from rapidin_vdb.freshness import IndexKeeper
+from rapidin_vdb.gradient import default_batch_tokens
+from rapidin_vdb.progress import Progress, silent
+from rapidin_vdb.query import encode_queries, sketch_queries
+from rapidin_vdb.question import Question
+from rapidin_vdb.ranking import rank
+from rapidin_vdb.records import Sample
+from rapidin_vdb.results import Ranking
+from rapidin_vdb.store import SampleTable, Snapshot, TokenSnapshot
+from rapidin_vdb.token_ranking import rank_tokens
+
+Versions = tuple[Snapshot, TokenSnapshot | None]
+"""The samples to answer from, and their tokens where these are ranked."""
+
+
+def versions_for(table: SampleTable, question: Question) -> Versions:
+    """Return the versions of the tables to answer from; what they cannot answer is said before a model is loaded.
+
+    Raises:
+        TableError: there is no such version, it is empty, or has no RapidGrads of tokens.
+        FilterError: the filter cannot be understood, or there is no such column.
+    """
+    snapshot, place = table.snapshot(question.as_of), table.uri
+    if not snapshot.count():
+        if question.as_of is not None:
+            raise TableError(f"version {question.as_of} of the database {place} is empty; `info` says the newest")
+        raise TableError(f"the database {place} is empty; add samples first: rapidin-vdb ingest {place} FILE")
+    if question.group_by is not None:
+        snapshot.group_of(question.group_by)
+    if question.where is not None:
+        snapshot.count(question.where)
+    if question.level == "sample":
+        return snapshot, None
+    tokens = table.tokens.snapshot()
+    if tokens is None or not tokens.rows():
+        raise TableError(
+            f"the database {place} has no RapidGrads of single tokens; make them with: rapidin-vdb ingest {place} FILE "
+            "--token-gradients"
+        )
+    return snapshot, tokens
+
+
+def answer(
+    question: Question,
+    queries: Sequence[Sample],
+    *,
+    versions: Versions,
+    keeper: IndexKeeper,
+    engine: Engine,
+    progress: Progress = silent,
+) -> list[Ranking]:
+    """Return a ranking for each query, with what the question asks for besides.
+
+    Raises:
+        CorpusError: a query cannot be encoded.
+        GradientError: a query gives no finite gradient.
+        SpecError: a focus is not in its generation, or there is no such index.
+    """
+    snapshot, tokens = versions
+    stored = snapshot.fingerprint
+    encoded = encode_queries(
+        queries,
+        tokenizer=engine.loaded.tokenizer,
+        template=engine.template,
+        max_tokens=stored.max_tokens,
+        focus=question.focus,
+    )
+    focus = [focus_of(query, question.focus) for query in queries]
+    sketched = sketch_queries(engine.maker, encoded, focus=focus, progress=progress)
+    index = keeper.fresh(tokens or snapshot, name=question.index, progress=progress)
+    if tokens is not None:
+        return rank_tokens(snapshot, tokens, index, sketched, question)
+    rankings = rank(snapshot, index, sketched, question)
+    if not question.exact:
+        return rankings
+    return explain(
+        rankings,
+        list(zip(queries, encoded, strict=True)),
+        snapshot=snapshot,
+        influence=engine.influence,
+        question=question,
+        batch_tokens=default_batch_tokens(engine.loaded.model.config, dtype=stored.dtype, device=engine.loaded.device),
+        progress=progress,
+    )

@@ -1,0 +1,45 @@
+"""Pages are written to files whole or not at all."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import typer
+
+from rapidin_vdb.errors import SpecError
+from rapidin_vdb.records import Level
+from rapidin_vdb.results import Ranking
+
+
+def check_writable(path: Path, level: Level) -> None:
+    """Refuse a page that could not be written, before anything is computed for it.
+
+    Raises:
+        SpecError: the folder is not there or cannot be written, or the page would show single tokens.
+    """
+    if level == "token":
+        raise SpecError("--html is about samples; leave it out, or leave out --level token")
+    folder = path.parent
+    if path.is_dir() or not folder.is_dir():
+        found = "is a folder" if path.is_dir() else f"cannot be: there is no folder {folder}"
+        raise SpecError(f"--html {path} {found}; give the name of a file in a folder that is there")
+    if not os.access(folder, os.W_OK):
+        raise SpecError(f"--html {path}: the folder {folder} cannot be written")
+
+
+def write_page(path: Path, rankings: Sequence[Ranking], *, title: str) -> None:
+    """Write the page of some rankings, and say so.
+
+    Raises:
+        SpecError: it cannot be written.
+    """
+    from rapidin_vdb.page import render_page
+
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(render_page(rankings, title=title), "utf-8")
+        new.replace(path)
+    except OSError as error:
+        new.unlink(missing_ok=True)
+        raise SpecError(f"--html {path}: cannot be written: {error}") from error
+    typer.echo(f"wrote {path}; open it in a browser", err=True)

@@ -1,0 +1,63 @@
+"""A batch of samples through the model, up to the loss at each token."""
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.records import Encoded
+
+
+@dataclass(frozen=True, eq=False)
+class TokenLosses:
+    """The losses of a batch, token by token, those of a sample next to one another."""
+
+    losses: Tensor
+    """Cross-entropy at each token that carries loss, in nats, [tokens]."""
+    rows: Tensor
+    """Which sample of the batch each belongs to, [tokens]."""
+    counts: Tensor
+    """How many each sample has, [batch]."""
+
+    def means(self) -> Tensor:
+        """Return each sample's loss, [batch]."""
+        shares = self.losses / self.counts[self.rows]
+        return torch.zeros(len(self.counts), device=self.losses.device).index_add(0, self.rows, shares)
+
+
+def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded]) -> TokenLosses:
+    """Run a batch through the model, and return the loss at each token that carries one.
+
+    Samples are padded on the right without an attention mask: in a causal model no token sees what follows it, and what
+    a padding token computes reaches no loss.
+    """
+    longest = max(len(sample.input_ids) for sample in batch)
+    # Padded with the sample's own last token: a padding token would make some models look for a mask.
+    padded = [list(sample.input_ids) + [sample.input_ids[-1]] * (longest - len(sample.input_ids)) for sample in batch]
+    ids = torch.tensor(padded, device=loaded.device)
+    counts = torch.tensor([len(sample.loss_tokens) for sample in batch])
+    rows = torch.arange(len(batch)).repeat_interleave(counts).to(loaded.device)
+    places = torch.tensor([place for sample in batch for place in sample.loss_places], device=loaded.device)
+    known = inspect.signature(inner_model(loaded.model).forward).parameters
+    options: dict[str, Any] = {}
+    first = 0
+    if "logits_to_keep" in known:
+        # Logits are only needed from the first token that predicts one with a loss.
+        first = min(sample.loss_places[0] for sample in batch) - 1
+        options["logits_to_keep"] = longest - first
+    if "position_ids" in known:
+        # One row a sample: an embedding of positions shared by the batch would mix its samples' gradients.
+        options["position_ids"] = torch.arange(longest, device=ids.device).expand(len(batch), -1)
+    logits = loaded.model(input_ids=ids, use_cache=False, **options).logits
+    losses = F.cross_entropy(logits[rows, places - 1 - first].float(), ids[rows, places], reduction="none")
+    return TokenLosses(losses, rows, counts.to(loaded.device))
+
+
+def inner_model(model: Any) -> Any:
+    """Return the transformers model inside an adapter, whose forward has the options."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,156 @@
+"""Exact influence, from full gradients and not from their sketches: of samples, of their tokens, and between tokens."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+from torch import Tensor
+
+from rapidin_vdb.errors import GradientError
+from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
+from rapidin_vdb.gradient.receivers import Dots, Measuring, norms_of
+from rapidin_vdb.gradient.sample import stream_gradient
+from rapidin_vdb.gradient.tangent import NoTangentError, TangentPass
+from rapidin_vdb.gradient.token_rapidgrad import at_token
+from rapidin_vdb.gradient.twice import token_scores_twice
+from rapidin_vdb.records import Encoded
+
+logger = logging.getLogger(__name__)
+
+# How far the token scores of a sample may sum beside its own score, relative to what was added up.
+_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05, "float16": 0.01}
+
+
+@dataclass(frozen=True, eq=False)
+class Direction:
+    """The full gradient of a query, normalised where RapidGrads are."""
+
+    grads: dict[int, Tensor]
+    """Tensors of theta by number, float32, of their shapes; those that are zero are left out."""
+    norms: Float64[np.ndarray, " tensors"]
+    """The L2 norm of each before it was normalised."""
+
+
+@dataclass(frozen=True, eq=False)
+class Exact:
+    """What the full gradients of a batch have to do with a direction."""
+
+    parts: Float64[np.ndarray, "batch tensors"]
+    """What each tensor adds to each sample's score."""
+    norms: Float64[np.ndarray, "batch tensors"]
+    """The L2 norm of each sample's gradient of each tensor."""
+
+    @property
+    def scores(self) -> Float64[np.ndarray, " batch"]:
+        """The samples' scores."""
+        return self.parts.sum(1)
+
+
+class ExactInfluence:
+    """Full gradients of one model, normalised layer by layer or not, as its RapidGrads are."""
+
+    def __init__(self, maker: RapidGradMaker) -> None:
+        self._maker = maker
+        self._loaded = maker.loaded
+        self._normal = maker.normalize == "layer"
+        self._tangents: TangentPass | None = None
+        self._twice = False
+        try:
+            self._tangents = TangentPass(self._loaded)
+        except NoTangentError as reason:
+            self._give_up_tangents(str(reason))
+
+    def _give_up_tangents(self, reason: str) -> None:
+        if not self._twice:
+            self._twice = True
+            logger.warning("token scores by double differentiation, sample by sample, which is slower (%s)", reason)
+
+    def direction(self, query: Encoded, *, norms: Float64[np.ndarray, " tensors"] | None = None) -> Direction:
+        """Return the full gradient of a query's loss, normalised by its own layer norms or by those given.
+
+        Raises:
+            GradientError: the loss or the gradient is not finite.
+        """
+        grads: dict[int, Tensor] = {}
+        found = np.zeros(len(self._loaded.theta))
+
+        def receive(number: int, grad: Tensor) -> None:
+            found[number] = norms_of(grad.reshape(1, -1))[0]
+            norm = found[number] if norms is None else norms[number]
+            if norm:
+                grads[number] = grad.detach().float() / (norm if self._normal else 1.0)
+
+        stream_gradient(self._loaded, query, receive)
+        norms = found
+        if not np.isfinite(norms).all():
+            raise GradientError(f"sample {query.sample_id}: the gradient is not finite")
+        return Direction(grads, norms)
+
+    def exact(self, direction: Direction, batch: Sequence[Encoded]) -> Exact:
+        """Return the exact scores of samples (Eq. 5 without epochs and learning rate), from one backward pass.
+
+        Raises:
+            GradientError: the gradient of a sample is not finite.
+        """
+        dots = Dots(direction.grads, len(batch), len(self._loaded.theta))
+        measuring = Measuring(dots, len(batch), len(self._loaded.theta))
+        self._maker.stream(batch, measuring)
+        parts = dots.dots * self._maker.scales(measuring.norms)
+        for sample, finite in zip(batch, np.isfinite(parts).all(1), strict=True):
+            if not finite:
+                raise GradientError(f"sample {sample.sample_id}: the gradient is not finite")
+        return Exact(parts, measuring.norms)
+
+    def token_scores(
+        self, direction: Direction, batch: Sequence[Encoded], exact: Exact
+    ) -> list[Float64[np.ndarray, " _"]]:
+        """Return for each sample the scores of its tokens that carry loss (Eq. 6), which sum to its exact score.
+
+        A token's gradient is that of the loss at the token; it has the sample's layer norms and 1/G.
+        """
+        scales = self._maker.scales(exact.norms)
+        scores = self._token_scores(direction.grads, batch, scales)
+        if not self._twice:
+            for place, found in enumerate(scores):
+                size = np.abs(found).sum() + np.abs(exact.parts[place]).sum()
+                if not abs(found.sum() - exact.scores[place]) <= _TOLERANCE.get(self._loaded.dtype, 0.05) * size:
+                    self._give_up_tangents("in forward mode they did not sum to the samples' scores")
+                    return self._token_scores(direction.grads, batch, scales)
+        return scores
+
+    def matrix(
+        self, query: Encoded, norms: Float64[np.ndarray, " tensors"], batches: Sequence[Sequence[Encoded]],
+        exacts: Sequence[Exact],
+    ) -> list[list[Float64[np.ndarray, "_ _"]]]:  # fmt: skip
+        """Return for each sample of each batch its tokens' scores on the query's tokens (Eq. 8), [tokens, generated].
+
+        `norms` are those of the whole query: over all of the query's tokens the scores sum to `token_scores`.
+        """
+        columns: list[list[list[np.ndarray]]] = [[[] for _ in batch] for batch in batches]
+        for token in query.loss_tokens:
+            grads = self.direction(at_token(query, token), norms=norms).grads
+            for number, (batch, exact) in enumerate(zip(batches, exacts, strict=True)):
+                scales = self._maker.scales(exact.norms) / len(query.loss_tokens)
+                for place, scores in enumerate(self._token_scores(grads, batch, scales)):
+                    columns[number][place].append(scores)
+        return [[np.stack(scores, 1) for scores in batch] for batch in columns]
+
+    def _token_scores(self, grads: dict[int, Tensor], batch: Sequence[Encoded], scales: np.ndarray) -> list[np.ndarray]:
+        factors = torch.from_numpy(scales).float().to(self._loaded.device)
+        scores: list[Tensor] | None = None
+        if not grads:
+            scores = [torch.zeros(len(sample.loss_tokens)) for sample in batch]
+        elif not self._twice:
+            assert self._tangents is not None
+            try:
+                scores = self._tangents.token_scores(batch, grads, factors)
+            except NoTangentError as reason:
+                self._give_up_tangents(str(reason))
+        if scores is None:
+            scores = [
+                token_scores_twice(self._loaded, sample, grads, row) for sample, row in zip(batch, factors, strict=True)
+            ]
+        return [found.double().cpu().numpy() / len(found) for found in scores]

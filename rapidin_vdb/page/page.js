@@ -1,0 +1,156 @@
+"use strict";
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const main = document.getElementById("main");
+  const state = { ranking: 0, chosen: new Set(), each: false };
+
+  // Everything from a record goes through here, as text.
+  function make(tag, options = {}, ...children) {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(options)) {
+      if (name === "class") element.className = value;
+      else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+      else if (value !== undefined && value !== null) element.setAttribute(name, value);
+    }
+    for (const child of children) if (child !== null && child !== undefined) element.append(child);
+    return element;
+  }
+  const show = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e4 ? value.toFixed(4) : value.toExponential(2));
+  const sum = (values) => values.reduce((a, b) => a + b, 0);
+
+  function scoresOf(result) {
+    if (!state.chosen.size || !result.matrix) return result.scores;
+    return result.matrix.map((row) => sum([...state.chosen].map((column) => row[column])));
+  }
+  function largest(values) {
+    return values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  }
+
+  function paint(element, score, most) {
+    const share = most > 0 ? Math.min(1, Math.abs(score) / most) : 0;
+    element.classList.add("piece", score < 0 ? "negative" : "positive");
+    if (share < 0.1) element.classList.add("faint");
+    element.style.setProperty("--level", share.toFixed(4));
+  }
+  function coloured(pieces, ends, scores, most) {
+    const block = make("div", { class: "text", dir: "auto" });
+    const add = (text, tokens, kind) => {
+      const score = sum(tokens.map((token) => scores[token]));
+      const piece = make("span", {}, text);
+      if (tokens.length && scores.length) {
+        paint(piece, score, most);
+        piece.title = tokens.map((token) => show(scores[token])).join(" + ") + (tokens.length > 1 ? " = " + show(score) : "");
+        piece.dataset.score = String(score);
+        piece.dataset.tokens = tokens.join(" ");
+      }
+      if (kind) piece.classList.add(kind);
+      block.append(piece);
+    };
+    for (const [text, tokens] of pieces) add(text, tokens, /^\s*\n/.test(text) ? "newline" : "");
+    for (const token of ends) add("", [token], "end");
+    return block;
+  }
+
+  function generation(ranking) {
+    const clickable = ranking.results.some((result) => result.matrix) || ranking.harmful.some((result) => result.matrix);
+    const block = make("div", { class: "text", dir: "auto", id: "generation" });
+    const add = (text, tokens, kind) => {
+      if (!tokens.length || !clickable) return block.append(make("span", { class: kind }, text));
+      const pressed = tokens.every((token) => state.chosen.has(token));
+      const label = kind === "end" ? "end of text" : undefined;
+      const toggle = () => {
+        for (const token of tokens) pressed ? state.chosen.delete(token) : state.chosen.add(token);
+        render(tokens.join(" "));
+      };
+      // Not a button element: that would not break across lines as text does.
+      block.append(make("span", {
+        class: "piece choice " + kind, role: "button", tabindex: "0", "aria-pressed": String(pressed), "aria-label": label,
+        "data-tokens": tokens.join(" "), onclick: toggle,
+        onkeydown: (event) => {
+          if (event.key !== "Enter" && event.key !== " ") return;
+          event.preventDefault();
+          toggle();
+        },
+      }, text));
+    };
+    for (const [text, tokens] of ranking.generation) add(text, tokens, /^\s*\n/.test(text) ? "newline" : "");
+    for (const token of ranking.ends) add("", [token], "end");
+    return block;
+  }
+
+  function card(result, most, longest) {
+    const scores = scoresOf(result);
+    const own = state.each ? largest(scores) : most;
+    const chosen = state.chosen.size && result.matrix;
+    const exact = chosen ? sum(scores) : result.exact_score;
+    const bar = make("i");
+    bar.style.setProperty("--share", String(longest > 0 ? Math.abs(result.score) / longest : 0));
+    const chips = [["split", result.split], ["source", result.source], ...Object.entries(result.metadata)]
+      .filter(([, value]) => value !== null)
+      .map(([name, value]) => make("span", { class: "chip" }, name + ": " + String(value)));
+    return make("article", { class: "card", "data-sample": result.sample_id },
+      make("div", { class: "head" },
+        make("span", { class: "rank" }, String(result.rank)),
+        make("span", { class: "id" }, result.sample_id),
+        make("span", { class: "bar " + (result.score < 0 ? "negative" : "positive"), "aria-hidden": "true" }, bar),
+        make("span", { class: "number", title: "from the RapidGrads" }, "score " + show(result.score)),
+        exact === null ? null : make("span", { class: "number soft", title: "from the full gradients: the sum of the tokens" }, (chosen ? "on the chosen tokens " : "exact ") + show(exact))),
+      make("div", { class: "head" }, ...chips),
+      result.prompt === null ? null : make("div", { class: "label" }, "prompt"),
+      result.prompt === null ? null : make("div", { class: "text prompt", dir: "auto" }, result.prompt),
+      make("div", { class: "label" }, "response"),
+      coloured(result.response, result.ends, scores, own));
+  }
+
+  function render(focus) {
+    const ranking = data.rankings[state.ranking];
+    const results = [...ranking.results, ...ranking.harmful];
+    const most = largest(results.flatMap(scoresOf));
+    const longest = largest(results.map((result) => result.score));
+    const chosen = ranking.generation.filter(([, tokens]) => tokens.some((token) => state.chosen.has(token))).map(([text]) => text.trim());
+    const about = state.chosen.size ? "influence on " + (chosen.filter(Boolean).join(" ") || "the end of text")
+      : ranking.focus.length ? "influence on " + ranking.focus.join(", ") : "influence on the whole generation";
+    const each = make("input", { type: "checkbox", id: "each", onchange: (event) => { state.each = event.target.checked; render(); } });
+    each.checked = state.each;
+    const top = make("section", { class: "card sticky" },
+      ranking.prompt === null ? null : make("div", { class: "label" }, "prompt"),
+      ranking.prompt === null ? null : make("div", { class: "text prompt", dir: "auto" }, ranking.prompt),
+      make("div", { class: "label" }, "generation"),
+      generation(ranking),
+      make("div", { class: "legend", id: "legend" },
+        make("span", { class: "number", id: "lowest" }, state.each ? "less likely" : show(-most)),
+        make("span", { class: "scale", role: "img", "aria-label": "blue and dotted: made it less likely; red: made it more likely" }),
+        make("span", { class: "number", id: "highest" }, state.each ? "more likely" : "+" + show(most)),
+        make("span", { id: "about", "aria-live": "polite" }, about)),
+      make("div", { class: "tools" },
+        make("button", { type: "button", id: "whole", onclick: () => { state.chosen.clear(); render(); } }, "whole generation"),
+        make("label", { for: "each" }, each, " scale each sample by itself")));
+    const parts = [top, make("h2", {}, "Training samples that made it more likely"), ...ranking.results.map((result) => card(result, most, longest))];
+    if (!ranking.harmful.length && ranking.results.length && ranking.results[0].score < 0) parts[1].textContent = "Training samples that made it less likely";
+    if (!ranking.results.length) parts.push(make("p", { class: "soft" }, "no sample matches"));
+    if (ranking.harmful.length) parts.push(make("h2", {}, "Training samples that made it less likely"), ...ranking.harmful.map((result) => card(result, most, longest)));
+    main.replaceChildren(...parts);
+    if (focus !== undefined) {
+      const again = [...main.querySelectorAll("#generation .choice")].find((button) => button.dataset.tokens === focus);
+      if (again) again.focus({ preventScroll: true });
+    }
+  }
+
+  function header() {
+    const about = data.rankings[state.ranking];
+    const choose = data.rankings.length < 2 ? null : make("label", {}, "query ",
+      make("select", { id: "query", onchange: (event) => { state.ranking = Number(event.target.value); state.chosen.clear(); header(); render(); } },
+        ...data.rankings.map((ranking, number) => {
+          const option = make("option", { value: String(number) }, ranking.query_id);
+          option.selected = number === state.ranking;
+          return option;
+        })));
+    document.getElementById("top").replaceChildren(
+      make("h1", {}, data.title),
+      make("div", { class: "soft" }, "searched " + about.searched.toLocaleString("en") + " samples" + (about.where === null ? "" : " that match " + about.where) + ". Score: " + about.unit + "."),
+      choose === null ? "" : make("div", { class: "tools" }, choose));
+  }
+
+  header();
+  render();
+})();

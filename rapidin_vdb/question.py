@@ -1,0 +1,68 @@
+"""What may be asked of a database, and what may not be asked together."""
+
+from dataclasses import dataclass
+
+from rapidin_vdb.errors import SpecError
+from rapidin_vdb.records import Aggregate, Level
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """The options of a query, whatever its generations."""
+
+    top_k: int = 10
+    """How many results."""
+    where: str | None = None
+    """SQL filter over the samples."""
+    harmful: bool = False
+    """Whether the most negative come first."""
+    both: bool = False
+    """Whether both ends are wanted."""
+    level: Level = "sample"
+    """What is ranked: samples, or single training tokens."""
+    focus: tuple[str, ...] = ()
+    """Texts of the generation whose tokens alone are asked about (Eq. 7)."""
+    tokens: bool = False
+    """Whether each result's tokens get scores (Eq. 6)."""
+    matrix: bool = False
+    """Whether each result gets the influence of its tokens on each of the generation's (Eq. 8)."""
+    refine: int = 0
+    """How many of the first results are ranked again by their exact scores."""
+    group_by: str | None = None
+    """Column by whose values the influence of all samples is added up."""
+    aggregate: Aggregate = "sum"
+    """Or averaged."""
+    index: str | None = None
+    """Which built index to use."""
+    as_of: int | None = None
+    """Version of the table to answer from."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be asked.
+
+        Raises:
+            SpecError: a value out of range, or options that exclude one another.
+        """
+        if self.top_k < 1:
+            raise SpecError(f"--top-k is {self.top_k}; wanted 1 or more")
+        if self.refine < 0:
+            raise SpecError(f"--refine is {self.refine}; wanted 0 or more")
+        if self.harmful and self.both:
+            raise SpecError("give one of --harmful and --both")
+        if any(not text for text in self.focus):
+            raise SpecError("--focus is empty; give a text that is in the generation")
+        if self.level == "token":
+            for name, given in (
+                ("--tokens", self.tokens),
+                ("--matrix", self.matrix),
+                ("--refine", self.refine),
+                ("--group-by", self.group_by is not None),
+                ("--as-of", self.as_of is not None),
+            ):
+                if given:
+                    raise SpecError(f"{name} is about samples; leave it out, or leave out --level token")
+
+    @property
+    def exact(self) -> bool:
+        """Whether full gradients are needed."""
+        return bool(self.tokens or self.matrix or self.refine)

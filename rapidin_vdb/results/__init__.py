@@ -1,0 +1,27 @@
+"""What comes out: rankings, stored samples, reports."""
+
+from rapidin_vdb.results.rankings import (
+    GroupInfluence,
+    RankedSample,
+    RankedToken,
+    Ranking,
+    Seconds,
+    Span,
+    TokenScore,
+)
+from rapidin_vdb.results.reports import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, StoredSample
+
+__all__ = [
+    "DatabaseInfo",
+    "GroupInfluence",
+    "IndexInfo",
+    "IngestEstimate",
+    "IngestReport",
+    "RankedSample",
+    "RankedToken",
+    "Ranking",
+    "Seconds",
+    "Span",
+    "StoredSample",
+    "TokenScore",
+]

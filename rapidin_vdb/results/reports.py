@@ -1,0 +1,143 @@
+"""What operations report, and what the table holds; each prints itself as plain values."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from rapidin_vdb.records import Level, Scalar
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredSample:
+    """A sample as the table holds it, without its vector."""
+
+    sample_id: str
+    """Which sample."""
+    split: str
+    """Its split."""
+    source: str | None
+    """Its source."""
+    prompt: str | None
+    """Its prompt, before the template."""
+    response: str
+    """Its response."""
+    token_offsets: tuple[tuple[int, int], ...]
+    """Spans of the response tokens, in code points of the response."""
+    tokens: int
+    """Number of response tokens, the end-of-sequence token included."""
+    truncated: bool
+    """Whether it was cut to `max_tokens`."""
+    loss: float
+    """Mean cross-entropy over the response tokens, in nats."""
+    metadata: Mapping[str, Scalar]
+    """Its further fields."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object that `show --json` prints."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestReport:
+    """What an ingest did."""
+
+    added: int
+    """Samples written."""
+    replaced: int
+    """Samples that took the place of one with the same id."""
+    unchanged: int
+    """Samples that were there already."""
+    kept: int
+    """Samples whose id stands for other content, which was kept (`--on-duplicate skip`)."""
+    bad: tuple[str, ...]
+    """One message for each record that could not be stored."""
+    tokens: int
+    """Tokens run through the model."""
+    token_gradients: int
+    """Response tokens whose own RapidGrads were written."""
+    seconds: float
+    """Loading the model apart."""
+    table_version: int
+    """The table's version afterwards."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestEstimate:
+    """What an ingest would take."""
+
+    samples: int
+    """Samples to write."""
+    tokens: int
+    """Their tokens, prompts included, padding not."""
+    batches: int
+    """Batches they make."""
+    token_gradients: int
+    """Response tokens whose own RapidGrads would be written."""
+    bytes: int
+    """What the database will grow by."""
+    peak_memory: int
+    """Bytes at the most, of the device or of this process, seen while a few batches were timed."""
+    seconds: float
+    """Expected from the timed batches, loading the model apart."""
+    bad: tuple[str, ...]
+    """One message for each record that could not be stored."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IndexInfo:
+    """One built index."""
+
+    name: str
+    """The recipe's name."""
+    recipe: Mapping[str, Any]
+    """The recipe."""
+    fresh: bool
+    """Whether it holds the table as it is now."""
+    samples: int
+    """How many samples, or tokens, it holds."""
+    table_version: int
+    """The version of the table that it holds."""
+    recall: Mapping[str, Any] | None
+    """What a coarse index was measured to find of the best `at` samples, over `queries`; None for an exact one."""
+    level: Level = "sample"
+    """What it holds: samples, or single tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DatabaseInfo:
+    """What `info` says."""
+
+    samples: int
+    """Rows of the table `samples`."""
+    tokens: int
+    """Response tokens of all samples."""
+    width: int
+    """Length of a RapidGrad."""
+    shuffles: int
+    """The paper's lambda."""
+    seed: int
+    """Of shuffles and signs."""
+    normalize: str
+    """`layer` or `none`."""
+    model: str
+    """As given at `init`."""
+    adapter: str | None
+    """As given at `init`."""
+    table_version: int
+    """Grows with every commit."""
+    indexes: tuple[IndexInfo, ...]
+    """The built indexes."""
+    bytes: int
+    """Size on disk, indexes included."""
+    token_gradients: int
+    """Response tokens that have RapidGrads of their own."""
+    token_width: int | None
+    """Length of those; None where there are none."""
+    columns: tuple[str, ...]
+    """What a filter may use, with types; not in the JSON, whose fields are fixed."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object that `info --json` prints."""
+        hidden = {"columns"} | (set() if self.token_width else {"token_gradients", "token_width"})
+        return {name: value for name, value in dataclasses.asdict(self).items() if name not in hidden}

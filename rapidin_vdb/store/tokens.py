@@ -1,0 +1,197 @@
+"""The table `tokens`: RapidGrads of single response tokens, for those samples that were asked for.
+
+A row counts only where the table `samples` has its sample with the same content: that table is the truth, and a process
+that dies between the two leaves nothing that anybody sees.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int64
+
+from rapidin_vdb.errors import TableError
+from rapidin_vdb.records import Encoded, Fingerprint
+from rapidin_vdb.store.filters import ids_filter
+from rapidin_vdb.store.fingerprint import write_fingerprint
+from rapidin_vdb.store.rows import vector_field
+from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, ROW_ID, TableVersion, batches, int64, told
+
+TOKENS = "tokens"
+_FIELDS = (
+    pa.field("sample_id", pa.string(), nullable=False),
+    pa.field("token_index", pa.int32(), nullable=False),
+    pa.field("start", pa.int32(), nullable=False),
+    pa.field("end", pa.int32(), nullable=False),
+    pa.field("content_hash", pa.string(), nullable=False),
+)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TokenRows:
+    """The RapidGrads of one sample's response tokens, ready to be written."""
+
+    encoded: Encoded
+    """The sample's tokens."""
+    content_hash: str
+    """The sample's."""
+    vectors: np.ndarray
+    """float16 [tokens, token width]."""
+
+
+class TokenSnapshot(TableVersion):
+    """One committed version of the table of tokens."""
+
+    KEY = ("sample_id", "token_index")
+
+    def __init__(self, table: Any, place: str) -> None:
+        super().__init__(table, place, TOKENS)
+
+    def matching(self, content_hashes: Mapping[str, str]) -> Int64[np.ndarray, " matching"]:
+        """Return the row ids of the tokens of samples that are given by id and content hash."""
+        table = self._select([ROW_ID, "sample_id", "content_hash"], None)
+        known = pa.array([f"{sample_id}\0{content}" for sample_id, content in content_hashes.items()], pa.string())
+        named = pc.binary_join_element_wise(table["sample_id"], table["content_hash"], "\0")
+        return int64(table[ROW_ID].filter(pc.is_in(named, known)))
+
+    def content_hashes(self) -> set[tuple[str, str]]:
+        """Return id and content hash of every sample that has tokens here."""
+        table = self._select(["sample_id", "content_hash"], None)
+        groups = table.group_by(["sample_id", "content_hash"]).aggregate([])
+        return set(zip(groups["sample_id"].to_pylist(), groups["content_hash"].to_pylist(), strict=True))
+
+    def _keys(self, rows: Any) -> list[str]:
+        pairs = zip(rows.column("sample_id").to_pylist(), rows.column("token_index").to_pylist(), strict=True)
+        return [token_key(sample_id, number) for sample_id, number in pairs]
+
+
+def token_key(sample_id: str, number: int) -> str:
+    """Return what names a token; in the order of sample ids, then of numbers."""
+    return f"{sample_id}\0{number:010d}"
+
+
+def token_of(key: str) -> tuple[str, int]:
+    """Return the sample id and the number of a token.
+
+    >>> token_of(token_key("demo-1", 12))
+    ('demo-1', 12)
+    """
+    sample_id, _, number = key.rpartition("\0")
+    return sample_id, int(number)
+
+
+class TokenTable:
+    """The table `tokens` of one database, which is there once token gradients were asked for."""
+
+    def __init__(
+        self, connection: Any, place: str, fingerprint: Fingerprint,
+        committing: Callable[[], AbstractContextManager[None]],
+    ) -> None:  # fmt: skip
+        self._connection = connection
+        self._place = place
+        self._fingerprint = fingerprint
+        self._committing = committing
+
+    def __bool__(self) -> bool:
+        return Path(self._place, f"{TOKENS}.lance").is_dir()
+
+    def snapshot(self) -> TokenSnapshot | None:
+        """Return the newest committed version, pinned; None where there is no such table."""
+        if not self:
+            return None
+        with told(f"the table tokens of {self._place} cannot be read"):
+            table = self._connection.open_table(TOKENS)
+            table.checkout(table.version)
+        return TokenSnapshot(table, self._place)
+
+    @property
+    def width(self) -> int | None:
+        """Length of its RapidGrads; None where there is no such table."""
+        snapshot = self.snapshot()
+        return None if snapshot is None else snapshot.width
+
+    def ensure(self, width: int) -> None:
+        """Make the table, if it is not there.
+
+        Raises:
+            TableError: it is there with another width.
+        """
+        with self._committing():
+            found = self.width
+            if found is None:
+                schema = pa.schema([*_FIELDS, vector_field(width)], metadata=write_fingerprint(self._fingerprint))
+                # As for samples: an index sees exactly what changed.
+                options = {"new_table_enable_stable_row_ids": "true"}
+                self._connection.create_table(TOKENS, schema=schema, storage_options=options)
+            elif found != width:
+                raise TableError(
+                    f"tokens of {self._place} have RapidGrads of width {found}, not {width}; leave out --token-width"
+                )
+
+    def write(self, samples: Sequence[TokenRows]) -> int:
+        """Write the tokens of some samples, in the place of those that they had; return how many.
+
+        Samples that somebody else has given their tokens meanwhile are left alone.
+        """
+        with self._committing():
+            table = self._connection.open_table(TOKENS)
+            there = self._there(table, [sample.encoded.sample_id for sample in samples])
+            new = [sample for sample in samples if (sample.encoded.sample_id, sample.content_hash) not in there]
+            old = {sample_id for sample_id, _ in there} & {sample.encoded.sample_id for sample in new}
+            if old:
+                self._delete(table, sorted(old))
+            if new:
+                table.add(pa.RecordBatchReader.from_batches(table.schema, self._arrow(new, table.schema)))
+        return sum(len(sample.vectors) for sample in new)
+
+    def delete_of(self, sample_ids: Sequence[str], *, but: Sequence[str] = ()) -> None:
+        """Delete the tokens of some samples, but not those of some content hashes; called while committing."""
+        if self and sample_ids:
+            self._delete(self._connection.open_table(TOKENS), sorted(sample_ids), but)
+
+    def _delete(self, table: Any, sample_ids: list[str], but: Sequence[str] = ()) -> None:
+        spared = f" AND content_hash NOT IN ({', '.join(map(repr, but))})" if but else ""
+        for batch in batches(sample_ids, IDS_A_FILTER):
+            table.delete(ids_filter(batch) + spared)
+
+    def _there(self, table: Any, sample_ids: list[str]) -> set[tuple[str, str]]:
+        found: set[tuple[str, str]] = set()
+        for batch in batches(sorted(sample_ids), IDS_A_FILTER):
+            rows = table.search().where(ids_filter(batch)).select(["sample_id", "content_hash"]).to_arrow()
+            found |= set(zip(rows["sample_id"].to_pylist(), rows["content_hash"].to_pylist(), strict=True))
+        return found
+
+    def _arrow(self, samples: Sequence[TokenRows], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+        size = max(1, BATCH_BYTES // (2 * schema.field("vector").type.list_size))
+        waiting: list[TokenRows] = []
+        for number, sample in enumerate(samples):
+            waiting.append(sample)
+            if number == len(samples) - 1 or sum(len(entry.vectors) for entry in waiting) >= size:
+                yield _record_batch(waiting, schema)
+                waiting = []
+
+
+def _record_batch(samples: Sequence[TokenRows], schema: pa.Schema) -> pa.RecordBatch:
+    counts = [len(sample.vectors) for sample in samples]
+    spans = [span for sample in samples for span in sample.encoded.offsets]
+
+    def each(values: Sequence[str]) -> pa.Array:
+        return pa.array(np.repeat(np.array(values, dtype=object), counts), pa.string())
+
+    vectors = np.concatenate([sample.vectors for sample in samples]).astype(np.float16, copy=False)
+    return pa.RecordBatch.from_arrays(
+        [
+            each([sample.encoded.sample_id for sample in samples]),
+            pa.array(np.concatenate([np.arange(count) for count in counts]), pa.int32()),
+            pa.array([start for start, _ in spans], pa.int32()),
+            pa.array([end for _, end in spans], pa.int32()),
+            each([sample.content_hash for sample in samples]),
+            pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=schema.field("vector").type),
+        ],
+        schema=schema,
+    )

@@ -1,0 +1,180 @@
+"""One committed version of a table of RapidGrads, for reading."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from jaxtyping import Float16, Int64
+
+from rapidin_vdb.errors import FilterError, TableError
+from rapidin_vdb.store.filters import checked_filter
+
+# Lance reads and writes fastest in batches of about this size.
+BATCH_BYTES = 8 << 20
+IDS_A_FILTER = 5000
+ROW_ID = "_rowid"
+_CHANGED = "_row_last_updated_at_version"
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turn what Lance raises into an error of ours: a full disk, a missing file, a commit that lost a race."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, pa.ArrowException) as error:
+        raise TableError(f"{what}: {first_line(error)}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class VectorBatch:
+    """Some rows' RapidGrads."""
+
+    keys: list[str]
+    """Their samples, or tokens."""
+    row_ids: Int64[np.ndarray, " samples"]
+    """Their row ids."""
+    versions: Int64[np.ndarray, " samples"]
+    """The version in which each came to be what it is."""
+    vectors: Float16[np.ndarray, "samples sketch"]
+    """Their RapidGrads."""
+
+
+class TableVersion:
+    """One committed version of a table; what others write meanwhile is not seen."""
+
+    KEY: tuple[str, ...] = ("sample_id",)
+    """The columns that name a row."""
+
+    def __init__(self, table: Any, place: str, name: str) -> None:
+        self._table = table
+        self._place = place
+        self.name = name
+        """The table's."""
+        self.version: int = table.version
+        self.schema: pa.Schema = table.schema
+        self.width: int = self.schema.field("vector").type.list_size
+        """Length of its RapidGrads."""
+
+    @property
+    def digest(self) -> str:
+        """What tells this version from all others, also from one of the same number in a copy of the table."""
+        found = self.digest_of(self.version)
+        assert found is not None
+        return found
+
+    def digest_of(self, version: int) -> str | None:
+        """Return the digest of another version of this table; None where it is no longer kept."""
+        # Lance counts versions down in the names of their manifests, so that the newest comes first.
+        manifest = Path(self._place, f"{self.name}.lance", "_versions", f"{2**64 - 1 - version}.manifest")
+        if manifest.is_file():
+            return hashlib.sha256(manifest.read_bytes()).hexdigest()
+        made = [entry for entry in self._table.list_versions() if entry["version"] == version]
+        if not made:
+            return None
+        return hashlib.sha256(f"{version} {made[0]['timestamp'].isoformat()}".encode()).hexdigest()
+
+    def rows(self) -> int:
+        """Return how many rows there are."""
+        return int(self._table.count_rows())
+
+    def row_keys(self) -> tuple[Int64[np.ndarray, " samples"], Int64[np.ndarray, " samples"]]:
+        """Return the row id of every sample, and the version in which it came to be what it is.
+
+        A row keeps its id when it is replaced. Together they tell which rows two versions share.
+        """
+        table = self._select([ROW_ID, _CHANGED], None)
+        return int64(table[ROW_ID]), int64(table[_CHANGED])
+
+    def keys_in_order(self) -> tuple[list[str], Int64[np.ndarray, " samples"], Int64[np.ndarray, " samples"]]:
+        """Return every row's key, row id, and the version in which it came to be, in the order of `vectors`."""
+        table = self._select([*self.KEY, ROW_ID, _CHANGED], None)
+        return self._keys(table), int64(table[ROW_ID]), int64(table[_CHANGED])
+
+    def vectors(self, row_ids: Int64[np.ndarray, " wanted"] | None = None) -> Iterator[VectorBatch]:
+        """Yield the RapidGrads of all samples, in the table's order, or of some rows, in any order."""
+        size = max(1, BATCH_BYTES // (2 * self.width))
+        columns = [*self.KEY, "vector", ROW_ID, _CHANGED]
+        with told(f"the vectors of {self._place} cannot be read"):
+            # Rows taken one by one cost several times what they cost in a scan.
+            if row_ids is None or 4 * len(row_ids) > self.rows():
+                for batch in self._table.search().select(columns).to_batches(size):
+                    if batch.num_rows and (found := self._vector_batch(batch, row_ids)) is not None:
+                        yield found
+                return
+            for first in range(0, len(row_ids), size):
+                part = np.sort(row_ids[first : first + size]).tolist()
+                for batch in self._table.take_row_ids(part).select(columns).to_arrow().to_batches():
+                    found = self._vector_batch(batch, None)
+                    assert found is not None
+                    yield found
+
+    def _keys(self, rows: Any) -> list[str]:
+        """Return what names each row of a table or batch."""
+        return rows.column("sample_id").to_pylist()
+
+    def _vector_batch(self, batch: pa.RecordBatch, row_ids: np.ndarray | None) -> VectorBatch | None:
+        """Return a batch's vectors, or those of some rows; None where it has none of them."""
+        found = batch.column(ROW_ID).to_numpy().astype(np.int64)
+        if row_ids is not None:
+            mine = np.isin(found, row_ids)
+            if not mine.any():
+                return None
+            batch, found = batch.filter(pa.array(mine)), found[mine]
+        # Not `flatten`, which copies; and the batch may be a slice of its buffers.
+        column = batch.column("vector")
+        flat = column.values.slice(column.offset * self.width, len(column) * self.width)
+        return VectorBatch(
+            self._keys(batch),
+            found,
+            batch.column(_CHANGED).to_numpy().astype(np.int64),
+            flat.to_numpy(zero_copy_only=False).reshape(-1, self.width),
+        )
+
+    def _select(self, columns: list[str], where: str | None) -> pa.Table:
+        query = self._table.search().select(columns)
+        if where is None:
+            with told(f"the table of {self._place} cannot be read"):
+                return query.to_arrow()
+        expression = checked_filter(where)
+        try:
+            return query.where(expression).to_arrow()
+        except Exception as error:  # lancedb raises ValueError, RuntimeError or OSError, as its planner pleases
+            if not isinstance(error, ValueError | RuntimeError | OSError | TypeError):
+                raise
+            raise FilterError(
+                f"the filter {where!r} is not understood: {first_line(error)}. Columns are: {', '.join(self.columns)}"
+            ) from error
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns that a filter may use, with their types."""
+        return tuple(
+            f"{field.name} ({field.type})"
+            for field in self.schema
+            if field.name not in ("vector", "input_ids", "token_offsets", "content_hash")
+        )
+
+
+def int64(column: pa.ChunkedArray) -> np.ndarray:
+    """Return a column of whole numbers."""
+    return column.to_numpy().astype(np.int64)
+
+
+def batches(values: list[str], size: int) -> Iterator[list[str]]:
+    """Yield runs of at most `size` values."""
+    for start in range(0, len(values), size):
+        yield values[start : start + size]
+
+
+def first_line(error: BaseException) -> str:
+    """Return what Lance says, without the place in its source where it says so."""
+    text = " ".join(str(error).split())
+    # Lance ends its messages with the place in its own source.
+    for mark in (", /root/", ", /home/", ", rust/", " Rust backtrace", ", C:\\"):
+        text = text.split(mark)[0]
+    return text[:300]

@@ -1,0 +1,75 @@
+"""RapidGrads of generations become rankings of single training tokens (paper, Eq. 6, over the whole database)."""
+
+import time
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from rapidin_vdb.index import ShardedIndex
+from rapidin_vdb.query import Sketched
+from rapidin_vdb.question import Question
+from rapidin_vdb.ranking import both_ends, seconds_of
+from rapidin_vdb.results import RankedToken, Ranking, StoredSample
+from rapidin_vdb.store import Snapshot, TokenSnapshot, token_of
+
+_UNIT = "epochs * learning_rate * inner product of a token's RapidGrad with the generation's (Eq. {})"
+
+
+def rank_tokens(
+    snapshot: Snapshot, tokens: TokenSnapshot, index: ShardedIndex, sketched: Sketched, question: Question
+) -> list[Ranking]:
+    """Return each query's training tokens of largest influence, or of most negative influence, or both.
+
+    Those of samples that a filter lets through, and that have RapidGrads of their tokens.
+
+    Raises:
+        FilterError: the filter cannot be understood.
+    """
+    started = time.monotonic()
+    among = tokens.matching(snapshot.content_hashes(question.where))
+    factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
+    vectors = np.ascontiguousarray(sketched.vectors.reshape(len(sketched.vectors), tokens.width, -1).sum(2))
+    restricted = among if len(among) < tokens.rows() else None
+    ends = both_ends(index, vectors, restricted, question, top_k=question.top_k)
+    samples = snapshot.samples([token_of(key)[0] for end in ends for ranked in end for key, _ in ranked])
+    seconds = (time.monotonic() - started) / max(len(sketched.query_ids), 1)
+    return [
+        Ranking(
+            query_id=query_id,
+            score_unit=_UNIT.format(8 if sketched.focus[number] else 6),
+            searched=len(among),
+            where=question.where,
+            seconds=seconds_of(sketched, number, seconds),
+            results=_results(ends[0][number], samples, factor),
+            harmful=_results(ends[1][number], samples, factor) if question.both else None,
+            focus=sketched.focus[number] or None,
+        )
+        for number, query_id in enumerate(sketched.query_ids)
+    ]
+
+
+def _results(
+    ranked: Sequence[tuple[str, float]], samples: Mapping[str, StoredSample], factor: float
+) -> tuple[RankedToken, ...]:
+    results = []
+    for rank, (key, score) in enumerate(ranked, start=1):
+        sample_id, number = token_of(key)
+        sample = samples[sample_id]
+        start, end = sample.token_offsets[number]
+        results.append(
+            RankedToken(
+                rank=rank,
+                sample_id=sample_id,
+                token_index=number,
+                text=sample.response[start:end],
+                start=start,
+                end=end,
+                score=score * factor,
+                split=sample.split,
+                source=sample.source,
+                prompt=sample.prompt,
+                response=sample.response,
+                metadata=sample.metadata,
+            )
+        )
+    return tuple(results)
