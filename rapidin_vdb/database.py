@@ -146,27 +146,23 @@ class Database:
         here = self._table.tokens.width
         if here is not None and given not in (None, here):
             raise SpecError(f"--token-width is {given}, but tokens are stored with {here} here; leave it out")
-        width = here or given or min(4096, self.fingerprint.sketch.width)
+        width = next(known for known in (here, given, min(4096, self.fingerprint.sketch.width)) if known is not None)
         check_token_width(width, self.fingerprint.sketch.width)
         return width
 
     def _road(
-        self, devices: list[str], workers: int, *, model: str | None, adapter: str | None, token_width: int | None
-    ) -> Road:
+        self, devices: list[str], workers: int, *, model: str | None = None, adapter: str | None = None,
+        token_width: int | None = None,
+    ) -> Road:  # fmt: skip
         """Return how samples become RapidGrads: in this process, or in workers that load the model for themselves."""
         if workers == 1:
             if self._engine is None:
                 self.load(model=model, adapter=adapter, device=devices[0])
             return road_here(self._loaded(), token_width=token_width)
         return road_of_workers(
-            self.fingerprint,
-            place=self.path,
-            devices=devices,
-            workers=workers,
-            model=model,
-            adapter=adapter,
+            self.fingerprint, place=self.path, devices=devices, workers=workers, model=model, adapter=adapter,
             token_width=token_width,
-        )
+        )  # fmt: skip
 
     def index(
         self, recipe: str | Path | IndexRecipe = "cpu", *, level: Level = "sample", progress: Progress = silent

@@ -1,11 +1,16 @@
 """Exact token scores against one backward pass a token, by plain autograd in float64."""
 
+import dataclasses
+
 import numpy as np
 import pytest
+import torch
 from conftest import ARCHITECTURES
 from reference import token_gradients
+from test_batch import loaded_from, mixture_of_experts
 
 from rapidin_vdb.gradient import ExactInfluence, RapidGradMaker, load_model
+from rapidin_vdb.gradient.tangent import tangent_rule_for
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 
 SKETCH = SketchSpec(width=64, shuffles=3, seed=7)
@@ -88,3 +93,77 @@ def test_quantised_models(models, adapters, kind, caplog):
         close(exact.scores[place], wanted.sum(), 1e-4)
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("rapidin_vdb")]
     assert len(ours) == (kind == "int8") and all("double differentiation" in message for message in ours)
+
+
+@pytest.mark.parametrize("kind", ["lora", "full", "nf4"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_double_differentiation_gives_the_same(models, adapters, architecture, kind):
+    loaded = load(models, adapters, architecture, kind)
+    influence = ExactInfluence(RapidGradMaker(loaded, spec=SKETCH, normalize="layer"))
+    direction = influence.direction(QUERY)
+    exact = influence.exact(direction, SAMPLES)
+    forward = influence.token_scores(direction, SAMPLES, exact)
+    influence._give_up_tangents("for this test")
+    for one, other in zip(forward, influence.token_scores(direction, SAMPLES, exact), strict=True):
+        close(other, one)
+
+
+def test_a_wrong_forward_rule_is_found_and_made_up_for(models, adapters, monkeypatch, caplog):
+    def wrong(module, name):
+        rule = tangent_rule_for(module, name)
+        return None if rule is None else lambda *args: rule(*args) * (1.01 if module.weight.shape[0] == 2 else 1)
+
+    monkeypatch.setattr("rapidin_vdb.gradient.tangent.tangent_rule_for", wrong)
+    loaded = load(models, adapters, "llama", "lora")
+    influence = ExactInfluence(RapidGradMaker(loaded, spec=SKETCH, normalize="layer"))
+    direction = influence.direction(QUERY)
+    exact = influence.exact(direction, SAMPLES)
+    for sample, scores in zip(SAMPLES, influence.token_scores(direction, SAMPLES, exact), strict=True):
+        close(scores, slow_matrix(loaded, sample, QUERY, "layer").sum(1))
+    (record,) = caplog.records
+    assert "in forward mode they did not sum to the samples' scores" in record.getMessage()
+
+
+@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_mixtures_of_experts(kind, experts, caplog):
+    model = mixture_of_experts(kind)
+    model.set_experts_implementation(experts)
+    for name, parameter in model.named_parameters():
+        if "gate.weight" in name:
+            torch.nn.init.normal_(parameter)
+    loaded = loaded_from(model)
+    influence = ExactInfluence(RapidGradMaker(loaded, spec=SKETCH, normalize="layer"))
+    direction = influence.direction(QUERY)
+    exact = influence.exact(direction, SAMPLES)
+    for sample, scores in zip(SAMPLES, influence.token_scores(direction, SAMPLES, exact), strict=True):
+        close(scores, slow_matrix(loaded, sample, QUERY, "layer").sum(1))
+    (record,) = caplog.records
+    assert "by double differentiation" in record.getMessage()
+
+
+def test_a_tensor_without_gradient_has_no_part(models, adapters):
+    """A fresh LoRA A: its gradient is zero, and stays so."""
+    loaded = load(models, adapters, "llama", "lora")
+    with torch.no_grad():
+        for name, tensor in loaded.theta.items():
+            if "lora_B" in name:
+                tensor.zero_()
+    influence = ExactInfluence(RapidGradMaker(loaded, spec=SKETCH, normalize="layer"))
+    direction = influence.direction(QUERY)
+    assert len(direction.grads) == len(loaded.theta) // 2
+    exact = influence.exact(direction, SAMPLES)
+    for sample, scores in zip(SAMPLES, influence.token_scores(direction, SAMPLES, exact), strict=True):
+        close(scores, slow_matrix(loaded, sample, QUERY, "layer").sum(1))
+    assert (exact.scores > -len(loaded.theta) // 2).all() and np.isfinite(exact.scores).all()
+
+
+def test_a_focus_is_a_loss_of_its_own(models, adapters):
+    loaded = load(models, adapters, "llama", "lora")
+    influence = ExactInfluence(RapidGradMaker(loaded, spec=SKETCH, normalize="layer"))
+    direction = influence.direction(dataclasses.replace(QUERY, focus=(1, 3)))
+    grads = token_gradients(loaded.model, loaded.theta, list(QUERY.input_ids), QUERY.response_tokens)
+    for layer in range(len(loaded.theta)):
+        wanted = (grads[1][layer] + grads[3][layer]) / 2
+        close(direction.grads[layer].numpy(), wanted / np.linalg.norm(wanted))
+        assert direction.norms[layer] == pytest.approx(np.linalg.norm(wanted), rel=1e-5)

@@ -59,4 +59,4 @@ def test_the_tour_runs(tmp_path):
     (code,) = blocks("python")
     (tmp_path / "tour.py").write_text(code)
     said = run(f"{sys.executable} tour.py").splitlines()
-    assert len(said) == 5 and "Which colour is snow?" in said[0]
+    assert len(said) == 6 and "Which colour is snow?" in said[0] and said[5].startswith("[('")

@@ -1,0 +1,166 @@
+"""The page of a ranking, in headless Chromium: colours and numbers read back, and nothing from a record run."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import write_jsonl
+
+import rapidin_vdb
+from rapidin_vdb.page import render_page
+from rapidin_vdb.query import query_from
+
+HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> &amp; \x1b[31m\u202e é 黄👍🏽\n\tend"
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = (
+    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+    "--disable-component-update --disable-sync"
+).split()
+RECORDS = [
+    {"id": "hostile", "instruction": HOSTILE, "output": HOSTILE, "source": "<b>bold</b>", "note": HOSTILE},
+    *[{"id": f"plain-{n}", "instruction": f"Say {n}", "output": f"red {n}\nblue {n + 1}"} for n in range(4)],
+]
+
+
+@pytest.fixture(scope="module")
+def rankings(tmp_path_factory, models, adapters):
+    folder = tmp_path_factory.mktemp("page")
+    database = rapidin_vdb.init(
+        folder / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64, template="text"
+    )
+    database.ingest(write_jsonl(folder / "records.jsonl", RECORDS))
+    queries = [query_from("Say 2", "red 2 é黄"), query_from(HOSTILE, HOSTILE, query_id="</option><script>")]
+    return database.query(queries=queries, top_k=3, both=True, tokens=True, matrix=True)
+
+
+def test_the_file_holds_no_markup_of_a_record(rankings):
+    page = render_page(rankings, title="<i>db</i> & 'more'")
+    assert page.count("<script") == page.count("</script>") == 2
+    assert "<img" not in page and "<i>" not in page and "\u202e" not in page
+    before, block, after = re.split(r'(?<=id="data">)(.*?)(?=</script>)', page, maxsplit=1)
+    assert not re.search(r"(?:src|href)\s*=|https?:", before + after) and not set("<>&") & set(block)
+    data = json.loads(block)
+    assert data["rankings"][1]["prompt"] == HOSTILE
+
+
+@pytest.fixture(scope="module")
+def opened(rankings, tmp_path_factory):
+    """Yield a function that opens the page in a browser of some colours and width."""
+    if CHROMIUM is None:
+        pytest.skip("no chromium here")
+    playwright = pytest.importorskip("playwright.sync_api")
+    folder = tmp_path_factory.mktemp("browser")
+    file = folder / "page.html"
+    file.write_text(render_page(rankings, title="db"), "utf-8")
+    contexts = []
+    with playwright.sync_playwright() as driver:
+
+        def open_page(*, scheme="light", width=1200):
+            context = driver.chromium.launch_persistent_context(
+                folder / f"profile{len(contexts)}", executable_path=CHROMIUM, headless=True, args=FLAGS,
+                color_scheme=scheme, viewport={"width": width, "height": 800},
+            )  # fmt: skip
+            contexts.append(context)
+            page = context.new_page()
+            page.complaints, page.requests = [], []
+            page.on("console", lambda message: page.complaints.append(message.text))
+            page.on("pageerror", lambda error: page.complaints.append(str(error)))
+            page.on("request", lambda request: page.requests.append(request.url))
+            page.goto(file.as_uri())
+            return page
+
+        yield open_page
+        for context in contexts:
+            context.close()
+
+
+def shares(page) -> list[list[tuple[list[int], float, float, str]]]:
+    """Tokens, score, share of the largest colour, and hue, of each card's pieces, as the browser paints them."""
+    return page.evaluate(
+        """() => [...document.querySelectorAll('article')].map((card) => [...card.querySelectorAll('.piece')].map((piece) => {
+            const [red, green, blue, alpha] = getComputedStyle(piece).backgroundColor.match(/[\\d.]+/g).map(Number);
+            return [piece.dataset.tokens.split(' ').map(Number), Number(piece.dataset.score),
+                    alpha === undefined ? 1 : alpha, red > blue ? 'red' : 'blue', piece.title];
+        }))"""
+    )
+
+
+def check_colours(page, results, scores_of):
+    scores = [scores_of(result) for result in results]
+    most = max(abs(score) for row in scores for score in row)
+    for row, pieces in zip(scores, shares(page), strict=True):
+        assert sorted({token for piece in pieces for token in piece[0]}) == list(range(len(row)))
+        for tokens, score, alpha, hue, title in pieces:
+            wanted = sum(row[token] for token in tokens)
+            assert score == pytest.approx(wanted, abs=1e-6 * most)
+            assert alpha == pytest.approx(min(1, abs(wanted) / most) * 0.72, abs=0.01)
+            assert hue == ("red" if wanted >= 0 else "blue") or alpha < 0.01
+            shown = float(title.split(" = ")[-1])
+            assert shown == pytest.approx(wanted, rel=1e-2, abs=1e-4)
+
+
+def test_colours_and_numbers_are_those_of_the_ranking(opened, rankings):
+    page = opened()
+    results = [*rankings[0].results, *rankings[0].harmful]
+    check_colours(page, results, lambda result: [token.score for token in result.tokens])
+    assert page.locator("article .text:not(.prompt)").all_text_contents() == [result.response for result in results]
+    most = max(abs(token.score) for result in results for token in result.tokens)
+    for place, sign in (("#highest", 1), ("#lowest", -1)):
+        assert float(page.locator(place).text_content()) == pytest.approx(sign * most, rel=1e-2)
+    # A generated token by mouse, then a second one by keyboard, then all of them again.
+    page.locator("#generation .choice", has_text="2").click()
+    column = rankings[0].generation.index("2")
+    check_colours(page, results, lambda result: [row[column] for row in result.matrix])
+    assert page.locator("#about").text_content() == "influence on 2"
+    page.keyboard.press("Tab")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Enter")
+    both = [number for number, span in enumerate(rankings[0].generation_tokens) if span.text in ("2", "é")]
+    assert len(both) == 3  # é is two bytes, and one thing to press
+    check_colours(page, results, lambda result: [sum(row[c] for c in both) for row in result.matrix])
+    page.locator("#whole").click()
+    check_colours(page, results, lambda result: [token.score for token in result.tokens])
+    assert page.complaints == []
+
+
+def test_hostile_records_are_text(opened, rankings):
+    page = opened()
+    page.locator("#query").select_option("1")
+    assert page.locator("#generation").text_content() == HOSTILE
+    assert page.locator("article[data-sample=hostile] .text").all_text_contents() == [HOSTILE, HOSTILE]
+    assert page.title() == "rapidin-vdb: db"
+    assert page.locator("main script, main img, main b, header script").count() == 0
+    assert page.complaints == [] and len(page.requests) == 1
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_it_fits_and_can_be_read(opened, scheme, width):
+    page = opened(scheme=scheme, width=width)
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    lightness = page.evaluate(
+        """() => ['backgroundColor', 'color'].map((name) => {
+            const [r, g, b] = getComputedStyle(document.body)[name].match(/[\\d.]+/g).map(Number);
+            return (0.2126 * r + 0.7152 * g + 0.0722 * b) / 255;
+        })"""
+    )
+    assert (
+        (lightness[0] > 0.9 and lightness[1] < 0.2)
+        if scheme == "light"
+        else (lightness[0] < 0.2 and lightness[1] > 0.8)
+    )
+
+
+def test_nothing_else_may_run(opened):
+    """The policy of the page itself, should anything slip through."""
+    page = opened()
+    page.evaluate(
+        "() => { const s = document.createElement('script'); s.textContent = 'document.title = 1'; document.body.append(s); }"
+    )
+    page.evaluate(
+        "() => { const i = document.createElement('img'); i.src = 'http://127.0.0.1:9/x'; document.body.append(i); }"
+    )
+    page.wait_for_timeout(100)
+    assert page.title() == "rapidin-vdb: db"
+    assert sum("Content Security Policy" in text for text in page.complaints) == 2
