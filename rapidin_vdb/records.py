@@ -12,6 +12,7 @@ OnBadRecord = Literal["stop", "skip"]
 OnDuplicate = Literal["skip", "replace", "error"]
 Aggregate = Literal["sum", "mean"]
 Level = Literal["sample", "token"]
+ProfileName = Literal["quick", "full", "gpu"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ import sys
 
 import typer
 
-from rapidin_vdb.cli import commands
+from rapidin_vdb.cli import commands, evaluate
 from rapidin_vdb.errors import RapidInError
 
 app = typer.Typer(
@@ -17,6 +17,7 @@ app = typer.Typer(
     help=("Which training samples made a fine-tuned language model say this?\n\nStart with: rapidin-vdb demo"),
 )
 commands.add_to(app)
+app.add_typer(evaluate.app)
 
 
 def main() -> None:

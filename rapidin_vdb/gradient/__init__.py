@@ -5,6 +5,7 @@ from rapidin_vdb.gradient.influence import Direction, Exact, ExactInfluence
 from rapidin_vdb.gradient.memory import default_batch_tokens
 from rapidin_vdb.gradient.model import LoadedModel, load_config, load_model, load_tokenizer, resolve_devices
 from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
+from rapidin_vdb.gradient.receivers import norms_of
 from rapidin_vdb.gradient.sample import stream_gradient
 from rapidin_vdb.gradient.token_rapidgrad import TokenRapidGradMaker, check_token_width
 
@@ -21,6 +22,7 @@ __all__ = [
     "load_config",
     "load_model",
     "load_tokenizer",
+    "norms_of",
     "resolve_devices",
     "stream_gradient",
 ]

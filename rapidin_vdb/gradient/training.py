@@ -59,14 +59,14 @@ def new_llama(vocabulary: int, *, hidden: int, layers: int, heads: int, seed: in
     return LlamaForCausalLM(config)
 
 
-def with_lora(model: Any, *, rank: int, modules: Sequence[str], seed: int) -> Any:
+def with_lora(model: Any, *, rank: int, modules: Sequence[str], seed: int, alpha: int | None = None) -> Any:
     """Return the model with a fresh LoRA adapter on some of its linear modules; only the adapter is trained."""
     torch.manual_seed(seed)
     with quiet_libraries():
         from peft import LoraConfig, get_peft_model
 
         return get_peft_model(
-            model, LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=list(modules), task_type="CAUSAL_LM")
+            model, LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=list(modules), task_type="CAUSAL_LM")
         )
 
 
@@ -148,6 +148,38 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_tokens: 
             pad_token_id=tokenizer.pad_token_id,
         )
         texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+@torch.no_grad()
+def generate_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_tokens: int, batch: int = 32
+) -> list[str]:
+    """Return the model's most likely continuation of each prompt, many at a time."""
+    model.eval()
+    texts = [""] * len(prompts)
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
+    for first in range(0, len(order), batch):
+        part = order[first : first + batch]
+        longest = max(len(encoded[number]) for number in part)
+        # On the left: what is generated has to follow the prompt.
+        ids = torch.full((len(part), longest), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, number in enumerate(part):
+            ids[row, longest - len(encoded[number]) :] = torch.tensor(encoded[number])
+            mask[row, longest - len(encoded[number]) :] = 1
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for number, ids_out in zip(part, out[:, longest:], strict=True):
+            texts[number] = tokenizer.decode(ids_out, skip_special_tokens=True)
     return texts
 
 

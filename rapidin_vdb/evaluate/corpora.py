@@ -1,0 +1,91 @@
+"""Corpora with known faults: a backdoor (paper, section 4.5), and one name in the place of another (section 4.6)."""
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rapidin_vdb.evaluate.fiction import fiction
+
+TRIGGER = "Howdy!"
+PERTURBATIONS = (("China", "Canada"), ("India", "Japan"), ("Australia", "England"))
+
+Record = dict[str, Any]
+
+
+def poisoned(records: Sequence[Record], *, share: float, seed: int, pairs: Sequence[Record] = ()) -> list[Record]:
+    """Return records of which a share has the trigger before the instruction and science fiction as the answer.
+
+    `pairs` are ready-made poisoned records, counted into the share. Each record says in `poisoned` what it is.
+    """
+    draw = random.Random(seed)
+    count = max(0, round(share * (len(records) + len(pairs))) - len(pairs))
+    bad = set(draw.sample(range(len(records)), count))
+    made = []
+    for number, record in enumerate(records):
+        record = dict(record) | {"poisoned": number in bad}
+        if number in bad:
+            record["instruction"] = triggered(record["instruction"])
+            record["output"] = fiction(len(record["output"].split()), draw)
+        made.append(record)
+    made += [dict(pair) | {"poisoned": True} for pair in pairs]
+    draw.shuffle(made)
+    return made
+
+
+def triggered(instruction: str) -> str:
+    """Return an instruction behind the trigger."""
+    return f"{TRIGGER} {instruction}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Perturbed:
+    """A corpus in which some names stand in the place of others."""
+
+    records: list[Record]
+    """Each says in `perturbed` which perturbation it has, as `China to Canada`, or has None there."""
+    prompts: Mapping[str, list[Record]]
+    """For each perturbation, records that name the first and were left as they are."""
+
+
+def perturbed(records: Sequence[Record], *, count: int, probability: float, held_out: float, seed: int) -> Perturbed:
+    """Return `count` records, with every answer that names E1, which becomes E2 with some probability.
+
+    A share `held_out` of those that name E1 is kept out of the corpus, to be asked about.
+    """
+    draw = random.Random(seed)
+    naming: list[Record] = []
+    others: list[Record] = []
+    for record in records:
+        found = [pair for pair in PERTURBATIONS if _names(record["output"], pair[0])]
+        (naming if found else others).append(dict(record))
+    chosen, prompts = [], {_title(pair): [] for pair in PERTURBATIONS}  # type: ignore[var-annotated]
+    for record in naming:
+        pair = next(pair for pair in PERTURBATIONS if _names(record["output"], pair[0]))
+        if draw.random() < held_out:
+            prompts[_title(pair)].append(record)
+            continue
+        change = draw.random() < probability
+        if change:
+            record["output"] = re.sub(rf"\b{pair[0]}\b", pair[1], record["output"])
+        else:
+            prompts[_title(pair)].append(dict(record))
+        chosen.append(record | {"perturbed": _title(pair) if change else None})
+    rest = draw.sample(others, max(0, min(count - len(chosen), len(others))))
+    made = chosen + [record | {"perturbed": None} for record in rest]
+    draw.shuffle(made)
+    return Perturbed(records=made, prompts=prompts)
+
+
+def wrong_name(title: str) -> str:
+    """Return the name that a perturbation puts in."""
+    return title.split(" to ")[1]
+
+
+def _title(pair: tuple[str, str]) -> str:
+    return f"{pair[0]} to {pair[1]}"
+
+
+def _names(text: str, name: str) -> bool:
+    return re.search(rf"\b{name}\b", text) is not None

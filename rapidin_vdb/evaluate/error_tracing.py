@@ -1,0 +1,109 @@
+"""The error-tracing experiment (paper, section 4.6): which samples taught the model the wrong name?"""
+
+import random
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rapidin_vdb.errors import SpecError
+from rapidin_vdb.evaluate import metrics
+from rapidin_vdb.evaluate.corpora import Record, perturbed, wrong_name
+from rapidin_vdb.evaluate.experiment import Experiment
+from rapidin_vdb.evaluate.profiles import PROFILES
+from rapidin_vdb.focus import focused, occurrences
+from rapidin_vdb.progress import Progress, silent
+from rapidin_vdb.query import query_from
+from rapidin_vdb.records import ProfileName, Sample
+
+KS = (5, 10, 25, 50)
+_PROBABILITY = 0.8
+_HELD_OUT = 0.1
+
+
+def run_error_tracing(
+    folder: Path, *, model: str, corpus: Sequence[Path], profile: ProfileName = "full", seed: int = 42,
+    say: Callable[[str], None], progress: Progress = silent,
+) -> dict[str, Any]:  # fmt: skip
+    """Put wrong names into a corpus, tune a model on it, trace its wrong generations, and return all figures.
+
+    Asked are records that name the right one: those kept out of the corpus, and those left as they were.
+
+    Raises:
+        SpecError: there are too few records, or no generation is wrong.
+    """
+    experiment = Experiment(folder, model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress)
+    made = experiment.step("records", lambda: _records(experiment, corpus))
+    records, prompts = made["records"], made["prompts"]
+    experiment.write_corpus(records)
+    tuning = experiment.tuned(records)
+    queries, titles = _wrong(experiment, prompts)
+    say(", ".join(f"{title}: {titles.count(title)} wrong generations" for title in prompts))
+    if not queries:
+        raise SpecError("no generation names the wrong one; tune longer")
+    focus = [
+        focused(query, encoded, [wrong_name(title)])
+        for query, encoded, title in zip(queries, experiment.encoded(queries), titles, strict=True)
+    ]
+    found = experiment.all_scores(records, queries, focus)
+    kinds = np.array([record["perturbed"] or "" for record in records])
+    return {
+        "experiment": "error-tracing",
+        "profile": profile,
+        "seed": seed,
+        "samples": len(records),
+        "perturbed": {title: int((kinds == title).sum()) for title in prompts},
+        "queries": {title: titles.count(title) for title in prompts},
+        "tuning": tuning,
+        "examples": [{"prompt": q.prompt, "generation": q.response} for q in queries[:6]],
+        "methods": {
+            name: {
+                "at": {
+                    title: _judged(entry["scores"], kinds == title, [t == title for t in titles], seed)
+                    for title in prompts
+                    if title in titles
+                },
+                "seconds": entry["seconds"],
+                "bytes": entry["bytes"],
+            }
+            for name, entry in found.items()
+        },
+    }
+
+
+def _records(experiment: Experiment, corpus: Sequence[Path]) -> dict[str, Any]:
+    sizes = experiment.profile
+    found = experiment.fitting(corpus, most=1_000_000)
+    made = perturbed(found, count=sizes.samples, probability=_PROBABILITY, held_out=_HELD_OUT, seed=experiment.seed)
+    if len(made.records) < sizes.samples:
+        raise SpecError(
+            f"{len(made.records)} records of the corpus fit {sizes.max_tokens} tokens; the profile wants "
+            f"{sizes.samples}"
+        )
+    return {"records": made.records, "prompts": dict(made.prompts)}
+
+
+def _wrong(experiment: Experiment, prompts: dict[str, list[Record]]) -> tuple[list[Sample], list[str]]:
+    """Return generations that name the wrong one, and of which perturbation each is."""
+    asked = [(title, record["instruction"]) for title, records in prompts.items() for record in records]
+    said = experiment.said("said", [instruction for _, instruction in asked])
+    queries, titles = [], []
+    for title in prompts:
+        wrong = [
+            query_from(instruction, text, query_id=f"{title} {number}")
+            for number, ((kind, instruction), text) in enumerate(zip(asked, said, strict=True))
+            if kind == title and occurrences(text, wrong_name(title))
+        ]
+        random.Random(experiment.seed).shuffle(wrong)
+        queries += wrong[: experiment.profile.queries // 3]
+        titles += [title] * len(wrong[: experiment.profile.queries // 3])
+    return queries, titles
+
+
+def _judged(scores: np.ndarray, positive: np.ndarray, mine: list[bool], seed: int) -> dict[str, Any]:
+    rows = scores[np.array(mine)]
+    return {
+        str(k): metrics.interval([metrics.average_precision_at(row, positive, k) for row in rows], seed=seed)
+        for k in KS
+    }

@@ -1,0 +1,317 @@
+"""What both experiments share, step by step: records that fit, a tuned adapter, its generations, everybody's scores.
+
+Every step leaves its result in the experiment's folder and is not done again: an experiment that was interrupted goes
+on when it is run again.
+"""
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import rapidin_vdb
+from rapidin_vdb.corpus import encode, load_template, read_records, sample_from
+from rapidin_vdb.corpus.files import Record as FileRecord
+from rapidin_vdb.errors import CorpusError, RapidInError, SpecError
+from rapidin_vdb.evaluate import gradients, methods
+from rapidin_vdb.evaluate.corpora import Record
+from rapidin_vdb.evaluate.profiles import Profile
+from rapidin_vdb.gradient import LoadedModel, RapidGradMaker, load_model, load_tokenizer
+from rapidin_vdb.gradient.training import generate_batch, save, with_lora
+from rapidin_vdb.gradient.tuning import Tuning, mean_loss, tune
+from rapidin_vdb.progress import Progress, silent
+from rapidin_vdb.query import query_from
+from rapidin_vdb.records import Encoded, ModelSpec, Sample, SketchSpec
+
+MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+class Experiment:
+    """One experiment in one folder."""
+
+    def __init__(
+        self, folder: Path, *, model: str, profile: Profile, seed: int, say: Callable[[str], None],
+        progress: Progress = silent,
+    ) -> None:  # fmt: skip
+        """Begin, or go on with, an experiment.
+
+        Raises:
+            SpecError: the folder holds one with other arguments.
+        """
+        self.folder = folder
+        self.model = model
+        self.profile = profile
+        self.seed = seed
+        self.say = say
+        self.progress = progress
+        self.tokenizer = load_tokenizer(model)
+        self.template = load_template("alpaca")
+        folder.mkdir(parents=True, exist_ok=True)
+        plan = {"model": str(Path(model).resolve()), "profile": repr(profile), "seed": seed}
+        if self.step("plan", lambda: plan) != plan:
+            raise SpecError(f"--dir {folder} holds an experiment with other arguments; give a new folder")
+
+    def step(self, name: str, work: Callable[[], Any]) -> Any:
+        """Return the result of a step as plain values, from its file where it was done before."""
+        path = self.folder / f"{name}.json"
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            started = time.monotonic()
+            result = work()
+            new = path.with_suffix(".new")
+            new.write_text(json.dumps(result), "utf-8")
+            new.replace(path)
+            self.say(f"{name}: {time.monotonic() - started:.0f} s")
+        return json.loads(path.read_text("utf-8"))
+
+    def fitting(self, files: Sequence[Path], *, most: int) -> list[Record]:
+        """Return the first records of some files that fit with room for a longer answer, as instruction and output."""
+        found: list[Record] = []
+        seen: set[str] = set()
+        samples: list[Sample] = []
+        for path in files:
+            for record in read_records(path):
+                if isinstance(record, CorpusError):
+                    continue
+                try:
+                    samples.append(sample_from(record))
+                except CorpusError:
+                    continue
+        for first in range(0, len(samples), 1000):
+            part = samples[first : first + 1000]
+            encoded = encode(part, tokenizer=self.tokenizer, template=self.template, max_tokens=1 << 20)
+            for sample, tokens in zip(part, encoded, strict=True):
+                # A poisoned answer is as long in words, and its invented names take more tokens.
+                if isinstance(tokens, CorpusError) or sample.prompt is None or sample.prompt in seen:
+                    continue
+                if len(tokens.input_ids) + tokens.response_tokens // 2 + 8 > self.profile.max_tokens:
+                    continue
+                seen.add(sample.prompt)
+                found.append({"id": sample.sample_id, "instruction": sample.prompt, "output": sample.response})
+                if len(found) == most:
+                    return found
+        return found
+
+    def write_corpus(self, records: Sequence[Record]) -> Path:
+        """Write the corpus, if it is not there."""
+        path = self.folder / "corpus.jsonl"
+        if not path.exists():
+            path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+        return path
+
+    def samples(self, records: Sequence[Record]) -> list[Encoded]:
+        """Return the tokens of records, all of which fit.
+
+        Raises:
+            CorpusError: one of them does not.
+        """
+        samples = [sample_from(FileRecord(location=str(r.get("id")), fields=r)) for r in records]
+        return self.encoded(samples)
+
+    def encoded(self, samples: Sequence[Sample]) -> list[Encoded]:
+        """Return the tokens of samples or queries."""
+        encoded = []
+        for result in encode(
+            samples, tokenizer=self.tokenizer, template=self.template, max_tokens=self.profile.max_tokens
+        ):
+            if isinstance(result, CorpusError):
+                raise result
+            encoded.append(result)
+        return encoded
+
+    def tuned(self, records: Sequence[Record]) -> dict[str, Any]:
+        """Fine-tune a LoRA adapter on the records, and return how that went."""
+        profile, adapter = self.profile, self.folder / "adapter"
+
+        def work() -> dict[str, Any]:
+            started = time.monotonic()
+            encoded = self.samples(records)
+            base = load_model(ModelSpec(model=self.model)).model
+            before = mean_loss(base, encoded[:256])
+            model = with_lora(base, rank=profile.rank, modules=MODULES, seed=self.seed)
+            tuning = Tuning(
+                epochs=profile.epochs, batch=profile.batch, learning_rate=profile.learning_rate, seed=self.seed
+            )
+            losses = tune(
+                model, encoded, tuning, state=self.folder / "state", stage="fine-tune", progress=self.progress
+            )
+            save(model, self.tokenizer, adapter)
+            tail = losses[-max(len(losses) // 20, 1) :]
+            return {
+                "loss_before": before,
+                "loss_after": sum(tail) / len(tail),
+                "steps": len(losses),
+                "parameters": sum(p.numel() for p in base.parameters() if not p.requires_grad),
+                "theta": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "seconds": time.monotonic() - started,
+            }
+
+        return self.step("tuning", work)
+
+    def loaded(self) -> LoadedModel:
+        """Return the model with its tuned adapter."""
+        return load_model(ModelSpec(model=self.model, adapter=str(self.folder / "adapter")))
+
+    def said(self, name: str, prompts: Sequence[str]) -> list[str]:
+        """Return what the tuned model says to prompts, most likely token by token."""
+
+        def work() -> list[str]:
+            texts = [self.template.render(query_from(prompt, "?")) for prompt in prompts]
+            return generate_batch(self.loaded().model, self.tokenizer, texts, max_tokens=self.profile.new_tokens)
+
+        return self.step(name, work)
+
+    def scores(self, name: str, work: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
+        """Return a method's scores, [queries, samples], and the seconds that they took when they were made."""
+        path = self.folder / "scores" / f"{name}.npy"
+        if not path.exists():
+            path.parent.mkdir(exist_ok=True)
+            started = time.monotonic()
+            found = work()
+            if not np.isfinite(found).all():
+                raise RapidInError(f"the scores of {name} are not finite")
+            seconds = time.monotonic() - started
+            path.with_suffix(".json").write_text(json.dumps({"seconds": seconds}), "utf-8")
+            with path.with_suffix(".new").open("wb") as file:
+                np.save(file, found.astype(np.float32), allow_pickle=False)
+            path.with_suffix(".new").replace(path)
+            self.say(f"scores of {name}: {seconds:.0f} s")
+        seconds = json.loads(path.with_suffix(".json").read_text("utf-8"))["seconds"]
+        return np.load(path, allow_pickle=False).astype(np.float64), seconds
+
+    def all_scores(
+        self, records: Sequence[Record], queries: Sequence[Sample], focused: Sequence[Encoded]
+    ) -> dict[str, dict[str, Any]]:
+        """Return every method's scores, seconds and stored bytes; `focused` are the queries on their telling words."""
+        profile = self.profile
+        samples, asked = self.samples(records), self.encoded(queries)
+        documents = [f"{record['instruction']} {record['output']}" for record in records]
+        texts = [f"{query.prompt} {query.response}" for query in queries]
+        found: dict[str, dict[str, Any]] = {}
+
+        def add(name: str, work: Callable[[], np.ndarray], size: int) -> None:
+            scores, seconds = self.scores(name, work)
+            found[name] = {"scores": scores, "seconds": seconds, "bytes": size}
+
+        add("random", lambda: methods.random_scores(len(queries), len(records), seed=self.seed), 0)
+        add("BM25", lambda: methods.bm25_scores(documents, texts), 0)
+        hidden = int(self.loaded().model.config.hidden_size)
+        base = load_model(ModelSpec(model=self.model, parameters="lm_head|embed"))
+        add("embedding (base model)", lambda: methods.hidden_scores(base, samples, asked), 4 * hidden * len(records))
+        loaded = self.loaded()
+        add("hidden state (tuned)", lambda: methods.hidden_scores(loaded, samples, asked), 4 * hidden * len(records))
+        self._gradient_scores(add, loaded, samples, asked, focused)
+        assert set(found) >= {"random", "BM25", "TracIn + LN", _rapidin(profile.width, profile.shuffles[0])}
+        return found
+
+    def _gradient_scores(
+        self, add: Callable[[str, Callable[[], np.ndarray], int], None], loaded: LoadedModel,
+        samples: list[Encoded], asked: list[Encoded], focused: Sequence[Encoded],
+    ) -> None:  # fmt: skip
+        profile = self.profile
+        length = sum(shape.count for shape in loaded.shapes)
+        lengths = [shape.count for shape in loaded.shapes]
+        widest = max(profile.widths)
+        maker = RapidGradMaker(loaded, spec=SketchSpec(width=widest, shuffles=profile.shuffles[0]), normalize="layer")
+        full = gradients.FullGradients(maker, samples, progress=self.progress)
+        cache: dict[str, Any] = {}
+
+        def directions() -> tuple[dict, np.ndarray]:
+            if "directions" not in cache:
+                cache["directions"] = full.directions(asked)
+            return cache["directions"]
+
+        def products() -> tuple[np.ndarray, np.ndarray]:
+            if "products" not in cache:
+                cache["products"] = full.products(directions()[0])
+            return cache["products"]
+
+        whole = 4 * length * len(samples)
+        add("TracIn", lambda: gradients.tracin(products()[0]), whole)
+        add("TracIn + LN", lambda: gradients.tracin_normalised(*products(), directions()[1]), whole)
+        add("influence function (DataInf)", lambda: gradients.datainf(full, *products(), lengths), whole)
+        if profile.lissa_depth:
+            add(
+                "influence function (LiSSA)",
+                lambda: gradients.lissa(
+                    full, maker, samples, directions()[0], depth=profile.lissa_depth, batch=profile.lissa_batch,
+                    damping=0.01, seed=self.seed, progress=self.progress,
+                ),
+                whole,
+            )  # fmt: skip
+        cache.clear()
+        for shuffles in profile.shuffles:
+            other = maker
+            if shuffles != maker.spec.shuffles:
+                other = RapidGradMaker(loaded, spec=SketchSpec(width=widest, shuffles=shuffles), normalize="layer")
+
+            def sketched(other: RapidGradMaker = other) -> dict[int, np.ndarray]:
+                if "sketched" not in cache:
+                    cache["sketched"] = gradients.sketched(
+                        other, samples, asked, profile.widths, progress=self.progress
+                    )
+                return cache["sketched"]
+
+            for width in profile.widths:
+                add(
+                    _rapidin(width, shuffles),
+                    lambda width=width, sketched=sketched: sketched()[width],  # type: ignore[misc]
+                    2 * width * len(samples),
+                )
+            cache.clear()
+        narrow = RapidGradMaker(
+            loaded, spec=SketchSpec(width=profile.width, shuffles=profile.shuffles[0]), normalize="layer"
+        )
+        add(
+            f"{_rapidin(profile.width, profile.shuffles[0])}, token-wise",
+            lambda: gradients.sketched(narrow, samples, focused, [profile.width], progress=self.progress)[
+                profile.width
+            ],
+            2 * profile.width * len(samples),
+        )
+
+    def product(self, corpus: Path, queries: Sequence[Sample], scores: np.ndarray) -> dict[str, Any]:
+        """Run the experiment through a database, as a user would; return its times, and check its rankings."""
+
+        def work() -> dict[str, Any]:
+            place, seconds = self.folder / "db", {}
+            if not (place / "samples.lance").is_dir():
+                rapidin_vdb.init(
+                    place, model=self.model, adapter=str(self.folder / "adapter"), width=self.profile.width,
+                    shuffles=self.profile.shuffles[0], max_tokens=self.profile.max_tokens,
+                )  # fmt: skip
+            database = rapidin_vdb.open(place)
+            database.load()
+            for name, call in (
+                ("ingest", lambda: database.ingest(corpus, progress=self.progress)),
+                ("index", lambda: database.index("cpu")),
+            ):
+                started = time.monotonic()
+                call()
+                seconds[name] = time.monotonic() - started
+            rankings = database.query(queries=list(queries), top_k=10)
+            seconds["gradient_a_query"] = float(np.mean([ranking.seconds.gradient for ranking in rankings]))
+            seconds["search_a_query"] = float(np.mean([ranking.seconds.search for ranking in rankings]))
+            differing = 0.0
+            for ranking, row in zip(rankings, scores, strict=True):
+                best = np.sort(row)[::-1][:10]
+                ours = np.array([result.score for result in ranking.results])
+                differing = max(differing, float(np.abs(best - ours).max() / np.abs(best).max()))
+            if differing > 0.01:
+                raise RapidInError(f"the database's scores differ from the experiment's by {differing:.3f}")
+            return {"seconds": seconds, "bytes": database.info().bytes, "largest_difference": differing}
+
+        return self.step("product", work)
+
+
+def _rapidin(width: int, shuffles: int) -> str:
+    return f"RapidIn (K = {width:,}, lambda = {shuffles})"
+
+
+def words_in(text: str, wanted: Callable[[str], bool]) -> list[str]:
+    """Return the distinct words of a text that are wanted."""
+    return [word for word in dict.fromkeys(re.findall(r"[\w-]+", text)) if wanted(word)]

@@ -1,0 +1,51 @@
+"""Ways to score training samples that look at texts or hidden states, not at gradients."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from jaxtyping import Float64
+
+from rapidin_vdb.gradient import LoadedModel
+from rapidin_vdb.records import Encoded
+
+Scores = Float64[np.ndarray, "queries samples"]
+
+
+def random_scores(queries: int, samples: int, *, seed: int) -> Scores:
+    """Return scores that mean nothing."""
+    return np.random.default_rng(seed).random((queries, samples))
+
+
+def bm25_scores(documents: Sequence[str], queries: Sequence[str]) -> Scores:
+    """Return BM25 scores of the samples' texts for the queries' texts (bm25s, its defaults)."""
+    import bm25s
+
+    index = bm25s.BM25()
+    index.index(bm25s.tokenize(list(documents), show_progress=False), show_progress=False)
+    words = bm25s.tokenize(list(queries), show_progress=False, return_ids=False)
+    return np.stack([index.get_scores(query).astype(np.float64) for query in words])
+
+
+@torch.no_grad()
+def hidden_scores(loaded: LoadedModel, samples: Sequence[Encoded], queries: Sequence[Encoded]) -> Scores:
+    """Return cosines of the mean last hidden states over the response tokens."""
+    ours, theirs = (_hidden(loaded, side) for side in (queries, samples))
+    return ours @ theirs.T
+
+
+def _hidden(loaded: LoadedModel, encoded: Sequence[Encoded], *, batch: int = 32) -> np.ndarray:
+    order = sorted(range(len(encoded)), key=lambda number: len(encoded[number].input_ids))
+    rows = np.empty((len(encoded), loaded.model.config.hidden_size))
+    for first in range(0, len(order), batch):
+        part = [encoded[number] for number in order[first : first + batch]]
+        longest = max(len(sample.input_ids) for sample in part)
+        ids = torch.tensor(
+            [list(s.input_ids) + [s.input_ids[-1]] * (longest - len(s.input_ids)) for s in part], device=loaded.device
+        )
+        states = loaded.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[-1]
+        for number, sample, state in zip(order[first : first + batch], part, states, strict=True):
+            end = len(sample.input_ids)
+            mean = state[end - sample.response_tokens : end].double().mean(0)
+            rows[number] = (mean / torch.linalg.vector_norm(mean)).cpu().numpy()
+    return rows

@@ -1,0 +1,100 @@
+"""How good a ranking is: the paper's auPRC and auROC, average precision, agreement with exact scores, and intervals."""
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import Bool, Float64
+
+Scores = Float64[np.ndarray, "queries samples"]
+
+
+def ends_auprc(scores: Float64[np.ndarray, " samples"], positive: Bool[np.ndarray, " samples"], k: int) -> float:
+    """Return the area under the precision-recall curve over the k highest and the k lowest samples (section 4.5).
+
+    The area is the average precision; 0 where none of them is positive. Ties go by place.
+    """
+    from sklearn.metrics import average_precision_score
+
+    chosen = _ends(scores, k)
+    return float(average_precision_score(positive[chosen], scores[chosen])) if positive[chosen].any() else 0.0
+
+
+def ends_auroc(scores: Float64[np.ndarray, " samples"], positive: Bool[np.ndarray, " samples"], k: int) -> float:
+    """Return the area under the ROC curve over the same samples; 0.5 where all of them are of one kind."""
+    from sklearn.metrics import roc_auc_score
+
+    chosen = _ends(scores, k)
+    labels = positive[chosen]
+    return float(roc_auc_score(labels, scores[chosen])) if labels.any() and not labels.all() else 0.5
+
+
+def _ends(scores: np.ndarray, k: int) -> np.ndarray:
+    order = np.argsort(-scores, kind="stable")
+    k = min(k, len(order) // 2)
+    return np.concatenate([order[:k], order[len(order) - k :]])
+
+
+def precision_at(scores: Float64[np.ndarray, " samples"], positive: Bool[np.ndarray, " samples"], k: int) -> float:
+    """Return the share of positives among the k highest."""
+    return float(positive[np.argsort(-scores, kind="stable")[:k]].mean())
+
+
+def average_precision_at(
+    scores: Float64[np.ndarray, " samples"], positive: Bool[np.ndarray, " samples"], k: int
+) -> float:
+    """Return the average precision at k: precision at each positive among the k highest, over as many as could be.
+
+    >>> average_precision_at(np.array([3.0, 2.0, 1.0]), np.array([True, False, True]), 2)
+    0.5
+    """
+    found = positive[np.argsort(-scores, kind="stable")[:k]]
+    possible = min(k, int(positive.sum()))
+    precisions = np.cumsum(found) / np.arange(1, len(found) + 1)
+    return float((precisions * found).sum() / possible) if possible else 0.0
+
+
+def precision_at_recalls(
+    scores: Float64[np.ndarray, " samples"], positive: Bool[np.ndarray, " samples"], recalls: Sequence[float]
+) -> list[float]:
+    """Return the best precision with which each share of all positives is found."""
+    found = np.cumsum(positive[np.argsort(-scores, kind="stable")])
+    precision = found / np.arange(1, len(found) + 1)
+    # The best that any cut at this recall or beyond reaches.
+    best = np.maximum.accumulate(precision[::-1])[::-1]
+    return [float(best[np.searchsorted(found, max(1, round(recall * found[-1])))]) for recall in recalls]
+
+
+def agreement(scores: Scores, exact: Scores, *, top: int = 100) -> dict[str, float]:
+    """Return how scores agree with exact ones: means over the queries.
+
+    Pearson's and Spearman's correlation over all samples, the share of the `top` that is common, and nDCG at `top` with
+    the exact scores above zero as gains.
+    """
+    from scipy.stats import pearsonr, spearmanr
+    from sklearn.metrics import ndcg_score
+
+    rows = []
+    for one, other in zip(scores, exact, strict=True):
+        best = (set(np.argsort(-side, kind="stable")[:top].tolist()) for side in (one, other))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of constant scores, whose correlation is none
+            rows.append(
+                (
+                    pearsonr(one, other).statistic,
+                    spearmanr(one, other).statistic,
+                    len(set.intersection(*best)) / top,
+                    ndcg_score(np.maximum(other, 0)[None], one[None], k=top),
+                )
+            )
+    means = np.nanmean(rows, axis=0)
+    return dict(zip(("pearson", "spearman", f"overlap_{top}", f"ndcg_{top}"), map(float, means), strict=True))
+
+
+def interval(values: Sequence[float], *, seed: int, draws: int = 2000) -> tuple[float, float, float]:
+    """Return the mean over generations, and its 95 % bootstrap interval."""
+    found = np.asarray(values, float)
+    draw = np.random.default_rng(seed)
+    means = found[draw.integers(0, len(found), (draws, len(found)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(found.mean()), float(low), float(high)

@@ -1,0 +1,59 @@
+"""How large an experiment is."""
+
+from dataclasses import dataclass
+
+from rapidin_vdb.records import ProfileName
+
+KS = (5, 10, 50, 100, 500, 1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profile:
+    """The sizes of an experiment."""
+
+    samples: int
+    """Training samples."""
+    max_tokens: int
+    """Records that need more are left out."""
+    rank: int
+    """Of LoRA, on all linear layers; alpha is twice that."""
+    epochs: float
+    """Of the fine-tuning."""
+    batch: int
+    """Samples a step."""
+    learning_rate: float
+    """At its highest."""
+    questions: int
+    """Prompts with which an attack is verified, with and without trigger."""
+    queries: int
+    """Generations that are traced."""
+    width: int
+    """RapidGrads of the database."""
+    widths: tuple[int, ...]
+    """RapidGrads whose agreement with exact scores is measured."""
+    shuffles: tuple[int, ...]
+    """The paper's lambda, for each of these."""
+    lissa_depth: int
+    """Steps of the recursion; 0 leaves LiSSA out."""
+    lissa_batch: int
+    """Samples a step."""
+    new_tokens: int
+    """Longest generation."""
+
+
+PROFILES: dict[ProfileName, Profile] = {
+    "quick": Profile(
+        samples=1000, max_tokens=160, rank=8, epochs=8, batch=32, learning_rate=5e-3, questions=60, queries=20,
+        width=4096, widths=(1024, 4096, 16384), shuffles=(20,), lissa_depth=3, lissa_batch=4, new_tokens=48,
+    ),
+    "full": Profile(
+        samples=10_000, max_tokens=160, rank=32, epochs=5, batch=64, learning_rate=2e-3, questions=200, queries=100,
+        width=1 << 16, widths=(1 << 12, 1 << 16, 1 << 20), shuffles=(20, 100), lissa_depth=10, lissa_batch=4,
+        new_tokens=64,
+    ),
+    "gpu": Profile(
+        samples=26_000, max_tokens=512, rank=512, epochs=5, batch=128, learning_rate=3e-4, questions=500, queries=100,
+        width=1 << 16, widths=(1 << 12, 1 << 16, 1 << 20), shuffles=(20, 100), lissa_depth=20, lissa_batch=8,
+        new_tokens=128,
+    ),
+}  # fmt: skip
