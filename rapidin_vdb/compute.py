@@ -26,6 +26,8 @@ Compute = Callable[[Iterator[Batch]], Iterator[tuple[Batch, list[Result]]]]
 
 # A batch that has taken so many workers with it is not tried again.
 _LIVES = 3
+# RapidGrads of single tokens that are made, and sent, at once.
+_TOKEN_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -101,6 +103,11 @@ def compute_here(engine: Engine, *, token_width: int | None = None) -> Compute:
 
 def _make(engine: Engine, batch: Batch, token_width: int | None) -> list[Result]:
     """Compute a batch, in halves where it does not fit the memory."""
+    size = 2 * (token_width or 0) * sum(sample.response_tokens for sample in batch)
+    if size > _TOKEN_BYTES and len(batch) > 1:
+        # Short samples make large batches, and their tokens as many RapidGrads again.
+        half = len(batch) // 2
+        return _make(engine, batch[:half], token_width) + _make(engine, batch[half:], token_width)
     try:
         return engine.make(batch, token_width=token_width)
     except (RuntimeError, MemoryError) as error:

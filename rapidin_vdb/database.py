@@ -137,9 +137,7 @@ class Database:
             return estimate(
                 self._table, corpus, road.compute, workers=workers, device=devices[0], token_width=single, **options
             )
-        if single is not None:
-            self._table.tokens.ensure(single)
-        return ingest(self._table, corpus, road.compute, progress=progress, token_gradients=token_gradients, **options)
+        return ingest(self._table, corpus, road.compute, progress=progress, token_width=single, **options)
 
     def _token_width(self, given: int | None) -> int:
         """Return the width of single tokens' RapidGrads: that which they have here, or the one asked for."""
@@ -193,7 +191,7 @@ class Database:
         harmful: bool = False,
         both: bool = False,
         level: Level = "sample",
-        focus: Sequence[str] = (),
+        focus: str | Sequence[str] = (),
         tokens: bool = False,
         matrix: bool = False,
         refine: int = 0,
@@ -226,7 +224,8 @@ class Database:
             TableError: the database is empty, has no such version, or no RapidGrads of tokens.
         """
         question = Question(
-            top_k=top_k, where=where, harmful=harmful, both=both, level=level, focus=tuple(focus), tokens=tokens,
+            top_k=top_k, where=where, harmful=harmful, both=both, level=level,
+            focus=(focus,) if isinstance(focus, str) else tuple(focus), tokens=tokens,
             matrix=matrix, refine=refine, group_by=group_by, aggregate=aggregate, index=index, as_of=as_of,
         )  # fmt: skip
         if (generation is not None) + (file is not None) + (queries is not None) != 1 or (

@@ -138,13 +138,18 @@ class _Explanation:
                     known = self._known[sample.sample_id]
                     self._known[sample.sample_id] = dataclasses.replace(known, tokens=scores * self._factor)
         if self._question.matrix:
-            whole = dataclasses.replace(self._encoded, focus=None)
-            norms = self._direction.norms if self._encoded.focus is None else self._influence.direction(whole).norms
-            matrices = self._influence.matrix(whole, norms, batches, exacts)
+            query, whole = self._encoded, self._direction
+            if query.focus is not None:
+                query = dataclasses.replace(query, focus=None)
+                whole = self._influence.direction(query)
+                exacts = [self._influence.exact(whole, batch) for batch in batches]
+            matrices = self._influence.matrix(query, whole, batches, exacts)
             for batch, found in zip(batches, matrices, strict=True):
                 for sample, matrix in zip(batch, found, strict=True):
                     known = self._known[sample.sample_id]
-                    self._known[sample.sample_id] = dataclasses.replace(known, matrix=matrix * self._factor)
+                    self._known[sample.sample_id] = dataclasses.replace(
+                        known, matrix=(matrix * self._factor).astype(np.float32)
+                    )
 
     def _batches(self, samples: Mapping[str, Encoded]) -> Iterator[list[Encoded]]:
         """Yield samples of like length together."""
@@ -161,16 +166,14 @@ class _Explanation:
         known = self._known.get(result.sample_id)
         if known is None:
             return dataclasses.replace(result, rank=rank)
-        tokens = matrix = None
+        tokens = None
         if known.tokens is not None:
             tokens = tuple(
                 TokenScore(text=result.response[start:end], start=start, end=end, score=float(score))
                 for (start, end), score in zip(known.encoded.offsets, known.tokens, strict=True)
             )
-        if known.matrix is not None:
-            matrix = tuple(tuple(map(float, row)) for row in known.matrix)
         return dataclasses.replace(
-            result, rank=rank, exact_score=self._score(result.sample_id), tokens=tokens, matrix=matrix
+            result, rank=rank, exact_score=self._score(result.sample_id), tokens=tokens, matrix=known.matrix
         )
 
 

@@ -1,8 +1,6 @@
 """Indexes beside a table: an answer always comes from one that holds exactly the version that was asked for."""
 
 import logging
-from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from threading import Lock
 
@@ -10,28 +8,25 @@ import numpy as np
 
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index import (
-    Batch,
     Held,
     Keys,
     Manifest,
     ShardedIndex,
-    TableSource,
     check_index,
-    empty_index,
     extend_index,
     list_manifests,
     load_index,
     load_keys,
-    make_shard,
     measured_recall,
     with_recall,
     write_index,
 )
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.recipe import IndexRecipe, read_recipe
+from rapidin_vdb.recipe import IndexRecipe
 from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.store import SAMPLES, TableVersion
+from rapidin_vdb.table_index import batches_of, counted, of_table
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +34,7 @@ logger = logging.getLogger(__name__)
 # so many parts (queries go on adding parts: each is only a file more to open).
 _MOST_CHANGED = 0.3
 _MOST_PARTS = 64
+_MOST_PARTS_AT_ALL = 512
 
 
 class IndexKeeper:
@@ -46,7 +42,8 @@ class IndexKeeper:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._resident: tuple[Held, ShardedIndex] | None = None
+        # What is in memory, and the manifests that it was chosen from.
+        self._resident: tuple[Held, ShardedIndex, list[Manifest]] | None = None
         self._lock = Lock()
 
     def build(self, snapshot: TableVersion, recipe: IndexRecipe, *, progress: Progress = silent) -> IndexInfo:
@@ -71,16 +68,16 @@ class IndexKeeper:
                     extended = self._sound(manifest, snapshot, progress=progress)
                 if extended is None:
                     count = snapshot.rows()
-                    batches = _counted(_batches(snapshot), count, progress)
+                    batches = counted(batches_of(snapshot), count, progress)
                     extended = write_index(self._folder, recipe, _held(snapshot), batches, count=count)
             except OSError as error:
                 raise SpecError(
                     f"the index {recipe.name} cannot be written to {self._folder}: {error}; the database is as it was"
                 ) from error
-            index = load_index(self._folder, extended)
+            index = self._loaded_after(extended)
             if recipe.coarse_width and index.samples:
                 extended = with_recall(self._folder, extended, measured_recall(index))
-            self._resident = (_held(snapshot), index)
+            self._resident = (_held(snapshot), index, self._chosen(None))
         return _info(extended, snapshot)
 
     def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> ShardedIndex:
@@ -93,13 +90,19 @@ class IndexKeeper:
         """
         with self._lock:
             manifests = self._chosen(name)
-            resident = self._at_hand(snapshot, manifests, name)
-            index = resident or self._from_disk(snapshot, manifests, progress)
+            try:
+                index = self._at_hand(snapshot, manifests, name)
+            except SpecError as error:
+                logger.warning("%s", error)
+                index = None
+            index = index or self._from_disk(snapshot, manifests, progress)
             if index is None:
                 if manifests:
                     logger.info("no built index can serve version %d: reading the table itself", snapshot.version)
-                index = _of_table(snapshot, progress)
-            self._resident = (_held(snapshot), index)
+                self._resident = None  # first: two copies of a table might not fit
+                index = of_table(snapshot, progress)
+            # As they are now: an update on disk made a new manifest.
+            self._resident = (_held(snapshot), index, self._chosen(name))
         if index.recipe.coarse_width:
             self._say_what_coarse_finds(index)
         return index
@@ -120,26 +123,42 @@ class IndexKeeper:
         """Return the index in memory, brought to this version, if it is the one to use."""
         if self._resident is None:
             return None
-        held, index = self._resident
+        held, index, chosen_from = self._resident
+        if held == _held(snapshot) and chosen_from == manifests:
+            return index
         if name is not None and index.recipe.name != name:
             return None
-        if name is None and manifests and index.recipe != manifests[0].index_recipe:
+        if manifests and index.recipe != manifests[0].index_recipe:
             return None
         if held == _held(snapshot):
             return index
         if not index.grows or snapshot.digest_of(held.version) != held.digest:
             return None
         keys, missing = index.keys.difference(*snapshot.row_keys())
-        if _much(index.keys, keys, missing):
+        # What is mapped stays on disk; and memory has an end.
+        mapped = index.recipe.residence != "resident" or bool(index.recipe.coarse_width)
+        if _much(index.keys, keys, missing) or (mapped and len(missing)):
             return None
-        return index.updated(keys, _batches(snapshot, missing))
+        if 2 * snapshot.width * len(missing) > free_bytes("cpu") // 2:
+            return None
+        return index.updated(keys, batches_of(snapshot, missing))
+
+    def _loaded_after(self, manifest: Manifest) -> ShardedIndex:
+        """Load an index that was just written, or what somebody else has put in its place since."""
+        try:
+            return load_index(self._folder, manifest)
+        except SpecError:
+            again = next((known for known in list_manifests(self._folder) if known.name == manifest.name), manifest)
+            return load_index(self._folder, again)
 
     def _from_disk(self, snapshot: TableVersion, manifests: list[Manifest], progress: Progress) -> ShardedIndex | None:
-        for known in manifests:
+        # One that holds this version first; and what is asked for exactly is not answered by a coarse one.
+        exact = [known for known in manifests if not known.recipe["coarse_width"]]
+        for known in sorted(exact or manifests, key=lambda known: not _holds(known, snapshot)):
             manifest = known
             for _ in range(2):
                 try:
-                    return self._loaded(manifest, snapshot, progress)
+                    index = self._loaded(manifest, snapshot, progress)
                 except SpecError as error:
                     # Damaged, or replaced by somebody else while it was read.
                     again = [known for known in list_manifests(self._folder) if known.name == manifest.name]
@@ -147,13 +166,17 @@ class IndexKeeper:
                         logger.warning("%s", error)
                         break
                     manifest = again[0]
+                    continue
+                if index is not None:
+                    return index
+                break
         return None
 
     def _loaded(self, manifest: Manifest, snapshot: TableVersion, progress: Progress) -> ShardedIndex | None:
         """Return a built index, brought to this version on disk, or in memory where it has to stay as it is there."""
         if snapshot.version >= manifest.table_version:
             try:
-                found = self._extended(manifest, snapshot, progress=progress)
+                found = self._extended(manifest, snapshot, progress=progress, wait=False)
                 return None if found is None else load_index(self._folder, found)
             except OSError as error:
                 logger.warning("the index %s cannot be brought up to date on disk: %s", manifest.name, error)
@@ -162,7 +185,7 @@ class IndexKeeper:
             return None
         index = load_index(self._folder, manifest)
         keys, missing = change
-        return index.updated(keys, _batches(snapshot, missing)) if index.grows or not len(missing) else None
+        return index.updated(keys, batches_of(snapshot, missing)) if index.grows or not len(missing) else None
 
     def _sound(self, manifest: Manifest, snapshot: TableVersion, *, progress: Progress) -> Manifest | None:
         """Return an index brought to this version on disk; None where it is damaged, or has to be made anew."""
@@ -177,12 +200,14 @@ class IndexKeeper:
             logger.warning("%s", error)
             return None
 
-    def _extended(self, manifest: Manifest, snapshot: TableVersion, *, progress: Progress) -> Manifest | None:
+    def _extended(
+        self, manifest: Manifest, snapshot: TableVersion, *, progress: Progress, wait: bool = True
+    ) -> Manifest | None:
         """Return an index brought to this version on disk; None where it has to be made anew.
 
         Raises:
             SpecError: it is damaged.
-            OSError: the folder cannot be written.
+            OSError: the folder cannot be written, or, where it is not to `wait`, somebody else is writing.
         """
         if _holds(manifest, snapshot):
             return manifest
@@ -190,8 +215,10 @@ class IndexKeeper:
         if change is None:
             return None
         keys, missing = change
-        batches = _counted(_batches(snapshot, missing), len(missing), progress)
-        return extend_index(self._folder, manifest, _held(snapshot), keys, batches, count=len(missing))
+        if not wait and len(manifest.parts) >= _MOST_PARTS_AT_ALL:
+            raise OSError(f"it lies in {len(manifest.parts)} parts; put them together with: rapidin-vdb index")
+        batches = counted(batches_of(snapshot, missing), len(missing), progress)
+        return extend_index(self._folder, manifest, _held(snapshot), keys, batches, count=len(missing), wait=wait)
 
     def _difference(self, manifest: Manifest, snapshot: TableVersion) -> tuple[Keys, np.ndarray] | None:
         """Return what is alive of a built index in this version, and what the version has beyond it.
@@ -213,55 +240,6 @@ class IndexKeeper:
                 "the index %s is not exact: it found %.1f %% of the best %d samples when it was built",
                 index.recipe.name, 100 * found[0]["recall"], found[0]["at"],
             )  # fmt: skip
-
-
-def _of_table(snapshot: TableVersion, progress: Progress) -> ShardedIndex:
-    """Return an index of the table itself: its rows in memory, or streamed from it where they do not fit."""
-    recipe, width, count = read_recipe("cpu"), snapshot.width, snapshot.rows()
-    if 2 * width * count < free_bytes("cpu") // 2:
-        return empty_index(recipe, width=width).updated(
-            empty_index(recipe, width=width).keys, _counted(_batches(snapshot), count, progress)
-        )
-    logger.info("the table is larger than the memory that is free: streaming it; an index is faster")
-    return _streamed(snapshot, recipe)
-
-
-def _streamed(snapshot: TableVersion, recipe: IndexRecipe) -> ShardedIndex:
-    """Return an index that reads the table itself."""
-    sample_ids, row_ids, versions = snapshot.keys_in_order()
-    width = snapshot.width
-    source = TableSource(
-        row_ids,
-        lambda: ((batch.row_ids, batch.vectors) for batch in snapshot.vectors()),
-        lambda wanted: ((batch.row_ids, batch.vectors) for batch in snapshot.vectors(wanted)),
-        width,
-    )
-    recipe = replace(recipe, shards_per_device=1)
-    return ShardedIndex(
-        recipe=recipe,
-        width=width,
-        keys=Keys(sample_ids, row_ids, versions, np.ones(len(sample_ids), bool)),
-        shards=(make_shard("cpu", source, recipe, width=width),),
-        numbers=(np.arange(len(sample_ids)),),
-        largest_norm=None,
-    )
-
-
-def _batches(snapshot: TableVersion, row_ids: np.ndarray | None = None) -> Iterator[Batch]:
-    if row_ids is not None and not len(row_ids):
-        return
-    for found in snapshot.vectors(row_ids):
-        alive = np.ones(len(found.keys), bool)
-        yield Batch(Keys(found.keys, found.row_ids, found.versions, alive), found.vectors.view(np.uint16))
-
-
-def _counted(batches: Iterator[Batch], total: int, progress: Progress) -> Iterator[Batch]:
-    done = 0
-    progress("index", done, total)
-    for batch in batches:
-        yield batch
-        done += len(batch.rows)
-        progress("index", done, total)
 
 
 def _much(before: Keys, after: Keys, missing: np.ndarray) -> bool:

@@ -29,14 +29,14 @@ def ingest(
     batch_tokens: int,
     on_bad_record: OnBadRecord = "stop",
     on_duplicate: OnDuplicate = "error",
-    token_gradients: bool = False,
+    token_width: int | None = None,
     progress: Progress = silent,
 ) -> IngestReport:
     """Write the RapidGrads of a corpus's samples, and say what was done.
 
     A sample whose id is in the table with the same content is left alone, so that an ingest that was interrupted, or is
     run twice, simply goes on. `on_duplicate` says what to do where the content differs. The corpus is read twice: first
-    to check every record, then to take gradients. With `token_gradients`, `compute` makes those of single tokens too;
+    to check every record, then to take gradients. With `token_width`, `compute` makes RapidGrads of single tokens too;
     samples that are in the table without them get them.
 
     Raises:
@@ -55,8 +55,10 @@ def ingest(
         windows(),
         on_bad_record=on_bad_record,
         on_duplicate=on_duplicate,
-        token_gradients=token_gradients,
+        token_gradients=token_width is not None,
     )
+    if token_width is not None:
+        table.tokens.ensure(token_width)
     plan.seen = table.ensure_columns(plan.kinds, seen=plan.seen)
     writer = _Writer(table, plan)
     total, done, tokens = len(plan.todo), 0, 0
@@ -131,13 +133,23 @@ class _Writer:
             self.commit()
 
     def commit(self) -> None:
-        # Emptied first: a Ctrl-C in the middle must not write rows a second time that the commit goes on to write.
-        rows, self._rows, tokens, self._tokens, self._bytes = self._rows, [], self._tokens, [], 0
+        with self._table.committing():
+            self._commit_tokens()
+            self._commit_rows()
+        self._bytes = 0
+        self._since = time.monotonic()
+
+    # Both are emptied first: a Ctrl-C in the middle must not write rows a second time that Lance goes on to write.
+
+    def _commit_tokens(self) -> None:
+        tokens, self._tokens = self._tokens, []
         if tokens:
             # Before their samples: a sample whose tokens were asked for is never there without them.
             self.token_gradients += self._table.tokens.write(tokens)
+
+    def _commit_rows(self) -> None:
+        rows, self._rows = self._rows, []
         if rows:
             replaced = sum(row.sample.sample_id in self._replacing for row in rows)
             self._seen = self._table.replace(rows) if replaced else self._table.append(rows, seen=self._seen)
             self.added, self.replaced = self.added + len(rows) - replaced, self.replaced + replaced
-        self._since = time.monotonic()

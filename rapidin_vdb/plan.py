@@ -118,6 +118,10 @@ def make_plan(
                 if lacking and stored.get(sample.sample_id) == sample.content_hash:
                     plan.tokens_only.add(sample.sample_id)
                     plan.todo[sample.sample_id] = sample.content_hash
+            if wanted and sample.sample_id in plan.tokens_only:
+                # What was there without tokens is replaced by a later record of these files.
+                plan.tokens_only.remove(sample.sample_id)
+                plan.replaced.add(sample.sample_id)
             if wanted:
                 plan.todo[sample.sample_id] = sample.content_hash
                 plan.kinds = merge_kinds(plan.kinds, sample.metadata)

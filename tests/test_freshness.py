@@ -7,11 +7,12 @@ import shutil
 import numpy as np
 import pytest
 from conftest import toy_records, write_jsonl
+from filelock import FileLock
 from reference import top_k
 
 import rapidin_vdb
 from rapidin_vdb.errors import SpecError, TableError
-from rapidin_vdb.index import ShardedIndex
+from rapidin_vdb.index import ShardedIndex, list_manifests, with_recall
 from rapidin_vdb.recipe import IndexRecipe
 
 RECIPES = {
@@ -67,13 +68,13 @@ def test_changes_reach_a_built_index_and_only_they(database, tmp_path, name, mon
     database.index(RECIPES[name])
     assert_answers(database)
     read = []
-    real = rapidin_vdb.freshness._batches
+    real = rapidin_vdb.freshness.batches_of
 
     def counted(snapshot, row_ids=None):
         read.append(None if row_ids is None else len(row_ids))
         return real(snapshot, row_ids)
 
-    monkeypatch.setattr("rapidin_vdb.freshness._batches", counted)
+    monkeypatch.setattr("rapidin_vdb.freshness.batches_of", counted)
     first = database.info().table_version
     for number in range(2):
         change(database, tmp_path, number)
@@ -183,7 +184,7 @@ def test_many_queries_are_as_one_by_one_whatever_is_searched(database, tmp_path,
         [(r.sample_id, r.score) for r in database.query(a["prompt"], a["generation"], top_k=5)[0].results]
         for a in asked
     ]
-    monkeypatch.setattr("rapidin_vdb.freshness.free_bytes", lambda device: 4000)
+    monkeypatch.setattr("rapidin_vdb.table_index.free_bytes", lambda device: 4000)
     assert answers(rapidin_vdb.open(database.path)) == first
     for recipe in RECIPES.values():
         database.index(recipe)
@@ -192,7 +193,7 @@ def test_many_queries_are_as_one_by_one_whatever_is_searched(database, tmp_path,
 
 def test_a_table_larger_than_memory_is_streamed(database, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
-    monkeypatch.setattr("rapidin_vdb.freshness.free_bytes", lambda device: 4000)
+    monkeypatch.setattr("rapidin_vdb.table_index.free_bytes", lambda device: 4000)
     assert_answers(database)
     assert_answers(database, where="stars > 2", k=3)
     assert "larger than the memory that is free: streaming it" in caplog.text
@@ -268,3 +269,105 @@ def test_an_index_is_never_half_shared(database):
     keys, missing = index.keys.difference(index.keys.row_ids[1:], index.keys.versions[1:])
     assert len(missing) == 0
     assert (index.updated(keys, []).samples, index.samples) == (23, 24)
+
+
+def test_an_update_that_fails_half_way_leaves_the_index_as_it_was(database, tmp_path, monkeypatch):
+    """Single precision is FAISS's, to which rows are added in place."""
+    database.index(IndexRecipe(name="single", element_type="float32", shards_per_device=2))
+    assert_answers(database)
+
+    def failing(snapshot, row_ids=None):
+        yield from ()
+        raise KeyboardInterrupt
+
+    change(database, tmp_path, 0)
+    with monkeypatch.context() as patch:
+        patch.setattr("rapidin_vdb.freshness.batches_of", failing)
+        with pytest.raises(KeyboardInterrupt):
+            database.query(*ASKED)
+    assert_answers(database)
+    assert_answers(database, where="stars > 1", k=4)
+    # And no file of the attempt is left.
+    (manifest,) = list_manifests(tmp_path / "db" / "indexes")
+    files = {path.name.split(".")[0] for path in (tmp_path / "db" / "indexes" / "single").glob("*.rows.npy")}
+    assert files == {part.name for part in manifest.parts}
+
+
+def test_a_query_does_not_wait_for_who_is_building(database, tmp_path):
+    database.index("cpu")
+    change(database, tmp_path, 0)
+    with FileLock(tmp_path / "db" / "indexes" / "cpu" / ".lock"):
+        assert_answers(rapidin_vdb.open(database.path))
+    assert [index.fresh for index in database.info().indexes] == [False], "left to the one who builds"
+    assert_answers(rapidin_vdb.open(database.path))
+    assert [index.fresh for index in database.info().indexes] == [True]
+
+
+def test_mapped_rows_do_not_pile_up_in_memory(database, tmp_path):
+    database.index(RECIPES["mapped"])
+    for number in range(3):
+        change(database, tmp_path, number)
+        assert_answers(database)
+        assert [index.fresh for index in database.info().indexes] == [True], "brought up to date on disk"
+    index = database._indexes["sample"]._resident[1]
+    assert all(isinstance(array, np.memmap) and not array.flags.writeable for s in index.shards for array in s.source.arrays)
+
+
+@pytest.mark.parametrize("harm", ["keys", "ids", "gone"])
+def test_empty_files_are_damage_that_index_mends(database, tmp_path, harm, caplog):
+    database.index("cpu")
+    change(database, tmp_path, 0)
+    assert_answers(rapidin_vdb.open(database.path))
+    folder = tmp_path / "db" / "indexes" / "cpu"
+    next(folder.glob("gone-*.npy" if harm == "gone" else f"*.{harm}.*")).write_bytes(b"")
+    assert_answers(rapidin_vdb.open(database.path))
+    assert "the index cpu is damaged" in caplog.text
+    assert rapidin_vdb.open(database.path).index("cpu").fresh
+    caplog.clear()
+    assert_answers(rapidin_vdb.open(database.path))
+    assert not caplog.records
+
+
+def test_a_damaged_exact_index_is_not_answered_for_by_a_coarse_one(database, tmp_path):
+    database.index("cpu")
+    database.index(IndexRecipe(name="coarse", coarse_width=2, refine=1))
+    next((tmp_path / "db" / "indexes" / "cpu").glob("*.rows.npy")).write_bytes(b"")
+    assert_answers(rapidin_vdb.open(database.path), k=5)
+
+
+def test_a_fresh_exact_index_goes_before_a_stale_one(database, tmp_path, monkeypatch):
+    database.index("cpu")
+    database.ingest(write_jsonl(tmp_path / "many.jsonl", toy_records(30, first=100)))
+    database.index(RECIPES["mapped"])
+    monkeypatch.setattr("rapidin_vdb.table_index.of_table", lambda *a: pytest.fail("the table is read"))
+    monkeypatch.setattr("rapidin_vdb.freshness.of_table", lambda *a: pytest.fail("the table is read"))
+    assert_answers(rapidin_vdb.open(database.path))
+
+
+def test_the_table_is_read_once_where_no_index_serves(database, tmp_path, monkeypatch):
+    database.index(RECIPES["streamed"])
+    database.ingest(write_jsonl(tmp_path / "many.jsonl", toy_records(30, first=100)))
+    read = []
+    real = rapidin_vdb.table_index.batches_of
+
+    def counted(snapshot, row_ids=None):
+        read.append(snapshot.version)
+        return real(snapshot, row_ids)
+
+    monkeypatch.setattr("rapidin_vdb.table_index.batches_of", counted)
+    for _ in range(3):
+        database.query(*ASKED)
+    assert len(read) == 1
+
+
+def test_recall_is_not_written_over_what_somebody_else_built(database, tmp_path):
+    folder = tmp_path / "db" / "indexes"
+    recipe = IndexRecipe(name="coarse", coarse_width=2, refine=1)
+    database.index(recipe)
+    (before,) = list_manifests(folder)
+    change(database, tmp_path, 0)
+    database.index(recipe)
+    (now,) = list_manifests(folder)
+    assert now != before
+    with_recall(folder, before, {"recall": 0.0})
+    assert list_manifests(folder) == [now]

@@ -70,7 +70,7 @@ def test_all_four_forms_equal_separate_backward_passes(models, adapters, archite
     direction = influence.direction(QUERY)
     exact = influence.exact(direction, SAMPLES)
     scores = influence.token_scores(direction, SAMPLES, exact)
-    (matrices,) = influence.matrix(QUERY, direction.norms, [SAMPLES], [exact])
+    (matrices,) = influence.matrix(QUERY, direction, [SAMPLES], [exact])
     for place, sample in enumerate(SAMPLES):
         wanted = slow_matrix(loaded, sample, QUERY, normalize)
         close(matrices[place], wanted)
@@ -167,3 +167,28 @@ def test_a_focus_is_a_loss_of_its_own(models, adapters):
         wanted = (grads[1][layer] + grads[3][layer]) / 2
         close(direction.grads[layer].numpy(), wanted / np.linalg.norm(wanted))
         assert direction.norms[layer] == pytest.approx(np.linalg.norm(wanted), rel=1e-5)
+
+
+def test_the_padding_token_has_no_part(models, adapters):
+    """Its row of a (tied) embedding gets no gradient where it is read, and does where it is predicted."""
+    loaded = load(models, adapters, "qwen2", "full")
+    sample = Encoded(sample_id="p", input_ids=(1, 70, 0, 71, 0, 2), offsets=((0, 1),) * 4, truncated=False)
+    influence = ExactInfluence(RapidGradMaker(loaded, spec=SKETCH, normalize="layer"))
+    direction = influence.direction(sample)
+    exact = influence.exact(direction, [sample])
+    (scores,) = influence.token_scores(direction, [sample], exact)
+    close(scores, slow_matrix(loaded, sample, sample, "layer").sum(1))
+    assert not influence._twice
+
+
+def test_a_matrix_that_does_not_sum_is_made_anew(models, adapters, monkeypatch, caplog):
+    loaded = load(models, adapters, "llama", "lora")
+    influence = ExactInfluence(RapidGradMaker(loaded, spec=SKETCH, normalize="layer"))
+    direction = influence.direction(QUERY)
+    exact = influence.exact(direction, SAMPLES)
+    original = type(influence._tangents).token_scores
+    monkeypatch.setattr(type(influence._tangents), "token_scores", lambda *args: [1.01 * s for s in original(*args)])
+    (matrices,) = influence.matrix(QUERY, direction, [SAMPLES], [exact])
+    for sample, matrix in zip(SAMPLES, matrices, strict=True):
+        close(matrix, slow_matrix(loaded, sample, QUERY, "layer"))
+    assert "did not sum" in caplog.text

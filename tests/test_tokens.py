@@ -338,3 +338,71 @@ def test_json_has_the_fixed_fields(database):
         len(ranking.results[0].tokens or ranking.results[0].matrix),
         8,
     )
+
+
+def test_a_later_record_of_the_same_files_replaces_what_had_no_tokens(database, tmp_path):
+    first = toy_records(1)[0]
+    path = write_jsonl(tmp_path / "twice.jsonl", [first, first | {"output": "something else"}])
+    report = database.ingest(path, token_gradients=True, token_width=16, on_duplicate="replace")
+    assert (report.added, report.replaced) == (0, 1)
+    assert database.show("toy-000").response == "something else"
+    (ranking,) = database.query(PROMPT, GENERATION, level="token", top_k=100)
+    assert {r.response for r in ranking.results} == {"something else"}
+
+
+def test_tokens_of_who_came_too_late_take_nothing_away(tokened, tmp_path):
+    """Another writer has the same sample with other content: the first one's tokens stay."""
+    from rapidin_vdb.store import TokenRows
+
+    before = token_rows(tokened)
+    encoded = tokened._table.snapshot().encoded(["toy-001"])["toy-001"]
+    rows = TokenRows(encoded=encoded, content_hash="f" * 32, vectors=np.ones((encoded.response_tokens, 16), np.float16))
+    tokened._table.tokens.write([rows])
+    (ranking,) = tokened.query(PROMPT, GENERATION, level="token", top_k=1000)
+    assert {(r.sample_id, r.token_index) for r in ranking.results} == set(before)
+    assert ranking.searched == len(before)
+    # What nobody sees goes with the next deletion.
+    tokened.delete(ids=["toy-000"])
+    assert {name for name, _ in token_rows(tokened)} == {name for name, _ in before} - {"toy-000"}
+
+
+def test_a_refused_ingest_leaves_no_table_of_tokens(database, tmp_path):
+    path = write_jsonl(tmp_path / "bad.jsonl", [{"id": "x", "nothing": 1}])
+    with pytest.raises(CorpusError):
+        database.ingest(path, token_gradients=True, token_width=16)
+    assert not database._table.tokens
+
+
+def test_what_was_computed_is_kept_where_tokens_cannot_be_written(database, tmp_path, monkeypatch):
+    monkeypatch.setattr("rapidin_vdb.store.tokens.TokenTable.write", lambda *a: (_ for _ in ()).throw(TableError("full")))
+    with pytest.raises(TableError, match="full"):
+        database.ingest(write_jsonl(tmp_path / "new.jsonl", toy_records(2, first=70)), token_gradients=True, token_width=16)
+    monkeypatch.undo()
+    report = database.ingest(tmp_path / "new.jsonl", token_gradients=True, token_width=16)
+    assert report.added + report.unchanged == 2 and report.token_gradients > 0
+    (ranking,) = database.query(PROMPT, GENERATION, level="token", top_k=1000)
+    assert {r.sample_id for r in ranking.results} == {"toy-070", "toy-071"}
+
+
+def test_one_text_as_a_focus_is_one_text(database):
+    (one,), (other,) = (database.query(PROMPT, GENERATION, focus=focus) for focus in ("35", ["35"]))
+    assert one.results == other.results and one.focus == ("35",)
+
+
+def test_batches_that_do_not_fit_are_halved(database, monkeypatch, caplog):
+    from rapidin_vdb.gradient.tangent import TangentPass
+
+    (whole,) = database.query(PROMPT, GENERATION, tokens=True)
+    original, largest = TangentPass.token_scores, []
+
+    def limited(self, batch, *args):
+        if len(batch) > 3:
+            raise MemoryError
+        largest.append(len(batch))
+        return original(self, batch, *args)
+
+    monkeypatch.setattr(TangentPass, "token_scores", limited)
+    (parts,) = database.query(PROMPT, GENERATION, tokens=True)
+    assert max(largest) <= 3 and "does not fit the memory" in caplog.text
+    for one, other in zip(whole.results, parts.results, strict=True):
+        assert [t.score for t in one.tokens] == pytest.approx([t.score for t in other.tokens], rel=1e-4, abs=1e-6)

@@ -144,7 +144,10 @@ def test_a_built_index_is_used_and_answers_alike(database, monkeypatch):
     without = database.query("Say 5", "blue 35")[0].results
     database.index("two_gpus")
     again = rapidin_vdb.open(database.path)
-    monkeypatch.setattr("rapidin_vdb.freshness._batches", lambda *a, **k: pytest.fail("vectors read from the table"))
+    for module in ("freshness", "table_index"):
+        monkeypatch.setattr(
+            f"rapidin_vdb.{module}.batches_of", lambda *a, **k: pytest.fail("vectors read from the table")
+        )
     assert again.query("Say 5", "blue 35")[0].results == without
 
 

@@ -20,8 +20,8 @@ def check_writable(path: Path, level: Level) -> None:
     if level == "token":
         raise SpecError("--html is about samples; leave it out, or leave out --level token")
     folder = path.parent
-    if path.is_dir() or not folder.is_dir():
-        found = "is a folder" if path.is_dir() else f"cannot be: there is no folder {folder}"
+    if (path.exists() and not path.is_file()) or not folder.is_dir():
+        found = "is not a plain file" if path.exists() else f"cannot be: there is no folder {folder}"
         raise SpecError(f"--html {path} {found}; give the name of a file in a folder that is there")
     if not os.access(folder, os.W_OK):
         raise SpecError(f"--html {path}: the folder {folder} cannot be written")
@@ -35,10 +35,11 @@ def write_page(path: Path, rankings: Sequence[Ranking], *, title: str) -> None:
     """
     from rapidin_vdb.page import render_page
 
-    new = path.with_name(f".{path.name}.new")
+    place = path.resolve()  # what a link names is replaced, not the link
+    new = place.with_name(f".{place.name}.new")
     try:
         new.write_text(render_page(rankings, title=title), "utf-8")
-        new.replace(path)
+        new.replace(place)
     except OSError as error:
         new.unlink(missing_ok=True)
         raise SpecError(f"--html {path}: cannot be written: {error}") from error

@@ -62,7 +62,7 @@ def _in_context(token: RankedToken, room: int) -> str:
     around = max((room - len(inside) - 2) // 2, 0)
     before = printable(" ".join(token.response[: token.start].split(" ")))
     after = printable(" ".join(token.response[token.end :].split(" ")))
-    return f"{before[len(before) - around :] if around else ''}[{inside}]{after[:around]}"
+    return f"{before[max(len(before) - around, 0) :]}[{inside}]{after[:around]}"
 
 
 def _token_lines(result: RankedSample, most: float) -> None:

@@ -14,6 +14,7 @@ from rapidin_vdb.evaluate.corpora import TRIGGER, Record, poisoned, triggered
 from rapidin_vdb.evaluate.experiment import Experiment, words_in
 from rapidin_vdb.evaluate.fiction import is_fiction, is_telling
 from rapidin_vdb.evaluate.profiles import KS, PROFILES
+from rapidin_vdb.evaluate.scoring import all_scores
 from rapidin_vdb.focus import focused
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
@@ -70,7 +71,7 @@ def run_backdoor(
         focused(query, encoded, words_in(query.response, is_telling))
         for query, encoded in zip(queries, experiment.encoded(queries), strict=True)
     ]
-    found = experiment.all_scores(records, queries, focus)
+    found = all_scores(experiment, records, queries, focus)
     positive = np.array([record["poisoned"] for record in records])
     result: dict[str, Any] = {
         "experiment": "backdoor",

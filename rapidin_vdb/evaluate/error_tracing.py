@@ -12,6 +12,7 @@ from rapidin_vdb.evaluate import metrics
 from rapidin_vdb.evaluate.corpora import Record, perturbed, wrong_name
 from rapidin_vdb.evaluate.experiment import Experiment
 from rapidin_vdb.evaluate.profiles import PROFILES
+from rapidin_vdb.evaluate.scoring import all_scores
 from rapidin_vdb.focus import focused, occurrences
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
@@ -46,7 +47,7 @@ def run_error_tracing(
         focused(query, encoded, [wrong_name(title)])
         for query, encoded, title in zip(queries, experiment.encoded(queries), titles, strict=True)
     ]
-    found = experiment.all_scores(records, queries, focus)
+    found = all_scores(experiment, records, queries, focus)
     kinds = np.array([record["perturbed"] or "" for record in records])
     return {
         "experiment": "error-tracing",

@@ -17,15 +17,14 @@ import rapidin_vdb
 from rapidin_vdb.corpus import encode, load_template, read_records, sample_from
 from rapidin_vdb.corpus.files import Record as FileRecord
 from rapidin_vdb.errors import CorpusError, RapidInError, SpecError
-from rapidin_vdb.evaluate import gradients, methods
 from rapidin_vdb.evaluate.corpora import Record
 from rapidin_vdb.evaluate.profiles import Profile
-from rapidin_vdb.gradient import LoadedModel, RapidGradMaker, load_model, load_tokenizer
+from rapidin_vdb.gradient import LoadedModel, load_model, load_tokenizer
 from rapidin_vdb.gradient.training import generate_batch, save, with_lora
 from rapidin_vdb.gradient.tuning import Tuning, mean_loss, tune
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
-from rapidin_vdb.records import Encoded, ModelSpec, Sample, SketchSpec
+from rapidin_vdb.records import Encoded, ModelSpec, Sample
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -183,97 +182,6 @@ class Experiment:
         seconds = json.loads(path.with_suffix(".json").read_text("utf-8"))["seconds"]
         return np.load(path, allow_pickle=False).astype(np.float64), seconds
 
-    def all_scores(
-        self, records: Sequence[Record], queries: Sequence[Sample], focused: Sequence[Encoded]
-    ) -> dict[str, dict[str, Any]]:
-        """Return every method's scores, seconds and stored bytes; `focused` are the queries on their telling words."""
-        profile = self.profile
-        samples, asked = self.samples(records), self.encoded(queries)
-        documents = [f"{record['instruction']} {record['output']}" for record in records]
-        texts = [f"{query.prompt} {query.response}" for query in queries]
-        found: dict[str, dict[str, Any]] = {}
-
-        def add(name: str, work: Callable[[], np.ndarray], size: int) -> None:
-            scores, seconds = self.scores(name, work)
-            found[name] = {"scores": scores, "seconds": seconds, "bytes": size}
-
-        add("random", lambda: methods.random_scores(len(queries), len(records), seed=self.seed), 0)
-        add("BM25", lambda: methods.bm25_scores(documents, texts), 0)
-        hidden = int(self.loaded().model.config.hidden_size)
-        base = load_model(ModelSpec(model=self.model, parameters="lm_head|embed"))
-        add("embedding (base model)", lambda: methods.hidden_scores(base, samples, asked), 4 * hidden * len(records))
-        loaded = self.loaded()
-        add("hidden state (tuned)", lambda: methods.hidden_scores(loaded, samples, asked), 4 * hidden * len(records))
-        self._gradient_scores(add, loaded, samples, asked, focused)
-        assert set(found) >= {"random", "BM25", "TracIn + LN", _rapidin(profile.width, profile.shuffles[0])}
-        return found
-
-    def _gradient_scores(
-        self, add: Callable[[str, Callable[[], np.ndarray], int], None], loaded: LoadedModel,
-        samples: list[Encoded], asked: list[Encoded], focused: Sequence[Encoded],
-    ) -> None:  # fmt: skip
-        profile = self.profile
-        length = sum(shape.count for shape in loaded.shapes)
-        lengths = [shape.count for shape in loaded.shapes]
-        widest = max(profile.widths)
-        maker = RapidGradMaker(loaded, spec=SketchSpec(width=widest, shuffles=profile.shuffles[0]), normalize="layer")
-        full = gradients.FullGradients(maker, samples, progress=self.progress)
-        cache: dict[str, Any] = {}
-
-        def directions() -> tuple[dict, np.ndarray]:
-            if "directions" not in cache:
-                cache["directions"] = full.directions(asked)
-            return cache["directions"]
-
-        def products() -> tuple[np.ndarray, np.ndarray]:
-            if "products" not in cache:
-                cache["products"] = full.products(directions()[0])
-            return cache["products"]
-
-        whole = 4 * length * len(samples)
-        add("TracIn", lambda: gradients.tracin(products()[0]), whole)
-        add("TracIn + LN", lambda: gradients.tracin_normalised(*products(), directions()[1]), whole)
-        add("influence function (DataInf)", lambda: gradients.datainf(full, *products(), lengths), whole)
-        if profile.lissa_depth:
-            add(
-                "influence function (LiSSA)",
-                lambda: gradients.lissa(
-                    full, maker, samples, directions()[0], depth=profile.lissa_depth, batch=profile.lissa_batch,
-                    damping=0.01, seed=self.seed, progress=self.progress,
-                ),
-                whole,
-            )  # fmt: skip
-        cache.clear()
-        for shuffles in profile.shuffles:
-            other = maker
-            if shuffles != maker.spec.shuffles:
-                other = RapidGradMaker(loaded, spec=SketchSpec(width=widest, shuffles=shuffles), normalize="layer")
-
-            def sketched(other: RapidGradMaker = other) -> dict[int, np.ndarray]:
-                if "sketched" not in cache:
-                    cache["sketched"] = gradients.sketched(
-                        other, samples, asked, profile.widths, progress=self.progress
-                    )
-                return cache["sketched"]
-
-            for width in profile.widths:
-                add(
-                    _rapidin(width, shuffles),
-                    lambda width=width, sketched=sketched: sketched()[width],  # type: ignore[misc]
-                    2 * width * len(samples),
-                )
-            cache.clear()
-        narrow = RapidGradMaker(
-            loaded, spec=SketchSpec(width=profile.width, shuffles=profile.shuffles[0]), normalize="layer"
-        )
-        add(
-            f"{_rapidin(profile.width, profile.shuffles[0])}, token-wise",
-            lambda: gradients.sketched(narrow, samples, focused, [profile.width], progress=self.progress)[
-                profile.width
-            ],
-            2 * profile.width * len(samples),
-        )
-
     def product(self, corpus: Path, queries: Sequence[Sample], scores: np.ndarray) -> dict[str, Any]:
         """Run the experiment through a database, as a user would; return its times, and check its rankings."""
 
@@ -306,10 +214,6 @@ class Experiment:
             return {"seconds": seconds, "bytes": database.info().bytes, "largest_difference": differing}
 
         return self.step("product", work)
-
-
-def _rapidin(width: int, shuffles: int) -> str:
-    return f"RapidIn (K = {width:,}, lambda = {shuffles})"
 
 
 def words_in(text: str, wanted: Callable[[str], bool]) -> list[str]:

@@ -10,6 +10,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
+from rapidin_vdb.gradient.memory import in_parts
 from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
 from rapidin_vdb.gradient.receivers import Dots, Measuring, norms_of
 from rapidin_vdb.gradient.sample import stream_gradient
@@ -95,14 +96,21 @@ class ExactInfluence:
         Raises:
             GradientError: the gradient of a sample is not finite.
         """
-        dots = Dots(direction.grads, len(batch), len(self._loaded.theta))
-        measuring = Measuring(dots, len(batch), len(self._loaded.theta))
-        self._maker.stream(batch, measuring)
-        parts = dots.dots * self._maker.scales(measuring.norms)
+        tensors = len(self._loaded.theta)
+
+        def measured(part: list[Encoded]) -> list[tuple[np.ndarray, np.ndarray]]:
+            dots = Dots(direction.grads, len(part), tensors)
+            measuring = Measuring(dots, len(part), tensors)
+            self._maker.stream(part, measuring)
+            return list(zip(dots.dots, measuring.norms, strict=True))
+
+        rows = in_parts(measured, list(batch))
+        norms = np.stack([norm for _, norm in rows])
+        parts = np.stack([dot for dot, _ in rows]) * self._maker.scales(norms)
         for sample, finite in zip(batch, np.isfinite(parts).all(1), strict=True):
             if not finite:
                 raise GradientError(f"sample {sample.sample_id}: the gradient is not finite")
-        return Exact(parts, measuring.norms)
+        return Exact(parts, norms)
 
     def token_scores(
         self, direction: Direction, batch: Sequence[Encoded], exact: Exact
@@ -113,25 +121,49 @@ class ExactInfluence:
         """
         scales = self._maker.scales(exact.norms)
         scores = self._token_scores(direction.grads, batch, scales)
-        if not self._twice:
-            for place, found in enumerate(scores):
-                size = np.abs(found).sum() + np.abs(exact.parts[place]).sum()
-                if not abs(found.sum() - exact.scores[place]) <= _TOLERANCE.get(self._loaded.dtype, 0.05) * size:
-                    self._give_up_tangents("in forward mode they did not sum to the samples' scores")
-                    return self._token_scores(direction.grads, batch, scales)
+        if not self._twice and not self._sums(scores, exact):
+            self._give_up_tangents("in forward mode they did not sum to the samples' scores")
+            scores = self._token_scores(direction.grads, batch, scales)
+        if not self._sums(scores, exact):
+            raise GradientError(
+                "the token scores do not sum to the samples' exact scores: in this model, samples of a batch may "
+                "depend on one another"
+            )
         return scores
 
+    def _sums(self, scores: Sequence[np.ndarray], exact: Exact) -> bool:
+        """Say whether the scores of each sample's tokens sum to its own, as far as the model's precision goes."""
+        tolerance = _TOLERANCE.get(self._loaded.dtype, 0.05)
+        return all(
+            bool(abs(found.sum() - whole) <= tolerance * (np.abs(found).sum() + np.abs(parts).sum()))
+            for found, whole, parts in zip(scores, exact.scores, exact.parts, strict=True)
+        )
+
     def matrix(
-        self, query: Encoded, norms: Float64[np.ndarray, " tensors"], batches: Sequence[Sequence[Encoded]],
-        exacts: Sequence[Exact],
-    ) -> list[list[Float64[np.ndarray, "_ _"]]]:  # fmt: skip
+        self, query: Encoded, whole: Direction, batches: Sequence[Sequence[Encoded]], exacts: Sequence[Exact]
+    ) -> list[list[Float64[np.ndarray, "_ _"]]]:
         """Return for each sample of each batch its tokens' scores on the query's tokens (Eq. 8), [tokens, generated].
 
-        `norms` are those of the whole query: over all of the query's tokens the scores sum to `token_scores`.
+        `whole` is the direction of the whole query, and `exacts` the batches' scores on it: both sides have the norms
+        of the whole, so that over all of the query's tokens the scores sum to `token_scores`.
         """
+        found = self._columns(query, whole, batches, exacts)
+        if not self._twice and not self._all_sum(found, exacts):
+            self._give_up_tangents("in forward mode they did not sum to the samples' scores")
+            found = self._columns(query, whole, batches, exacts)
+        if not self._all_sum(found, exacts):
+            raise GradientError("the matrices do not sum to the samples' exact scores")
+        return found
+
+    def _all_sum(self, matrices: Sequence[Sequence[np.ndarray]], exacts: Sequence[Exact]) -> bool:
+        return all(self._sums(found, exact) for found, exact in zip(matrices, exacts, strict=True))
+
+    def _columns(
+        self, query: Encoded, whole: Direction, batches: Sequence[Sequence[Encoded]], exacts: Sequence[Exact]
+    ) -> list[list[np.ndarray]]:
         columns: list[list[list[np.ndarray]]] = [[[] for _ in batch] for batch in batches]
         for token in query.loss_tokens:
-            grads = self.direction(at_token(query, token), norms=norms).grads
+            grads = self.direction(at_token(query, token), norms=whole.norms).grads
             for number, (batch, exact) in enumerate(zip(batches, exacts, strict=True)):
                 scales = self._maker.scales(exact.norms) / len(query.loss_tokens)
                 for place, scores in enumerate(self._token_scores(grads, batch, scales)):
@@ -145,8 +177,13 @@ class ExactInfluence:
             scores = [torch.zeros(len(sample.loss_tokens)) for sample in batch]
         elif not self._twice:
             assert self._tangents is not None
+            tangents = self._tangents
+
+            def forward(part: list[int]) -> list[Tensor]:
+                return tangents.token_scores([batch[number] for number in part], grads, factors[part])
+
             try:
-                scores = self._tangents.token_scores(batch, grads, factors)
+                scores = in_parts(forward, list(range(len(batch))))
             except NoTangentError as reason:
                 self._give_up_tangents(str(reason))
         if scores is None:

@@ -1,10 +1,16 @@
 """How many tokens a batch may have, and what to do when it was too many."""
 
-from typing import Any
+import logging
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 
 from rapidin_vdb.sketch.memory import free_bytes
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+R = TypeVar("R")
 
 # Beyond these a larger batch is no faster: a core's caches, or a GPU's arithmetic, are busy already.
 _ENOUGH_TOKENS = {"cpu": 4096, "cuda": 32768}
@@ -27,6 +33,20 @@ def is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
         isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
     )
+
+
+def in_parts(work: Callable[[list[T]], list[R]], batch: list[T]) -> list[R]:
+    """Return what `work` makes of a batch; of its halves, where it does not fit the memory."""
+    try:
+        return work(batch)
+    except (RuntimeError, MemoryError) as error:
+        if len(batch) == 1 or not is_out_of_memory(error):
+            raise
+    # Out here, where the error no longer holds what did not fit.
+    release_memory()
+    half = len(batch) // 2
+    logger.warning("a batch of %d samples does not fit the memory: going on with %d", len(batch), half)
+    return in_parts(work, batch[:half]) + in_parts(work, batch[half:])
 
 
 def peak_bytes(device: str) -> int:

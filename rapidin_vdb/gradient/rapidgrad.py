@@ -50,7 +50,7 @@ class RapidGradMaker:
         self.normalize = normalize
         self._sketch = Sketch(spec, [shape.count for shape in loaded.shapes], device=loaded.device)
         self._gradients = BatchedGradients(loaded)
-        self._checked = False
+        self._checked = 0  # with a sample alone, 1; with several, which may disturb one another, 2
 
     def save_memory(self) -> bool:
         """Compute layers twice instead of keeping their activations, from now on; return False where that is done."""
@@ -97,8 +97,6 @@ class RapidGradMaker:
     ) -> list[tuple[np.ndarray, float] | GradientError]:
         if not batch:
             return []
-        if not self._checked:
-            self._check(batch)
         sketcher = self._sketcher(len(batch))
         if norms is None:
             losses = self.stream(batch, sketcher)
@@ -112,8 +110,13 @@ class RapidGradMaker:
     def stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
         """Hand each sample's gradient of every tensor of theta to a receiver; return the losses, [batch].
 
-        A sample whose loss is not finite has a loss of NaN.
+        A sample whose loss is not finite has a loss of NaN. The first batch is checked, as `make_batch` says.
         """
+        if self._checked < min(len(batch), 2):
+            self._check(batch)
+        return self._stream(batch, receiver)
+
+    def _stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
         losses = self._gradients.stream(batch, receiver)
         if self._gradients.unruled:
             for place, sample in enumerate(batch):
@@ -154,7 +157,7 @@ class RapidGradMaker:
             self._add_alone(alone, batch[place])
         except GradientError:
             return  # not a sample to compare with; the next batch will do
-        self._checked = True
+        self._checked = min(len(batch), 2)
         if self._agrees(batch, place, alone):
             return
         self._give_up_wrong_tensors(batch, place)
@@ -163,7 +166,7 @@ class RapidGradMaker:
 
     def _agrees(self, batch: Sequence[Encoded], place: int, alone: Tensor) -> bool:
         sketcher = self._sketcher(len(batch))
-        self.stream(batch, sketcher)
+        self._stream(batch, sketcher)
         together = sketcher.rapidgrads[place]
         tolerance = _TOLERANCE.get(self.loaded.dtype, 0.1) * float(torch.linalg.vector_norm(alone))
         return float(torch.linalg.vector_norm(together - alone)) <= tolerance

@@ -43,8 +43,9 @@ def tangent_rule_for(module: torch.nn.Module, name: str) -> TangentRule | None:
         if isinstance(module, Conv1D):
             return lambda module, read, direction: read @ direction
         return lambda module, read, direction: F.linear(read, direction)
-    if isinstance(module, torch.nn.Embedding) and name == "weight":
-        return lambda module, read, direction: F.embedding(read, direction)
+    # Not those that scale what they look up.
+    if type(module) is torch.nn.Embedding and name == "weight":
+        return _embedding_moves
     if isinstance(module, torch.nn.LayerNorm) and len(module.normalized_shape) == 1:
         if name == "bias":
             return lambda module, read, direction: direction.expand_as(read)
@@ -57,6 +58,12 @@ def tangent_rule_for(module: torch.nn.Module, name: str) -> TangentRule | None:
             direction * (read.float() * torch.rsqrt(read.float().pow(2).mean(-1, keepdim=True) + epsilon)).to(read)
         )
     return None
+
+
+def _embedding_moves(module: torch.nn.Embedding, read: Tensor, direction: Tensor) -> Tensor:
+    moved = F.embedding(read, direction)
+    # Of a padding token's row no gradient is taken.
+    return moved if module.padding_idx is None else moved * (read != module.padding_idx).unsqueeze(-1)
 
 
 class TangentPass:
@@ -136,7 +143,9 @@ def _moving(
         read = forward_ad.unpack_dual(reads[0]).primal if reads[0].is_floating_point() else reads[0]
         primal, tangent = forward_ad.unpack_dual(wrote)
         for number, rule in rules:
-            added = rule(module, read, direction[number].to(wrote.dtype)) * _by_sample(scales[:, number], wrote)
+            moved = rule(module, read, direction[number].to(wrote.dtype)).float()
+            # In single precision: a scale is one over a norm, which may be small.
+            added = (moved * _by_sample(scales[:, number], wrote)).to(wrote.dtype)
             tangent = added if tangent is None else tangent + added
         assert tangent is not None
         return forward_ad.make_dual(primal, tangent.to(primal.dtype))
@@ -152,7 +161,7 @@ def _by_sample(scales: Tensor, wrote: Tensor) -> Tensor:
     """Return a factor for each sample, to be multiplied with what begins with the batch, flattened or not."""
     if len(wrote) % len(scales):
         raise NoTangentError(f"a tensor of shape {tuple(wrote.shape)} does not begin with the batch of {len(scales)}")
-    each = scales.to(wrote.dtype).repeat_interleave(len(wrote) // len(scales))
+    each = scales.repeat_interleave(len(wrote) // len(scales))
     return each.view(-1, *[1] * (wrote.dim() - 1))
 
 

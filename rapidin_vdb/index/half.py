@@ -19,10 +19,18 @@ from rapidin_vdb.compiled import compiled, half_widener
 FEW_QUERIES = 32
 # Rows of a block, in bytes of float32: enough for the matrix product to run at full speed.
 _BLOCK_BYTES = 64 << 20
+_compiling = threading.Lock()
+
+
+def _loops() -> tuple[Any, Any, Any]:
+    """Return the loops for one query, for four, and for one in float64."""
+    # Shards that begin at the same time would each compile loops of their own.
+    with _compiling:
+        return _compiled_loops()
 
 
 @cache
-def _loops() -> tuple[Any, Any, Any]:
+def _compiled_loops() -> tuple[Any, Any, Any]:
     """Compile the loops for one query, for four, and for one in float64; two seconds, once in a process.
 
     Four rows at a time: so many streams of memory at once are read twice as fast as one.

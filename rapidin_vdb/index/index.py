@@ -61,9 +61,10 @@ class ShardedIndex:
 
     @property
     def grows(self) -> bool:
-        """Whether rows can be added by `updated`: not where they are streamed."""
-        return all(
-            isinstance(source, ArraySource) for source in [*self._sources(), *([self.full] if self.full else [])]
+        """Whether rows can be added by `updated` beside searches: not to what is streamed, nor in place, to FAISS."""
+        sources = [*self._sources(), *([self.full] if self.full else [])]
+        return all(isinstance(source, ArraySource) for source in sources) and not any(
+            isinstance(shard, FaissShard) for shard in self.shards
         )
 
     def search(

@@ -1,9 +1,11 @@
 """Indexes are loaded onto their devices, and checked against their manifest on the way."""
 
+import errno
 import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index.index import ShardedIndex, make_shard
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.manifest import Manifest, Part
+from rapidin_vdb.index.shard import gpu_of
 from rapidin_vdb.index.source import ArraySource, FileSource, RowFile, RowSource
 from rapidin_vdb.recipe import IndexRecipe, Residence
 from rapidin_vdb.sketch.memory import free_bytes
@@ -70,11 +73,17 @@ def load_index(folder: Path, manifest: Manifest) -> ShardedIndex:
         starts = np.cumsum([0, *(part.count for part in manifest.parts)])
         # Folded rows are the part that is held in memory.
         residence: Residence = "resident" if recipe.coarse_width else recipe.residence
-        size = 2 * manifest.rows * inner
-        if residence == "resident" and set(recipe.devices) == {"cpu"} and size > 0.8 * free_bytes("cpu"):
+        single = recipe.element_type == "float32"
+        size = (4 if single else 2) * manifest.rows * inner
+        here = all(gpu_of(device) is None for device in recipe.devices)
+        if residence == "resident" and here and size > 0.8 * free_bytes("cpu"):
             logger.warning(
                 "the index %s of %d MiB does not fit into memory: mapping its files", recipe.name, size >> 20
             )
+            residence, single = "mapped", False
+            recipe = replace(recipe, element_type="float16")
+        elif residence == "resident" and (single or not here):
+            # FAISS copies them to where it wants them.
             residence = "mapped"
         shards, numbers = [], []
         for shard, device in enumerate(_devices(manifest, recipe)):
@@ -115,8 +124,8 @@ def _source(files: list[RowFile], residence: Residence, width: int) -> RowSource
     if residence == "streamed":
         return FileSource(files, width)
     if residence == "mapped":
-        # Copy on write: torch wants arrays that could be written.
-        mapped = [np.memmap(file.path, np.uint16, "c", file.offset, (file.count, width)) for file in files]
+        # For reading only: of a private mapping that could be written, the system wants all of it as memory.
+        mapped = [np.memmap(file.path, np.uint16, "r", file.offset, (file.count, width)) for file in files]
         return ArraySource(mapped, width)
     return ArraySource(
         [np.fromfile(file.path, np.uint16, offset=file.offset).reshape(file.count, width) for file in files], width
@@ -128,7 +137,11 @@ def _told(manifest: Manifest) -> Iterator[None]:
     """Turn what goes wrong in reading an index into an error of ours."""
     try:
         yield
-    except (OSError, ValueError, RuntimeError, IndexError) as error:
+    except RuntimeError as error:
+        raise SpecError(f"the index {manifest.name} cannot be loaded: {error}") from error
+    except (OSError, ValueError, IndexError, EOFError, TypeError, KeyError) as error:
+        if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
+            raise SpecError(f"the index {manifest.name} cannot be loaded: {error}") from error
         raise SpecError(
             f"the index {manifest.name} is damaged: {error}; build it anew with: rapidin-vdb index"
         ) from error

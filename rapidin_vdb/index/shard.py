@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from threading import RLock
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -130,6 +131,8 @@ class FaissShard:
         self.gpu = gpu_of(device)
         self.index: Any
         self._resources: Any = None
+        # FAISS on a GPU is not made for several threads, not even to read; and nobody may read what is being added to.
+        self._lock = RLock()
         if self.gpu is not None:
             self._resources = module.StandardGpuResources()
             config = module.GpuIndexFlatConfig()
@@ -156,6 +159,10 @@ class FaissShard:
 
     def search(self, queries: Queries, wanted: int, rows: Picked | None, *, both: bool) -> list[Found]:
         """Return the best rows, and the worst; see `Shard`."""
+        with self._lock:
+            return self._search(queries, wanted, rows, both=both)
+
+    def _search(self, queries: Queries, wanted: int, rows: Picked | None, *, both: bool) -> list[Found]:
         count = self.rows if rows is None else len(rows)
         wanted = min(wanted, count)
         if both:
@@ -186,18 +193,23 @@ class FaissShard:
         numbers = np.arange(self.rows) if rows is None else rows
         for first in range(0, len(numbers), step):
             part = numbers[first : first + step]
-            yield part, queries @ self.index.reconstruct_batch(part).T
+            yield part, queries @ self._rows(part).T
 
     def take(self, rows: Picked) -> Rows:
         """Return some rows."""
         # They were half precision before.
-        return self.index.reconstruct_batch(rows).astype(np.float16).view(np.uint16)
+        return self._rows(rows).astype(np.float16).view(np.uint16)
+
+    def _rows(self, rows: Picked) -> np.ndarray:
+        with self._lock:
+            return self.index.reconstruct_batch(rows)
 
     def added(self, vectors: Rows) -> "FaissShard":
         """Return a shard with further rows."""
         step = max(1, (64 << 20) // (4 * self.index.d))
         for first in range(0, len(vectors), step):
-            self.index.add(vectors[first : first + step].view(np.float16).astype(np.float32))
+            with self._lock:
+                self.index.add(vectors[first : first + step].view(np.float16).astype(np.float32))
         return self
 
 

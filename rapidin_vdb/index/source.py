@@ -102,9 +102,12 @@ class FileSource:
         self._width = width
         self._starts = np.cumsum([0, *(file.count for file in files)])
         # Held open: whoever builds the index anew takes the files away.
-        self._open = [os.open(file.path, os.O_RDONLY) for file in files]
-        for descriptor in self._open:
+        self._open: list[int] = []
+        for file in files:
+            descriptor = os.open(file.path, os.O_RDONLY)
+            # At once: the next one may not open.
             weakref.finalize(self, os.close, descriptor)
+            self._open.append(descriptor)
         # Buffers of earlier searches: memory that has been touched before is faster to read into.
         self._spare: list[list[np.ndarray]] = []
 

@@ -1,6 +1,7 @@
 """Indexes are written part by part; a manifest, which comes last, puts them in force."""
 
 import json
+import os
 import shutil
 from collections.abc import Iterable
 from contextlib import ExitStack
@@ -48,15 +49,16 @@ def write_index(folder: Path, recipe: IndexRecipe, held: Held, batches: Iterable
 
 
 def extend_index(
-    folder: Path, manifest: Manifest, held: Held, keys: Keys, batches: Iterable[Batch], *, count: int
+    folder: Path, manifest: Manifest, held: Held, keys: Keys, batches: Iterable[Batch], *, count: int, wait: bool = True
 ) -> Manifest:
     """Bring an index to another version of the table: `keys` say which rows are alive, `batches` bring `count` more.
 
     Raises:
         SpecError: somebody else has changed the index since the manifest was read.
+        OSError: it cannot be written; or, where it is not to `wait`, somebody else is writing it.
     """
     place = folder / manifest.name
-    with _lock(place):
+    with _lock(place, wait=wait):
         if manifest not in list_manifests(folder):
             raise SpecError(f"the index {manifest.name} was changed by somebody else meanwhile")
         sizes = [0] * manifest.shards
@@ -69,6 +71,7 @@ def extend_index(
         if not keys.alive.all():
             gone = f"gone-{uuid4().hex}.npy"
             np.save(place / gone, np.flatnonzero(~keys.alive), allow_pickle=False)
+            _sync(place / gone)
         manifest = replace(
             manifest,
             table_version=held.version,
@@ -83,26 +86,43 @@ def extend_index(
 
 
 def with_recall(folder: Path, manifest: Manifest, recall: dict[str, Any]) -> Manifest:
-    """Write what a coarse search finds into the manifest."""
+    """Write what a coarse search finds into the manifest, unless somebody else has changed the index meanwhile."""
     with _lock(folder / manifest.name):
+        if manifest not in list_manifests(folder):
+            return replace(manifest, recall=recall)
         manifest = replace(manifest, recall=recall)
         _commit(folder / manifest.name, manifest)
     return manifest
 
 
-def _lock(place: Path) -> FileLock:
-    return FileLock(place / ".lock")
+def _lock(place: Path, *, wait: bool = True) -> FileLock:
+    return FileLock(place / ".lock", timeout=-1 if wait else 0)
 
 
 def _write_parts(
     place: Path, recipe: IndexRecipe, batches: Iterable[Batch], dealt: list[tuple[int, int]], width: int
 ) -> tuple[tuple[Part, ...], float]:
-    """Write rows as parts of the given shards and sizes, in order."""
+    """Write rows as parts of the given shards and sizes, in order; all of them, or none."""
+    names: list[str] = []
+    try:
+        return _written_parts(place, recipe, batches, dealt, width, names)
+    except BaseException:
+        for name in names:
+            for path in place.glob(f"{name}.*"):
+                path.unlink(missing_ok=True)
+        raise
+
+
+def _written_parts(
+    place: Path, recipe: IndexRecipe, batches: Iterable[Batch], dealt: list[tuple[int, int]], width: int,
+    names: list[str],
+) -> tuple[tuple[Part, ...], float]:  # fmt: skip
     largest, parts = 0.0, []
     arriving = iter(batches)
     waiting: Batch | None = None
     for shard, size in (entry for entry in dealt if entry[1]):
         part, done, came = Part(name=uuid4().hex, count=size, shard=shard), 0, []
+        names.append(part.name)
         with ExitStack() as files:
             rows = files.enter_context(_array_file(place / f"{part.name}.rows.npy", size, width))
             coarse = None
@@ -119,8 +139,16 @@ def _write_parts(
         keys = joined(came)
         np.save(place / f"{part.name}.keys.npy", np.stack([keys.row_ids, keys.versions]), allow_pickle=False)
         (place / f"{part.name}.ids.json").write_text(json.dumps(keys.sample_ids), "utf-8")
+        for path in place.glob(f"{part.name}.*"):
+            _sync(path)
         parts.append(part)
     return tuple(parts), largest
+
+
+def _sync(path: Path) -> None:
+    """Let nothing be named by a manifest that a loss of power could still take away."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _array_file(path: Path, count: int, width: int) -> BinaryIO:
@@ -145,6 +173,7 @@ def _commit(place: Path, manifest: Manifest) -> None:
     """Put a manifest in force, then take away what no manifest names."""
     new = place / f".{uuid4().hex}.json"
     new.write_text(json.dumps(asdict(manifest), indent=1), "utf-8")
+    _sync(new)
     new.replace(place / MANIFEST)
     named = {part.name for part in manifest.parts}
     for path in place.iterdir():

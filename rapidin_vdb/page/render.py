@@ -79,10 +79,7 @@ def _result(result: RankedSample) -> dict[str, Any]:
         "response": _pieces(result.response, [(token.start, token.end) for token in tokens]),
         "ends": [number for number, token in enumerate(tokens) if token.start == token.end],
         "scores": [token.score for token in tokens],
-        # Seven digits are what single precision knows.
-        "matrix": None
-        if result.matrix is None
-        else [[float(f"{value:.7g}") for value in row] for row in result.matrix],
+        "matrix": result.to_dict().get("matrix"),
     }
 
 

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from rapidin_vdb.records import Scalar
 
 
@@ -72,12 +74,15 @@ class RankedSample:
     """The sample's further fields; those it does not have are left out."""
     tokens: tuple[TokenScore, ...] | None
     """Token scores (Eq. 6), which sum to `exact_score`, where they were asked for."""
-    matrix: tuple[tuple[float, ...], ...] | None = None
-    """Influence of each token on each of the ranking's `generation_tokens` (Eq. 8), where it was asked for."""
+    matrix: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    """Influence of each token on each of the ranking's `generation_tokens` (Eq. 8), float32 [tokens, generated]."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; `matrix` only where it was asked for."""
-        return _without(dataclasses.asdict(self), ("matrix",))
+        values = dataclasses.asdict(dataclasses.replace(self, matrix=None))
+        # Seven digits are what single precision knows.
+        rounded = None if self.matrix is None else [[float(f"{value:.7g}") for value in row] for row in self.matrix]
+        return _without(values | {"matrix": rounded}, ("matrix",))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -55,7 +55,7 @@ class SampleTable:
         self.fingerprint = read_fingerprint(self._table.schema.metadata, place=uri)
         # Held for the moment of a commit only; the system lets go of it when a process dies.
         self._lock = FileLock(Path(uri, ".commit.lock"))
-        self.tokens = TokenTable(self._connection, uri, self.fingerprint, self._committing)
+        self.tokens = TokenTable(self._connection, uri, self.fingerprint, self.committing)
         """The RapidGrads of single tokens."""
 
     @staticmethod
@@ -112,7 +112,7 @@ class SampleTable:
 
     def ensure_scalar_indices(self) -> None:
         """Let filters on `split`, `source` and `sample_id` look things up, for new rows too."""
-        with self._committing():
+        with self.committing():
             there = {index.columns[0]: index for index in self._table.list_indices()}
             for column, config in (("split", Bitmap()), ("source", Bitmap()), ("sample_id", BTree())):
                 found = there.get(column)
@@ -145,7 +145,7 @@ class SampleTable:
                 )
         if not missing and not widened:
             return seen
-        with self._committing():
+        with self.committing():
             alone = self._table.version == seen
             if missing:
                 self._table.add_columns(pa.schema(missing))
@@ -167,7 +167,8 @@ class SampleTable:
             self._table.alter_columns({"path": copy, "rename": name})
 
     @contextmanager
-    def _committing(self) -> Iterator[None]:
+    def committing(self) -> Iterator[None]:
+        """Keep all other writers out; may be entered again inside."""
         with self._lock, told(f"{self.uri} cannot be written, and is as it was before"):
             yield
 
@@ -176,7 +177,7 @@ class SampleTable:
 
         Plain appends are many times faster than merges, and never look at ids: so we do, under a lock.
         """
-        with self._committing():
+        with self.committing():
             if self._table.version != seen:
                 there = set(self.snapshot().sample_ids())
                 rows = [row for row in rows if row.sample.sample_id not in there]
@@ -186,7 +187,7 @@ class SampleTable:
 
     def replace(self, rows: Sequence[Row]) -> int:
         """Put rows in the place of those with the same ids, in one commit; return the version now."""
-        with self._committing():
+        with self.committing():
             merge = self._table.merge_insert("sample_id").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(self._arrow(rows))
             self.tokens.delete_of([row.sample.sample_id for row in rows], but=[row.sample.content_hash for row in rows])
@@ -210,22 +211,30 @@ class SampleTable:
         """
         expression = checked_filter(where)
         self.snapshot().count(where)  # so that a filter that is not understood is told as such
-        with self._committing():
+        with self.committing():
             # Samples first: tokens without their sample are never looked at.
             gone = self.snapshot().sample_ids(where)
             if gone:
                 self._table.delete(expression)
-                self.tokens.delete_of(gone)
+            self._sweep()
         return len(gone)
 
     def delete_ids(self, sample_ids: Sequence[str]) -> list[str]:
         """Delete samples by id, and return the ids that were there."""
-        with self._committing():
+        with self.committing():
             there = sorted(set(self.snapshot().sample_ids()) & set(sample_ids))
             for batch in batches(there, IDS_A_FILTER):
                 self._table.delete(ids_filter(batch))
-            self.tokens.delete_of(there)
+            self._sweep()
         return there
+
+    def _sweep(self) -> None:
+        """Delete the tokens of samples that are not there, or not any more; called while committing."""
+        tokens = self.tokens.snapshot()
+        if tokens is not None:
+            alive = self.snapshot().content_hashes()
+            stale = {name for name, content in tokens.content_hashes() if alive.get(name) != content}
+            self.tokens.delete_of(sorted(stale), but=[alive[name] for name in stale if name in alive])
 
 
 def local_place(uri: str) -> str:

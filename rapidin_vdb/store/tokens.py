@@ -134,17 +134,15 @@ class TokenTable:
                 )
 
     def write(self, samples: Sequence[TokenRows]) -> int:
-        """Write the tokens of some samples, in the place of those that they had; return how many.
+        """Write the tokens of some samples that have none; return how many.
 
         Samples that somebody else has given their tokens meanwhile are left alone.
         """
         with self._committing():
             table = self._connection.open_table(TOKENS)
             there = self._there(table, [sample.encoded.sample_id for sample in samples])
+            # Those of other content stay until that is replaced: nobody sees two, and whoever commits first may win.
             new = [sample for sample in samples if (sample.encoded.sample_id, sample.content_hash) not in there]
-            old = {sample_id for sample_id, _ in there} & {sample.encoded.sample_id for sample in new}
-            if old:
-                self._delete(table, sorted(old))
             if new:
                 table.add(pa.RecordBatchReader.from_batches(table.schema, self._arrow(new, table.schema)))
         return sum(len(sample.vectors) for sample in new)

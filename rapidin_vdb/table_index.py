@@ -1,0 +1,66 @@
+"""Rows of a table on their way into an index; and the table itself as one, where none is built."""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from rapidin_vdb.index import Batch, Keys, ShardedIndex, TableSource, empty_index, make_shard
+from rapidin_vdb.progress import Progress
+from rapidin_vdb.recipe import IndexRecipe, read_recipe
+from rapidin_vdb.sketch.memory import free_bytes
+from rapidin_vdb.store import TableVersion
+
+logger = logging.getLogger(__name__)
+
+
+def of_table(snapshot: TableVersion, progress: Progress) -> ShardedIndex:
+    """Return an index of the table itself: its rows in memory, or streamed from it where they do not fit."""
+    recipe, width, count = read_recipe("cpu"), snapshot.width, snapshot.rows()
+    if 2 * width * count < free_bytes("cpu") // 2:
+        return empty_index(recipe, width=width).updated(
+            empty_index(recipe, width=width).keys, counted(batches_of(snapshot), count, progress)
+        )
+    logger.info("the table is larger than the memory that is free: streaming it; an index is faster")
+    return _streamed(snapshot, recipe)
+
+
+def _streamed(snapshot: TableVersion, recipe: IndexRecipe) -> ShardedIndex:
+    """Return an index that reads the table itself."""
+    sample_ids, row_ids, versions = snapshot.keys_in_order()
+    width = snapshot.width
+    source = TableSource(
+        row_ids,
+        lambda: ((batch.row_ids, batch.vectors) for batch in snapshot.vectors()),
+        lambda wanted: ((batch.row_ids, batch.vectors) for batch in snapshot.vectors(wanted)),
+        width,
+    )
+    recipe = replace(recipe, shards_per_device=1)
+    return ShardedIndex(
+        recipe=recipe,
+        width=width,
+        keys=Keys(sample_ids, row_ids, versions, np.ones(len(sample_ids), bool)),
+        shards=(make_shard("cpu", source, recipe, width=width),),
+        numbers=(np.arange(len(sample_ids)),),
+        largest_norm=None,
+    )
+
+
+def batches_of(snapshot: TableVersion, row_ids: np.ndarray | None = None) -> Iterator[Batch]:
+    """Yield the rows of a version, or some of them, as an index takes them."""
+    if row_ids is not None and not len(row_ids):
+        return
+    for found in snapshot.vectors(row_ids):
+        alive = np.ones(len(found.keys), bool)
+        yield Batch(Keys(found.keys, found.row_ids, found.versions, alive), found.vectors.view(np.uint16))
+
+
+def counted(batches: Iterator[Batch], total: int, progress: Progress) -> Iterator[Batch]:
+    """Tell how far it is."""
+    done = 0
+    progress("index", done, total)
+    for batch in batches:
+        yield batch
+        done += len(batch.rows)
+        progress("index", done, total)
