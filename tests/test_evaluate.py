@@ -121,7 +121,8 @@ def test_intervals_hold_the_mean():
 def test_tracin_equals_the_slow_way(maker):
     full = gradients.FullGradients(maker, SAMPLES, batch_tokens=40)
     directions, query_norms = full.directions(QUERIES)
-    dots, norms = full.products(directions)
+    products = full.products(directions)
+    dots, norms = products.dots, products.norms
     ours, theirs = dense(maker, QUERIES), dense(maker, SAMPLES)
     plain = [[sum(a @ b for a, b in zip(q, s, strict=True)) for s in theirs] for q in ours]
     np.testing.assert_allclose(gradients.tracin(dots), plain, rtol=1e-4, atol=1e-6)
@@ -132,9 +133,12 @@ def test_tracin_equals_the_slow_way(maker):
 def test_datainf_equals_its_formula(maker):
     full = gradients.FullGradients(maker, SAMPLES, batch_tokens=40)
     directions, _ = full.directions(QUERIES)
-    dots, norms = full.products(directions)
+    products = full.products(directions)
     lengths = [shape.count for shape in maker.loaded.shapes]
-    found = gradients.datainf(full, dots, norms, lengths)
+    weights, damping = gradients.datainf_weights(products.dots, products.norms, lengths)
+    sums = gradients.WeightedSums(weights, full.shapes)
+    full.run("sums", {"sums": sums})
+    found = gradients.datainf(products.dots, full.products(sums.sums).dots, damping)
     ours, theirs = dense(maker, QUERIES), dense(maker, SAMPLES)
     wanted = np.zeros_like(found)
     for layer, length in enumerate(lengths):
@@ -151,7 +155,8 @@ def test_lissa_goes_to_the_damped_inverse(maker):
     full = gradients.FullGradients(maker, SAMPLES, batch_tokens=40)
     directions, _ = full.directions(QUERIES)
     torch.manual_seed(0)
-    found = gradients.lissa(full, maker, SAMPLES, directions, depth=60, batch=len(SAMPLES), damping=0.5, seed=0)
+    inverse = gradients.lissa(maker, SAMPLES, directions, depth=60, batch=len(SAMPLES), damping=0.5, seed=0)
+    found = full.products(inverse).dots.sum(2).T
     from rapidin_vdb.gradient.sample import token_losses
 
     theta = list(maker.loaded.theta.values())
@@ -173,14 +178,20 @@ def test_lissa_goes_to_the_damped_inverse(maker):
 def test_sketches_of_all_widths_are_near_the_exact_scores(maker):
     full = gradients.FullGradients(maker, SAMPLES, batch_tokens=40)
     directions, query_norms = full.directions(QUERIES)
-    exact = gradients.tracin_normalised(*full.products(directions), query_norms)
-    found = gradients.sketched(maker, SAMPLES, QUERIES, (16, 256), batch_tokens=40)
+    products, sketches = (
+        gradients.Products(directions, full.shapes, 8),
+        gradients.Sketches(maker, QUERIES, (16, 256), 8),
+    )
+    seconds = full.run("both", {"products": products, "sketches": sketches})
+    assert all(value > 0 for value in seconds.values())
+    exact = gradients.tracin_normalised(products.dots, products.norms, query_norms)
+    found = sketches.scores
     near = {width: metrics.agreement(scores, exact, top=3)["pearson"] for width, scores in found.items()}
     assert near[256] > 0.9 and near[256] > near[16]
 
 
 def test_an_interrupted_training_ends_as_an_undisturbed_one(models, tmp_path):
-    tuning = Tuning(epochs=3, batch=3, learning_rate=1e-2, micro_tokens=24, seed=5)
+    tuning = Tuning(epochs=3.0, batch=3, learning_rate=1e-2, micro_tokens=24, seed=5)
 
     def run(stop: int | None, **options) -> tuple[list[float], dict]:
         loaded = load_model(ModelSpec(model=str(models["llama"]), parameters="all"), device="cpu")
@@ -196,8 +207,8 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(models, tmp_path):
     assert len(losses) == 8 and losses[-1] < losses[0]
     state = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
-        run(5, state=state, save_seconds=0)
-    again, other = run(None, state=state, save_seconds=0)
+        run(5, state=state, save_seconds=0.0)
+    again, other = run(None, state=state, save_seconds=0.0)
     assert again == losses
     assert all(torch.equal(weights[name], other[name]) for name in weights)
     assert list(state.iterdir()) == []
@@ -206,7 +217,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(models, tmp_path):
 def test_training_shows_every_sample_once_an_epoch():
     from rapidin_vdb.gradient.tuning import _batch
 
-    tuning = Tuning(epochs=2, batch=3)
+    tuning = Tuning(epochs=2.0, batch=3)
     seen = [number for step in range(16) for number in _batch(step, 8, tuning)]
     epochs = [seen[place : place + 8] for place in range(0, 48, 8)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]

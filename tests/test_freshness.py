@@ -310,7 +310,9 @@ def test_mapped_rows_do_not_pile_up_in_memory(database, tmp_path):
         assert_answers(database)
         assert [index.fresh for index in database.info().indexes] == [True], "brought up to date on disk"
     index = database._indexes["sample"]._resident[1]
-    assert all(isinstance(array, np.memmap) and not array.flags.writeable for s in index.shards for array in s.source.arrays)
+    assert all(
+        isinstance(array, np.memmap) and not array.flags.writeable for s in index.shards for array in s.source.arrays
+    )
 
 
 @pytest.mark.parametrize("harm", ["keys", "ids", "gone"])

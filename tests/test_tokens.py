@@ -374,9 +374,13 @@ def test_a_refused_ingest_leaves_no_table_of_tokens(database, tmp_path):
 
 
 def test_what_was_computed_is_kept_where_tokens_cannot_be_written(database, tmp_path, monkeypatch):
-    monkeypatch.setattr("rapidin_vdb.store.tokens.TokenTable.write", lambda *a: (_ for _ in ()).throw(TableError("full")))
+    monkeypatch.setattr(
+        "rapidin_vdb.store.tokens.TokenTable.write", lambda *a: (_ for _ in ()).throw(TableError("full"))
+    )
     with pytest.raises(TableError, match="full"):
-        database.ingest(write_jsonl(tmp_path / "new.jsonl", toy_records(2, first=70)), token_gradients=True, token_width=16)
+        database.ingest(
+            write_jsonl(tmp_path / "new.jsonl", toy_records(2, first=70)), token_gradients=True, token_width=16
+        )
     monkeypatch.undo()
     report = database.ingest(tmp_path / "new.jsonl", token_gradients=True, token_width=16)
     assert report.added + report.unchanged == 2 and report.token_gradients > 0

@@ -14,7 +14,7 @@ from rapidin_vdb.evaluate.corpora import TRIGGER, Record, poisoned, triggered
 from rapidin_vdb.evaluate.experiment import Experiment, words_in
 from rapidin_vdb.evaluate.fiction import is_fiction, is_telling
 from rapidin_vdb.evaluate.profiles import KS, PROFILES
-from rapidin_vdb.evaluate.scoring import all_scores
+from rapidin_vdb.evaluate.scoring import EXACT, all_scores, rapidin
 from rapidin_vdb.focus import focused
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
@@ -84,7 +84,7 @@ def run_backdoor(
         "attack": attack,
         "methods": {name: _judged(entry, positive, seed) for name, entry in found.items()},
         "agreement": {
-            name: metrics.agreement(entry["scores"], found["TracIn + LN"]["scores"])
+            name: metrics.agreement(entry["scores"], found[EXACT]["scores"])
             for name, entry in found.items()
             if name.startswith("RapidIn") and not name.endswith("token-wise")
         },
@@ -96,7 +96,7 @@ def run_backdoor(
         ).tolist()
         for name, entry in found.items()
     }
-    product = next(name for name in found if name.startswith(f"RapidIn (K = {sizes.width:,}"))
+    product = rapidin(sizes.width, sizes.shuffles[0])
     result["histogram"] = _histogram(found[product]["scores"], positive)
     result["product"] = experiment.product(path, queries, found[product]["scores"])
     return result

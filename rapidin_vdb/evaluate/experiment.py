@@ -164,23 +164,29 @@ class Experiment:
 
         return self.step(name, work)
 
-    def scores(self, name: str, work: Callable[[], np.ndarray]) -> tuple[np.ndarray, float]:
-        """Return a method's scores, [queries, samples], and the seconds that they took when they were made."""
+    def kept(self, name: str) -> tuple[np.ndarray, float] | None:
+        """Return a method's scores, [queries, samples], and the seconds they took; None before they are made."""
         path = self.folder / "scores" / f"{name}.npy"
         if not path.exists():
-            path.parent.mkdir(exist_ok=True)
-            started = time.monotonic()
-            found = work()
-            if not np.isfinite(found).all():
-                raise RapidInError(f"the scores of {name} are not finite")
-            seconds = time.monotonic() - started
-            path.with_suffix(".json").write_text(json.dumps({"seconds": seconds}), "utf-8")
-            with path.with_suffix(".new").open("wb") as file:
-                np.save(file, found.astype(np.float32), allow_pickle=False)
-            path.with_suffix(".new").replace(path)
-            self.say(f"scores of {name}: {seconds:.0f} s")
+            return None
         seconds = json.loads(path.with_suffix(".json").read_text("utf-8"))["seconds"]
         return np.load(path, allow_pickle=False).astype(np.float64), seconds
+
+    def keep(self, name: str, scores: np.ndarray, seconds: float) -> None:
+        """Keep a method's scores.
+
+        Raises:
+            RapidInError: they are not finite.
+        """
+        if not np.isfinite(scores).all():
+            raise RapidInError(f"the scores of {name} are not finite")
+        path = self.folder / "scores" / f"{name}.npy"
+        path.parent.mkdir(exist_ok=True)
+        path.with_suffix(".json").write_text(json.dumps({"seconds": seconds}), "utf-8")
+        with path.with_suffix(".new").open("wb") as file:
+            np.save(file, scores.astype(np.float32), allow_pickle=False)
+        path.with_suffix(".new").replace(path)
+        self.say(f"scores of {name}: {seconds:.0f} s")
 
     def product(self, corpus: Path, queries: Sequence[Sample], scores: np.ndarray) -> dict[str, Any]:
         """Run the experiment through a database, as a user would; return its times, and check its rankings."""

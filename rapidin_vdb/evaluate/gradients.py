@@ -4,22 +4,109 @@ Each is a few passes over the samples, whose gradients are taken in batches and 
 queries' directions as they come, tensor by tensor.
 """
 
+import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
-from jaxtyping import Float64
+from jaxtyping import Float64, Int64
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rapidin_vdb.gradient import ExactInfluence, RapidGradMaker, norms_of
+from rapidin_vdb.gradient.batch import Receiver
 from rapidin_vdb.gradient.sample import token_losses
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.records import Encoded
+from rapidin_vdb.records import Encoded, ParameterShape
 
 Scores = Float64[np.ndarray, "queries samples"]
+Numbers = Int64[np.ndarray, " batch"]
 Directions = dict[int, Tensor]
 """A row for each query of each tensor of theta, float32 [queries, coordinates]."""
+
+
+@runtime_checkable
+class Taker(Protocol):
+    """Takes the gradients of all samples, batch by batch."""
+
+    def begin(self, numbers: Numbers) -> Receiver:
+        """Return what receives the next batch, of the samples of these numbers."""
+        ...
+
+    def end(self) -> None:
+        """Keep what came of the batch."""
+        ...
+
+
+class Products:
+    """Inner products of every sample's tensors with some directions, and the samples' norms."""
+
+    def __init__(self, directions: Directions, shapes: Sequence[ParameterShape], samples: int) -> None:
+        self._directions, self._shapes = directions, shapes
+        self.dots = np.zeros((samples, len(directions[0]), len(shapes)), np.float32)
+        """[samples, queries, tensors]."""
+        self.norms = np.zeros((samples, len(shapes)))
+        """[samples, tensors]."""
+
+    def begin(self, numbers: Numbers) -> Receiver:
+        """Return what receives the next batch."""
+        self._numbers = numbers
+        return _Dense(self._take, self._shapes)
+
+    def _take(self, first: int, tensor: int, grads: Tensor) -> None:
+        mine = self._numbers[first : first + len(grads)]
+        self.dots[mine, :, tensor] = (grads @ self._directions[tensor].T).numpy()
+        self.norms[mine, tensor] = norms_of(grads)
+
+    def end(self) -> None:
+        """Nothing is left to keep."""
+
+
+class WeightedSums:
+    """For each query the sum over samples of weight times gradient, tensor by tensor."""
+
+    def __init__(
+        self, weights: Float64[np.ndarray, "samples queries tensors"], shapes: Sequence[ParameterShape]
+    ) -> None:
+        self._weights, self._shapes = weights, shapes
+        self.sums: Directions = {n: torch.zeros(weights.shape[1], shape.count) for n, shape in enumerate(shapes)}
+        """[queries, coordinates] for each tensor."""
+
+    def begin(self, numbers: Numbers) -> Receiver:
+        """Return what receives the next batch."""
+        self._numbers = numbers
+        return _Dense(self._take, self._shapes)
+
+    def _take(self, first: int, tensor: int, grads: Tensor) -> None:
+        mine = self._weights[self._numbers[first : first + len(grads)], :, tensor]
+        self.sums[tensor] += torch.from_numpy(np.ascontiguousarray(mine.T)).float() @ grads
+
+    def end(self) -> None:
+        """Nothing is left to keep."""
+
+
+class Sketches:
+    """Scores of queries by RapidGrads of several widths, folds of the maker's, in half precision as they are stored."""
+
+    def __init__(self, maker: RapidGradMaker, queries: Sequence[Encoded], widths: Sequence[int], samples: int) -> None:
+        self._maker = maker
+        self._queries = {width: _folded(_made(maker, queries), width).double() for width in widths}
+        self.scores = {width: np.zeros((len(queries), samples)) for width in widths}
+        """[queries, samples] for each width."""
+
+    def begin(self, numbers: Numbers) -> Receiver:
+        """Return what receives the next batch."""
+        self._numbers = numbers
+        self._sketcher = self._maker.sketcher(len(numbers))
+        return self._sketcher
+
+    def end(self) -> None:
+        """Keep the batch's scores."""
+        for width, queries in self._queries.items():
+            stored = _folded(self._sketcher.rapidgrads, width).half().double()
+            self.scores[width][:, self._numbers] = (queries @ stored.T).numpy()
 
 
 class FullGradients:
@@ -34,10 +121,12 @@ class FullGradients:
         progress: Progress = silent,
     ) -> None:
         self._maker = maker
-        self._samples = samples
+        self.shapes = maker.loaded.shapes
+        """Theta's."""
+        self.samples = len(samples)
+        """How many."""
         self._progress = progress
         self._batches = list(_cut(samples, batch_tokens))
-        self._tensors = len(maker.loaded.theta)
 
     def directions(self, queries: Sequence[Encoded]) -> tuple[Directions, Float64[np.ndarray, "queries tensors"]]:
         """Return the gradients of queries as they are, and their norms."""
@@ -45,68 +134,77 @@ class FullGradients:
         norms = []
         influence = ExactInfluence(self._maker)
         for query in queries:
-            found = influence.direction(query, norms=np.ones(self._tensors))
+            found = influence.direction(query, norms=np.ones(len(self.shapes)))
             rows.append({number: grad.reshape(-1) for number, grad in found.grads.items()})
             norms.append(found.norms)
-        lengths = [shape.count for shape in self._maker.loaded.shapes]
-        empty = [torch.zeros(length) for length in lengths]
+        empty = [torch.zeros(shape.count) for shape in self.shapes]
         return (
-            {n: torch.stack([row.get(n, empty[n]) for row in rows]) for n in range(self._tensors)},
+            {n: torch.stack([row.get(n, empty[n]) for row in rows]) for n in range(len(self.shapes))},
             np.stack(norms),
         )
 
-    def products(
-        self, directions: Directions
-    ) -> tuple[Float64[np.ndarray, "samples queries tensors"], Float64[np.ndarray, "samples tensors"]]:
-        """Return inner products of every sample's tensors with the directions, and the samples' norms; one pass."""
-        queries = len(directions[0])
-        dots = np.zeros((len(self._samples), queries, self._tensors))
-        norms = np.zeros((len(self._samples), self._tensors))
+    def run(self, stage: str, takers: dict[str, Taker]) -> dict[str, float]:
+        """Give the gradients of all samples to some takers, in one pass.
 
-        def take(numbers: np.ndarray, tensor: int, grads: Tensor) -> None:
-            dots[numbers, :, tensor] = (grads @ directions[tensor].T).double().numpy()
-            norms[numbers, tensor] = norms_of(grads)
-
-        self._pass(take, "products")
-        return dots, norms
-
-    def weighted_sums(self, weights: Float64[np.ndarray, "samples queries tensors"]) -> Directions:
-        """Return for each query the sum over samples of weight times gradient, tensor by tensor; one pass."""
-        lengths = [shape.count for shape in self._maker.loaded.shapes]
-        sums = {number: torch.zeros(weights.shape[1], length) for number, length in enumerate(lengths)}
-
-        def take(numbers: np.ndarray, tensor: int, grads: Tensor) -> None:
-            sums[tensor] += torch.from_numpy(weights[numbers, :, tensor].T.copy()).float() @ grads
-
-        self._pass(take, "weighted sums")
-        return sums
-
-    def _pass(self, take: Callable[[np.ndarray, int, Tensor], None], stage: str) -> None:
-        done = 0
+        Return the seconds of each: those of the gradients, which all share, and its own.
+        """
+        own = dict.fromkeys(takers, 0.0)
+        started, done = time.monotonic(), 0
         for numbers, batch in self._batches:
-            self._progress(stage, done, len(self._samples))
-            self._maker.stream(batch, _Taker(numbers, take, self._maker))
+            self._progress(stage, done, self.samples)
+            split = _Split({name: taker.begin(numbers) for name, taker in takers.items()}, own)
+            self._maker.stream(batch, split)
+            for name, taker in takers.items():
+                with split.timed(name):
+                    taker.end()
             done += len(batch)
-        self._progress(stage, done, len(self._samples))
+        self._progress(stage, done, self.samples)
+        shared = time.monotonic() - started - sum(own.values())
+        return {name: shared + seconds for name, seconds in own.items()}
+
+    def products(self, directions: Directions) -> Products:
+        """Return the products with some directions; one pass."""
+        products = Products(directions, self.shapes, self.samples)
+        self.run("products", {"products": products})
+        return products
 
 
-class _Taker:
-    """Hands gradients on as dense rows, with the numbers of their samples."""
+class _Split:
+    """Hands gradients to several receivers, and keeps the time of each."""
 
-    def __init__(
-        self, numbers: np.ndarray, take: Callable[[np.ndarray, int, Tensor], None], maker: RapidGradMaker
-    ) -> None:
-        self._numbers = numbers
-        self._take = take
-        self._shapes = maker.loaded.shapes
+    def __init__(self, receivers: dict[str, Receiver], seconds: dict[str, float]) -> None:
+        self._receivers, self._seconds = receivers, seconds
+
+    @contextmanager
+    def timed(self, name: str) -> Iterator[None]:
+        started = time.monotonic()
+        yield
+        self._seconds[name] += time.monotonic() - started
 
     def dense(self, number: int, first: int, grads: Tensor) -> None:
-        self._take(self._numbers[first : first + len(grads)], number, grads.float())
+        for name, receiver in self._receivers.items():
+            with self.timed(name):
+                receiver.dense(number, first, grads)
+
+    def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
+        for name, receiver in self._receivers.items():
+            with self.timed(name):
+                receiver.rows(number, sample, ids, grads)
+
+
+class _Dense:
+    """Hands gradients on as dense rows, with the place in the batch of the first."""
+
+    def __init__(self, take: Callable[[int, int, Tensor], None], shapes: Sequence[ParameterShape]) -> None:
+        self._take, self._shapes = take, shapes
+
+    def dense(self, number: int, first: int, grads: Tensor) -> None:
+        self._take(first, number, grads.float())
 
     def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
         whole = torch.zeros(self._shapes[number].shape)
         whole[ids] = grads
-        self._take(self._numbers[sample : sample + 1], number, whole.reshape(1, -1))
+        self._take(sample, number, whole.reshape(1, -1))
 
 
 def _cut(samples: Sequence[Encoded], batch_tokens: int) -> Iterator[tuple[np.ndarray, list[Encoded]]]:
@@ -123,36 +221,42 @@ def _cut(samples: Sequence[Encoded], batch_tokens: int) -> Iterator[tuple[np.nda
 
 def tracin(dots: np.ndarray) -> Scores:
     """Return TracIn's scores at the last checkpoint: inner products of full gradients."""
-    return dots.sum(2).T
+    return dots.sum(2, dtype=np.float64).T
 
 
 def tracin_normalised(dots: np.ndarray, norms: np.ndarray, query_norms: np.ndarray) -> Scores:
     """Return TracIn's scores with layer-wise normalisation: what RapidGrads estimate (paper, section 3.1)."""
     scales = norms[:, None, :] * query_norms[None, :, :]
-    return np.divide(dots, scales, out=np.zeros_like(dots), where=scales > 0).sum(2).T
+    return np.divide(dots, scales, out=np.zeros(dots.shape), where=scales > 0).sum(2).T
 
 
-def datainf(full: FullGradients, dots: np.ndarray, norms: np.ndarray, lengths: Sequence[int]) -> Scores:
-    """Return DataInf's closed form of the influence function (Kwon et al., ICLR 2024), layer by layer; two passes.
+def datainf_weights(
+    dots: np.ndarray, norms: np.ndarray, lengths: Sequence[int]
+) -> tuple[Float64[np.ndarray, "samples queries tensors"], Float64[np.ndarray, " tensors"]]:
+    """Return the weights of the samples' gradients in DataInf's correction, and its damping.
 
-    The inverse of a layer's (damped) second moment is taken as the mean of the inverses of its rank-one parts:
-    1/lambda (v - 1/n sum_i <g_i, v> / (lambda + |g_i|^2) g_i), with lambda = 0.1 times the mean of |g_i|^2 / d.
+    DataInf (Kwon et al., ICLR 2024) takes the inverse of a layer's damped second moment as the mean of the inverses of
+    its rank-one parts: 1/lambda (v - 1/n sum_i <g_i, v> / (lambda + |g_i|^2) g_i), with lambda = 0.1 times the mean of
+    |g_i|^2 / d.
     """
     squares = norms**2
     damping = np.maximum(0.1 * squares.mean(0) / np.asarray(lengths), 1e-30)
-    weights = dots / (damping + squares)[:, None, :] / len(norms)
-    again, _ = full.products(full.weighted_sums(weights))
+    return dots / (damping + squares)[:, None, :] / len(norms), damping
+
+
+def datainf(dots: np.ndarray, again: np.ndarray, damping: np.ndarray) -> Scores:
+    """Return DataInf's closed form of the influence function; `again` are the products with the weighted sums."""
     return ((dots - again) / damping).sum(2).T
 
 
 def lissa(
-    full: FullGradients, maker: RapidGradMaker, samples: Sequence[Encoded], directions: Directions, *, depth: int,
-    batch: int, damping: float, seed: int, progress: Progress = silent,
-) -> Scores:  # fmt: skip
-    """Return the influence function's scores by LiSSA: the inverse Hessian times each query's gradient, by recursion.
+    maker: RapidGradMaker, samples: Sequence[Encoded], directions: Directions, *, depth: int, batch: int,
+    damping: float, seed: int, progress: Progress = silent,
+) -> Directions:  # fmt: skip
+    """Return the inverse Hessian times each query's gradient, by LiSSA's recursion; times the samples', the scores.
 
     v <- g + (1 - damping) v - H v / scale, with the Hessian H of the loss on a few samples, drawn anew each step, and a
-    scale above its largest eigenvalue. One pass over the samples follows.
+    scale above its largest eigenvalue.
     """
     draw = np.random.default_rng(seed)
     theta = list(maker.loaded.theta.values())
@@ -183,35 +287,11 @@ def lissa(
         moved = products(current, queries)
         current = {n: directions[n] + (1 - damping) * rows - moved[n] / scale for n, rows in current.items()}
     progress("LiSSA", depth, depth)
-    dots, _ = full.products(current)
-    return dots.sum(2).T / scale
+    return {number: rows / scale for number, rows in current.items()}
 
 
-def sketched(
-    maker: RapidGradMaker, samples: Sequence[Encoded], queries: Sequence[Encoded], widths: Sequence[int], *,
-    batch_tokens: int = 4096, progress: Progress = silent,
-) -> dict[int, Scores]:  # fmt: skip
-    """Return scores by RapidGrads of several widths, folds of the maker's, in half precision as they are stored."""
-    asked = torch.from_numpy(np.stack([maker.make(query)[0] for query in queries]))
-    folds = {width: _folded(asked, width).double() for width in widths}
-    scores = {width: np.zeros((len(queries), len(samples))) for width in widths}
-    done = 0
-    for numbers, batch in _cut(samples, batch_tokens):
-        progress("RapidGrads", done, len(samples))
-        made = torch.from_numpy(np.stack([result[0] for result in _good(maker.make_batch(batch))]))
-        for width in widths:
-            stored = _folded(made, width).half().double()
-            scores[width][:, numbers] = (folds[width] @ stored.T).numpy()
-        done += len(batch)
-    progress("RapidGrads", done, len(samples))
-    return scores
-
-
-def _good(results: list) -> list:
-    for result in results:
-        if isinstance(result, Exception):
-            raise result
-    return results
+def _made(maker: RapidGradMaker, queries: Sequence[Encoded]) -> Tensor:
+    return torch.from_numpy(np.stack([maker.make(query)[0] for query in queries]))
 
 
 def _folded(vectors: Tensor, width: int) -> Tensor:

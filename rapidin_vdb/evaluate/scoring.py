@@ -1,9 +1,11 @@
-"""Everybody's scores of the same samples for the same generations."""
+"""Everybody's scores of the same samples for the same generations, in as few passes as it takes."""
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from rapidin_vdb.evaluate import gradients, methods
 from rapidin_vdb.evaluate.corpora import Record
@@ -11,99 +13,136 @@ from rapidin_vdb.evaluate.experiment import Experiment
 from rapidin_vdb.gradient import LoadedModel, RapidGradMaker, load_model
 from rapidin_vdb.records import Encoded, ModelSpec, Sample, SketchSpec
 
+DATAINF, LISSA = "influence function (DataInf)", "influence function (LiSSA)"
+EXACT = "TracIn + LN"
+_DAMPING = 0.01
+
+
+def rapidin(width: int, shuffles: int, *, token_wise: bool = False) -> str:
+    """Return the name of a RapidIn."""
+    return f"RapidIn (K = {width:,}, lambda = {shuffles})" + (", token-wise" if token_wise else "")
+
 
 def all_scores(
     experiment: Experiment, records: Sequence[Record], queries: Sequence[Sample], focused: Sequence[Encoded]
 ) -> dict[str, dict[str, Any]]:
     """Return every method's scores, seconds and stored bytes; `focused` are the queries on their telling words."""
-    profile = experiment.profile
-    samples, asked = experiment.samples(records), experiment.encoded(queries)
-    documents = [f"{record['instruction']} {record['output']}" for record in records]
-    texts = [f"{query.prompt} {query.response}" for query in queries]
-    found: dict[str, dict[str, Any]] = {}
-
-    def add(name: str, work: Callable[[], np.ndarray], size: int) -> None:
-        scores, seconds = experiment.scores(name, work)
-        found[name] = {"scores": scores, "seconds": seconds, "bytes": size}
-
-    add("random", lambda: methods.random_scores(len(queries), len(records), seed=experiment.seed), 0)
-    add("BM25", lambda: methods.bm25_scores(documents, texts), 0)
-    hidden = int(experiment.loaded().model.config.hidden_size)
-    base = load_model(ModelSpec(model=experiment.model, parameters="lm_head|embed"))
-    add("embedding (base model)", lambda: methods.hidden_scores(base, samples, asked), 4 * hidden * len(records))
-    loaded = experiment.loaded()
-    add("hidden state (tuned)", lambda: methods.hidden_scores(loaded, samples, asked), 4 * hidden * len(records))
-    _gradient_scores(experiment, add, loaded, samples, asked, focused)
-    assert set(found) >= {"random", "BM25", "TracIn + LN", _rapidin(profile.width, profile.shuffles[0])}
+    sizes = _text_scores(experiment, records, queries)
+    sizes |= _gradient_scores(experiment, experiment.samples(records), experiment.encoded(queries), focused)
+    found = {}
+    for name, size in sizes.items():
+        kept = experiment.kept(name)
+        assert kept is not None
+        found[name] = {"scores": kept[0], "seconds": kept[1], "bytes": size}
     return found
 
 
+def _text_scores(experiment: Experiment, records: Sequence[Record], queries: Sequence[Sample]) -> dict[str, int]:
+    """Make the scores of methods that look at texts and hidden states; return the bytes that each keeps."""
+    documents = [f"{record['instruction']} {record['output']}" for record in records]
+    texts = [f"{query.prompt} {query.response}" for query in queries]
+    # Whatever is chosen as theta: no gradient is taken.
+    base = load_model(ModelSpec(model=experiment.model, parameters="norm"))
+    tuned = experiment.loaded()
+    hidden = 4 * int(base.model.config.hidden_size) * len(records)
+
+    def near(loaded: LoadedModel) -> np.ndarray:
+        return methods.hidden_scores(loaded, experiment.samples(records), experiment.encoded(queries))
+
+    ways: dict[str, tuple[Callable[[], np.ndarray], int]] = {
+        "random": (lambda: methods.random_scores(len(queries), len(records), seed=experiment.seed), 0),
+        "BM25": (lambda: methods.bm25_scores(documents, texts), 0),
+        "embedding (mean hidden state of the base model)": (lambda: near(base), hidden),
+        "hidden state (of the tuned model)": (lambda: near(tuned), hidden),
+    }
+    for name, (work, _) in ways.items():
+        if experiment.kept(name) is None:
+            started = time.monotonic()
+            scores = work()
+            experiment.keep(name, scores, time.monotonic() - started)
+    return {name: size for name, (_, size) in ways.items()}
+
+
 def _gradient_scores(
-    experiment: Experiment, add: Callable[[str, Callable[[], np.ndarray], int], None], loaded: LoadedModel,
-    samples: list[Encoded], asked: list[Encoded], focused: Sequence[Encoded],
-) -> None:  # fmt: skip
-    profile = experiment.profile
-    length = sum(shape.count for shape in loaded.shapes)
+    experiment: Experiment, samples: list[Encoded], asked: list[Encoded], focused: Sequence[Encoded]
+) -> dict[str, int]:
+    """Make the scores of methods that take gradients; return the bytes that each keeps."""
+    profile, loaded = experiment.profile, experiment.loaded()
     lengths = [shape.count for shape in loaded.shapes]
-    widest = max(profile.widths)
-    maker = RapidGradMaker(loaded, spec=SketchSpec(width=widest, shuffles=profile.shuffles[0]), normalize="layer")
-    full = gradients.FullGradients(maker, samples, progress=experiment.progress)
-    cache: dict[str, Any] = {}
+    widest, first = max(profile.widths), profile.shuffles[0]
+    sizes = {"TracIn": 4 * sum(lengths) * len(samples), EXACT: 4 * sum(lengths) * len(samples)}
+    sizes |= {
+        rapidin(width, shuffles): 2 * width * len(samples) for shuffles in profile.shuffles for width in profile.widths
+    }
+    sizes[rapidin(profile.width, first, token_wise=True)] = 2 * profile.width * len(samples)
+    influence = {DATAINF: sizes["TracIn"]} | ({LISSA: sizes["TracIn"]} if profile.lissa_depth else {})
 
-    def directions() -> tuple[dict, np.ndarray]:
-        if "directions" not in cache:
-            cache["directions"] = full.directions(asked)
-        return cache["directions"]
+    makers = {
+        shuffles: RapidGradMaker(loaded, spec=SketchSpec(width=widest, shuffles=shuffles), normalize="layer")
+        for shuffles in profile.shuffles
+    }
+    full = gradients.FullGradients(makers[first], samples, progress=experiment.progress)
+    products_file = experiment.folder / "products.npz"
+    if not products_file.exists() or any(experiment.kept(name) is None for name in sizes):
+        _first_pass(experiment, full, makers, asked, focused, products_file)
+    if any(experiment.kept(name) is None for name in influence):
+        with np.load(products_file, allow_pickle=False) as kept:
+            dots, norms = kept["dots"], kept["norms"]
+        _influence(experiment, full, makers[first], samples, asked, dots, norms, lengths)
+    return sizes | influence
 
-    def products() -> tuple[np.ndarray, np.ndarray]:
-        if "products" not in cache:
-            cache["products"] = full.products(directions()[0])
-        return cache["products"]
 
-    whole = 4 * length * len(samples)
-    add("TracIn", lambda: gradients.tracin(products()[0]), whole)
-    add("TracIn + LN", lambda: gradients.tracin_normalised(*products(), directions()[1]), whole)
-    add("influence function (DataInf)", lambda: gradients.datainf(full, *products(), lengths), whole)
+def _first_pass(
+    experiment: Experiment, full: gradients.FullGradients, makers: dict[int, RapidGradMaker], asked: list[Encoded],
+    focused: Sequence[Encoded], products_file: Any,
+) -> None:  # fmt: skip
+    """Make the scores of TracIn and of all RapidIns from one pass over the samples."""
+    profile, first = experiment.profile, experiment.profile.shuffles[0]
+    directions, query_norms = full.directions(asked)
+    takers: dict[str, Any] = {"products": gradients.Products(directions, full.shapes, full.samples)}
+    takers |= {
+        str(shuffles): gradients.Sketches(maker, asked, profile.widths, full.samples)
+        for shuffles, maker in makers.items()
+    }
+    takers["token-wise"] = gradients.Sketches(makers[first], list(focused), [profile.width], full.samples)
+    seconds = full.run("gradients", takers)
+    products = takers["products"]
+    with products_file.with_suffix(".new").open("wb") as file:
+        np.savez(file, dots=products.dots, norms=products.norms)
+    products_file.with_suffix(".new").replace(products_file)
+    experiment.keep("TracIn", gradients.tracin(products.dots), seconds["products"])
+    experiment.keep(EXACT, gradients.tracin_normalised(products.dots, products.norms, query_norms), seconds["products"])
+    for shuffles in makers:
+        for width, scores in takers[str(shuffles)].scores.items():
+            experiment.keep(rapidin(width, shuffles), scores, seconds[str(shuffles)])
+    experiment.keep(
+        rapidin(profile.width, first, token_wise=True),
+        takers["token-wise"].scores[profile.width],
+        seconds["token-wise"],
+    )
+
+
+def _influence(
+    experiment: Experiment, full: gradients.FullGradients, maker: RapidGradMaker, samples: list[Encoded],
+    asked: list[Encoded], dots: np.ndarray, norms: np.ndarray, lengths: list[int],
+) -> None:  # fmt: skip
+    """Make the scores of both influence functions: a pass for DataInf's sums, LiSSA's recursion, a pass for both."""
+    profile = experiment.profile
+    weights, damping = gradients.datainf_weights(dots, norms, lengths)
+    sums = gradients.WeightedSums(weights, full.shapes)
+    seconds = {DATAINF: full.run("DataInf", {"sums": sums})["sums"], LISSA: 0.0}
+    vectors = sums.sums
     if profile.lissa_depth:
-        add(
-            "influence function (LiSSA)",
-            lambda: gradients.lissa(
-                full, maker, samples, directions()[0], depth=profile.lissa_depth, batch=profile.lissa_batch,
-                damping=0.01, seed=experiment.seed, progress=experiment.progress,
-            ),
-            whole,
+        started = time.monotonic()
+        inverse = gradients.lissa(
+            maker, samples, full.directions(asked)[0], depth=profile.lissa_depth, batch=profile.lissa_batch,
+            damping=_DAMPING, seed=experiment.seed, progress=experiment.progress,
         )  # fmt: skip
-    cache.clear()
-    for shuffles in profile.shuffles:
-        other = maker
-        if shuffles != maker.spec.shuffles:
-            other = RapidGradMaker(loaded, spec=SketchSpec(width=widest, shuffles=shuffles), normalize="layer")
-
-        def sketched(other: RapidGradMaker = other) -> dict[int, np.ndarray]:
-            if "sketched" not in cache:
-                cache["sketched"] = gradients.sketched(
-                    other, samples, asked, profile.widths, progress=experiment.progress
-                )
-            return cache["sketched"]
-
-        for width in profile.widths:
-            add(
-                _rapidin(width, shuffles),
-                lambda width=width, sketched=sketched: sketched()[width],  # type: ignore[misc]
-                2 * width * len(samples),
-            )
-        cache.clear()
-    narrow = RapidGradMaker(
-        loaded, spec=SketchSpec(width=profile.width, shuffles=profile.shuffles[0]), normalize="layer"
-    )
-    add(
-        f"{_rapidin(profile.width, profile.shuffles[0])}, token-wise",
-        lambda: gradients.sketched(narrow, samples, focused, [profile.width], progress=experiment.progress)[
-            profile.width
-        ],
-        2 * profile.width * len(samples),
-    )
-
-
-def _rapidin(width: int, shuffles: int) -> str:
-    return f"RapidIn (K = {width:,}, lambda = {shuffles})"
+        seconds[LISSA] = time.monotonic() - started
+        vectors = {number: torch.cat([rows, inverse[number]]) for number, rows in vectors.items()}
+    started = time.monotonic()
+    again = full.products(vectors).dots
+    shared, count = time.monotonic() - started, len(asked)
+    experiment.keep(DATAINF, gradients.datainf(dots, again[:, :count], damping), seconds[DATAINF] + shared)
+    if profile.lissa_depth:
+        experiment.keep(LISSA, again[:, count:].sum(2).T.astype(np.float64), seconds[LISSA] + shared)

@@ -97,7 +97,7 @@ class RapidGradMaker:
     ) -> list[tuple[np.ndarray, float] | GradientError]:
         if not batch:
             return []
-        sketcher = self._sketcher(len(batch))
+        sketcher = self.sketcher(len(batch))
         if norms is None:
             losses = self.stream(batch, sketcher)
         else:
@@ -136,7 +136,8 @@ class RapidGradMaker:
             return np.ones_like(norms)
         return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
 
-    def _sketcher(self, batch: int) -> Sketcher:
+    def sketcher(self, batch: int) -> Sketcher:
+        """Return what sums the gradients of so many samples into their RapidGrads."""
         rapidgrads = torch.zeros(batch, self.spec.width, device=self.loaded.device)
         return Sketcher(self._sketch, rapidgrads, self.normalize == "layer")
 
@@ -165,7 +166,7 @@ class RapidGradMaker:
             self._gradients.give_up_all("in a batch, its samples are not independent of one another")
 
     def _agrees(self, batch: Sequence[Encoded], place: int, alone: Tensor) -> bool:
-        sketcher = self._sketcher(len(batch))
+        sketcher = self.sketcher(len(batch))
         self._stream(batch, sketcher)
         together = sketcher.rapidgrads[place]
         tolerance = _TOLERANCE.get(self.loaded.dtype, 0.1) * float(torch.linalg.vector_norm(alone))
