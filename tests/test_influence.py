@@ -9,7 +9,7 @@ from conftest import ARCHITECTURES
 from reference import token_gradients
 from test_batch import loaded_from, mixture_of_experts
 
-from rapidin_vdb.gradient import ExactInfluence, RapidGradMaker, load_model
+from rapidin_vdb.gradient import ExactInfluence, RapidGradMaker, load_model, norms_of
 from rapidin_vdb.gradient.tangent import tangent_rule_for
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 
@@ -192,3 +192,12 @@ def test_a_matrix_that_does_not_sum_is_made_anew(models, adapters, monkeypatch, 
     for sample, matrix in zip(SAMPLES, matrices, strict=True):
         close(matrix, slow_matrix(loaded, sample, QUERY, "layer"))
     assert "did not sum" in caplog.text
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e-25, 1e25, 0.0])
+@pytest.mark.parametrize("length", [3, 4096, 5000, 3_000_001])
+def test_norms_of_any_length_and_size(length, scale):
+    grads = torch.randn(2, length, generator=torch.Generator().manual_seed(1)) * scale
+    wanted = np.linalg.norm(grads.double().numpy(), axis=1)
+    np.testing.assert_allclose(norms_of(grads), wanted, rtol=1e-6)
+    np.testing.assert_allclose(norms_of(grads.bfloat16()), np.linalg.norm(grads.bfloat16().double().numpy(), axis=1), rtol=1e-12)

@@ -8,6 +8,9 @@ from torch import Tensor
 from rapidin_vdb.gradient.batch import Receiver
 from rapidin_vdb.sketch import Sketch
 
+_BLOCK = 4096
+_SMALL, _LARGE = 1e-12, 1e12
+
 
 class Sketcher:
     """Adds the gradients of a batch to its RapidGrads, float32 [batch, width], normalised or not."""
@@ -48,7 +51,17 @@ class Measuring:
 
 def norms_of(grads: Float[Tensor, "batch grad"]) -> Float64[np.ndarray, " batch"]:
     """Return the L2 norm of each sample's gradient."""
-    return torch.linalg.vector_norm(grads, dim=1, dtype=torch.float64).cpu().numpy()
+    # In single precision block by block: over millions at once it is off by 1e-4, and in double it costs twice as much.
+    if grads.dtype != torch.float32:
+        return torch.linalg.vector_norm(grads, dim=1, dtype=torch.float64).cpu().numpy()
+    whole = grads.shape[1] // _BLOCK * _BLOCK
+    blocks = torch.linalg.vector_norm(grads[:, :whole].unflatten(1, (-1, _BLOCK)), dim=2)
+    rest = torch.linalg.vector_norm(grads[:, whole:], dim=1)
+    norms = torch.sqrt(blocks.double().square().sum(1) + rest.double().square())
+    # Squares of very small or very large numbers leave single precision.
+    if not bool(((norms > _SMALL) & (norms < _LARGE)).all()):
+        norms = torch.linalg.vector_norm(grads, dim=1, dtype=torch.float64)
+    return norms.cpu().numpy()
 
 
 class Scaler:
