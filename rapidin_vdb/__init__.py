@@ -9,9 +9,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "Database": "rapidin_vdb.database",
     "init": "rapidin_vdb.creation",
-    "open": "rapidin_vdb.database",
+    "open": "rapidin_vdb.creation",
     "Ranking": "rapidin_vdb.results",
     "RankedSample": "rapidin_vdb.results",
+    "RankedToken": "rapidin_vdb.results",
     "SketchSpec": "rapidin_vdb.records",
     "RapidInError": "rapidin_vdb.errors",
 }

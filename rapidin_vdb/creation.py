@@ -1,4 +1,4 @@
-"""A new database for the training samples of one model."""
+"""Databases are opened, or made for the training samples of one model."""
 
 import math
 from pathlib import Path
@@ -12,6 +12,15 @@ from rapidin_vdb.records import DType, ModelSpec, Normalize, Quantization, Sketc
 from rapidin_vdb.store import SampleTable
 
 _DEFAULT_SKETCH = SketchSpec()
+
+
+def open(path: str | Path) -> Database:
+    """Return an existing database; its model is loaded when first needed.
+
+    Raises:
+        TableNotFoundError: there is none.
+    """
+    return Database(SampleTable(str(path)))
 
 
 def init(

@@ -9,9 +9,9 @@ from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import SpecError, TableError
 from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.gradient import check_token_width, default_batch_tokens, resolve_devices
+from rapidin_vdb.gradient import default_batch_tokens, resolve_devices
 from rapidin_vdb.ingest import ingest
-from rapidin_vdb.plan import Corpus
+from rapidin_vdb.plan import Corpus, token_width_for
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from, read_queries
 from rapidin_vdb.question import Question
@@ -24,17 +24,17 @@ from rapidin_vdb.records import (
     OnDuplicate,
     Sample,
 )
-from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, StoredSample
-from rapidin_vdb.store import SampleTable
-
-
-def open(path: str | Path) -> "Database":
-    """Return an existing database; its model is loaded when first needed.
-
-    Raises:
-        TableNotFoundError: there is none.
-    """
-    return Database(SampleTable(str(path)))
+from rapidin_vdb.results import (
+    DatabaseInfo,
+    IndexInfo,
+    IngestEstimate,
+    IngestReport,
+    Ranking,
+    StoredSample,
+    VerifyReport,
+)
+from rapidin_vdb.store import SampleTable, TableVersion
+from rapidin_vdb.verification import verify
 
 
 class Database:
@@ -107,19 +107,15 @@ class Database:
         """
         if not files:
             raise SpecError("no file to ingest")
-        for name, value in (
-            ("limit", limit),
-            ("batch-tokens", batch_tokens),
-            ("workers-per-device", workers_per_device),
-        ):
+        least_one = (("limit", limit), ("batch-tokens", batch_tokens), ("workers-per-device", workers_per_device))
+        for name, value in least_one:
             if value is not None and value < 1:
                 raise SpecError(f"--{name} is {value}; wanted 1 or more")
         if token_width is not None and not token_gradients:
             raise SpecError("--token-width goes with --token-gradients")
-        single = self._token_width(token_width) if token_gradients else None
-        corpus = Corpus(
-            paths=tuple(Path(file) for file in files), split=split, source=source, id_field=id_field, limit=limit
-        )
+        single = token_width_for(self._table, token_width) if token_gradients else None
+        paths = tuple(Path(file) for file in files)
+        corpus = Corpus(paths=paths, split=split, source=source, id_field=id_field, limit=limit)
         devices = resolve_devices(device)
         workers = len(devices) * workers_per_device
         road = self._road(devices, workers if not dry_run else 1, model=model, adapter=adapter, token_width=single)
@@ -138,15 +134,6 @@ class Database:
                 self._table, corpus, road.compute, workers=workers, device=devices[0], token_width=single, **options
             )
         return ingest(self._table, corpus, road.compute, progress=progress, token_width=single, **options)
-
-    def _token_width(self, given: int | None) -> int:
-        """Return the width of single tokens' RapidGrads: that which they have here, or the one asked for."""
-        here = self._table.tokens.width
-        if here is not None and given not in (None, here):
-            raise SpecError(f"--token-width is {given}, but tokens are stored with {here} here; leave it out")
-        width = next(known for known in (here, given, min(4096, self.fingerprint.sketch.width)) if known is not None)
-        check_token_width(width, self.fingerprint.sketch.width)
-        return width
 
     def _road(
         self, devices: list[str], workers: int, *, model: str | None = None, adapter: str | None = None,
@@ -261,8 +248,7 @@ class Database:
         tokens = self._table.tokens.snapshot()
         stored = self.fingerprint
         built = self._indexes["sample"].built(snapshot)
-        if tokens is not None:
-            built += self._indexes["token"].built(tokens)
+        built += () if tokens is None else self._indexes["token"].built(tokens)
         return DatabaseInfo(
             samples=snapshot.count(),
             tokens=snapshot.total_tokens(),
@@ -280,13 +266,35 @@ class Database:
             columns=snapshot.columns,
         )
 
-    def delete(self, *, where: str | None = None, ids: Sequence[str] | None = None) -> list[str] | int:
+    def verify(self, *, progress: Progress = silent) -> VerifyReport:
+        """Read all of the database, say what is wrong, and mend what is only a cache."""
+        return verify(self._table, self._kept(), progress=progress)
+
+    def _kept(self) -> list[tuple[IndexKeeper, TableVersion]]:
+        """Return the keepers of indexes, each with the version that its indexes should hold."""
+        tokens = self._table.tokens.snapshot()
+        kept: list[tuple[IndexKeeper, TableVersion]] = [(self._indexes["sample"], self._table.snapshot())]
+        return kept + ([] if tokens is None else [(self._indexes["token"], tokens)])
+
+    def delete(
+        self, *, where: str | None = None, ids: Sequence[str] | None = None, purge: bool = False
+    ) -> list[str] | int:
         """Delete the samples that match a filter, or those of some ids; return how many, or which ids were there.
+
+        With `purge`, nothing of them is left in any file, nor of what was deleted or replaced before: older versions
+        are gone, and built indexes are built anew. It may be asked for alone.
 
         Raises:
             FilterError: the filter cannot be understood; nothing is deleted.
             SpecError: neither or both are given.
         """
-        if (where is None) == (ids is None):
+        if (where is None) == (ids is None) and not (purge and where is None):
             raise SpecError("give one of: --where SQL, or --ids FILE")
-        return self._table.delete_where(where) if where is not None else self._table.delete_ids(ids or [])
+        gone: list[str] | int = 0
+        if where is not None or ids is not None:
+            gone = self._table.delete_where(where) if where is not None else self._table.delete_ids(ids or [])
+        if purge:
+            self._table.purge()
+            for keeper, version in self._kept():
+                keeper.rebuild_all(version)
+        return gone

@@ -1,6 +1,7 @@
 """Indexes beside a table: an answer always comes from one that holds exactly the version that was asked for."""
 
 import logging
+import shutil
 from pathlib import Path
 from threading import Lock
 
@@ -41,7 +42,8 @@ class IndexKeeper:
     """Builds, finds, updates and keeps the indexes of one database."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
+        self.folder = folder
+        """Where they are, each in a folder of its own."""
         # What is in memory, and the manifests that it was chosen from.
         self._resident: tuple[Held, ShardedIndex, list[Manifest]] | None = None
         self._lock = Lock()
@@ -61,7 +63,7 @@ class IndexKeeper:
                 f"are only {width} wide; give a smaller one, or take a recipe without"
             )
         with self._lock:
-            manifest = next((known for known in list_manifests(self._folder) if known.name == recipe.name), None)
+            manifest = next((known for known in list_manifests(self.folder) if known.name == recipe.name), None)
             extended = None
             try:
                 if manifest is not None and manifest.index_recipe == recipe:
@@ -69,14 +71,14 @@ class IndexKeeper:
                 if extended is None:
                     count = snapshot.rows()
                     batches = counted(batches_of(snapshot), count, progress)
-                    extended = write_index(self._folder, recipe, _held(snapshot), batches, count=count)
+                    extended = write_index(self.folder, recipe, _held(snapshot), batches, count=count)
             except OSError as error:
                 raise SpecError(
-                    f"the index {recipe.name} cannot be written to {self._folder}: {error}; the database is as it was"
+                    f"the index {recipe.name} cannot be written to {self.folder}: {error}; the database is as it was"
                 ) from error
             index = self._loaded_after(extended)
             if recipe.coarse_width and index.samples:
-                extended = with_recall(self._folder, extended, measured_recall(index))
+                extended = with_recall(self.folder, extended, measured_recall(index))
             self._resident = (_held(snapshot), index, self._chosen(None))
         return _info(extended, snapshot)
 
@@ -107,12 +109,28 @@ class IndexKeeper:
             self._say_what_coarse_finds(index)
         return index
 
+    def rebuild(self, snapshot: TableVersion, recipe: IndexRecipe, *, progress: Progress = silent) -> None:
+        """Build an index anew, whatever is there of it."""
+        self.remove(recipe.name)
+        self.build(snapshot, recipe, progress=progress)
+
+    def rebuild_all(self, snapshot: TableVersion) -> None:
+        """Build every index anew."""
+        for manifest in list_manifests(self.folder):
+            self.rebuild(snapshot, manifest.index_recipe)
+
+    def remove(self, name: str) -> None:
+        """Take an index away."""
+        with self._lock:
+            shutil.rmtree(self.folder / name, ignore_errors=True)
+            self._resident = None
+
     def built(self, snapshot: TableVersion) -> tuple[IndexInfo, ...]:
         """Return what is built, and whether it holds this version of the table."""
-        return tuple(_info(manifest, snapshot) for manifest in list_manifests(self._folder))
+        return tuple(_info(manifest, snapshot) for manifest in list_manifests(self.folder))
 
     def _chosen(self, name: str | None) -> list[Manifest]:
-        manifests = list_manifests(self._folder)
+        manifests = list_manifests(self.folder)
         if name is not None and name not in [manifest.name for manifest in manifests]:
             built = ", ".join(manifest.name for manifest in manifests) or "none"
             raise SpecError(f"no index {name} is built (built: {built}); build it with: rapidin-vdb index")
@@ -146,10 +164,10 @@ class IndexKeeper:
     def _loaded_after(self, manifest: Manifest) -> ShardedIndex:
         """Load an index that was just written, or what somebody else has put in its place since."""
         try:
-            return load_index(self._folder, manifest)
+            return load_index(self.folder, manifest)
         except SpecError:
-            again = next((known for known in list_manifests(self._folder) if known.name == manifest.name), manifest)
-            return load_index(self._folder, again)
+            again = next((known for known in list_manifests(self.folder) if known.name == manifest.name), manifest)
+            return load_index(self.folder, again)
 
     def _from_disk(self, snapshot: TableVersion, manifests: list[Manifest], progress: Progress) -> ShardedIndex | None:
         # One that holds this version first; and what is asked for exactly is not answered by a coarse one.
@@ -161,7 +179,7 @@ class IndexKeeper:
                     index = self._loaded(manifest, snapshot, progress)
                 except SpecError as error:
                     # Damaged, or replaced by somebody else while it was read.
-                    again = [known for known in list_manifests(self._folder) if known.name == manifest.name]
+                    again = [known for known in list_manifests(self.folder) if known.name == manifest.name]
                     if not again or again[0] == manifest:
                         logger.warning("%s", error)
                         break
@@ -177,13 +195,13 @@ class IndexKeeper:
         if snapshot.version >= manifest.table_version:
             try:
                 found = self._extended(manifest, snapshot, progress=progress, wait=False)
-                return None if found is None else load_index(self._folder, found)
+                return None if found is None else load_index(self.folder, found)
             except OSError as error:
                 logger.warning("the index %s cannot be brought up to date on disk: %s", manifest.name, error)
         change = self._difference(manifest, snapshot)
         if change is None:
             return None
-        index = load_index(self._folder, manifest)
+        index = load_index(self.folder, manifest)
         keys, missing = change
         return index.updated(keys, batches_of(snapshot, missing)) if index.grows or not len(missing) else None
 
@@ -194,7 +212,7 @@ class IndexKeeper:
         try:
             extended = self._extended(manifest, snapshot, progress=progress)
             if extended is not None:
-                check_index(self._folder, extended)
+                check_index(self.folder, extended)
             return extended
         except SpecError as error:
             logger.warning("%s", error)
@@ -218,7 +236,7 @@ class IndexKeeper:
         if not wait and len(manifest.parts) >= _MOST_PARTS_AT_ALL:
             raise OSError(f"it lies in {len(manifest.parts)} parts; put them together with: rapidin-vdb index")
         batches = counted(batches_of(snapshot, missing), len(missing), progress)
-        return extend_index(self._folder, manifest, _held(snapshot), keys, batches, count=len(missing), wait=wait)
+        return extend_index(self.folder, manifest, _held(snapshot), keys, batches, count=len(missing), wait=wait)
 
     def _difference(self, manifest: Manifest, snapshot: TableVersion) -> tuple[Keys, np.ndarray] | None:
         """Return what is alive of a built index in this version, and what the version has beyond it.
@@ -229,12 +247,12 @@ class IndexKeeper:
             return None
         if snapshot.digest_of(manifest.table_version) != manifest.table_digest:
             return None  # of a copy that went its own way, or of a version that is no longer kept
-        before = load_keys(self._folder, manifest)
+        before = load_keys(self.folder, manifest)
         keys, missing = before.difference(*snapshot.row_keys())
         return None if _much(before, keys, missing) else (keys, missing)
 
     def _say_what_coarse_finds(self, index: ShardedIndex) -> None:
-        found = [known.recall for known in list_manifests(self._folder) if known.name == index.recipe.name]
+        found = [known.recall for known in list_manifests(self.folder) if known.name == index.recipe.name]
         if found and found[0] is not None:
             logger.warning(
                 "the index %s is not exact: it found %.1f %% of the best %d samples when it was built",

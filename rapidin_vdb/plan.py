@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rapidin_vdb.batches import Pair
 from rapidin_vdb.corpus import Template, Tokenizer, encode, read_corpus
-from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.errors import CorpusError, SpecError
+from rapidin_vdb.gradient import check_token_width
 from rapidin_vdb.records import OnBadRecord, OnDuplicate, Sample
 from rapidin_vdb.store import ColumnKind, SampleTable, merge_kinds
 
@@ -56,6 +57,20 @@ class Plan:
     """Samples whose id stands for other content, which stays."""
     bad: list[str] = field(default_factory=list)
     """What is wrong with each record that cannot be stored."""
+
+
+def token_width_for(table: SampleTable, given: int | None) -> int:
+    """Return the width of single tokens' RapidGrads: that which they have in the table, or the one asked for.
+
+    Raises:
+        SpecError: the two differ, or it cannot be honoured.
+    """
+    here, widest = table.tokens.width, table.fingerprint.sketch.width
+    if here is not None and given not in (None, here):
+        raise SpecError(f"--token-width is {given}, but tokens are stored with {here} here; leave it out")
+    width = next(known for known in (here, given, min(4096, widest)) if known is not None)
+    check_token_width(width, widest)
+    return width
 
 
 def encoded_windows(

@@ -200,4 +200,6 @@ def test_norms_of_any_length_and_size(length, scale):
     grads = torch.randn(2, length, generator=torch.Generator().manual_seed(1)) * scale
     wanted = np.linalg.norm(grads.double().numpy(), axis=1)
     np.testing.assert_allclose(norms_of(grads), wanted, rtol=1e-6)
-    np.testing.assert_allclose(norms_of(grads.bfloat16()), np.linalg.norm(grads.bfloat16().double().numpy(), axis=1), rtol=1e-12)
+    np.testing.assert_allclose(
+        norms_of(grads.bfloat16()), np.linalg.norm(grads.bfloat16().double().numpy(), axis=1), rtol=1e-12
+    )

@@ -217,6 +217,9 @@ def delete(
     db: DB,
     where: Annotated[str | None, typer.Option(help="SQL filter: what matches is deleted.")] = None,
     ids: Annotated[Path | None, typer.Option(help="File with one sample id a line.")] = None,
+    purge: Annotated[
+        bool, typer.Option("--purge", help="Leave nothing of what is deleted in any file; older versions go too.")
+    ] = False,
 ) -> None:
     """Delete samples.
 
@@ -224,10 +227,25 @@ def delete(
     """
     import rapidin_vdb
 
-    if (where is None) == (ids is None):
+    if (where is None) == (ids is None) and not (purge and where is None):
         raise typer.BadParameter("give --where SQL, or --ids FILE")
     wanted = None if ids is None else show.read_ids(ids)
-    show.deleted(rapidin_vdb.open(db).delete(where=where, ids=wanted), wanted)
+    show.deleted(rapidin_vdb.open(db).delete(where=where, ids=wanted, purge=purge), wanted)
+
+
+def verify(db: DB, as_json: AsJson = False) -> None:
+    """Read all of a database and say what is wrong; exit 1 if anything is. Damaged indexes are built anew.
+
+    Example: rapidin-vdb verify db
+    """
+    import rapidin_vdb
+
+    database = rapidin_vdb.open(db)
+    with progress_bars() as progress:
+        report = database.verify(progress=progress)
+    show.verified(report, as_json=as_json)
+    if report.findings:
+        raise typer.Exit(1)
 
 
 def demo(
@@ -250,7 +268,7 @@ def demo(
 
 def add_to(app: typer.Typer) -> None:
     """Register every command, in the order of a database's life."""
-    for function in (init, ingest, index, query, show_sample, info, delete, demo):
+    for function in (init, ingest, index, query, show_sample, info, delete, verify, demo):
         app.command(name=function.__name__.removesuffix("_sample"))(_interruptible(function))
 
 

@@ -18,6 +18,7 @@ from rapidin_vdb.results import (
     IngestReport,
     Ranking,
     StoredSample,
+    VerifyReport,
 )
 
 if TYPE_CHECKING:
@@ -131,6 +132,19 @@ def info(found: DatabaseInfo, *, as_json: bool) -> None:
             typer.echo(
                 f"{name.replace('_', ' '):<14} {f'{value:,}' if type(value) is int and name != 'seed' else value}"
             )
+
+
+def verified(report: VerifyReport, *, as_json: bool) -> None:
+    """Print what `verify` found."""
+    if as_json:
+        json_line(report.to_dict())
+        return
+    for title, findings in (("wrong", report.findings), ("mended", report.mended)):
+        for finding in findings:
+            typer.echo(f"{title}: {printable(finding.place)}: {printable(finding.what)}")
+    what = f"{report.samples:,} samples" + (f" and {report.tokens:,} tokens" if report.tokens else "")
+    verdict = "all as it was written" if not report.findings else f"{len(report.findings):,} findings"
+    typer.echo(f"{what}: {verdict}", err=True)
 
 
 def read_ids(path: Path) -> list[str]:

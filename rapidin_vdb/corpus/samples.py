@@ -15,7 +15,7 @@ from rapidin_vdb.records import Message, Sample, Scalar
 _SHAPES = "instruction/input/output, prompt/response (or completion), messages, or text"
 _RESPONSES = ("output", "response", "completion", "generation")
 _OWN_COLUMNS = frozenset(
-    "sample_id split source prompt response input_ids token_offsets tokens truncated loss content_hash vector "
+    "sample_id split source prompt response input_ids token_offsets tokens truncated loss content_hash checksum vector "
     "rank score exact_score query_id".split()
 )
 """Names that mean something of ours; a record's field of that name is stored as `record_NAME`."""

@@ -2,7 +2,7 @@
 
 from rapidin_vdb.index.index import Batch, ShardedIndex, empty_index, make_shard
 from rapidin_vdb.index.keys import Keys, joined
-from rapidin_vdb.index.loading import check_index, load_index, load_keys
+from rapidin_vdb.index.loading import check_index, load_index, load_keys, verify_rows
 from rapidin_vdb.index.manifest import Held, Manifest, list_manifests
 from rapidin_vdb.index.recall import measured_recall
 from rapidin_vdb.index.source import TableSource
@@ -24,6 +24,7 @@ __all__ = [
     "load_keys",
     "make_shard",
     "measured_recall",
+    "verify_rows",
     "with_recall",
     "write_index",
 ]

@@ -1,8 +1,10 @@
 """Indexes are loaded onto their devices, and checked against their manifest on the way."""
 
 import errno
+import io
 import json
 import logging
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -32,17 +34,46 @@ def load_keys(folder: Path, manifest: Manifest) -> Keys:
     with _told(manifest):
         parts = []
         for part in manifest.parts:
-            row_ids, versions = np.load(place / f"{part.name}.keys.npy", allow_pickle=False)
-            sample_ids = json.loads((place / f"{part.name}.ids.json").read_text("utf-8"))
+            row_ids, versions = _array(place / f"{part.name}.keys.npy", part.checksums["keys.npy"])
+            sample_ids = json.loads(_checked(place / f"{part.name}.ids.json", part.checksums["ids.json"]))
             if not len(sample_ids) == len(row_ids) == part.count:
                 raise ValueError("the number of rows differs from the manifest")
             parts.append(Keys(sample_ids, row_ids, versions, np.ones(part.count, bool)))
         keys = joined(parts)
         if manifest.gone is not None:
-            keys.alive[np.load(place / manifest.gone, allow_pickle=False)] = False
+            keys.alive[_array(place / manifest.gone, int(manifest.gone.split("-")[1], 16))] = False
         if int(keys.alive.sum()) != manifest.samples:
             raise ValueError("the number of samples differs from the manifest")
     return keys
+
+
+def _checked(path: Path, checksum: int) -> bytes:
+    content = path.read_bytes()
+    if zlib.crc32(content) != checksum:
+        raise ValueError(f"{path.name} is not what was written")
+    return content
+
+
+def _array(path: Path, checksum: int) -> np.ndarray:
+    return np.load(io.BytesIO(_checked(path, checksum)), allow_pickle=False)
+
+
+def verify_rows(folder: Path, manifest: Manifest) -> None:
+    """Read all files of an index, and compare them with their checksums.
+
+    Raises:
+        SpecError: one of them is missing, or is not what was written.
+    """
+    check_index(folder, manifest)
+    with _told(manifest):
+        for part in manifest.parts:
+            for kind, checksum in part.checksums.items():
+                path, crc = folder / manifest.name / f"{part.name}.{kind}", 0
+                with path.open("rb") as file:
+                    while block := file.read(16 << 20):
+                        crc = zlib.crc32(block, crc)
+                if crc != checksum:
+                    raise ValueError(f"{path.name} is not what was written")
 
 
 def check_index(folder: Path, manifest: Manifest) -> None:

@@ -6,6 +6,8 @@ replaced as a whole.
 """
 
 import json
+import re
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,8 @@ from typing import Any
 from rapidin_vdb.recipe import IndexRecipe
 
 MANIFEST = "manifest.json"
-_FORMAT = 3
+_FORMAT = 4
+_NAME = re.compile(r"[0-9a-f]{32}|gone-[0-9a-f]{8}-[0-9a-f]{32}\.npy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +29,8 @@ class Part:
     """How many rows."""
     shard: int
     """Which shard holds them."""
+    checksums: dict[str, int]
+    """The CRC of each of its files, by the end of the file's name."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,16 +89,31 @@ class Held:
     """Length of a RapidGrad."""
 
 
+def checksum_of(values: dict[str, Any]) -> int:
+    """Return the checksum of a manifest's values."""
+    return zlib.crc32(json.dumps(values, sort_keys=True).encode("utf-8"))
+
+
+def _stays_inside(manifest: Manifest) -> bool:
+    """Say whether all files that a manifest names lie beside it."""
+    names = [part.name for part in manifest.parts] + ([] if manifest.gone is None else [manifest.gone])
+    return all(_NAME.fullmatch(name) for name in names) and all(
+        kind in ("rows.npy", "coarse.npy", "keys.npy", "ids.json") for part in manifest.parts for kind in part.checksums
+    )
+
+
 def list_manifests(folder: Path) -> list[Manifest]:
     """Return the manifests of the indexes below `folder` that can be read, by name."""
     found = []
     for path in sorted(folder.glob(f"[!.]*/{MANIFEST}")):
         try:
             values = json.loads(path.read_text("utf-8"))
+            if values.pop("checksum", None) != checksum_of(values):
+                continue
             if values.get("format") == _FORMAT:
                 parts = tuple(Part(**part) for part in values["parts"])
                 manifest = Manifest(**values | {"parts": parts})
-                if path.parent.name == manifest.name and manifest.index_recipe.name == manifest.name:
+                if path.parent.name == manifest.name == manifest.index_recipe.name and _stays_inside(manifest):
                     found.append(manifest)
         except (OSError, ValueError, TypeError, KeyError, AttributeError):
             continue  # an index is a cache: one that cannot be read is as good as none

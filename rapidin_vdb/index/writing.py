@@ -1,13 +1,15 @@
 """Indexes are written part by part; a manifest, which comes last, puts them in force."""
 
+import io
 import json
 import os
 import shutil
-from collections.abc import Iterable
-from contextlib import ExitStack
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from uuid import uuid4
 
 import numpy as np
@@ -17,7 +19,7 @@ from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index.coarse import folded
 from rapidin_vdb.index.index import Batch
 from rapidin_vdb.index.keys import Keys, joined
-from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, Part, list_manifests
+from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, Part, checksum_of, list_manifests
 from rapidin_vdb.index.source import norm_of
 from rapidin_vdb.recipe import IndexRecipe
 
@@ -69,8 +71,10 @@ def extend_index(
         parts, largest = _write_parts(place, manifest.index_recipe, batches, dealt, held.width)
         gone = None
         if not keys.alive.all():
-            gone = f"gone-{uuid4().hex}.npy"
-            np.save(place / gone, np.flatnonzero(~keys.alive), allow_pickle=False)
+            # Its checksum is in its name.
+            new = f"{uuid4().hex}.npy"
+            gone = f"gone-{_save(place / new, np.flatnonzero(~keys.alive)):08x}-{new}"
+            (place / new).rename(place / gone)
             _sync(place / gone)
         manifest = replace(
             manifest,
@@ -121,28 +125,59 @@ def _written_parts(
     arriving = iter(batches)
     waiting: Batch | None = None
     for shard, size in (entry for entry in dealt if entry[1]):
-        part, done, came = Part(name=uuid4().hex, count=size, shard=shard), 0, []
-        names.append(part.name)
-        with ExitStack() as files:
-            rows = files.enter_context(_array_file(place / f"{part.name}.rows.npy", size, width))
-            coarse = None
+        name, done, came = uuid4().hex, 0, []
+        names.append(name)
+        with ExitStack() as stack:
+            files = {"rows.npy": stack.enter_context(_array_file(place / f"{name}.rows.npy", size, width))}
             if recipe.coarse_width:
-                coarse = files.enter_context(_array_file(place / f"{part.name}.coarse.npy", size, recipe.coarse_width))
+                path = place / f"{name}.coarse.npy"
+                files["coarse.npy"] = stack.enter_context(_array_file(path, size, recipe.coarse_width))
             while done < size:
                 batch, waiting = _cut(waiting or next(arriving), size - done)
-                rows.write(np.ascontiguousarray(batch.rows).data)
-                if coarse is not None:
-                    coarse.write(np.ascontiguousarray(folded(batch.rows, recipe.coarse_width)).data)
+                files["rows.npy"].write(np.ascontiguousarray(batch.rows).data.cast("B"))
+                if recipe.coarse_width:
+                    narrow = np.ascontiguousarray(folded(batch.rows, recipe.coarse_width))
+                    files["coarse.npy"].write(narrow.data.cast("B"))
                 largest = max(largest, norm_of(batch.rows))
                 came.append(batch.keys)
                 done += len(batch.rows)
         keys = joined(came)
-        np.save(place / f"{part.name}.keys.npy", np.stack([keys.row_ids, keys.versions]), allow_pickle=False)
-        (place / f"{part.name}.ids.json").write_text(json.dumps(keys.sample_ids), "utf-8")
-        for path in place.glob(f"{part.name}.*"):
+        sums = {kind: file.crc for kind, file in files.items()}
+        sums["keys.npy"] = _save(place / f"{name}.keys.npy", np.stack([keys.row_ids, keys.versions]))
+        ids = json.dumps(keys.sample_ids).encode("ascii")
+        (place / f"{name}.ids.json").write_bytes(ids)
+        sums["ids.json"] = zlib.crc32(ids)
+        for path in place.glob(f"{name}.*"):
             _sync(path)
-        parts.append(part)
+        parts.append(Part(name=name, count=size, shard=shard, checksums=sums))
     return tuple(parts), largest
+
+
+class _SummedFile:
+    """A file that is written once, and its checksum."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.crc = 0
+
+    def __enter__(self) -> "_SummedFile":
+        self._file = self._path.open("wb")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def write(self, data: bytes | memoryview) -> int:
+        self.crc = zlib.crc32(data, self.crc)
+        return self._file.write(data)
+
+
+def _save(path: Path, array: np.ndarray) -> int:
+    """Write a small array, and return the checksum of its file."""
+    buffer = io.BytesIO()
+    np.save(buffer, array, allow_pickle=False)
+    path.write_bytes(buffer.getvalue())
+    return zlib.crc32(buffer.getvalue())
 
 
 def _sync(path: Path) -> None:
@@ -151,11 +186,12 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _array_file(path: Path, count: int, width: int) -> BinaryIO:
-    file = path.open("wb")
-    header = {"descr": "<f2", "fortran_order": False, "shape": (count, width)}
-    np.lib.format.write_array_header_1_0(file, header)
-    return file
+@contextmanager
+def _array_file(path: Path, count: int, width: int) -> Iterator[_SummedFile]:
+    with _SummedFile(path) as file:
+        header = {"descr": "<f2", "fortran_order": False, "shape": (count, width)}
+        np.lib.format.write_array_header_1_0(file, header)
+        yield file
 
 
 def _cut(batch: Batch, count: int) -> tuple[Batch, Batch | None]:
@@ -172,7 +208,8 @@ def _cut(batch: Batch, count: int) -> tuple[Batch, Batch | None]:
 def _commit(place: Path, manifest: Manifest) -> None:
     """Put a manifest in force, then take away what no manifest names."""
     new = place / f".{uuid4().hex}.json"
-    new.write_text(json.dumps(asdict(manifest), indent=1), "utf-8")
+    values = json.loads(json.dumps(asdict(manifest)))
+    new.write_text(json.dumps(values | {"checksum": checksum_of(values)}, indent=1), "utf-8")
     _sync(new)
     new.replace(place / MANIFEST)
     named = {part.name for part in manifest.parts}

@@ -9,10 +9,19 @@ from rapidin_vdb.results.rankings import (
     Span,
     TokenScore,
 )
-from rapidin_vdb.results.reports import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, StoredSample
+from rapidin_vdb.results.reports import (
+    DatabaseInfo,
+    Finding,
+    IndexInfo,
+    IngestEstimate,
+    IngestReport,
+    StoredSample,
+    VerifyReport,
+)
 
 __all__ = [
     "DatabaseInfo",
+    "Finding",
     "GroupInfluence",
     "IndexInfo",
     "IngestEstimate",
@@ -24,4 +33,5 @@ __all__ = [
     "Span",
     "StoredSample",
     "TokenScore",
+    "VerifyReport",
 ]

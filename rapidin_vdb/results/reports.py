@@ -141,3 +141,31 @@ class DatabaseInfo:
         """Return the JSON object that `info --json` prints."""
         hidden = {"columns"} | (set() if self.token_width else {"token_gradients", "token_width"})
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in hidden}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """Something that is not as it should be."""
+
+    place: str
+    """Which sample, token or index."""
+    what: str
+    """What is wrong with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VerifyReport:
+    """What `verify` found."""
+
+    samples: int
+    """Samples in the table."""
+    tokens: int
+    """Rows in the table of tokens."""
+    findings: tuple[Finding, ...]
+    """What is wrong, and cannot be mended from the rest."""
+    mended: tuple[Finding, ...]
+    """What was wrong with caches, and is mended."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the JSON object that `verify --json` prints."""
+        return dataclasses.asdict(self)

@@ -1,6 +1,7 @@
 """The fingerprint as it stands in a table's schema metadata, and the check that two may meet."""
 
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -8,12 +9,14 @@ from rapidin_vdb.errors import FingerprintError, TableError
 from rapidin_vdb.records import Fingerprint, ParameterShape, SketchSpec
 
 METADATA_KEY = b"rapidin_vdb.fingerprint"
+_DIGEST_KEY = b"rapidin_vdb.fingerprint.sha256"
 _NOT_COMPARED = frozenset({"model", "adapter", "versions", "epochs", "learning_rate", "parameters"})
 
 
 def write_fingerprint(fingerprint: Fingerprint) -> dict[bytes, bytes]:
     """Return the schema metadata that holds a fingerprint."""
-    return {METADATA_KEY: json.dumps(dataclasses.asdict(fingerprint)).encode("utf-8")}
+    text = json.dumps(dataclasses.asdict(fingerprint)).encode("utf-8")
+    return {METADATA_KEY: text, _DIGEST_KEY: hashlib.sha256(text).hexdigest().encode("ascii")}
 
 
 def read_fingerprint(metadata: dict[bytes, bytes] | None, *, place: str) -> Fingerprint:
@@ -24,6 +27,10 @@ def read_fingerprint(metadata: dict[bytes, bytes] | None, *, place: str) -> Fing
     """
     if not metadata or METADATA_KEY not in metadata:
         raise TableError(f"{place}: the table samples has no fingerprint; it was not made by rapidin-vdb init")
+    text = metadata[METADATA_KEY]
+    # Not in tables that were made before there was one.
+    if metadata.get(_DIGEST_KEY, b"") not in (b"", hashlib.sha256(text).hexdigest().encode("ascii")):
+        raise TableError(f"{place}: the fingerprint is damaged: it is not what was written at init")
     try:
         values: dict[str, Any] = json.loads(metadata[METADATA_KEY])
         values["sketch"] = SketchSpec(**values["sketch"])

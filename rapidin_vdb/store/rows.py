@@ -10,6 +10,7 @@ import pyarrow as pa
 from rapidin_vdb.errors import TableError
 from rapidin_vdb.records import Encoded, Sample, Scalar
 from rapidin_vdb.results import StoredSample
+from rapidin_vdb.store.checksum import row_checksum
 
 ColumnKind = Literal["bool", "int", "float", "str"]
 
@@ -28,7 +29,8 @@ _OWN = (
     pa.field("loss", pa.float32(), nullable=False),
     pa.field("content_hash", pa.string(), nullable=False),
 )
-OWN_NAMES = frozenset(field.name for field in _OWN) | {"vector"}
+_CHECKSUM = pa.field("checksum", pa.int64(), nullable=False)
+OWN_NAMES = frozenset(field.name for field in _OWN) | {"vector", "checksum"}
 """Columns that every table has; all others are fields of the records."""
 
 
@@ -48,7 +50,7 @@ class Row:
 
 def samples_schema(width: int, metadata: Mapping[bytes, bytes]) -> pa.Schema:
     """Return the schema of a new table."""
-    return pa.schema([*_OWN, vector_field(width)], metadata=dict(metadata))
+    return pa.schema([*_OWN, _CHECKSUM, vector_field(width)], metadata=dict(metadata))
 
 
 def vector_field(width: int) -> pa.Field:
@@ -120,6 +122,8 @@ def arrow_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
         "truncated": pa.array([row.encoded.truncated for row in rows], pa.bool_()),
         "loss": pa.array([row.loss for row in rows], pa.float32()),
         "content_hash": pa.array([row.sample.content_hash for row in rows], pa.string()),
+        # Not in tables that were made before there was one.
+        "checksum": pa.array([_checksum(row) for row in rows], pa.int64()),
         "vector": pa.FixedSizeListArray.from_arrays(
             pa.array(np.stack([row.vector for row in rows]).astype(np.float16, copy=False).reshape(-1)),
             type=schema.field("vector").type,
@@ -130,6 +134,25 @@ def arrow_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
         if field.name not in OWN_NAMES:
             arrays[field.name] = _column(field, [metadata.get(field.name.lower()) for metadata in fields])
     return pa.Table.from_arrays([arrays[field.name] for field in schema], schema=schema)
+
+
+def _checksum(row: Row) -> int:
+    sample, encoded = row.sample, row.encoded
+    return row_checksum(
+        (
+            sample.sample_id, sample.split, sample.source, sample.prompt, sample.response, encoded.response_tokens,
+            encoded.truncated, row.loss, sample.content_hash,
+        ),
+        (encoded.input_ids, [place for span in encoded.offsets for place in span]),
+        row.vector,
+    )  # fmt: skip
+
+
+def stored_checksum(row: Mapping[str, Any], vector: np.ndarray) -> int:
+    """Return what the checksum of a row of the table should be."""
+    names = ("sample_id", "split", "source", "prompt", "response", "tokens", "truncated", "loss", "content_hash")
+    offsets = [place for span in row["token_offsets"] for place in (span["start"], span["end"])]
+    return row_checksum([row[name] for name in names], (row["input_ids"], offsets), vector)
 
 
 def _column(field: pa.Field, values: Iterable[Scalar]) -> pa.Array:

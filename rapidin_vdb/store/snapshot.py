@@ -12,7 +12,7 @@ from rapidin_vdb.records import Encoded, Scalar
 from rapidin_vdb.results import StoredSample
 from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint
-from rapidin_vdb.store.rows import stored_sample
+from rapidin_vdb.store.rows import stored_checksum, stored_sample
 from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, TableVersion, batches, int64
 
 SAMPLES = "samples"
@@ -20,6 +20,11 @@ SAMPLES = "samples"
 
 class Snapshot(TableVersion):
     """One committed version of the table of samples."""
+
+    PLAIN = (
+        "sample_id", "split", "source", "prompt", "response", "input_ids", "token_offsets", "tokens", "truncated",
+        "loss", "content_hash",
+    )  # fmt: skip
 
     def __init__(self, table: Any, place: str) -> None:
         super().__init__(table, place, SAMPLES)
@@ -57,7 +62,7 @@ class Snapshot(TableVersion):
         """
         known = {field.name.lower(): field.name for field in self.schema if not pa.types.is_nested(field.type)}
         name = known.get(column.lower())
-        if name is None or name == "content_hash":
+        if name is None or name in ("content_hash", "checksum"):
             raise FilterError(f"no column {column!r} to group by. Columns are: {', '.join(self.columns)}")
         table = self._select([ROW_ID, name], None)
         return int64(table[ROW_ID]), table[name].to_pylist()
@@ -77,7 +82,9 @@ class Snapshot(TableVersion):
 
     def samples(self, sample_ids: Sequence[str]) -> dict[str, StoredSample]:
         """Return samples by id, without their vectors; unknown ids are left out."""
-        columns = [name for name in self.schema.names if name not in ("vector", "input_ids", "content_hash")]
+        columns = [
+            name for name in self.schema.names if name not in ("vector", "input_ids", "content_hash", "checksum")
+        ]
         found: dict[str, StoredSample] = {}
         # Sorted: a row far from the last one costs a read of its own.
         for batch in batches(sorted(set(sample_ids)), IDS_A_FILTER):
@@ -97,3 +104,11 @@ class Snapshot(TableVersion):
                     truncated=row["truncated"],
                 )
         return found
+
+    def token_counts(self) -> dict[str, int]:
+        """Return the number of response tokens of every sample, by id."""
+        table = self._select(["sample_id", "tokens"], None)
+        return dict(zip(table["sample_id"].to_pylist(), table["tokens"].to_pylist(), strict=True))
+
+    def _checksum(self, row: dict[str, Any], vector: np.ndarray) -> int:
+        return stored_checksum(row, vector)

@@ -25,7 +25,7 @@ from rapidin_vdb.store.rows import (
     samples_schema,
 )
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
-from rapidin_vdb.store.tokens import TokenTable
+from rapidin_vdb.store.tokens import TOKENS, TokenTable
 from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, first_line, told
 
 _WIDENED = "_widened_"
@@ -227,6 +227,33 @@ class SampleTable:
                 self._table.delete(ids_filter(batch))
             self._sweep()
         return there
+
+    def purge(self) -> None:
+        """Leave nothing of deleted or replaced samples in the tables' files; older versions are gone after that.
+
+        Raises:
+            TableError: the files cannot be written.
+        """
+        import lance
+
+        with self.committing():
+            self._sweep()
+            for name in (SAMPLES, TOKENS):
+                place = Path(self.uri, f"{name}.lance")
+                if not place.is_dir():
+                    continue
+                # Every fragment that lost a row, however large, is written anew without it.
+                lance.dataset(str(place)).optimize.compact_files(
+                    materialize_deletions=True, materialize_deletions_threshold=0.0
+                )
+                if name == SAMPLES:
+                    # Scalar indices hold values of rows that are gone.
+                    for index in self._table.list_indices():
+                        config = BTree() if index.columns[0] == "sample_id" else Bitmap()
+                        self._table.create_index(index.columns[0], config=config, replace=True)
+                lance.dataset(str(place)).cleanup_old_versions(
+                    older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False
+                )
 
     def _sweep(self) -> None:
         """Delete the tokens of samples that are not there, or not any more; called while committing."""

@@ -17,6 +17,7 @@ from jaxtyping import Int64
 
 from rapidin_vdb.errors import TableError
 from rapidin_vdb.records import Encoded, Fingerprint
+from rapidin_vdb.store.checksum import row_checksum
 from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import write_fingerprint
 from rapidin_vdb.store.rows import vector_field
@@ -29,6 +30,7 @@ _FIELDS = (
     pa.field("start", pa.int32(), nullable=False),
     pa.field("end", pa.int32(), nullable=False),
     pa.field("content_hash", pa.string(), nullable=False),
+    pa.field("checksum", pa.int64(), nullable=False),
 )
 
 
@@ -48,6 +50,7 @@ class TokenSnapshot(TableVersion):
     """One committed version of the table of tokens."""
 
     KEY = ("sample_id", "token_index")
+    PLAIN = ("sample_id", "token_index", "start", "end", "content_hash")
 
     def __init__(self, table: Any, place: str) -> None:
         super().__init__(table, place, TOKENS)
@@ -64,6 +67,9 @@ class TokenSnapshot(TableVersion):
         table = self._select(["sample_id", "content_hash"], None)
         groups = table.group_by(["sample_id", "content_hash"]).aggregate([])
         return set(zip(groups["sample_id"].to_pylist(), groups["content_hash"].to_pylist(), strict=True))
+
+    def _checksum(self, row: dict[str, Any], vector: np.ndarray) -> int:
+        return row_checksum([row[name] for name in self.PLAIN], (), vector)
 
     def _keys(self, rows: Any) -> list[str]:
         pairs = zip(rows.column("sample_id").to_pylist(), rows.column("token_index").to_pylist(), strict=True)
@@ -189,7 +195,16 @@ def _record_batch(samples: Sequence[TokenRows], schema: pa.Schema) -> pa.RecordB
             pa.array([start for start, _ in spans], pa.int32()),
             pa.array([end for _, end in spans], pa.int32()),
             each([sample.content_hash for sample in samples]),
+            pa.array(_checksums(samples), pa.int64()),
             pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), type=schema.field("vector").type),
         ],
         schema=schema,
     )
+
+
+def _checksums(samples: Sequence[TokenRows]) -> list[int]:
+    return [
+        row_checksum((sample.encoded.sample_id, number, *span, sample.content_hash), (), vector)
+        for sample in samples
+        for number, (span, vector) in enumerate(zip(sample.encoded.offsets, sample.vectors, strict=True))
+    ]

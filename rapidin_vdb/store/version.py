@@ -49,6 +49,8 @@ class TableVersion:
 
     KEY: tuple[str, ...] = ("sample_id",)
     """The columns that name a row."""
+    PLAIN: tuple[str, ...] = ()
+    """The columns that a row's checksum covers, besides the vector."""
 
     def __init__(self, table: Any, place: str, name: str) -> None:
         self._table = table
@@ -113,6 +115,28 @@ class TableVersion:
                     assert found is not None
                     yield found
 
+    def whole_rows(self) -> Iterator[tuple[dict[str, Any], np.ndarray, int | None]]:
+        """Yield every row, its RapidGrad, and what its checksum should be; None where the table has no checksums.
+
+        Raises:
+            TableError: the table cannot be read.
+        """
+        summed = "checksum" in self.schema.names
+        columns = [*self.PLAIN, "vector", *(["checksum"] if summed else [])]
+        size = max(1, BATCH_BYTES // (2 * self.width))
+        with told(f"the table {self.name} of {self._place} cannot be read"):
+            for batch in self._table.search().select(columns).to_batches(size):
+                column = batch.column("vector")
+                flat = column.values.slice(column.offset * self.width, len(column) * self.width)
+                vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, self.width)
+                rows = batch.drop_columns(["vector"]).to_pylist()
+                for row, vector in zip(rows, vectors, strict=True):
+                    yield row, vector, self._checksum(row, vector) if summed else None
+
+    def _checksum(self, row: dict[str, Any], vector: np.ndarray) -> int:
+        """Return what the checksum of a row should be."""
+        raise NotImplementedError
+
     def _keys(self, rows: Any) -> list[str]:
         """Return what names each row of a table or batch."""
         return rows.column("sample_id").to_pylist()
@@ -156,7 +180,7 @@ class TableVersion:
         return tuple(
             f"{field.name} ({field.type})"
             for field in self.schema
-            if field.name not in ("vector", "input_ids", "token_offsets", "content_hash")
+            if field.name not in ("vector", "input_ids", "token_offsets", "content_hash", "checksum")
         )
 
 

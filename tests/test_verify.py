@@ -1,0 +1,208 @@
+"""Verification: what is sound is called so, and every kind of damage is found, or mended, or does no harm."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from conftest import toy_records, write_jsonl
+
+import rapidin_vdb
+from rapidin_vdb.errors import RapidInError, TableError
+from rapidin_vdb.recipe import IndexRecipe
+from rapidin_vdb.store.fingerprint import read_fingerprint, write_fingerprint
+
+ASKED = ("Say 5", "blue 35")
+
+
+@pytest.fixture
+def whole(database, tmp_path):
+    """A database with everything: tokens, replaced and deleted rows, indexes of several kinds."""
+    database.ingest(tmp_path / "toy.jsonl", token_gradients=True, token_width=16)
+    changed = toy_records(1)[0] | {"output": "other"}
+    database.index("cpu")
+    database.index(IndexRecipe(name="coarse", coarse_width=4, refine=2))
+    database.index("cpu", level="token")
+    database.ingest(write_jsonl(tmp_path / "more.jsonl", [changed]), on_duplicate="replace", token_gradients=True)
+    database.delete(ids=["toy-007"])
+    database.index("cpu")
+    return database
+
+
+def findings(database) -> list[str]:
+    return [f"{finding.place}: {finding.what}" for finding in rapidin_vdb.open(database.path).verify().findings]
+
+
+def answers(path, engine) -> list:
+    database = rapidin_vdb.open(path)
+    database._engine = engine
+    return [
+        [(result.sample_id, result.score, result.prompt, result.response) for result in ranking.results]
+        for options in ({}, {"where": "stars > 1"}, {"level": "token"})
+        for ranking in database.query(*ASKED, top_k=9, **options)
+    ]
+
+
+def test_a_sound_database_is_called_so(whole):
+    report = whole.verify()
+    assert (report.samples, report.findings, report.mended) == (23, (), ())
+    assert report.tokens == whole.info().token_gradients > 0
+
+
+def rewrite(database, **columns):
+    """Change the row of one sample behind the database's back."""
+    database._table._table.update(where="sample_id = 'toy-003'", values=columns)
+
+
+@pytest.mark.parametrize(
+    ("columns", "wanted"),
+    [
+        ({"response": "forged text 12"}, ["toy-003: its row is not what was written"]),
+        ({"loss": 0.25}, ["toy-003: its row is not what was written"]),
+        ({"split": "test"}, ["toy-003: its row is not what was written"]),
+        ({"response": "x"}, ["toy-003: its token offsets are not inside", "toy-003: its row is not"]),
+        ({"loss": -1.0}, ["toy-003: its loss is not a finite", "toy-003: its row is not"]),
+        ({"sample_id": "toy-004"}, ["toy-004: the id stands twice", "toy-004: its row is not"]),
+    ],
+)
+def test_what_is_wrong_with_a_sample_is_told(database, columns, wanted):
+    rewrite(database, **columns)
+    found = findings(database)
+    assert len(found) == len(wanted) and all(one.startswith(other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("value", [0.0, np.inf, np.nan])
+def test_vectors_that_cannot_be_are_told(database, value):
+    table = database._table._table
+    row = table.search().where("sample_id = 'toy-003'").to_arrow()
+    place = row.schema.get_field_index("vector")
+    field = table.schema.field("vector")
+    column = pa.FixedSizeListArray.from_arrays(pa.array(np.full(64, value, np.float16)), type=field.type)
+    table.merge_insert("sample_id").when_matched_update_all().execute(row.set_column(place, field, column))
+    assert [one.split(": ")[1] for one in findings(database)] == [
+        "its RapidGrad is zero or not finite",
+        "its row is not what was written",
+    ]
+
+
+def test_what_is_wrong_with_tokens_is_told(whole):
+    table = whole._table.tokens._connection.open_table("tokens")
+    table.delete("sample_id = 'toy-001' AND token_index = 0")
+    table.update(where="sample_id = 'toy-002' AND token_index = 1", values={"start": 5})
+    assert findings(whole) == [
+        "toy-002, token 1: the token's row is not what was written",
+        "toy-001: has some of its tokens' RapidGrads, but not all",
+    ]
+
+
+def test_many_findings_are_counted(database):
+    database._table._table.update(values={"split": "x"})
+    found = findings(database)
+    assert len(found) == 21 and found[-1] == "4 more: its row is not what was written"
+
+
+def test_the_command_line_tells_and_exits_1(database, capsys):
+    from test_cli import call
+
+    code, out, err = call(capsys, "verify", database.path)
+    assert (code, out) == (0, "") and "24 samples: all as it was written" in err
+    rewrite(database, split="x")
+    code, out, err = call(capsys, "verify", database.path)
+    assert code == 1 and out == "wrong: toy-003: its row is not what was written\n" and "1 findings" in err
+    code, out, err = call(capsys, "verify", database.path, "--json")
+    assert code == 1
+    assert json.loads(out)["findings"] == [{"place": "toy-003", "what": "its row is not what was written"}]
+
+
+def test_a_flipped_byte_is_noticed_or_harmless(whole, tmp_path):
+    """In every file of the database, at several places: an error, or a finding, or the same answers as before."""
+    engine = whole._loaded()
+    wanted = answers(whole.path, engine)
+    draw = np.random.default_rng(0)
+    outcomes: dict[str, set[str]] = {}
+    for path in [path for path in sorted(Path(whole.path).rglob("*")) if path.is_file() and path.stat().st_size]:
+        content = path.read_bytes()
+        for place in sorted({0, len(content) - 1, *draw.integers(0, len(content), 3).tolist()}):
+            copy = tmp_path / "copy"
+            shutil.copytree(whole.path, copy)
+            flipped = bytearray(content)
+            flipped[place] ^= 1 << int(draw.integers(8))
+            (copy / path.relative_to(whole.path)).write_bytes(flipped)
+            outcome = "noticed"
+            try:
+                report = rapidin_vdb.open(copy).verify()
+                if not report.findings:
+                    outcome = "mended" if report.mended else "harmless"
+                    assert answers(copy, engine) == wanted, f"{path}, byte {place}: other answers, and nothing noticed"
+            except RapidInError:
+                pass
+            outcomes.setdefault(path.suffix or path.name, set()).add(outcome)
+            shutil.rmtree(copy)
+    assert "noticed" in outcomes[".lance"] and "mended" in outcomes[".npy"], outcomes
+
+
+def test_a_forged_fingerprint_is_refused(database):
+    metadata = write_fingerprint(database.fingerprint)
+    assert read_fingerprint(metadata, place="x") == database.fingerprint
+    (key,) = [key for key in metadata if not key.endswith(b"sha256")]
+    with pytest.raises(TableError, match="x: the fingerprint is damaged"):
+        read_fingerprint(metadata | {key: metadata[key].replace(b'"epochs": 1.0', b'"epochs": 9.0')}, place="x")
+
+
+def test_nothing_of_what_is_purged_is_left_in_any_file(whole, tmp_path):
+    """Text and vector of deleted and of replaced samples, searched for in the bytes of all files."""
+    secret = write_jsonl(
+        tmp_path / "secret.jsonl", [{"id": "secret-id-77", "instruction": "Hush zqxj", "output": "wvkq zqxj vault"}]
+    )
+    whole.ingest(secret, token_gradients=True)
+    whole.index("cpu")
+    whole.index("cpu", level="token")
+    vectors = {
+        key: v for batch in whole._table.snapshot().vectors() for key, v in zip(batch.keys, batch.vectors, strict=True)
+    }
+    tokens = {
+        key: v
+        for batch in whole._table.tokens.snapshot().vectors()
+        for key, v in zip(batch.keys, batch.vectors, strict=True)
+    }
+    needles = {
+        "text": b"wvkq zqxj vault", "prompt": b"Hush zqxj", "id": b"secret-id-77", "vector": vectors["secret-id-77"].tobytes(),
+        "token": next(v for key, v in tokens.items() if key.startswith("secret-id-77")).tobytes(),
+        "replaced": b"Say 0",
+    }  # fmt: skip
+
+    def found() -> set[str]:
+        contents = [path.read_bytes() for path in Path(whole.path).rglob("*") if path.is_file()]
+        return {name for name, needle in needles.items() if any(needle in content for content in contents)}
+
+    assert found() >= {"text", "prompt", "id", "vector", "token"}, "else this finds nothing"
+    before = {name: vector.tobytes() for name, vector in vectors.items() if name != "secret-id-77"}
+    assert whole.delete(ids=["secret-id-77"]) == ["secret-id-77"]
+    assert found() >= {"text", "vector"}, "a plain delete only hides"
+    assert whole.delete(purge=True) == 0
+    assert found() - {"replaced"} == set()
+    assert findings(whole) == [] and {index.fresh for index in whole.info().indexes} == {True}
+    after = {
+        key: v.tobytes()
+        for batch in whole._table.snapshot().vectors()
+        for key, v in zip(batch.keys, batch.vectors, strict=True)
+    }
+    assert after == before
+
+
+@pytest.mark.parametrize("name", ["../../../etc/x", "/etc/x", "..", "a" * 31])
+def test_a_manifest_that_points_elsewhere_counts_for_nothing(database, name):
+    """Though its checksum is right: whoever forges one forges both."""
+    from rapidin_vdb.index.manifest import checksum_of
+
+    database.index("cpu")
+    path = Path(database.path, "indexes", "cpu", "manifest.json")
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    values["parts"][0]["name"] = name
+    path.write_text(json.dumps(values | {"checksum": checksum_of(values)}))
+    assert rapidin_vdb.open(database.path).info().indexes == ()
+    report = rapidin_vdb.open(database.path).verify()
+    assert [finding.place for finding in report.mended] == ["index cpu"]
