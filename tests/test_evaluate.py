@@ -303,3 +303,41 @@ def test_the_quick_error_tracing_runs(base, tmp_path):
         if count:
             at = {name: entry["at"][title]["10"][0] for name, entry in result["methods"].items()}
             assert at["RapidIn (K = 4,096, lambda = 20), token-wise"] > at["random"], at
+
+
+@pytest.mark.slow
+def test_the_scripts_make_models_that_a_database_takes(base, tmp_path):
+    import subprocess
+    import sys
+    from pathlib import Path
+
+    import rapidin_vdb
+
+    scripts = Path(__file__).parent.parent / "scripts"
+
+    def run(script, *arguments) -> str:
+        done = subprocess.run(
+            [sys.executable, scripts / script, *map(str, arguments)], capture_output=True, text=True, timeout=600
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout.splitlines()[-1]
+
+    small = ("--vocabulary", 300, "--hidden", 32, "--layers", 1, "--heads", 2, "--window", 64, "--tokens", 200_000)
+    made = json.loads(run("pretrain.py", base / "corpus.jsonl", "--dir", tmp_path / "small", *small))
+    assert made["loss_held_out"] < np.log(300) - 1
+    corpus = write_jsonl(
+        tmp_path / "few.jsonl", [json.loads(line) for line in (base / "corpus.jsonl").read_text().splitlines()[:40]]
+    )
+    few = ("--model", tmp_path / "small", "--epochs", 2, "--batch", 8, "--rank", 4, "--learning-rate", 0.01)
+    for name, options in {"lora": (), "qlora": ("--quantization", "nf4"), "full": ("--full",)}.items():
+        report = json.loads(run("finetune.py", corpus, *few, "--dir", tmp_path / name, *options))
+        assert (report["samples"], report["steps"]) == (40, 10)
+        model = (
+            {"model": str(tmp_path / "full")}
+            if name == "full"
+            else {"model": str(tmp_path / "small"), "adapter": str(tmp_path / name)}
+        )
+        database = rapidin_vdb.init(
+            tmp_path / f"db-{name}", width=64, quantization="nf4" if name == "qlora" else "none", **model
+        )
+        assert database.ingest(corpus).added == 40
