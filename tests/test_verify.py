@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import lance
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -80,7 +81,8 @@ def test_vectors_that_cannot_be_are_told(database, value):
     place = row.schema.get_field_index("vector")
     field = table.schema.field("vector")
     column = pa.FixedSizeListArray.from_arrays(pa.array(np.full(64, value, np.float16)), type=field.type)
-    table.merge_insert("sample_id").when_matched_update_all().execute(row.set_column(place, field, column))
+    changed = row.set_column(place, field, column)
+    lance.dataset(f"{database.path}/samples.lance").merge_insert("sample_id").when_matched_update_all().execute(changed)
     assert [one.split(": ")[1] for one in findings(database)] == [
         "its RapidGrad is zero or not finite",
         "its row is not what was written",
@@ -116,6 +118,7 @@ def test_the_command_line_tells_and_exits_1(database, capsys):
     assert json.loads(out)["findings"] == [{"place": "toy-003", "what": "its row is not what was written"}]
 
 
+@pytest.mark.slow
 def test_a_flipped_byte_is_noticed_or_harmless(whole, tmp_path):
     """In every file of the database, at several places: an error, or a finding, or the same answers as before."""
     engine = whole._loaded()

@@ -5,12 +5,15 @@ came into the table later is a further part, what left it a list of numbers; the
 replaced as a whole.
 """
 
+import io
 import json
 import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from rapidin_vdb.recipe import IndexRecipe
 
@@ -87,6 +90,14 @@ class Held:
     """What tells this version from all others."""
     width: int
     """Length of a RapidGrad."""
+
+
+def array_header(count: int, width: int) -> bytes:
+    """Return what a file of so many rows begins with, as numpy writes it."""
+    buffer = io.BytesIO()
+    header: dict[str, Any] = {"descr": "<f2", "fortran_order": False, "shape": (count, width)}
+    np.lib.format.write_array_header_1_0(buffer, header)
+    return buffer.getvalue()
 
 
 def checksum_of(values: dict[str, Any]) -> int:

@@ -19,7 +19,7 @@ from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index.coarse import folded
 from rapidin_vdb.index.index import Batch
 from rapidin_vdb.index.keys import Keys, joined
-from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, Part, checksum_of, list_manifests
+from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, Part, array_header, checksum_of, list_manifests
 from rapidin_vdb.index.source import norm_of
 from rapidin_vdb.recipe import IndexRecipe
 
@@ -189,8 +189,7 @@ def _sync(path: Path) -> None:
 @contextmanager
 def _array_file(path: Path, count: int, width: int) -> Iterator[_SummedFile]:
     with _SummedFile(path) as file:
-        header = {"descr": "<f2", "fortran_order": False, "shape": (count, width)}
-        np.lib.format.write_array_header_1_0(file, header)
+        file.write(array_header(count, width))
         yield file
 
 

@@ -47,12 +47,11 @@ class SampleTable:
             raise TableNotFoundError(
                 f"no database at {uri}; make one with: rapidin-vdb init {uri} --model NAME_OR_PATH"
             )
-        try:
+        with told(f"the database at {uri} cannot be opened"):
             self._connection = _connect(uri)
             self._table = self._connection.open_table(SAMPLES)
-        except (ValueError, OSError, RuntimeError) as error:
-            raise TableError(f"the database at {uri} cannot be opened: {first_line(error)}") from error
-        self.fingerprint = read_fingerprint(self._table.schema.metadata, place=uri)
+            metadata = self._table.schema.metadata
+        self.fingerprint = read_fingerprint(metadata, place=uri)
         # Held for the moment of a commit only; the system lets go of it when a process dies.
         self._lock = FileLock(Path(uri, ".commit.lock"))
         self.tokens = TokenTable(self._connection, uri, self.fingerprint, self.committing)
@@ -97,8 +96,9 @@ class SampleTable:
         Raises:
             TableError: there is no such version, or it is no longer kept.
         """
-        table = self._connection.open_table(SAMPLES)
-        newest = int(table.version)
+        with told(f"the database at {self.uri} cannot be read"):
+            table = self._connection.open_table(SAMPLES)
+            newest = int(table.version)
         refusal = TableError(
             f"{self.uri} has no version {version}, or no longer; wanted one from 1 to {newest} (`info` says the newest)"
         )

@@ -28,6 +28,15 @@ def told(what: str) -> Iterator[None]:
         yield
     except (ValueError, RuntimeError, OSError, pa.ArrowException) as error:
         raise TableError(f"{what}: {first_line(error)}") from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise TableError(f"{what}: it is damaged: {first_line(error)}") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Say whether Lance's own code came to a stop, as over damaged files; such errors are of no ordinary kind."""
+    return type(error).__name__ in ("RustPanic", "PanicException")
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,9 +66,13 @@ class TableVersion:
         self._place = place
         self.name = name
         """The table's."""
-        self.version: int = table.version
-        self.schema: pa.Schema = table.schema
-        self.width: int = self.schema.field("vector").type.list_size
+        with told(f"the table {name} of {place} cannot be read"):
+            self.version: int = table.version
+            self.schema: pa.Schema = table.schema
+        vector = self.schema.field("vector").type if "vector" in self.schema.names else None
+        if vector is None or not pa.types.is_fixed_size_list(vector) or vector.value_type != pa.float16():
+            raise TableError(f"the table {name} of {place} is damaged: it has no column of RapidGrads")
+        self.width: int = vector.list_size
         """Length of its RapidGrads."""
 
     @property
@@ -75,14 +88,17 @@ class TableVersion:
         manifest = Path(self._place, f"{self.name}.lance", "_versions", f"{2**64 - 1 - version}.manifest")
         if manifest.is_file():
             return hashlib.sha256(manifest.read_bytes()).hexdigest()
-        made = [entry for entry in self._table.list_versions() if entry["version"] == version]
+        with told(f"the versions of {self._place} cannot be read"):
+            versions = self._table.list_versions()
+        made = [entry for entry in versions if entry["version"] == version]
         if not made:
             return None
         return hashlib.sha256(f"{version} {made[0]['timestamp'].isoformat()}".encode()).hexdigest()
 
     def rows(self) -> int:
         """Return how many rows there are."""
-        return int(self._table.count_rows())
+        with told(f"the table {self.name} of {self._place} cannot be read"):
+            return int(self._table.count_rows())
 
     def row_keys(self) -> tuple[Int64[np.ndarray, " samples"], Int64[np.ndarray, " samples"]]:
         """Return the row id of every sample, and the version in which it came to be what it is.
@@ -167,7 +183,9 @@ class TableVersion:
         expression = checked_filter(where)
         try:
             return query.where(expression).to_arrow()
-        except Exception as error:  # lancedb raises ValueError, RuntimeError or OSError, as its planner pleases
+        except BaseException as error:  # lancedb raises ValueError, RuntimeError or OSError, as its planner pleases
+            if is_panic(error):
+                raise TableError(f"the table of {self._place} is damaged: {first_line(error)}") from error
             if not isinstance(error, ValueError | RuntimeError | OSError | TypeError):
                 raise
             raise FilterError(
