@@ -51,7 +51,10 @@ def test_help_loads_no_heavy_library():
 
 def test_every_command_is_in_the_overview():
     overview = run("--help", check=0).stdout
-    assert [line.split()[0] for line in overview.split("Commands:")[1].splitlines() if line.strip()] == list(COMMANDS)
+    assert [line.split()[0] for line in overview.split("Commands:")[1].splitlines() if line.strip()] == [
+        *COMMANDS,
+        "evaluate",
+    ]
 
 
 def test_a_life_on_the_command_line(tmp_path, models, adapters):

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from rapidin_vdb.records import Scalar
 
 
@@ -74,7 +72,7 @@ class RankedSample:
     """The sample's further fields; those it does not have are left out."""
     tokens: tuple[TokenScore, ...] | None
     """Token scores (Eq. 6), which sum to `exact_score`, where they were asked for."""
-    matrix: np.ndarray | None = dataclasses.field(default=None, compare=False)
+    matrix: Any = dataclasses.field(default=None, compare=False)
     """Influence of each token on each of the ranking's `generation_tokens` (Eq. 8), float32 [tokens, generated]."""
 
     def to_dict(self) -> dict[str, Any]:

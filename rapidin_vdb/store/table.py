@@ -1,5 +1,6 @@
 """The table `samples` of one database: the truth, of which every index is a cache."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -26,7 +27,7 @@ from rapidin_vdb.store.rows import (
 )
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
 from rapidin_vdb.store.tokens import TOKENS, TokenTable
-from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, first_line, told
+from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, first_line, is_made, told
 
 _WIDENED = "_widened_"
 
@@ -43,7 +44,7 @@ class SampleTable:
         """
         uri = local_place(uri)
         self.uri = uri
-        if not Path(uri, f"{SAMPLES}.lance").is_dir():
+        if not is_made(Path(uri, f"{SAMPLES}.lance")):
             raise TableNotFoundError(
                 f"no database at {uri}; make one with: rapidin-vdb init {uri} --model NAME_OR_PATH"
             )
@@ -65,9 +66,11 @@ class SampleTable:
             TableExistsError: a database, or other files.
         """
         uri = local_place(uri)
-        if Path(uri, f"{SAMPLES}.lance").exists():
+        if is_made(Path(uri, f"{SAMPLES}.lance")):
             raise TableExistsError(f"a database is already at {uri}; add to it with: rapidin-vdb ingest {uri} FILE")
-        if Path(uri).is_file() or (Path(uri).is_dir() and any(Path(uri).iterdir())):
+        # What an init that died has begun may be begun again.
+        others = [path for path in Path(uri).iterdir() if path.name != f"{SAMPLES}.lance"] if Path(uri).is_dir() else []
+        if Path(uri).is_file() or others:
             raise TableExistsError(f"{uri} is not empty, and what it holds is no database; give a new folder")
 
     @staticmethod
@@ -81,6 +84,7 @@ class SampleTable:
         SampleTable.check_free(uri)
         uri = local_place(uri)
         schema = samples_schema(fingerprint.sketch.width, write_fingerprint(fingerprint))
+        shutil.rmtree(Path(uri, f"{SAMPLES}.lance"), ignore_errors=True)
         try:
             # Stable row ids let an index see exactly what changed since its version.
             _connect(uri).create_table(

@@ -4,6 +4,7 @@ A row counts only where the table `samples` has its sample with the same content
 that dies between the two leaves nothing that anybody sees.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from rapidin_vdb.store.checksum import row_checksum
 from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import write_fingerprint
 from rapidin_vdb.store.rows import vector_field
-from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, ROW_ID, TableVersion, batches, int64, told
+from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, ROW_ID, TableVersion, batches, int64, is_made, told
 
 TOKENS = "tokens"
 _FIELDS = (
@@ -104,7 +105,7 @@ class TokenTable:
         self._committing = committing
 
     def __bool__(self) -> bool:
-        return Path(self._place, f"{TOKENS}.lance").is_dir()
+        return is_made(Path(self._place, f"{TOKENS}.lance"))
 
     def snapshot(self) -> TokenSnapshot | None:
         """Return the newest committed version, pinned; None where there is no such table."""
@@ -131,6 +132,8 @@ class TokenTable:
             found = self.width
             if found is None:
                 schema = pa.schema([*_FIELDS, vector_field(width)], metadata=write_fingerprint(self._fingerprint))
+                # What a process that died has begun is begun again.
+                shutil.rmtree(Path(self._place, f"{TOKENS}.lance"), ignore_errors=True)
                 # As for samples: an index sees exactly what changed.
                 options = {"new_table_enable_stable_row_ids": "true"}
                 self._connection.create_table(TOKENS, schema=schema, storage_options=options)

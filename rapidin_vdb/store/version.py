@@ -202,6 +202,11 @@ class TableVersion:
         )
 
 
+def is_made(place: Path) -> bool:
+    """Say whether a table has a committed version; a process that died while making it leaves a folder without."""
+    return any((place / "_versions").glob("*.manifest"))
+
+
 def int64(column: pa.ChunkedArray) -> np.ndarray:
     """Return a column of whole numbers."""
     return column.to_numpy().astype(np.int64)
