@@ -79,16 +79,19 @@ def test_all_four_forms_equal_separate_backward_passes(models, adapters, archite
     assert not caplog.records  # in forward mode, nothing given up
 
 
-@pytest.mark.parametrize("kind", ["nf4", "int8"])
-def test_quantised_models(models, adapters, kind, caplog):
+@pytest.mark.parametrize("normalize", ["layer", "none"])
+@pytest.mark.parametrize(("kind", "architecture"), [("nf4", "llama"), ("nf4", "gpt2"), ("int8", "llama")])
+def test_quantised_models(models, adapters, kind, architecture, normalize, caplog):
     pytest.importorskip("bitsandbytes")
-    loaded = load(models, adapters, "llama", kind)
-    influence = ExactInfluence(RapidGradMaker(loaded, spec=SKETCH, normalize="layer"))
+    loaded = load(models, adapters, architecture, kind)
+    influence = ExactInfluence(RapidGradMaker(loaded, spec=SKETCH, normalize=normalize))
     direction = influence.direction(QUERY)
     exact = influence.exact(direction, SAMPLES)
     scores = influence.token_scores(direction, SAMPLES, exact)
+    (matrices,) = influence.matrix(QUERY, direction, [SAMPLES], [exact])
     for place, sample in enumerate(SAMPLES):
-        wanted = slow_matrix(loaded, sample, QUERY, "layer")
+        wanted = slow_matrix(loaded, sample, QUERY, normalize)
+        close(matrices[place], wanted, 1e-4)
         close(scores[place], wanted.sum(1), 1e-4)
         close(exact.scores[place], wanted.sum(), 1e-4)
     ours = [record.getMessage() for record in caplog.records if record.name.startswith("rapidin_vdb")]
