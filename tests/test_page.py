@@ -111,14 +111,14 @@ def test_colours_and_numbers_are_those_of_the_ranking(opened, rankings):
     # A generated token by mouse, then a second one by keyboard, then all of them again.
     page.locator("#generation .choice", has_text="2").click()
     column = rankings[0].generation.index("2")
-    check_colours(page, results, lambda result: [row[column] for row in result.matrix])
+    check_colours(page, results, lambda result: [float(row[column]) for row in result.matrix])
     assert page.locator("#about").text_content() == "influence on 2"
     page.keyboard.press("Tab")
     page.keyboard.press("Tab")
     page.keyboard.press("Enter")
     both = [number for number, span in enumerate(rankings[0].generation_tokens) if span.text in ("2", "é")]
     assert len(both) == 3  # é is two bytes, and one thing to press
-    check_colours(page, results, lambda result: [sum(row[c] for c in both) for row in result.matrix])
+    check_colours(page, results, lambda result: [sum(float(row[c]) for c in both) for row in result.matrix])
     page.locator("#whole").click()
     check_colours(page, results, lambda result: [token.score for token in result.tokens])
     assert page.complaints == []

@@ -276,7 +276,12 @@ def test_places(tmp_path, table):
     with pytest.raises(TableNotFoundError, match="no database at .*nowhere; make one with: rapidin-vdb init"):
         SampleTable(str(tmp_path / "nowhere"))
     assert not (tmp_path / "nowhere").exists()
-    (tmp_path / "db2" / "samples.lance").mkdir(parents=True)
+    # What an init that died leaves is no database, and is begun again.
+    (tmp_path / "db2" / "samples.lance" / "data").mkdir(parents=True)
+    with pytest.raises(TableNotFoundError, match="no database at .*db2"):
+        SampleTable(str(tmp_path / "db2"))
+    assert SampleTable.create(str(tmp_path / "db2"), FINGERPRINT).snapshot().count() == 0
+    next((tmp_path / "db2" / "samples.lance" / "_versions").glob("*.manifest")).write_bytes(b"x")
     with pytest.raises(TableError, match="cannot be opened"):
         SampleTable(str(tmp_path / "db2"))
 
