@@ -17,7 +17,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="Base model to be tuned, such as one that scripts/pretrain made.")]
 Corpus = Annotated[list[Path], typer.Argument(metavar="CORPUS...", help="Instruction records, such as Alpaca's.")]
 Folder = Annotated[Path, typer.Option("--dir", help="Where it all goes; run again, it goes on there.")]
-Size = Annotated[ProfileName, typer.Option(help="quick: minutes; full: an hour or two on two cores; gpu: more.")]
+Size = Annotated[ProfileName, typer.Option(help="quick: minutes; full: some hours on two cores; gpu: more.")]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 
 
