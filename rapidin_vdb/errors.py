@@ -51,3 +51,16 @@ class FilterError(TableError):
 
 class SpecError(RapidInError):
     """A sketch spec, an index recipe or an argument cannot be honoured."""
+
+
+def without_secrets(uri: str) -> str:
+    """Return an address without what may be a password, a key or a token.
+
+    >>> without_secrets("s3://key:secret@bucket/db?token=secret#x")
+    's3://***@bucket/db?***'
+    """
+    scheme, separator, rest = uri.partition("://")
+    before, question, _ = rest.partition("?")
+    host, slash, path = before.partition("/")
+    name = "***@" + host.rpartition("@")[2] if "@" in host else host
+    return scheme + separator + name + slash + path + ("?***" if question else "")

@@ -50,6 +50,7 @@ def ingest(
     def windows() -> Iterator[list[Pair | CorpusError]]:
         return encoded_windows(corpus, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
 
+    table.check_writable()
     plan = make_plan(
         table,
         windows(),
@@ -150,6 +151,9 @@ class _Writer:
     def _commit_rows(self) -> None:
         rows, self._rows = self._rows, []
         if rows:
-            replaced = sum(row.sample.sample_id in self._replacing for row in rows)
-            self._seen = self._table.replace(rows) if replaced else self._table.append(rows, seen=self._seen)
-            self.added, self.replaced = self.added + len(rows) - replaced, self.replaced + replaced
+            replaced, written = sum(row.sample.sample_id in self._replacing for row in rows), len(rows)
+            if replaced:
+                self._seen = self._table.replace(rows, seen=self._seen)
+            else:
+                written, self._seen = self._table.append(rows, seen=self._seen)
+            self.added, self.replaced = self.added + written - replaced, self.replaced + replaced

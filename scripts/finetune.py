@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--warm-up", type=float, default=0.03, help="share of the steps")
     parser.add_argument("--micro-tokens", type=int, default=8192, help="tokens that go through the model at once")
+    parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, with the weights as they are")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
@@ -74,7 +75,7 @@ def main() -> None:
         )
     tuning = Tuning(
         epochs=options.epochs, batch=options.batch, learning_rate=options.learning_rate, warm_up=options.warm_up,
-        micro_tokens=options.micro_tokens, seed=options.seed,
+        micro_tokens=options.micro_tokens, seed=options.seed, bfloat16=options.bfloat16,
     )  # fmt: skip
 
     def say(stage: str, step: int, total: int) -> None:

@@ -53,14 +53,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("files", nargs="+", type=Path)
     parser.add_argument("--dir", type=Path, required=True, help="where model and tokenizer go")
-    parser.add_argument("--vocabulary", type=int, default=8192)
+    parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--hidden", type=int, default=320)
-    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--heads", type=int, default=5)
     parser.add_argument("--window", type=int, default=256, help="tokens")
     parser.add_argument("--batch", type=int, default=16, help="windows a step")
     parser.add_argument("--tokens", type=int, help="how many to train on [default: all, once]")
     parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16 (faster where the CPU has it)")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
     if (options.dir / "config.json").exists():
@@ -74,8 +75,9 @@ def main() -> None:
     )
     epochs = 1.0 if options.tokens is None else options.tokens / (len(made) * options.window)
     tuning = Tuning(
-        epochs=epochs, batch=options.batch, learning_rate=options.learning_rate, weight_decay=0.1, seed=options.seed
-    )
+        epochs=epochs, batch=options.batch, learning_rate=options.learning_rate, weight_decay=0.1, seed=options.seed,
+        bfloat16=options.bfloat16,
+    )  # fmt: skip
     print(
         f"{model.num_parameters():,} parameters, {len(made) * options.window:,} tokens, "
         f"{tuning.steps(len(made)):,} steps",

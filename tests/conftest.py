@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
@@ -15,6 +16,20 @@ ARCHITECTURES = ("llama", "qwen2", "gpt2")
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that need minutes")
+
+
+def pytest_configure(config):
+    # The same cases every time; other ones with RAPIDIN_CASES=N of each kind, drawn anew at each run.
+    cases = int(os.environ.get("RAPIDIN_CASES", "0"))
+    settings.register_profile(
+        "rapidin",
+        max_examples=cases or (2000 if config.getoption("--slow") else 60),
+        derandomize=not cases,
+        database=None,
+        deadline=None,
+        suppress_health_check=list(HealthCheck),
+    )
+    settings.load_profile("rapidin")
 
 
 def pytest_collection_modifyitems(config, items):
@@ -131,6 +146,14 @@ def database(tmp_path, models, adapters):
     made = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
     made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(24)))
     return made
+
+
+@pytest.fixture(scope="session")
+def context():
+    """What processes are made from."""
+    from children import make_context
+
+    return make_context()
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import pytest
 from conftest import write_jsonl
@@ -52,7 +53,8 @@ def opened(rankings, tmp_path_factory):
     playwright = pytest.importorskip("playwright.sync_api")
     folder = tmp_path_factory.mktemp("browser")
     file = folder / "page.html"
-    file.write_text(render_page(rankings, title="db"), "utf-8")
+    focused = replace(rankings[0], focus=("d 2", "é", "nowhere"))
+    file.write_text(render_page([*rankings, focused], title="db"), "utf-8")
     contexts = []
     with playwright.sync_playwright() as driver:
 
@@ -132,6 +134,16 @@ def test_hostile_records_are_text(opened, rankings):
     assert page.title() == "rapidin-vdb: db"
     assert page.locator("main script, main img, main b, header script").count() == 0
     assert page.complaints == [] and len(page.requests) == 1
+
+
+def test_what_was_asked_about_is_marked(opened):
+    page = opened()
+    assert page.locator(".focused").count() == 0
+    page.locator("#query").select_option("2")
+    assert page.locator("#generation .focused").all_text_contents() == ["d", " ", "2", "é"]
+    assert page.locator("#about").text_content() == "influence on d 2, é, nowhere"
+    assert page.locator("#whole").text_content() == "what was asked"
+    assert page.complaints == []
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

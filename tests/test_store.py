@@ -115,11 +115,16 @@ def test_rows_that_somebody_else_added_meanwhile_are_not_added_again(table):
     """Two ingests of one file at once: the later commit leaves out what the earlier wrote."""
     seen = table.snapshot().version
     other = SampleTable(table.uri)
-    now = other.append([row("x"), row("y")], seen=seen)
-    assert now == seen + 1
-    assert table.append([row("y", value=5.0), row("z")], seen=seen) == seen + 2
-    assert sorted(table.snapshot().sample_ids()) == ["a", "b", "c\nd", "x", "y", "z"]
-    assert table.append([row("z")], seen=seen) == seen + 2, "nothing left to write"
+    assert other.append([row("x"), row("y"), row("late")], seen=seen) == (3, seen + 1)
+    # Not the version now: what the other wrote may come up again.
+    written, seen_now = table.append([row("y", value=5.0), row("z")], seen=seen)
+    assert (written, seen_now) == (1, seen)
+    assert table.append([row("late", value=5.0)], seen=seen_now) == (0, seen)
+    assert sorted(table.snapshot().sample_ids()) == ["a", "b", "c\nd", "late", "x", "y", "z"]
+    assert table.replace([row("z", value=6.0)], seen=seen_now) == seen
+    alone = table.snapshot().version
+    assert table.append([row("w")], seen=alone) == (1, alone + 1)
+    assert table.replace([row("w", value=7.0)], seen=alone + 1) > alone + 1
 
 
 def test_what_lance_raises_is_told(table, tmp_path):
@@ -155,7 +160,7 @@ def test_a_snapshot_does_not_see_later_commits(table):
 
 
 def test_replace_and_delete(table):
-    table.replace([row("a", value=9.0), row("new")])
+    table.replace([row("a", value=9.0), row("new")], seen=0)
     assert sorted(table.snapshot().sample_ids()) == ["a", "b", "c\nd", "new"]
     assert {
         vector[0]
@@ -173,7 +178,7 @@ def test_rows_keep_their_ids_and_say_when_they_changed(table):
     """What an index is kept fresh by."""
     before = table.snapshot()
     row_ids, versions = before.row_keys()
-    table.replace([row("a", value=9.0), row("new")])
+    table.replace([row("a", value=9.0), row("new")], seen=0)
     table.delete_ids(["b"])
     table.ensure_scalar_indices()  # a version of its own, in which no row changes
     after = table.snapshot()

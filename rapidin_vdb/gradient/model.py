@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rapidin_vdb.errors import ModelError, SpecError
+from rapidin_vdb.errors import ModelError, SpecError, without_secrets
 from rapidin_vdb.gradient.parameters import choose_parameters
 from rapidin_vdb.gradient.quiet import quiet_libraries
 from rapidin_vdb.records import DType, ModelSpec, ParameterShape
@@ -154,7 +154,7 @@ def _check_place(name: str, what: str, file: str) -> None:
         if not (path / file).is_file():
             raise ModelError(f"the {what} folder {name} has no {file}; give the folder that save_pretrained wrote")
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"no {what} at {name}: no such folder")
+        raise ModelError(f"no {what} at {without_secrets(name)}: no such folder")
 
 
 def _load_base(spec: ModelSpec, device: str) -> Any:

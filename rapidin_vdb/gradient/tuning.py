@@ -41,6 +41,8 @@ class Tuning:
     """Tokens that go through the model at once, padding included."""
     seed: int = 42
     """Of the order of the samples."""
+    bfloat16: bool = False
+    """Compute matrix products in bfloat16; weights, losses and moments stay as they are."""
 
     def steps(self, samples: int) -> int:
         """Return how many steps that makes."""
@@ -79,7 +81,7 @@ def tune(
             group["lr"] = tuning.learning_rate * _schedule(step, total, tuning.warm_up)
         # Dropout too is the same, wherever a run was interrupted.
         torch.manual_seed(tuning.seed * 1_000_003 + step)
-        loss = _step(model, [samples[number] for number in _batch(step, len(samples), tuning)], tuning.micro_tokens)
+        loss = _step(model, [samples[number] for number in _batch(step, len(samples), tuning)], tuning)
         if not torch.isfinite(torch.tensor(loss)):
             raise ModelError(f"the loss is {loss} at step {step + 1} of {total}; try a lower learning rate")
         torch.nn.utils.clip_grad_norm_(list(trained.values()), tuning.clip)
@@ -135,12 +137,13 @@ def _batch(step: int, samples: int, tuning: Tuning) -> Iterator[int]:
         yield orders[epoch][number]
 
 
-def _step(model: Any, batch: list[Encoded], micro_tokens: int) -> float:
+def _step(model: Any, batch: list[Encoded], tuning: Tuning) -> float:
     """Add up the gradient of the mean loss over the tokens of a batch; return that loss."""
     tokens = sum(sample.response_tokens for sample in batch)
     total = 0.0
-    for part in _parts(batch, micro_tokens):
-        loss = _summed_loss(model, part)
+    for part in _parts(batch, tuning.micro_tokens):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=tuning.bfloat16):
+            loss = _summed_loss(model, part)
         (loss / tokens).backward()
         total += float(loss.detach())
     return total / tokens

@@ -51,6 +51,19 @@
     return block;
   }
 
+  // Which pieces of the generation the query asked about, by the characters they stand at.
+  function focused(ranking) {
+    const text = ranking.generation.map(([piece]) => piece).join("");
+    const spans = [];
+    for (const focus of ranking.focus)
+      for (let at = text.indexOf(focus); focus && at >= 0; at = text.indexOf(focus, at + focus.length)) spans.push([at, at + focus.length]);
+    let start = 0;
+    return ranking.generation.map(([piece]) => {
+      const from = start, to = (start += piece.length);
+      return spans.some(([first, last]) => first < to && from < last);
+    });
+  }
+
   function generation(ranking) {
     const clickable = ranking.results.some((result) => result.matrix) || ranking.harmful.some((result) => result.matrix);
     const block = make("div", { class: "text", dir: "auto", id: "generation" });
@@ -73,7 +86,9 @@
         },
       }, text));
     };
-    for (const [text, tokens] of ranking.generation) add(text, tokens, /^\s*\n/.test(text) ? "newline" : "");
+    const asked = focused(ranking);
+    ranking.generation.forEach(([text, tokens], place) =>
+      add(text, tokens, (/^\s*\n/.test(text) ? "newline" : "") + (asked[place] ? " focused" : "")));
     for (const token of ranking.ends) add("", [token], "end");
     return block;
   }
@@ -123,7 +138,7 @@
         make("span", { class: "number", id: "highest" }, state.each ? "more likely" : "+" + show(most)),
         make("span", { id: "about", "aria-live": "polite" }, about)),
       make("div", { class: "tools" },
-        make("button", { type: "button", id: "whole", onclick: () => { state.chosen.clear(); render(); } }, "whole generation"),
+        make("button", { type: "button", id: "whole", onclick: () => { state.chosen.clear(); render(); } }, ranking.focus.length ? "what was asked" : "whole generation"),
         make("label", { for: "each" }, each, " scale each sample by itself")));
     const parts = [top, make("h2", {}, "Training samples that made it more likely"), ...ranking.results.map((result) => card(result, most, longest))];
     if (!ranking.harmful.length && ranking.results.length && ranking.results[0].score < 0) parts[1].textContent = "Training samples that made it less likely";

@@ -12,7 +12,7 @@ import pyarrow as pa
 from filelock import FileLock
 from lancedb.index import Bitmap, BTree
 
-from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
+from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError, without_secrets
 from rapidin_vdb.records import Fingerprint
 from rapidin_vdb.store.filters import checked_filter, ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint, write_fingerprint
@@ -132,6 +132,11 @@ class SampleTable:
         Raises:
             TableError: a column exists with another type; nothing is changed then.
         """
+        with self.committing():
+            return self._ensure_columns(kinds, seen)
+
+    def _ensure_columns(self, kinds: dict[str, ColumnKind], seen: int) -> int:
+        alone = self._table.version == seen
         self._finish_widening()
         schema = self._table.schema
         existing = {field.name.lower(): field for field in schema if field.name not in OWN_NAMES}
@@ -147,15 +152,11 @@ class SampleTable:
                     f"the records' field {name} is {kind}, but the column {name} holds {field.type}; "
                     "rename the field or bring it to that type"
                 )
-        if not missing and not widened:
-            return seen
-        with self.committing():
-            alone = self._table.version == seen
-            if missing:
-                self._table.add_columns(pa.schema(missing))
-            for name in widened:
-                self._widen(name)
-            return int(self._table.version) if alone else seen
+        if missing:
+            self._table.add_columns(pa.schema(missing))
+        for name in widened:
+            self._widen(name)
+        return int(self._table.version) if alone else seen
 
     def _widen(self, name: str) -> None:
         """Turn a column of whole numbers into floating point, which Lance cannot do in place: by way of a copy."""
@@ -173,29 +174,43 @@ class SampleTable:
     @contextmanager
     def committing(self) -> Iterator[None]:
         """Keep all other writers out; may be entered again inside."""
-        with self._lock, told(f"{self.uri} cannot be written, and is as it was before"):
+        with told(f"{self.uri} cannot be written, and is as it was before"), self._lock:
             yield
 
-    def append(self, rows: Sequence[Row], *, seen: int) -> int:
-        """Add rows in one commit, but for those that others added since version `seen`; return the version now.
+    def check_writable(self) -> None:
+        """Refuse a place that can only be read, before anything is computed that could not be kept.
+
+        Raises:
+            TableError: it cannot be written.
+        """
+        with self.committing():
+            pass
+
+    def append(self, rows: Sequence[Row], *, seen: int) -> tuple[int, int]:
+        """Add rows in one commit, but for those that others added since version `seen`, for which they were planned.
+
+        Returns how many were added, and what to give as `seen` the next time: the version now, where nobody else has
+        written since, and else the same again, for what others wrote may hold rows that come later.
 
         Plain appends are many times faster than merges, and never look at ids: so we do, under a lock.
         """
         with self.committing():
-            if self._table.version != seen:
+            alone = self._table.version == seen
+            if not alone:
                 there = set(self.snapshot().sample_ids())
                 rows = [row for row in rows if row.sample.sample_id not in there]
             if rows:
                 self._table.add(self._arrow(rows))
-            return int(self._table.version)
+            return len(rows), int(self._table.version) if alone else seen
 
-    def replace(self, rows: Sequence[Row]) -> int:
-        """Put rows in the place of those with the same ids, in one commit; return the version now."""
+    def replace(self, rows: Sequence[Row], *, seen: int) -> int:
+        """Put rows in the place of those with the same ids, in one commit; return what to give as `seen` next."""
         with self.committing():
+            alone = self._table.version == seen
             merge = self._table.merge_insert("sample_id").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(self._arrow(rows))
             self.tokens.delete_of([row.sample.sample_id for row in rows], but=[row.sample.content_hash for row in rows])
-            return int(self._table.version)
+            return int(self._table.version) if alone else seen
 
     def _arrow(self, rows: Sequence[Row]) -> pa.RecordBatchReader:
         schema, size = self._table.schema, max(1, BATCH_BYTES // (2 * self.fingerprint.sketch.width))
@@ -279,7 +294,7 @@ def local_place(uri: str) -> str:
         return uri
     if scheme == "file":
         return rest
-    raise TableError(f"{uri}: databases on {scheme}:// are not supported yet; give a folder")
+    raise TableError(f"{without_secrets(uri)}: databases on {scheme}:// are not supported yet; give a folder")
 
 
 def _connect(uri: str) -> Any:

@@ -1,0 +1,97 @@
+"""Commands in processes of their own, which can be killed, starved, or run beside each other."""
+
+import multiprocessing
+import os
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import rapidin_vdb
+
+
+def _child(arguments: list[str], before: Callable | None, folder: str, ready) -> None:
+    """Run a command as the program does, with a commit after every few samples; say when all is loaded but the model."""
+    import torch
+
+    import rapidin_vdb.creation
+    import rapidin_vdb.ingest
+    from rapidin_vdb.cli import main
+
+    torch.set_num_threads(1)
+    rapidin_vdb.ingest._COMMIT_BYTES = 1024
+    sys.argv = ["rapidin-vdb", *arguments]
+    for descriptor, name in ((1, "out"), (2, "err")):
+        with Path(folder, name).open("w") as file:
+            os.dup2(file.fileno(), descriptor)
+    ready.send(True)
+    if before is not None:
+        before()
+    main()
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a command ended."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+
+class Running:
+    """A command on its way."""
+
+    def __init__(self, context, arguments, *, before: Callable | None = None) -> None:
+        self._folder = tempfile.TemporaryDirectory(
+            prefix="child-", dir="/dev/shm" if Path("/dev/shm").is_dir() else None
+        )
+        mine, theirs = context.Pipe()
+        words = [str(argument) for argument in arguments]
+        self.process = context.Process(target=_child, args=(words, before, self._folder.name, theirs))
+        self.process.start()
+        theirs.close()
+        mine.recv()
+        self.started = time.monotonic()
+
+    def end(self, *, after: float | None = None, sign: signal.Signals = signal.SIGKILL) -> Ended:
+        """Wait for its end; `after` some seconds, a signal is sent to it first."""
+        if after is not None:
+            self.process.join(after)
+            if self.process.is_alive():
+                os.kill(self.process.pid, sign)
+        self.process.join(300)
+        assert self.process.exitcode is not None, "it never ends"
+        out, err = (Path(self._folder.name, name).read_text("utf-8") for name in ("out", "err"))
+        self._folder.cleanup()
+        assert "Traceback" not in err, err
+        return Ended(self.process.exitcode, out, err, time.monotonic() - self.started)
+
+
+def make_context():
+    """Processes are forked from one that has the heavy libraries loaded, but not Lance, whose threads do not survive it."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch", "transformers", "peft", "numba", "rapidin_vdb.gradient"])
+    return context
+
+
+def content(path) -> dict[tuple, tuple]:
+    """Every row with everything in it, and every token's."""
+    database = rapidin_vdb.open(path)
+    snapshot, tokens = database._table.snapshot(), database._table.tokens.snapshot()
+    rows = {}
+    for row, vector, _ in [*snapshot.whole_rows(), *(tokens.whole_rows() if tokens is not None else ())]:
+        key = (row["sample_id"], row.get("token_index"))
+        assert key not in rows, "no row stands twice"
+        rows[key] = (repr(sorted(row.items(), key=lambda pair: pair[0])), vector.tobytes())
+    return rows
+
+
+def check(path) -> None:
+    """All is as it was written."""
+    report = rapidin_vdb.open(path).verify()
+    assert report.findings == (), report.findings

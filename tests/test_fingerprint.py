@@ -1,0 +1,142 @@
+"""Vectors that were not made alike never meet: ingest and query name what differs, and write nothing."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import byte_tokenizer, toy_records, write_jsonl
+from safetensors.torch import load_file, save_file
+
+import rapidin_vdb
+from rapidin_vdb.errors import FingerprintError, RapidInError, SpecError
+from rapidin_vdb.store import SampleTable
+
+
+def change_weights(model: Path, adapter: Path) -> None:
+    weights = load_file(model / "model.safetensors")
+    weights["lm_head.weight"][5, 3] += 0.01
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+
+
+def change_dtype(model: Path, adapter: Path) -> None:
+    weights = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(model / "model.safetensors").items()}
+    save_file(weights, model / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"dtype": "bfloat16"}))
+
+
+def change_configuration(model: Path, adapter: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 1e-3}))
+
+
+def change_adapter(model: Path, adapter: Path) -> None:
+    weights = load_file(adapter / "adapter_model.safetensors")
+    weights[min(weights)] += 0.01
+    save_file(weights, adapter / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def change_alpha(model: Path, adapter: Path) -> None:
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": 99}))
+
+
+def change_tokenizer(model: Path, adapter: Path) -> None:
+    file = model / "tokenizer.json"
+    values = json.loads(file.read_text())
+    vocabulary = values["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    file.write_text(json.dumps(values))
+
+
+def change_chat_template(model: Path, adapter: Path) -> None:
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}!"
+    tokenizer.save_pretrained(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        (change_weights, "model_hash"),
+        (change_dtype, "model_hash"),
+        (change_configuration, "model_hash"),
+        (change_adapter, "adapter_hash"),
+        (change_alpha, "adapter_hash"),
+        (change_tokenizer, "tokenizer_hash"),
+        (change_chat_template, "template_text"),
+    ],
+)
+def test_what_was_made_otherwise_is_refused(tmp_path, models, adapters, change, field):
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = "{{ messages[0].content }}:"
+    shutil.copytree(models["llama"], tmp_path / "model")
+    shutil.copytree(adapters["llama"], tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "model")
+    database = rapidin_vdb.init(
+        tmp_path / "db", model=str(tmp_path / "model"), adapter=str(tmp_path / "adapter"), width=64, template="chat"
+    )
+    corpus = write_jsonl(tmp_path / "toy.jsonl", toy_records(3))
+    database.ingest(corpus)
+    # Where it was, and moved, and the same: accepted.
+    for name in ("model", "adapter"):
+        shutil.copytree(tmp_path / name, tmp_path / f"moved-{name}")
+    moved = {"model": str(tmp_path / "moved-model"), "adapter": str(tmp_path / "moved-adapter")}
+    wanted = database.query("Say 1", "blue")[0].results
+    assert rapidin_vdb.open(database.path).query("Say 1", "blue", **moved)[0].results == wanted
+    change(tmp_path / "moved-model", tmp_path / "moved-adapter")
+    more = write_jsonl(tmp_path / "more.jsonl", toy_records(3, first=10))
+    for attempt in (lambda one: one.query("Say 1", "blue", **moved), lambda one: one.ingest(more, **moved)):
+        with pytest.raises(
+            FingerprintError, match=f"was made with another fingerprint: .*{field} is .* in the database, "
+        ):
+            attempt(rapidin_vdb.open(database.path))
+    assert rapidin_vdb.open(database.path).info().samples == 3
+
+
+@pytest.mark.parametrize("scheme", [0, 2])
+def test_a_scheme_that_is_not_known_can_be_read_and_not_misread(tmp_path, database, scheme):
+    """A database of another version of the sketch: its samples are shown, its vectors compared with nothing."""
+    stored = dataclasses.replace(
+        database.fingerprint, sketch=dataclasses.replace(database.fingerprint.sketch, scheme=scheme)
+    )
+    table = SampleTable.create(str(tmp_path / "other"), stored)
+    rows = database._table.snapshot()
+    table.ensure_columns({"stars": "int"})
+    (batch,) = rows._table.search().to_arrow().to_batches()
+    table._table.add(batch)
+    other = rapidin_vdb.open(tmp_path / "other")
+    assert (other.info().samples, other.show("toy-003"), other.verify().findings) == (24, database.show("toy-003"), ())
+    wanted = f"sketch scheme {scheme} is not known to this version, which writes scheme 1"
+    more = write_jsonl(tmp_path / "more.jsonl", toy_records(3, first=50))
+    for attempt in (lambda: other.query("Say 1", "blue"), lambda: other.ingest(more)):
+        with pytest.raises(SpecError, match=wanted):
+            attempt()
+    assert other.info().samples == 24 and other.delete(ids=["toy-003"]) == ["toy-003"]
+
+
+@pytest.mark.parametrize(
+    "place",
+    ["s3://key:secret@bucket/db?token=secret", "az://bucket/db?sig=secret", "https://secret@host/db"],
+)
+def test_secrets_in_addresses_are_not_printed(place, capsys, tmp_path, models):
+    from test_cli import call
+
+    for command in (
+        ["info", place],
+        ["init", place, "--model", place],
+        ["ingest", place, "x.jsonl"],
+        ["verify", place],
+    ):
+        code, out, err = call(capsys, *command)
+        assert code == 1 and err.startswith("error: ") and "secret" not in out + err, err
+    for name in ("--model", "--adapter"):
+        with pytest.raises(RapidInError) as caught:
+            rapidin_vdb.init(tmp_path / "new", **{"model": str(models["llama"])} | {name[2:]: place})
+        assert "secret" not in str(caught.value)
+    with pytest.raises(RapidInError) as caught:
+        rapidin_vdb.open(place)
+    assert "secret" not in str(caught.value) and "://" in str(caught.value)
