@@ -191,8 +191,9 @@ def test_sketches_of_all_widths_are_near_the_exact_scores(maker):
     assert near[256] > 0.9 and near[256] > near[16]
 
 
-def test_an_interrupted_training_ends_as_an_undisturbed_one(models, tmp_path):
-    tuning = Tuning(epochs=3.0, batch=3, learning_rate=1e-2, micro_tokens=24, seed=5)
+@pytest.mark.parametrize("bfloat16", [False, True])
+def test_an_interrupted_training_ends_as_an_undisturbed_one(models, tmp_path, bfloat16):
+    tuning = Tuning(epochs=3.0, batch=3, learning_rate=1e-2, micro_tokens=24, seed=5, bfloat16=bfloat16)
 
     def run(stop: int | None, **options) -> tuple[list[float], dict]:
         loaded = load_model(ModelSpec(model=str(models["llama"]), parameters="all"), device="cpu")
@@ -206,6 +207,7 @@ def test_an_interrupted_training_ends_as_an_undisturbed_one(models, tmp_path):
 
     losses, weights = run(None)
     assert len(losses) == 8 and losses[-1] < losses[0]
+    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
     state = tmp_path / "state"
     with pytest.raises(KeyboardInterrupt):
         run(5, state=state, save_seconds=0.0)

@@ -133,8 +133,9 @@ class Experiment:
             before = mean_loss(base, encoded[:256])
             model = with_lora(base, rank=profile.rank, modules=MODULES, seed=self.seed)
             tuning = Tuning(
-                epochs=profile.epochs, batch=profile.batch, learning_rate=profile.learning_rate, seed=self.seed
-            )
+                epochs=profile.epochs, batch=profile.batch, learning_rate=profile.learning_rate, seed=self.seed,
+                bfloat16=profile.bfloat16,
+            )  # fmt: skip
             losses = tune(
                 model, encoded, tuning, state=self.folder / "state", stage="fine-tune", progress=self.progress
             )

@@ -39,21 +39,24 @@ class Profile:
     """Samples a step."""
     new_tokens: int
     """Longest generation."""
+    bfloat16: bool
+    """Whether the fine-tuning computes in bfloat16; gradients that are compared never do."""
 
 
 PROFILES: dict[ProfileName, Profile] = {
     "quick": Profile(
         samples=1000, max_tokens=160, rank=8, epochs=8.0, batch=32, learning_rate=5e-3, questions=60, queries=20,
         width=4096, widths=(1024, 4096, 16384), shuffles=(20,), lissa_depth=3, lissa_batch=4, new_tokens=48,
+        bfloat16=False,
     ),
     "full": Profile(
         samples=10_000, max_tokens=128, rank=32, epochs=4.0, batch=64, learning_rate=2e-3, questions=200, queries=100,
         width=1 << 16, widths=(1 << 12, 1 << 16, 1 << 20), shuffles=(20, 100), lissa_depth=10, lissa_batch=4,
-        new_tokens=64,
+        new_tokens=64, bfloat16=True,
     ),
     "gpu": Profile(
         samples=26_000, max_tokens=512, rank=512, epochs=5.0, batch=128, learning_rate=3e-4, questions=500, queries=100,
         width=1 << 16, widths=(1 << 12, 1 << 16, 1 << 20), shuffles=(20, 100), lissa_depth=20, lissa_batch=8,
-        new_tokens=128,
+        new_tokens=128, bfloat16=True,
     ),
 }  # fmt: skip

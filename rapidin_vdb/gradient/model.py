@@ -215,8 +215,25 @@ def _keep_differentiable(model: torch.nn.Module) -> None:
             module.training = True
 
 
+def _refuse_pickle(adapter: str) -> None:
+    """Refuse an adapter without safetensors: PEFT would go on to unpickle what is there instead."""
+    file = "adapter_model.safetensors"
+    if Path(adapter).is_dir():
+        there = (Path(adapter) / file).is_file()
+    else:
+        from transformers.utils import cached_file
+
+        there = cached_file(adapter, file, _raise_exceptions_for_missing_entries=False) is not None
+    if not there:
+        raise ModelError(
+            f"the adapter {adapter} has no {file}; pickled weights (.bin) are not loaded, for they can run code: "
+            "save the adapter again with save_pretrained(..., safe_serialization=True)"
+        )
+
+
 def _load_adapter(model: Any, adapter: str, base: str) -> Any:
     try:
+        _refuse_pickle(adapter)
         with quiet_libraries():  # the imports too: bitsandbytes says at import what it does without
             from peft import PeftModel, get_peft_model_state_dict
             from peft.utils import load_peft_weights
