@@ -16,7 +16,7 @@ KILLS = int(os.environ.get("RAPIDIN_KILLS", "4"))
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment(context, tmp_path, models, adapters):
+def test_killed_at_any_moment(context, tmp_path, models, adapters, tally):
     """init, ingest, index and delete, each killed many times in a row until it is done, then begun anew."""
     corpus = write_jsonl(tmp_path / "toy.jsonl", toy_records(24))
     ids = tmp_path / "ids.txt"
@@ -66,11 +66,17 @@ def test_killed_at_any_moment(context, tmp_path, models, adapters):
                     break
             assert content(place) == wanted[name], f"{name} ends as an undisturbed run does"
     assert all(count >= KILLS for count in kills.values()), kills
+    for name, count in kills.items():
+        tally(
+            f"`{name}` is killed", "`kill -9` at a moment drawn at random, again and again until it ends", count,
+            "opens, `verify` is clean, nothing but what was committed; the same command ends with the table of an undisturbed "
+            "run, bit by bit",
+        )  # fmt: skip
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2])
-def test_interrupted_at_any_moment(context, tmp_path, models, adapters, workers):
+def test_interrupted_at_any_moment(context, tmp_path, models, adapters, workers, tally):
     """Ctrl-C: what was computed is committed, said, and gone on with."""
     corpus = write_jsonl(tmp_path / "toy.jsonl", toy_records(60))
     init = ["--model", models["llama"], "--adapter", adapters["llama"], "--width", 64]
@@ -94,3 +100,7 @@ def test_interrupted_at_any_moment(context, tmp_path, models, adapters, workers)
     assert stops, "else it was never interrupted"
     assert Running(context, ["ingest", tmp_path / "stopped", *options]).end().code == 0
     assert content(tmp_path / "stopped") == wanted
+    tally(
+        f"`ingest` with {workers} worker{'s' if workers > 1 else ''} is interrupted", "Ctrl-C (SIGINT) at moments spread over the run",
+        stops, "exit 130, what was computed is committed and said; the same command ends as an undisturbed run",
+    )  # fmt: skip

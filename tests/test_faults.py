@@ -62,7 +62,7 @@ def free_of(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_a_full_disk(context, tmp_path, disk, commands):
+def test_a_full_disk(context, tmp_path, disk, commands, tally):
     """Every command with room for a part of what it writes: it says so, and with more room the same command ends."""
     folder = disk("size=64m")
     wanted, states, before = {}, {}, None
@@ -101,6 +101,12 @@ def test_a_full_disk(context, tmp_path, disk, commands):
         before = name
     assert refused["query"] == 0, "an index that cannot be kept is used all the same"
     assert all(count for name, count in refused.items() if name not in ("query",)), refused
+    for name, count in refused.items():
+        tally(
+            f"`{name}` on a full disk", "a tmpfs with 0 to 192 KiB left", 9,
+            f"{count} times an error that says so, the table as it was or with whole commits; with room, the same command ends as an "
+            "undisturbed run",
+        )  # fmt: skip
 
 
 READING = ("info", "show", "query", "verify")
@@ -124,7 +130,7 @@ def told(ended) -> None:
 
 
 @pytest.mark.parametrize("indexed", [True, False])
-def test_a_disk_that_can_only_be_read(context, database, tmp_path, disk, indexed):
+def test_a_disk_that_can_only_be_read(context, database, tmp_path, disk, indexed, tally):
     """Whatever only reads goes on; the rest says that it cannot write."""
     if indexed:
         database.index("cpu")
@@ -150,6 +156,10 @@ def test_a_disk_that_can_only_be_read(context, database, tmp_path, disk, indexed
     told(new)
     disk("rw")
     assert content(folder / "db") == before and not (folder / "new").exists()
+    tally(
+        f"a disk that can only be read, {'with' if indexed else 'without'} an index", "a tmpfs mounted read-only; every command", 9,
+        "`info`, `show`, `query` and `verify` answer as ever; the others say that they cannot write",
+    )  # fmt: skip
 
 
 def run_without_privileges(*arguments) -> subprocess.CompletedProcess:
@@ -164,7 +174,7 @@ def run_without_privileges(*arguments) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-def test_folders_without_permission(database, tmp_path):
+def test_folders_without_permission(database, tmp_path, tally):
     if os.geteuid() == 0 and shutil.which("setpriv") is None:
         pytest.skip("no setpriv to drop root's privileges with")
     write_jsonl(tmp_path / "more.jsonl", toy_records(3, first=50))
@@ -188,10 +198,14 @@ def test_folders_without_permission(database, tmp_path):
         for folder in folders:
             folder.chmod(0o755)
     assert content(root) == before
+    tally(
+        "folders without permission to write, or to read", "modes 555 and 000, root's privileges dropped; every command", 16,
+        "reading goes on where it may; else an error that says so, nothing changed",
+    )  # fmt: skip
 
 
 @pytest.mark.slow
-def test_too_few_file_handles(context, tmp_path, commands):
+def test_too_few_file_handles(context, tmp_path, commands, tally):
     """From too few to open anything up to enough: an answer or an error, and a sound table."""
     wanted, before, refused = {}, None, 0
     for name, arguments in commands(tmp_path / "whole").items():
@@ -221,6 +235,10 @@ def test_too_few_file_handles(context, tmp_path, commands):
         assert ended.code == 0, "with enough of them it works"
         before = name
     assert refused >= 6, refused
+    tally(
+        "too few file handles", "limits of 10 to 256, set once the libraries are loaded; every command", 13 * len(wanted),
+        f"{refused} times an error that says so, the table sound; with enough, the same command ends as an undisturbed run",
+    )  # fmt: skip
 
 
 def test_a_page_that_has_no_room(context, database, disk):

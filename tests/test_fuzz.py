@@ -7,6 +7,7 @@ import gzip
 import json
 import shutil
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -76,13 +77,24 @@ CONTENTS = st.one_of(
 SUFFIXES = st.sampled_from([".jsonl", ".json", ".csv", ".parquet", ".jsonl.gz", ".csv.gz", "", ".txt", ".JSONL"])
 
 
+TRIED: Counter[str] = Counter()
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
-    return tmp_path_factory.mktemp("fuzz")
+def place(tmp_path_factory, tally):
+    yield tmp_path_factory.mktemp("fuzz")
+    for what, count in TRIED.items():
+        tally(
+            what,
+            "drawn by hypothesis",
+            count,
+            "an answer or an error of ours; never a traceback or a table half written",
+        )
 
 
 @given(content=CONTENTS, suffix=SUFFIXES, packed=st.booleans())
 def test_files_of_records(place, content, suffix, packed):
+    TRIED["files of records, and of queries"] += 1
     path = place / f"records{suffix}"
     path.write_bytes(gzip.compress(content) if packed and suffix.endswith(".gz") else content)
     try:
@@ -123,6 +135,7 @@ def content(table: SampleTable) -> dict[str, tuple]:
 )
 def test_records_into_a_table(place, toy, batches, skip, duplicate):
     """All of an ingest but the gradients, which are drawn: whole, or not at all."""
+    TRIED["records put into a table"] += 1
     folder = place / "table"
     shutil.rmtree(folder, ignore_errors=True)
     table, engine, draw = SampleTable.create(str(folder), toy.fingerprint), toy._loaded(), np.random.default_rng(0)
@@ -177,6 +190,7 @@ SQL = st.one_of(
 
 @given(where=SQL)
 def test_filters(toy, where):
+    TRIED["filters"] += 1
     table = toy._table
     snapshot = table.snapshot()
     try:
@@ -211,6 +225,7 @@ TOML = st.one_of(
 
 @given(content=TOML)
 def test_recipes(place, content):
+    TRIED["recipes"] += 1
     path = place / "recipe.toml"
     path.write_bytes(content)
     try:
@@ -236,6 +251,7 @@ def changed(value, draw):
 @given(data=st.data())
 def test_manifests(toy, place, data):
     """Also one that whoever changed it has signed anew."""
+    TRIED["manifests of indexes"] += 1
     from rapidin_vdb.index.manifest import checksum_of
 
     index = place / "indexes" / "cpu"
@@ -295,6 +311,7 @@ def command_lines(draw) -> list[str]:
 
 @given(words=command_lines())
 def test_command_lines(place, toy, models, adapters, words):
+    TRIED["command lines"] += 1
     import contextlib
     import io
     from unittest.mock import patch

@@ -43,7 +43,7 @@ def damaged(folder: Path, file: str, end: str, value: float, *, times: bool = Fa
         ("adapter", "v_proj.lora_B.weight", float("inf"), False, "the loss is nan"),
     ],
 )
-def test_weights_that_are_no_numbers(tmp_path, models, adapters, what, end, value, times, message):
+def test_weights_that_are_no_numbers(tmp_path, models, adapters, what, end, value, times, message, tally):
     shutil.copytree(models["llama"], tmp_path / "model")
     shutil.copytree(adapters["llama"], tmp_path / "adapter")
     places = {"model": tmp_path / "model", "adapter": tmp_path / "adapter"}
@@ -62,6 +62,13 @@ def test_weights_that_are_no_numbers(tmp_path, models, adapters, what, end, valu
     sound._engine = database._engine
     with pytest.raises(GradientError, match=f"sample query: {message}"):
         sound.query("Say 1", "blue")
+    made = f"times {value}" if times else f"one number is {value}"
+    tally(
+        f"weights that are no numbers: `{end}`",
+        made,
+        3,
+        "`ingest` and `query` name the sample; nothing is stored or ranked",
+    )
 
 
 def test_without_normalisation_what_half_precision_cannot_hold_is_named(tmp_path):

@@ -58,13 +58,14 @@ def works(*command: str) -> bool:
     return shutil.which(command[0]) is not None and subprocess.run(command, capture_output=True).returncode == 0
 
 
-def test_without_a_network_all_is_the_same(tmp_path, models, adapters):
+def test_without_a_network_all_is_the_same(tmp_path, models, adapters, tally):
     if not works("unshare", "--net", "true"):
         pytest.skip("the network cannot be cut off here (that takes root)")
     assert life(tmp_path / "cut", models, adapters, "unshare", "--net") == life(tmp_path / "with", models, adapters)
+    tally("no network", "`unshare --net`; six commands", 6, "the same words and numbers as with one")
 
 
-def test_nobody_tries_to_reach_a_network(tmp_path, models, adapters):
+def test_nobody_tries_to_reach_a_network(tmp_path, models, adapters, tally):
     """By what the system is asked for, the libraries' own code included."""
     if not works("strace", "-f", "-o", os.devnull, "true"):
         pytest.skip("no strace here, or it may not trace")
@@ -77,3 +78,9 @@ def test_nobody_tries_to_reach_a_network(tmp_path, models, adapters):
     life(tmp_path / "life", models, adapters, *trace)
     found = (tmp_path / "trace").read_text()
     assert not away.search(found), [line for line in found.splitlines() if away.search(line)][:5]
+    tally(
+        "something calls home",
+        "`strace` of connect and send, six commands",
+        6,
+        "nobody tries to reach anything but this machine",
+    )

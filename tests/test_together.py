@@ -39,7 +39,7 @@ def empty(tmp_path, models, adapters):
 
 
 @SLOW
-def test_two_ingests(context, tmp_path, empty):
+def test_two_ingests(context, tmp_path, empty, tally):
     """Of files that overlap, with single tokens too, begun at various distances."""
     first = write_jsonl(tmp_path / "first.jsonl", toy_records(40))
     second = write_jsonl(tmp_path / "second.jsonl", toy_records(40, first=20))
@@ -52,10 +52,16 @@ def test_two_ingests(context, tmp_path, empty):
         both(context, ["ingest", path, first, *options], ["ingest", path, second, *options], apart=apart)
         check(path)
         assert sorted(content(path)) == sorted(wanted)
+    tally(
+        "two ingests at once",
+        "of files that overlap, begun 0 to 0.6 s apart, with single tokens",
+        4,
+        "every sample and token once",
+    )
 
 
 @SLOW
-def test_two_replacements_of_the_same(context, tmp_path, database):
+def test_two_replacements_of_the_same(context, tmp_path, database, tally):
     """One of the two is what is left, of each sample; never both, never neither."""
     changed = [[record | {"output": f"{word} {record['id']}"} for record in toy_records(24)] for word in ("one", "two")]
     files = [write_jsonl(tmp_path / f"{number}.jsonl", records) for number, records in enumerate(changed)]
@@ -68,15 +74,22 @@ def test_two_replacements_of_the_same(context, tmp_path, database):
         found = rapidin_vdb.open(database.path)._table.snapshot().samples([r["id"] for r in toy_records(24)])
         assert len(found) == 24
         assert all(sample.response in (f"one {name}", f"two {name}") for name, sample in found.items())
+    tally(
+        "two replacements of the same samples at once",
+        "`ingest --on-duplicate replace`, other texts",
+        3,
+        "each once, from one of the two",
+    )
 
 
 @SLOW
-def test_an_ingest_and_deletes(context, tmp_path, database):
+def test_an_ingest_and_deletes(context, tmp_path, database, tally):
     """What is deleted was there; what is not matched stays."""
     more = write_jsonl(tmp_path / "more.jsonl", toy_records(60, first=24))
     running = Running(context, ["ingest", database.path, more, "--batch-tokens", 200])
-    deleted = 0
+    deleted = times = 0
     while running.process.is_alive():
+        times += 1
         gone = rapidin_vdb.open(database.path).delete(where="source = 'odd'")
         deleted += gone
     ended = running.end()
@@ -85,10 +98,16 @@ def test_an_ingest_and_deletes(context, tmp_path, database):
     left = samples(database.path)
     assert {f"toy-{number:03d}" for number in range(0, 84, 2)} <= set(left)
     assert len(left) + deleted == 84
+    tally(
+        "deletes while an ingest is running",
+        "`delete --where` again and again",
+        times,
+        "what matched was there and is gone, the rest is there",
+    )
 
 
 @SLOW
-def test_an_ingest_and_queries(context, tmp_path, database):
+def test_an_ingest_and_queries(context, tmp_path, database, tally):
     """Every answer is that of one committed version, whole."""
     more = write_jsonl(tmp_path / "more.jsonl", toy_records(60, first=24))
     database.index("cpu")
@@ -106,10 +125,16 @@ def test_an_ingest_and_queries(context, tmp_path, database):
     for answer in answers:
         assert len(answer.results) == answer.searched
         assert all(result.score == scores[result.sample_id] for result in answer.results)
+    tally(
+        "queries while an ingest is running",
+        "again and again",
+        len(answers),
+        f"{len(set(sizes))} committed versions seen, each whole",
+    )
 
 
 @SLOW
-def test_two_inits(context, tmp_path, models):
+def test_two_inits(context, tmp_path, models, tally):
     """One of them makes it; the other is told so."""
     for attempt in range(3):
         place = tmp_path / f"new{attempt}"
@@ -122,6 +147,7 @@ def test_two_inits(context, tmp_path, models):
         assert "already" in loser.err, loser
         winner = ended.index(next(one for one in ended if not one.code))
         assert rapidin_vdb.open(place).info().width == (64, 128)[winner]
+    tally("two inits of one place at once", "of other widths", 3, "one makes it, the other says that it is there")
 
 
 @SLOW
@@ -139,7 +165,7 @@ def test_two_inits(context, tmp_path, models):
     ],
     ids=lambda others: " and ".join(" ".join(word for word in other if word.isalpha()) for other in others),
 )
-def test_other_pairs(context, tmp_path, database, others):
+def test_other_pairs(context, tmp_path, database, others, tally):
     more = write_jsonl(tmp_path / "more.jsonl", toy_records(30, first=24))
     database.index("cpu")
     database.delete(where="stars = 4")
@@ -149,6 +175,13 @@ def test_other_pairs(context, tmp_path, database, others):
         both(context, *filled, apart=draw.uniform(0, 0.3))
         check(database.path)
         assert rapidin_vdb.open(database.path).query("Say 5", "blue 35", top_k=1)[0].results
+    names = [" ".join([words[0], *(word for word in words if word in ("--purge", "--where"))]) for words in others]
+    tally(
+        f"`{names[0]}` and `{names[1]}` at once",
+        "begun 0 to 0.3 s apart",
+        3,
+        "both end well, the table is sound, a query answers",
+    )
 
 
 def _hold(path: str, ready) -> None:
@@ -157,7 +190,7 @@ def _hold(path: str, ready) -> None:
     time.sleep(600)
 
 
-def test_a_dead_holder_never_blocks(context, tmp_path, database):
+def test_a_dead_holder_never_blocks(context, tmp_path, database, tally):
     """While it lives the others wait; when it is gone they go on."""
     more = write_jsonl(tmp_path / "more.jsonl", toy_records(2, first=24))
     mine, theirs = context.Pipe()
@@ -172,3 +205,9 @@ def test_a_dead_holder_never_blocks(context, tmp_path, database):
     waiting.join(60)
     assert not waiting.is_alive() and database.info().samples == 26
     assert holder.exitcode in (None, -signal.SIGKILL) and Path(database.path, ".commit.lock").exists()
+    tally(
+        "the holder of a database's lock is killed",
+        "`kill -9` while another waits",
+        1,
+        "the other goes on; readers never waited",
+    )
