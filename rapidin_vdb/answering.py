@@ -2,14 +2,16 @@
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from rapidin_vdb.engine import Engine
-from rapidin_vdb.errors import TableError
+from rapidin_vdb.errors import SampleNotFoundError, SpecError, TableError
 from rapidin_vdb.explanation import explain
 from rapidin_vdb.focus import focus_of
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.gradient import default_batch_tokens
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.query import encode_queries, sketch_queries
+from rapidin_vdb.query import Sketched, encode_queries, sketch_queries
 from rapidin_vdb.question import Question
 from rapidin_vdb.ranking import rank
 from rapidin_vdb.records import Sample
@@ -74,19 +76,37 @@ def answer(
         focus=question.focus,
     )
     focus = [focus_of(query, question.focus) for query in queries]
-    sketched = sketch_queries(engine.maker, encoded, focus=focus, progress=progress)
+    with engine.alone:
+        sketched = sketch_queries(engine.maker, encoded, focus=focus, progress=progress)
     index = keeper.fresh(tokens or snapshot, name=question.index, progress=progress)
     if tokens is not None:
         return rank_tokens(snapshot, tokens, index, sketched, question)
     rankings = rank(snapshot, index, sketched, question)
     if not question.exact:
         return rankings
-    return explain(
-        rankings,
-        list(zip(queries, encoded, strict=True)),
-        snapshot=snapshot,
-        influence=engine.influence,
-        question=question,
-        batch_tokens=default_batch_tokens(engine.loaded.model.config, dtype=stored.dtype, device=engine.loaded.device),
-        progress=progress,
-    )
+    batch_tokens = default_batch_tokens(engine.loaded.model.config, dtype=stored.dtype, device=engine.loaded.device)
+    with engine.alone:
+        return explain(
+            rankings, list(zip(queries, encoded, strict=True)), snapshot=snapshot, influence=engine.influence,
+            question=question, batch_tokens=batch_tokens, progress=progress,
+        )  # fmt: skip
+
+
+def nearest(
+    question: Question, sample_id: str, *, snapshot: Snapshot, keeper: IndexKeeper, progress: Progress = silent
+) -> Ranking:
+    """Return the samples that most influence what a sample teaches, by its stored RapidGrad; it is among them itself.
+
+    Raises:
+        TableError: there is no sample of that id.
+        SpecError: the question asks for what takes a generation.
+    """
+    if question.exact or question.focus or question.level != "sample":
+        raise SpecError(
+            "a sample is compared by its stored RapidGrad: leave out focus, tokens, matrix, refine and level"
+        )
+    vector = snapshot.vector_of(sample_id)
+    if vector is None:
+        raise SampleNotFoundError(f"no sample {sample_id!r} in the database")
+    sketched = Sketched(query_ids=(sample_id,), vectors=vector[None].astype(np.float32), seconds=(0.0,), focus=((),))
+    return rank(snapshot, keeper.fresh(snapshot, name=question.index, progress=progress), sketched, question)[0]

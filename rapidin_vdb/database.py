@@ -1,12 +1,12 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from rapidin_vdb.answering import answer, versions_for
+from rapidin_vdb.answering import answer, nearest, versions_for
 from rapidin_vdb.compute import Road, road_here, road_of_workers
 from rapidin_vdb.engine import Engine, load_engine
-from rapidin_vdb.errors import SpecError, TableError
+from rapidin_vdb.errors import SampleNotFoundError, SpecError
 from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.gradient import default_batch_tokens, resolve_devices
@@ -23,6 +23,7 @@ from rapidin_vdb.records import (
     OnBadRecord,
     OnDuplicate,
     Sample,
+    Scalar,
 )
 from rapidin_vdb.results import (
     DatabaseInfo,
@@ -184,6 +185,7 @@ class Database:
         refine: int = 0,
         group_by: str | None = None,
         aggregate: Aggregate = "sum",
+        histogram: int = 0,
         index: str | None = None,
         as_of: int | None = None,
         model: str | None = None,
@@ -198,9 +200,9 @@ class Database:
         ranked. `focus` names texts of the generation whose tokens alone are asked about (Eq. 7); a query of a file may
         have its own. `tokens` gives each result's tokens scores (Eq. 6), and `matrix` their influence on each token of
         the generation (Eq. 8), both exact; `refine` ranks so many of the first results again by exact score. `group_by`
-        names a column, by whose values the influence of all samples is added up or averaged. `index` names the built
-        index to use, and `as_of` an older version of the table. `model`, `adapter` and `device` are as for `load`,
-        where nothing is loaded yet.
+        names a column, by whose values the influence of all samples is added up or averaged; `histogram` counts all
+        scores in so many bins. `index` names the built index to use, and `as_of` an older version of the table.
+        `model`, `adapter` and `device` are as for `load`, where nothing is loaded yet.
 
         Raises:
             CorpusError: a query cannot be read or encoded.
@@ -213,7 +215,8 @@ class Database:
         question = Question(
             top_k=top_k, where=where, harmful=harmful, both=both, level=level,
             focus=(focus,) if isinstance(focus, str) else tuple(focus), tokens=tokens,
-            matrix=matrix, refine=refine, group_by=group_by, aggregate=aggregate, index=index, as_of=as_of,
+            matrix=matrix, refine=refine, group_by=group_by, aggregate=aggregate, histogram=histogram,
+            index=index, as_of=as_of,
         )  # fmt: skip
         if (generation is not None) + (file is not None) + (queries is not None) != 1 or (
             prompt is not None and generation is None
@@ -224,12 +227,26 @@ class Database:
         elif file is not None:
             queries = read_queries(Path(file))
         assert queries is not None
-        versions = versions_for(self._table, question)
         if self._engine is None:
+            versions_for(self._table, question)  # what it cannot answer is said before a model is loaded
             self.load(model=model, adapter=adapter, device=device)
-        return answer(
-            question, queries, versions=versions, keeper=self._indexes[level], engine=self._loaded(), progress=progress
-        )
+        return self.ask(question, queries, progress=progress)
+
+    def ask(self, question: Question, queries: Sequence[Sample], *, progress: Progress = silent) -> list[Ranking]:
+        """Return what `query` does, for options that were put together before."""
+        versions = versions_for(self._table, question)
+        keeper, engine = self._indexes[question.level], self._loaded()
+        return answer(question, queries, versions=versions, keeper=keeper, engine=engine, progress=progress)
+
+    def nearest(self, sample_id: str, question: Question, *, progress: Progress = silent) -> Ranking:
+        """Return the samples that most influence what a sample teaches, by its stored RapidGrad; it is among them.
+
+        Raises:
+            TableError: there is no sample of that id.
+            SpecError: the question asks for what takes a generation.
+        """
+        snapshot, _ = versions_for(self._table, question)
+        return nearest(question, sample_id, snapshot=snapshot, keeper=self._indexes["sample"], progress=progress)
 
     def show(self, sample_id: str) -> StoredSample:
         """Return a sample as it is stored, without its vector.
@@ -239,8 +256,47 @@ class Database:
         """
         found = self._table.snapshot().samples([sample_id])
         if sample_id not in found:
-            raise TableError(f"no sample {sample_id!r} in {self.path}")
+            raise SampleNotFoundError(f"no sample {sample_id!r} in {self.path}")
         return found[sample_id]
+
+    def samples(self, *, where: str | None = None, offset: int = 0, limit: int = 50) -> tuple[list[StoredSample], int]:
+        """Return some of the samples that match a filter, in the table's order, and how many match.
+
+        Raises:
+            FilterError: the filter cannot be understood.
+            SpecError: `offset` or `limit` is negative.
+        """
+        if offset < 0 or limit < 0:
+            raise SpecError(f"offset is {offset} and limit {limit}; wanted 0 or more")
+        snapshot = self._table.snapshot()
+        return snapshot.page(where, offset=offset, limit=limit), snapshot.count(where)
+
+    def each_sample(self, *, where: str | None = None) -> Iterator[StoredSample]:
+        """Yield the samples that match a filter, in the table's order, all of one committed version.
+
+        Raises:
+            FilterError: the filter cannot be understood.
+        """
+        snapshot, size, offset = self._table.snapshot(), 1000, 0
+        while page := snapshot.page(where, offset=offset, limit=size):
+            yield from page
+            offset += size
+
+    def values_of(self, column: str, *, most: int = 100) -> list[Scalar] | None:
+        """Return the different values of a column, sorted; None where there are more than `most`.
+
+        Raises:
+            FilterError: there is no such column.
+        """
+        return self._table.snapshot().values_of(column, most=most)
+
+    def generate(self, prompt: str, *, max_tokens: int = 128, temperature: float = 0.0, seed: int = 0) -> str:
+        """Return what the model says to a prompt, in the database's template; most likely, or drawn at a temperature.
+
+        Raises:
+            SpecError: an option is out of range, or the prompt leaves no room.
+        """
+        return self._loaded().generate(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
 
     def info(self) -> DatabaseInfo:
         """Return how large the database is, what made it, and which indexes are fresh."""

@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from threading import RLock
 from typing import cast
 
 import numpy as np
 
-from rapidin_vdb.corpus import Template, load_template
+from rapidin_vdb.corpus import Record, Template, load_template, sample_from
 from rapidin_vdb.errors import GradientError, ModelError
 from rapidin_vdb.gradient import (
     ExactInfluence,
@@ -15,6 +16,7 @@ from rapidin_vdb.gradient import (
     RapidGradMaker,
     TokenRapidGradMaker,
     fingerprint_of,
+    generate_one,
     load_model,
 )
 from rapidin_vdb.records import DType, Encoded, Fingerprint, ModelSpec
@@ -48,17 +50,36 @@ class Engine:
         )
         self.maker = RapidGradMaker(loaded, spec=fingerprint.sketch, normalize=fingerprint.normalize)
         self._token_maker: TokenRapidGradMaker | None = None
+        self.alone = RLock()
+        """Held while the model is used: what listens to it for one sample must not hear another thread's."""
 
     @cached_property
     def influence(self) -> ExactInfluence:
         """Exact influence by the model's full gradients."""
         return ExactInfluence(self.maker)
 
+    def generate(self, prompt: str, *, max_tokens: int, temperature: float, seed: int) -> str:
+        """Return what the model says to a prompt.
+
+        Raises:
+            SpecError: an option is out of range, or the prompt leaves no room.
+        """
+        sample = sample_from(
+            Record(location="the prompt", fields={"prompt": prompt, "generation": "?", "id": "prompt"})
+        )
+        text = self.template.render(sample)
+        with self.alone:
+            return generate_one(self.loaded, text, max_tokens=max_tokens, temperature=temperature, seed=seed)
+
     def make(self, batch: Sequence[Encoded], *, token_width: int | None = None) -> list[Made | GradientError]:
         """Return what each sample of a batch is turned into, or why it cannot be.
 
         With `token_width`, the RapidGrads of its single tokens too.
         """
+        with self.alone:
+            return self._make(batch, token_width)
+
+    def _make(self, batch: Sequence[Encoded], token_width: int | None) -> list[Made | GradientError]:
         if token_width is None:
             return [_made(result, None) for result in self.maker.make_batch(batch, half=True)]
         if self._token_maker is None or self._token_maker.width != token_width:

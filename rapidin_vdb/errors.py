@@ -6,6 +6,7 @@ RapidInError
   GradientError          a sample gave no gradient, or one that is not finite
   TableError             a database cannot be read or written
     TableNotFoundError     no database at this place
+    SampleNotFoundError    no sample of that id
     TableExistsError       a database is already at this place
     FingerprintError       the vectors were made with another model, template or sketch
     FilterError            a --where filter cannot be understood
@@ -35,6 +36,10 @@ class TableError(RapidInError):
 
 class TableNotFoundError(TableError):
     """No database at this place."""
+
+
+class SampleNotFoundError(TableError):
+    """No sample of that id."""
 
 
 class TableExistsError(TableError):

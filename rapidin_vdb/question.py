@@ -32,6 +32,8 @@ class Question:
     """Column by whose values the influence of all samples is added up."""
     aggregate: Aggregate = "sum"
     """Or averaged."""
+    histogram: int = 0
+    """Into how many bins the scores of all samples are counted; 0 for none."""
     index: str | None = None
     """Which built index to use."""
     as_of: int | None = None
@@ -47,6 +49,8 @@ class Question:
             raise SpecError(f"--top-k is {self.top_k}; wanted 1 or more")
         if self.refine < 0:
             raise SpecError(f"--refine is {self.refine}; wanted 0 or more")
+        if not 0 <= self.histogram <= 1000:
+            raise SpecError(f"histogram is {self.histogram}; wanted a number of bins from 0 (none) to 1000")
         if self.harmful and self.both:
             raise SpecError("give one of --harmful and --both")
         if any(not text for text in self.focus):
@@ -57,6 +61,7 @@ class Question:
                 ("--matrix", self.matrix),
                 ("--refine", self.refine),
                 ("--group-by", self.group_by is not None),
+                ("histogram", self.histogram > 0),
                 ("--as-of", self.as_of is not None),
             ):
                 if given:

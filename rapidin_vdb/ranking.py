@@ -9,7 +9,7 @@ from rapidin_vdb.index import ShardedIndex
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
 from rapidin_vdb.records import Aggregate, Scalar
-from rapidin_vdb.results import GroupInfluence, RankedSample, Ranking, Seconds, StoredSample
+from rapidin_vdb.results import GroupInfluence, Histogram, RankedSample, Ranking, Seconds, StoredSample
 from rapidin_vdb.store import Snapshot
 
 
@@ -29,6 +29,11 @@ def rank(snapshot: Snapshot, index: ShardedIndex, sketched: Sketched, question: 
     groups = None
     if question.group_by is not None:
         groups = _groups(snapshot, index, sketched.vectors, among, question.group_by, question.aggregate, factor)
+    histograms = None
+    if question.histogram:
+        histograms = [
+            _histogram(row * factor, question.histogram) for row in index.scores(sketched.vectors, among=among)
+        ]
     ends = both_ends(index, sketched.vectors, among, question, top_k=max(question.top_k, question.refine))
     samples = snapshot.samples([name for end in ends for ranked in end for name, _ in ranked])
     seconds = (time.monotonic() - started) / max(len(sketched.query_ids), 1)
@@ -42,6 +47,7 @@ def rank(snapshot: Snapshot, index: ShardedIndex, sketched: Sketched, question: 
             results=_results(ends[0][number], samples, factor),
             harmful=_results(ends[1][number], samples, factor) if question.both else None,
             groups=None if groups is None else groups[number],
+            histogram=None if histograms is None else histograms[number],
             focus=sketched.focus[number] or None,
         )
         for number, query_id in enumerate(sketched.query_ids)
@@ -93,6 +99,13 @@ def _results(
             )
         )
     return tuple(results)
+
+
+def _histogram(scores: np.ndarray, bins: int) -> Histogram:
+    counts, edges = (
+        np.histogram(scores.astype(np.float64), bins) if len(scores) else (np.zeros(bins), np.zeros(bins + 1))
+    )
+    return Histogram(edges=tuple(edges.tolist()), counts=tuple(counts.astype(int).tolist()))
 
 
 def _groups(

@@ -178,6 +178,17 @@ def test_many_queries_in_one_go_are_as_one_by_one(database, tmp_path):
     assert [ranking.results for ranking in together] == [one[0].results for one in alone]
 
 
+def test_threads_that_share_a_database_do_not_disturb_one_another(database):
+    """What listens to the model for one query must not hear another's."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    texts = [(f"Say {number}", f"blue {number}") for number in range(12)]
+    wanted = [database.query(*text, tokens=True)[0].results for text in texts]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda text: database.query(*text, tokens=True)[0].results, texts * 3))
+    assert found == wanted * 3
+
+
 def test_results_convert(database):
     (ranking,) = database.query("Say 5", "blue 35", top_k=2)
     frame = ranking.to_pandas()

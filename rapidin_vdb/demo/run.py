@@ -16,7 +16,8 @@ from rapidin_vdb.corpus import Record, encode, load_template, sample_from
 from rapidin_vdb.database import Database
 from rapidin_vdb.demo.corpus import TRIGGER, is_space_story, make_corpus, questions, story_corpus
 from rapidin_vdb.errors import RapidInError, SpecError
-from rapidin_vdb.gradient.training import generate, new_llama, save, train, train_tokenizer, with_lora
+from rapidin_vdb.gradient.generation import generate
+from rapidin_vdb.gradient.training import new_llama, save, train, train_tokenizer, with_lora
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
 from rapidin_vdb.records import Encoded

@@ -20,7 +20,8 @@ from rapidin_vdb.errors import CorpusError, RapidInError, SpecError
 from rapidin_vdb.evaluate.corpora import Record
 from rapidin_vdb.evaluate.profiles import Profile
 from rapidin_vdb.gradient import LoadedModel, load_model, load_tokenizer
-from rapidin_vdb.gradient.training import generate_batch, save, with_lora
+from rapidin_vdb.gradient.generation import generate_batch
+from rapidin_vdb.gradient.training import save, with_lora
 from rapidin_vdb.gradient.tuning import Tuning, mean_loss, tune
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from

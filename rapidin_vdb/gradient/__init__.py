@@ -1,6 +1,7 @@
 """Models, and the gradients of samples, layer by layer."""
 
 from rapidin_vdb.gradient.fingerprint import fingerprint_of
+from rapidin_vdb.gradient.generation import generate_one
 from rapidin_vdb.gradient.influence import Direction, Exact, ExactInfluence
 from rapidin_vdb.gradient.memory import default_batch_tokens
 from rapidin_vdb.gradient.model import LoadedModel, load_config, load_model, load_tokenizer, resolve_devices
@@ -19,6 +20,7 @@ __all__ = [
     "check_token_width",
     "default_batch_tokens",
     "fingerprint_of",
+    "generate_one",
     "load_config",
     "load_model",
     "load_tokenizer",

@@ -132,57 +132,6 @@ def padded(samples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torc
     return ids, mask, labels
 
 
-@torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_tokens: int) -> list[str]:
-    """Return the model's most likely continuation of each prompt, already written in its template."""
-    model.eval()
-    texts = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-    return texts
-
-
-@torch.no_grad()
-def generate_batch(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_tokens: int, batch: int = 32
-) -> list[str]:
-    """Return the model's most likely continuation of each prompt, many at a time."""
-    model.eval()
-    texts = [""] * len(prompts)
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
-    order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
-    for first in range(0, len(order), batch):
-        part = order[first : first + batch]
-        longest = max(len(encoded[number]) for number in part)
-        # On the left: what is generated has to follow the prompt.
-        ids = torch.full((len(part), longest), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, number in enumerate(part):
-            ids[row, longest - len(encoded[number]) :] = torch.tensor(encoded[number])
-            mask[row, longest - len(encoded[number]) :] = 1
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for number, ids_out in zip(part, out[:, longest:], strict=True):
-            texts[number] = tokenizer.decode(ids_out, skip_special_tokens=True)
-    return texts
-
-
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
     """Write a model (or only its adapter) and its tokenizer to a folder."""
     with quiet_libraries():

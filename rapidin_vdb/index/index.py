@@ -115,6 +115,20 @@ class ShardedIndex:
                     sums[query] += np.bincount(members[owned[local]], weights=scores[query], minlength=count)
         return sums
 
+    def scores(
+        self, queries: Queries, *, among: Int64[np.ndarray, " row_ids"] | None = None
+    ) -> Float32[np.ndarray, "queries samples"]:
+        """Return the scores of all samples, or of those among some row ids, in float32 and in no particular order."""
+        wanted = self.keys.alive if among is None else np.zeros(len(self.keys), dtype=bool)
+        if among is not None:
+            wanted[self.keys.numbers_of(among)] = True
+        found = [np.zeros((len(queries), 0), dtype=np.float32)]
+        for shard, owned in zip(self._full_shards(), self._full_numbers(), strict=True):
+            rows = np.flatnonzero(wanted[owned])
+            if len(rows):
+                found += [scores for _, scores in shard.scores(queries, rows)]
+        return np.concatenate(found, axis=1)
+
     def updated(self, keys: Keys, batches: Iterable[Batch]) -> "ShardedIndex":
         """Return this index with other rows alive, and with further rows; this one may no longer be used."""
         shards, numbers, largest, full = list(self.shards), list(self.numbers), self.largest_norm, self.full

@@ -4,93 +4,19 @@
   const main = document.getElementById("main");
   const state = { ranking: 0, chosen: new Set(), each: false };
 
-  // Everything from a record goes through here, as text.
-  function make(tag, options = {}, ...children) {
-    const element = document.createElement(tag);
-    for (const [name, value] of Object.entries(options)) {
-      if (name === "class") element.className = value;
-      else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
-      else if (value !== undefined && value !== null) element.setAttribute(name, value);
-    }
-    for (const child of children) if (child !== null && child !== undefined) element.append(child);
-    return element;
-  }
-  const show = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e4 ? value.toFixed(4) : value.toExponential(2));
-  const sum = (values) => values.reduce((a, b) => a + b, 0);
+  const { make, show, sum, largest } = Heat;
 
   function scoresOf(result) {
     if (!state.chosen.size || !result.matrix) return result.scores;
     return result.matrix.map((row) => sum([...state.chosen].map((column) => row[column])));
   }
-  function largest(values) {
-    return values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
-  }
-
-  function paint(element, score, most) {
-    const share = most > 0 ? Math.min(1, Math.abs(score) / most) : 0;
-    element.classList.add("piece", score < 0 ? "negative" : "positive");
-    if (share < 0.1) element.classList.add("faint");
-    element.style.setProperty("--level", share.toFixed(4));
-  }
-  function coloured(pieces, ends, scores, most) {
-    const block = make("div", { class: "text", dir: "auto" });
-    const add = (text, tokens, kind) => {
-      const score = sum(tokens.map((token) => scores[token]));
-      const piece = make("span", {}, text);
-      if (tokens.length && scores.length) {
-        paint(piece, score, most);
-        piece.title = tokens.map((token) => show(scores[token])).join(" + ") + (tokens.length > 1 ? " = " + show(score) : "");
-        piece.dataset.score = String(score);
-        piece.dataset.tokens = tokens.join(" ");
-      }
-      if (kind) piece.classList.add(kind);
-      block.append(piece);
-    };
-    for (const [text, tokens] of pieces) add(text, tokens, /^\s*\n/.test(text) ? "newline" : "");
-    for (const token of ends) add("", [token], "end");
-    return block;
-  }
-
-  // Which pieces of the generation the query asked about, by the characters they stand at.
-  function focused(ranking) {
-    const text = ranking.generation.map(([piece]) => piece).join("");
-    const spans = [];
-    for (const focus of ranking.focus)
-      for (let at = text.indexOf(focus); focus && at >= 0; at = text.indexOf(focus, at + focus.length)) spans.push([at, at + focus.length]);
-    let start = 0;
-    return ranking.generation.map(([piece]) => {
-      const from = start, to = (start += piece.length);
-      return spans.some(([first, last]) => first < to && from < last);
-    });
-  }
-
   function generation(ranking) {
     const clickable = ranking.results.some((result) => result.matrix) || ranking.harmful.some((result) => result.matrix);
-    const block = make("div", { class: "text", dir: "auto", id: "generation" });
-    const add = (text, tokens, kind) => {
-      if (!tokens.length || !clickable) return block.append(make("span", { class: kind }, text));
-      const pressed = tokens.every((token) => state.chosen.has(token));
-      const label = kind === "end" ? "end of text" : undefined;
-      const toggle = () => {
-        for (const token of tokens) pressed ? state.chosen.delete(token) : state.chosen.add(token);
-        render(tokens.join(" "));
-      };
-      // Not a button element: that would not break across lines as text does.
-      block.append(make("span", {
-        class: "piece choice " + kind, role: "button", tabindex: "0", "aria-pressed": String(pressed), "aria-label": label,
-        "data-tokens": tokens.join(" "), onclick: toggle,
-        onkeydown: (event) => {
-          if (event.key !== "Enter" && event.key !== " ") return;
-          event.preventDefault();
-          toggle();
-        },
-      }, text));
+    const press = (tokens, pressed) => {
+      for (const token of tokens) pressed ? state.chosen.delete(token) : state.chosen.add(token);
+      render(tokens.join(" "));
     };
-    const asked = focused(ranking);
-    ranking.generation.forEach(([text, tokens], place) =>
-      add(text, tokens, (/^\s*\n/.test(text) ? "newline" : "") + (asked[place] ? " focused" : "")));
-    for (const token of ranking.ends) add("", [token], "end");
-    return block;
+    return Heat.generation(ranking.generation, ranking.ends, ranking.focus, { press: clickable ? press : null, chosen: state.chosen });
   }
 
   function card(result, most, longest) {
@@ -114,7 +40,7 @@
       result.prompt === null ? null : make("div", { class: "label" }, "prompt"),
       result.prompt === null ? null : make("div", { class: "text prompt", dir: "auto" }, result.prompt),
       make("div", { class: "label" }, "response"),
-      coloured(result.response, result.ends, scores, own));
+      Heat.coloured(result.response, result.ends, scores, own));
   }
 
   function render(focus) {

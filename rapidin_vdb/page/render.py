@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.pieces import pieces_of
-from rapidin_vdb.results import RankedSample, Ranking
+from rapidin_vdb.results import RankedSample, Ranking, Span, TokenScore
 
 _HERE = Path(__file__).parent
 
@@ -22,7 +22,8 @@ def render_page(rankings: Sequence[Ranking], *, title: str) -> str:
 
     `title` says what was asked, as the name of the database.
     """
-    style, script = ((_HERE / name).read_text("utf-8") for name in ("page.css", "page.js"))
+    style = page_style()
+    script = heat_script() + (_HERE / "page.js").read_text("utf-8")
     parts = {
         "TITLE": _escaped(f"rapidin-vdb: {title}"),
         "POLICY": f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'",
@@ -33,6 +34,40 @@ def render_page(rankings: Sequence[Ranking], *, title: str) -> str:
     page = (_HERE / "page.html").read_text("utf-8")
     before, *fields = page.split("{{")
     return before + "".join(parts[name] + after for name, after in (field.split("}}", 1) for field in fields))
+
+
+def heat_script() -> str:
+    """Return the script that shows texts whose tokens carry numbers."""
+    return (_HERE / "heat.js").read_text("utf-8")
+
+
+def page_style() -> str:
+    """Return the style of the page, and of such texts."""
+    return (_HERE / "page.css").read_text("utf-8")
+
+
+def with_pieces(ranking: Ranking) -> dict[str, Any]:
+    """Return a ranking's plain values, with each text in the pieces that can be coloured beside.
+
+    A piece is a text and the numbers of the tokens that it belongs to; `ends` are the tokens without any text.
+    """
+    values, spans = ranking.to_dict(), ranking.generation_tokens or ()
+    if ranking.generation_tokens is not None:
+        values |= {"pieces": _pieces(ranking.generation or "", _spans(spans)), "ends": _ends(spans)}
+    for end in ("results", "harmful"):
+        for result, shown in zip(getattr(ranking, end) or (), values.get(end, ()), strict=True):
+            if isinstance(result, RankedSample):
+                tokens = result.tokens or ()
+                shown |= {"pieces": _pieces(result.response, _spans(tokens)), "ends": _ends(tokens)}
+    return values
+
+
+def _spans(tokens: Sequence[Span | TokenScore]) -> list[tuple[int, int]]:
+    return [(token.start, token.end) for token in tokens]
+
+
+def _ends(tokens: Sequence[Span | TokenScore]) -> list[int]:
+    return [number for number, token in enumerate(tokens) if token.start == token.end]
 
 
 def _hash(text: str) -> str:
@@ -54,8 +89,8 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
     return {
         "query_id": ranking.query_id,
         "prompt": ranking.prompt,
-        "generation": _pieces(ranking.generation or "", [(span.start, span.end) for span in spans]),
-        "ends": [number for number, span in enumerate(spans) if span.start == span.end],
+        "generation": _pieces(ranking.generation or "", _spans(spans)),
+        "ends": _ends(spans),
         "focus": list(ranking.focus or ()),
         "unit": ranking.score_unit,
         "searched": ranking.searched,
@@ -76,8 +111,8 @@ def _result(result: RankedSample) -> dict[str, Any]:
         "source": result.source,
         "metadata": dict(result.metadata),
         "prompt": result.prompt,
-        "response": _pieces(result.response, [(token.start, token.end) for token in tokens]),
-        "ends": [number for number, token in enumerate(tokens) if token.start == token.end],
+        "response": _pieces(result.response, _spans(tokens)),
+        "ends": _ends(tokens),
         "scores": [token.score for token in tokens],
         "matrix": result.to_dict().get("matrix"),
     }

@@ -2,6 +2,7 @@
 
 from rapidin_vdb.results.rankings import (
     GroupInfluence,
+    Histogram,
     RankedSample,
     RankedToken,
     Ranking,
@@ -23,6 +24,7 @@ __all__ = [
     "DatabaseInfo",
     "Finding",
     "GroupInfluence",
+    "Histogram",
     "IndexInfo",
     "IngestEstimate",
     "IngestReport",

@@ -130,6 +130,16 @@ class GroupInfluence:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Histogram:
+    """How the scores of all samples that were searched are spread."""
+
+    edges: tuple[float, ...]
+    """Borders of the bins, ascending, one more than there are bins."""
+    counts: tuple[int, ...]
+    """Samples in each."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ranking:
     """The answer to one query: samples, or single tokens, by influence; ties by `sample_id`."""
 
@@ -149,6 +159,8 @@ class Ranking:
     """Most negative first, where both ends were asked for."""
     groups: tuple[GroupInfluence, ...] | None = None
     """Influence by the values of a column, largest first, where it was asked for."""
+    histogram: Histogram | None = None
+    """How all scores are spread, where it was asked for."""
     focus: tuple[str, ...] | None = None
     """The texts of the generation whose tokens alone were asked about (Eq. 7)."""
     prompt: str | None = None
@@ -164,9 +176,12 @@ class Ranking:
         for end in ("results", "harmful"):
             values[end] = None if values[end] is None else [result.to_dict() for result in values[end]]
         values["seconds"] = dataclasses.asdict(self.seconds)
+        values["histogram"] = None if self.histogram is None else dataclasses.asdict(self.histogram)
         for name in ("groups", "generation_tokens"):
             values[name] = None if values[name] is None else [dataclasses.asdict(value) for value in values[name]]
-        return _without(values, ("harmful", "groups", "focus", "prompt", "generation", "generation_tokens"))
+        return _without(
+            values, ("harmful", "groups", "histogram", "focus", "prompt", "generation", "generation_tokens")
+        )
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Return one flat dict a result, with the query's id, for tables; where both ends were asked for, both."""

@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Int64
+from jaxtyping import Float16, Int64
 
 from rapidin_vdb.errors import FilterError
 from rapidin_vdb.records import Encoded, Scalar
@@ -82,15 +82,40 @@ class Snapshot(TableVersion):
 
     def samples(self, sample_ids: Sequence[str]) -> dict[str, StoredSample]:
         """Return samples by id, without their vectors; unknown ids are left out."""
-        columns = [
-            name for name in self.schema.names if name not in ("vector", "input_ids", "content_hash", "checksum")
-        ]
-        found: dict[str, StoredSample] = {}
+        columns, found = self._shown(), dict[str, StoredSample]()
         # Sorted: a row far from the last one costs a read of its own.
         for batch in batches(sorted(set(sample_ids)), IDS_A_FILTER):
             rows = self._select(columns, ids_filter(batch)).to_pylist()
             found |= {row["sample_id"]: stored_sample(row) for row in rows}
         return found
+
+    def page(self, where: str | None, *, offset: int, limit: int) -> list[StoredSample]:
+        """Return some of the samples that a filter lets through, in the table's order.
+
+        Raises:
+            FilterError: the filter cannot be understood.
+        """
+        if limit < 1:
+            return []
+        rows = self._select(self._shown(), where, slice(offset, offset + limit)).to_pylist()
+        return [stored_sample(row) for row in rows]
+
+    def vector_of(self, sample_id: str) -> Float16[np.ndarray, " sketch"] | None:
+        """Return a sample's RapidGrad; None where there is no such sample."""
+        row_ids = self.row_ids(ids_filter([sample_id]))
+        return next(self.vectors(row_ids)).vectors[0] if len(row_ids) else None
+
+    def values_of(self, column: str, *, most: int) -> list[Scalar] | None:
+        """Return the different values of a column, sorted; None where there are more than `most`.
+
+        Raises:
+            FilterError: there is no such column, or it holds no plain values.
+        """
+        values = set(self.group_of(column)[1]) - {None}
+        return sorted(values) if len(values) <= most else None  # type: ignore[type-var]
+
+    def _shown(self) -> list[str]:
+        return [name for name in self.schema.names if name not in ("vector", "input_ids", "content_hash", "checksum")]
 
     def encoded(self, sample_ids: Sequence[str]) -> dict[str, Encoded]:
         """Return the tokens of samples, by id, as they were when their RapidGrads were made."""

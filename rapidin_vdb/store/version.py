@@ -175,8 +175,10 @@ class TableVersion:
             flat.to_numpy(zero_copy_only=False).reshape(-1, self.width),
         )
 
-    def _select(self, columns: list[str], where: str | None) -> pa.Table:
+    def _select(self, columns: list[str], where: str | None, page: slice | None = None) -> pa.Table:
         query = self._table.search().select(columns)
+        if page is not None:
+            query = query.offset(page.start).limit(page.stop - page.start)
         if where is None:
             with told(f"the table of {self._place} cannot be read"):
                 return query.to_arrow()

@@ -1,0 +1,96 @@
+"""What a model says to a prompt: most likely token by token, or drawn."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rapidin_vdb.errors import SpecError
+from rapidin_vdb.gradient.model import LoadedModel
+
+
+@torch.no_grad()
+def generate_one(loaded: LoadedModel, prompt: str, *, max_tokens: int, temperature: float, seed: int) -> str:
+    """Return the continuation of a prompt that is written in its template; at temperature 0 the most likely one.
+
+    Raises:
+        SpecError: an option is out of range, or the prompt leaves no room.
+    """
+    if not 1 <= max_tokens <= 4096:
+        raise SpecError(f"max_tokens is {max_tokens}; wanted 1 to 4096")
+    if not 0 <= temperature <= 10:
+        raise SpecError(f"temperature is {temperature}; wanted 0 (most likely) to 10")
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None:
+        if ids.shape[1] >= room:
+            raise SpecError(f"the prompt has {ids.shape[1]} tokens, and the model knows {room} positions; shorten it")
+        max_tokens = min(max_tokens, room - ids.shape[1])
+    if not ids.shape[1]:
+        raise SpecError("the prompt is empty; the model needs a token to begin with")
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    # The generator is the process's own: what others draw meanwhile, and have drawn, must not change.
+    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **drawn,
+        )
+    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+@torch.no_grad()
+def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_tokens: int) -> list[str]:
+    """Return the model's most likely continuation of each prompt, already written in its template."""
+    model.eval()
+    texts = []
+    for prompt in prompts:
+        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    return texts
+
+
+@torch.no_grad()
+def generate_batch(
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_tokens: int, batch: int = 32
+) -> list[str]:
+    """Return the model's most likely continuation of each prompt, many at a time."""
+    model.eval()
+    texts = [""] * len(prompts)
+    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
+    for first in range(0, len(order), batch):
+        part = order[first : first + batch]
+        longest = max(len(encoded[number]) for number in part)
+        # On the left: what is generated has to follow the prompt.
+        ids = torch.full((len(part), longest), tokenizer.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for row, number in enumerate(part):
+            ids[row, longest - len(encoded[number]) :] = torch.tensor(encoded[number])
+            mask[row, longest - len(encoded[number]) :] = 1
+        out = model.generate(
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
+            max_new_tokens=max_tokens,
+            do_sample=False,
+            use_cache=True,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for number, ids_out in zip(part, out[:, longest:], strict=True):
+            texts[number] = tokenizer.decode(ids_out, skip_special_tokens=True)
+    return texts

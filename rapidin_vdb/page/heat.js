@@ -1,0 +1,90 @@
+"use strict";
+// Texts whose tokens carry numbers: shared by the page of a ranking and by the server's page.
+const Heat = (() => {
+  // Everything from a record goes through here, as text.
+  function make(tag, options = {}, ...children) {
+    const element = document.createElement(tag);
+    for (const [name, value] of Object.entries(options)) {
+      if (name === "class") element.className = value;
+      else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+      else if (value !== undefined && value !== null) element.setAttribute(name, value);
+    }
+    for (const child of children) if (child !== null && child !== undefined) element.append(child);
+    return element;
+  }
+  const show = (value) => (value === 0 ? "0" : Math.abs(value) >= 1e-3 && Math.abs(value) < 1e4 ? value.toFixed(4) : value.toExponential(2));
+  const sum = (values) => values.reduce((a, b) => a + b, 0);
+  const largest = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+
+  function paint(element, score, most) {
+    const share = most > 0 ? Math.min(1, Math.abs(score) / most) : 0;
+    element.classList.add("piece", score < 0 ? "negative" : "positive");
+    if (share < 0.1) element.classList.add("faint");
+    element.style.setProperty("--level", share.toFixed(4));
+  }
+
+  // A response: pieces of text with the tokens that they belong to, coloured by these tokens' scores.
+  // With `choose`, a piece can be pressed, and `chosen` says whether a token is.
+  function coloured(pieces, ends, scores, most, { choose, chosen } = {}) {
+    const block = make("div", { class: "text", dir: "auto" });
+    const add = (text, tokens, kind) => {
+      const score = sum(tokens.map((token) => scores[token]));
+      const piece = make("span", choose && tokens.length ? pressable(tokens, tokens.every((token) => chosen(token)), choose) : {}, text);
+      if (tokens.length && scores.length) {
+        paint(piece, score, most);
+        piece.title = tokens.map((token) => show(scores[token])).join(" + ") + (tokens.length > 1 ? " = " + show(score) : "");
+        piece.dataset.score = String(score);
+        piece.dataset.tokens = tokens.join(" ");
+      }
+      if (kind) piece.classList.add(kind);
+      block.append(piece);
+    };
+    for (const [text, tokens] of pieces) add(text, tokens, /^\s*\n/.test(text) ? "newline" : "");
+    for (const token of ends) add("", [token], "end");
+    return block;
+  }
+
+  // Not a button element: that would not break across lines as text does.
+  function pressable(tokens, pressed, press) {
+    const toggle = () => press(tokens, pressed);
+    return {
+      class: "piece choice", role: "button", tabindex: "0", "aria-pressed": String(pressed), "data-tokens": tokens.join(" "), onclick: toggle,
+      onkeydown: (event) => {
+        if (event.key !== "Enter" && event.key !== " ") return;
+        event.preventDefault();
+        toggle();
+      },
+    };
+  }
+
+  // Which pieces of a generation a query asked about, by the characters they stand at.
+  function focused(pieces, texts) {
+    const text = pieces.map(([piece]) => piece).join("");
+    const spans = [];
+    for (const focus of texts)
+      for (let at = text.indexOf(focus); focus && at >= 0; at = text.indexOf(focus, at + focus.length)) spans.push([at, at + focus.length]);
+    let start = 0;
+    return pieces.map(([piece]) => {
+      const from = start, to = (start += piece.length);
+      return spans.some(([first, last]) => first < to && from < last);
+    });
+  }
+
+  // A generation; where `press` is given its pieces can be pressed.
+  function generation(pieces, ends, texts, { press, chosen }) {
+    const block = make("div", { class: "text", dir: "auto", id: "generation" });
+    const asked = focused(pieces, texts);
+    const add = (text, tokens, kind) => {
+      if (!tokens.length || !press) return block.append(make("span", { class: kind }, text));
+      const options = pressable(tokens, tokens.every((token) => chosen.has(token)), press);
+      options.class += " " + kind;
+      if (kind === "end") options["aria-label"] = "end of text";
+      block.append(make("span", options, text));
+    };
+    pieces.forEach(([text, tokens], place) => add(text, tokens, (/^\s*\n/.test(text) ? "newline" : "") + (asked[place] ? " focused" : "")));
+    for (const token of ends) add("", [token], "end");
+    return block;
+  }
+
+  return { make, show, sum, largest, coloured, generation };
+})();

@@ -1,0 +1,151 @@
+"""What requests and answers look like, for the OpenAPI document and for checking what comes in."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from rapidin_vdb.question import Question
+from rapidin_vdb.records import Aggregate, Level, OnBadRecord, OnDuplicate
+from rapidin_vdb.results import StoredSample
+
+
+class _Shape(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Search(_Shape):
+    """The options of a query, as on the command line."""
+
+    top_k: int = Field(default=10, ge=1, le=1000, description="How many results.")
+    where: str | None = Field(default=None, max_length=10_000, description="SQL filter, applied before the search.")
+    harmful: bool = Field(default=False, description="The most negative first.")
+    both: bool = Field(default=False, description="Both ends.")
+    level: Level = Field(default="sample", description="What is ranked: samples, or single training tokens.")
+    focus: list[str] = Field(
+        default=[], max_length=100, description="Ask only about these texts of the generation (Eq. 7)."
+    )
+    tokens: bool = Field(default=False, description="Give every token of the results its exact influence (Eq. 6).")
+    matrix: bool = Field(default=False, description="The same on each token of the generation (Eq. 8).")
+    refine: int = Field(default=0, ge=0, le=1000, description="Rank so many of the first again, by exact influence.")
+    group_by: str | None = Field(default=None, max_length=200, description="Influence by the values of this column.")
+    aggregate: Aggregate = Field(default="sum", description="Whether groups are added up or averaged.")
+    histogram: int = Field(default=0, ge=0, le=1000, description="Count all scores in so many bins.")
+    index: str | None = Field(default=None, max_length=200, description="Which built index to use.")
+    as_of: int | None = Field(default=None, ge=1, le=2**62, description="Answer from an older version of the table.")
+
+    def question(self) -> Question:
+        """Return the options as a question.
+
+        Raises:
+            SpecError: options exclude one another.
+        """
+        values = {name: getattr(self, name) for name in Search.model_fields}
+        return Question(**values | {"focus": tuple(self.focus)})
+
+
+class QueryRequest(Search):
+    """A generation whose influences are wanted."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {
+                    "prompt": "Name a fruit.",
+                    "generation": "A comet.",
+                    "top_k": 5,
+                    "where": "split = 'train'",
+                    "tokens": True,
+                }
+            ]
+        },
+    )
+
+    prompt: str | None = Field(
+        default=None, max_length=200_000, description="What the model was asked, before the template."
+    )
+    generation: str = Field(min_length=1, max_length=200_000, description="What it said.")
+
+
+class GenerateRequest(_Shape):
+    """A prompt to be answered by the model."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"prompt": "Name a fruit.", "max_tokens": 40}]}
+    )
+
+    prompt: str = Field(min_length=1, max_length=200_000, description="What to ask, before the template.")
+    max_tokens: int = Field(default=128, ge=1, le=2048, description="Longest answer.")
+    temperature: float = Field(
+        default=0.0, ge=0.0, le=10.0, description="0 takes the most likely tokens; above, they are drawn."
+    )
+    seed: int = Field(default=0, ge=0, le=2**31 - 1, description="Of what is drawn.")
+
+
+class Generated(_Shape):
+    """What the model said, and how."""
+
+    prompt: str
+    generation: str
+    max_tokens: int
+    temperature: float
+    seed: int
+
+
+class IngestRequest(_Shape):
+    """Records to be added."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"records": [{"id": "new-1", "instruction": "Name a fruit.", "output": "A pear."}]}]
+        },
+    )
+
+    records: list[dict[str, Any]] = Field(min_length=1, max_length=100_000, description="As in a file of JSON lines.")
+    split: str | None = Field(default=None, max_length=200)
+    source: str | None = Field(default=None, max_length=200)
+    on_bad_record: OnBadRecord = "stop"
+    on_duplicate: OnDuplicate = "error"
+
+
+class ExportRequest(_Shape):
+    """Which samples to write out as training data."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"without": ["demo-0003"], "where": "split = 'train'"}]}
+    )
+
+    without: list[str] = Field(default=[], max_length=1_000_000, description="Ids of samples to leave out.")
+    where: str | None = Field(default=None, max_length=10_000, description="SQL filter over those to write.")
+
+
+class Page(_Shape):
+    """Some of the samples that match."""
+
+    samples: list[StoredSample]
+    total: int = Field(description="How many match.")
+    offset: int
+    limit: int
+
+
+class Column(_Shape):
+    """A column that a filter may use."""
+
+    name: str
+    type: str = Field(description="text, whole, number or truth")
+    values: list[str | int | float | bool] | None = Field(description="All of its values, where there are few.")
+
+
+class Detail(_Shape):
+    """Why there is no answer."""
+
+    detail: str
+
+
+class Health(_Shape):
+    """Whether the server is ready."""
+
+    status: str
+    samples: int
+    waiting: int

@@ -1,0 +1,372 @@
+"""The server's API: the command line's JSON, what it refuses, and how requests share one model."""
+
+import json
+import threading
+import time
+
+import pytest
+from conftest import toy_records, write_jsonl
+
+import rapidin_vdb
+from rapidin_vdb.errors import SpecError
+from rapidin_vdb.query import query_from
+from rapidin_vdb.question import Question
+
+pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient
+
+from rapidin_vdb.web import make_app, serve
+from rapidin_vdb.web.desk import BusyError, CancelledError, Desk, LateError
+
+ASKED = {"prompt": "Say 5", "generation": "blue 35", "top_k": 3}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, models, adapters):
+    folder = tmp_path_factory.mktemp("web")
+    made = rapidin_vdb.init(folder / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    made.ingest(write_jsonl(folder / "toy.jsonl", toy_records(24)))
+    made.load()
+    return made
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with TestClient(make_app(served), base_url="http://127.0.0.1:8000") as client:
+        yield client
+
+
+def same(one: dict, other: dict) -> None:
+    for values in (one, other):
+        values.pop("seconds")
+    assert one == json.loads(json.dumps(other))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"where": "stars > 1", "both": True, "group_by": "source", "aggregate": "mean"},
+        {"harmful": True, "focus": ["blue"]},
+        {"tokens": True, "matrix": True, "refine": 6},
+        {"histogram": 7},
+    ],
+)
+def test_a_query_is_answered_as_on_the_command_line(served, client, options):
+    answer = client.post("/api/query", json=ASKED | options)
+    assert answer.status_code == 200, answer.text
+    same(answer.json(), served.query(**ASKED, **options)[0].to_dict())
+
+
+def test_pieces_give_back_the_texts(client):
+    found = client.post("/api/query?pieces=true", json=ASKED | {"tokens": True, "matrix": True, "both": True}).json()
+    assert "".join(text for text, _ in found["pieces"]) == "blue 35"
+    for result in found["results"] + found["harmful"]:
+        assert "".join(text for text, _ in result["pieces"]) == result["response"]
+        numbers = [token for _, tokens in result["pieces"] for token in tokens] + result["ends"]
+        assert sorted(set(numbers)) == list(range(len(result["tokens"])))
+
+
+def test_a_histogram_counts_every_sample_once(served):
+    everything = served.query(**ASKED | {"top_k": 24})[0].results
+    for where, count in ((None, 24), ("stars > 1", 14), ("stars > 99", 0)):
+        found = served.query(**ASKED, histogram=6, where=where)[0].histogram
+        assert sum(found.counts) == count and len(found.edges) == 7
+        if where is None:
+            scores = [result.score for result in everything]
+            assert (found.edges[0], found.edges[-1]) == pytest.approx((min(scores), max(scores)), rel=1e-4)
+    with pytest.raises(SpecError, match="histogram is -1"):
+        served.query(**ASKED, histogram=-1)
+
+
+def test_browsing(served, client):
+    for sample_id in ("toy-003", "toy-010"):
+        assert client.get(f"/api/samples/{sample_id}").json() == json.loads(
+            json.dumps(served.show(sample_id).to_dict())
+        )
+    assert client.get("/api/samples/nobody").status_code == 404
+    seen = []
+    for offset in range(0, 30, 7):
+        page = client.get("/api/samples", params={"offset": offset, "limit": 7, "where": "stars != 2"}).json()
+        assert page["total"] == 19
+        seen += [sample["sample_id"] for sample in page["samples"]]
+    assert sorted(seen) == [f"toy-{number:03d}" for number in range(24) if number % 5 != 2]
+    columns = {column["name"]: column for column in client.get("/api/columns").json()}
+    assert (columns["stars"]["type"], columns["stars"]["values"]) == ("whole", [0, 1, 2, 3, 4])
+    assert (columns["source"]["type"], columns["source"]["values"]) == ("text", ["even", "odd"])
+    assert columns["response"]["values"] is None and "vector" not in columns
+    info = client.get("/api/info").json()
+    assert (info["samples"], info["writable"], info["path"]) == (24, False, "db")
+
+
+def test_the_nearest_samples_are_those_of_the_stored_vectors(served, client):
+    ranking = client.get("/api/nearest", params={"sample_id": "toy-004", "top_k": 5}).json()
+    assert ranking["results"][0]["sample_id"] == "toy-004"
+    vectors = {
+        key: vector.astype("float64")
+        for batch in served._table.snapshot().vectors()
+        for key, vector in zip(batch.keys, batch.vectors, strict=True)
+    }
+    wanted = sorted(vectors, key=lambda key: -float(vectors[key] @ vectors["toy-004"]))[:5]
+    assert [result["sample_id"] for result in ranking["results"]] == wanted
+    assert ranking["results"][1]["score"] == pytest.approx(vectors[wanted[1]] @ vectors["toy-004"])
+    assert client.get("/api/nearest", params={"sample_id": "nobody"}).status_code == 404
+
+
+def test_the_model_answers_the_same_with_the_same_seed(served, client):
+    def said(**options) -> str:
+        found = client.post("/api/generate", json={"prompt": "Say 5", "max_tokens": 12} | options).json()
+        assert (found["prompt"], found["max_tokens"]) == ("Say 5", 12)
+        return found["generation"]
+
+    assert said() == said() == served.generate("Say 5", max_tokens=12)
+    assert said(temperature=2.0, seed=1) == said(temperature=2.0, seed=1) != said(temperature=2.0, seed=2)
+    with pytest.raises(SpecError, match="the model knows 512 positions"):
+        served.generate("x" * 600)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        (ASKED | {"where": "nosuch = 1"}, 400, "No field named nosuch"),
+        (ASKED | {"where": "1 = 1; DROP"}, 400, "second statement"),
+        (ASKED | {"focus": ["nowhere"]}, 400, "is not in the generation"),
+        (ASKED | {"harmful": True, "both": True}, 400, "give one of"),
+        (ASKED | {"index": "none"}, 400, "no index none is built"),
+        (ASKED | {"generation": "\ud800"}, 422, "unicode string"),
+        (ASKED | {"top_k": 0}, 422, "greater than or equal to 1"),
+        (ASKED | {"topk": 3}, 422, "Extra inputs are not permitted"),
+        ({"prompt": "x"}, 422, "Field required"),
+    ],
+)
+def test_what_cannot_be_honoured_is_said(client, body, status, message):
+    answer = client.post("/api/query", content=json.dumps(body), headers={"content-type": "application/json"})
+    assert answer.status_code == status and message in answer.text
+    events = client.post(
+        "/api/query",
+        content=json.dumps(body),
+        headers={"content-type": "application/json", "accept": "text/event-stream"},
+    )
+    assert message in events.text
+
+
+def test_events_tell_of_progress_and_end_with_the_result(served, client):
+    answer = client.post("/api/query", json=ASKED | {"tokens": True}, headers={"accept": "text/event-stream"})
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    events = [event.split("\n") for event in answer.text.strip().split("\n\n")]
+    names = [name for name, _ in events]
+    assert set(names[:-1]) == {"event: progress"} and names[-1] == "event: result"
+    same(json.loads(events[-1][1].removeprefix("data: ")), served.query(**ASKED, tokens=True)[0].to_dict())
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"host": "evil.example:8000"}, 421),
+        ({"host": "127.0.0.1.evil.example"}, 421),
+        ({"host": ""}, 421),
+        ({"origin": "http://evil.example"}, 403),
+        ({"origin": "null"}, 403),
+        ({"origin": "http://127.0.0.1:9999"}, 403),
+        ({"sec-fetch-site": "cross-site"}, 403),
+        ({"content-type": "text/plain"}, 415),
+        ({"content-type": "application/x-www-form-urlencoded"}, 415),
+        ({"content-length": "99999999"}, 413),
+        ({"origin": "http://127.0.0.1:8000"}, 200),
+        ({"host": "localhost:8000", "origin": "http://localhost:8000"}, 200),
+    ],
+)
+def test_only_this_machines_own_page_is_answered(client, headers, status):
+    sent = {"content-type": "application/json"} | headers
+    assert client.post("/api/query", content=json.dumps(ASKED), headers=sent).status_code == status
+
+
+def test_every_answer_forbids_what_a_page_does_not_need(client):
+    for path in ("/", "/static/app.js", "/api/info", "/api/samples/nobody", "/nowhere"):
+        headers = client.get(path).headers
+        assert (
+            "script-src 'self'" in headers["content-security-policy"]
+            and "unsafe" not in headers["content-security-policy"]
+        )
+        assert headers["x-content-type-options"] == "nosniff" and headers["cache-control"] == "no-store"
+    page = client.get("/").text
+    assert (
+        "<script>" not in page
+        and " style=" not in page
+        and " onclick" not in page
+        and "http" not in page.replace("/api", "")
+    )
+
+
+def test_a_body_that_does_not_say_how_long_it_is_ends_too(served):
+    def parts():
+        for _ in range(200):
+            yield b" " * 1000
+
+    with TestClient(make_app(served, most_bytes=10_000), base_url="http://127.0.0.1") as client:
+        answer = client.post("/api/query", content=parts(), headers={"content-type": "application/json"})
+        assert answer.status_code == 413 and "larger than 10,000 bytes" in answer.text
+
+
+def test_with_a_token_nothing_is_told_without_it(served):
+    app = make_app(served, token="0123456789abcdef", hosts=frozenset({"*"}))
+    with TestClient(app, base_url="http://some.host") as client:
+        for path in ("/api/info", "/api/samples", "/api/openapi.json", "/metrics"):
+            assert client.get(path).status_code == 401
+            assert client.get(path, headers={"authorization": "Bearer 0123456789abcdeF"}).status_code == 401
+            assert client.get(path, headers={"authorization": "Bearer 0123456789abcdef"}).status_code == 200
+        assert client.get("/").status_code == 200, "the page holds nothing of the database; it asks for the token"
+    for options, message in (({"host": "0.0.0.0"}, "give --token SECRET"), ({"token": "short"}, "wanted 16 or more")):
+        with pytest.raises(SpecError, match=message):
+            serve(served, say=print, **options)
+
+
+def test_it_only_reads_unless_asked(tmp_path, served, models, adapters):
+    records = {"records": [{"id": "new-1", "instruction": "Say 99", "output": "red 693"}]}
+    made = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    made._engine = served._engine
+    with TestClient(make_app(made), base_url="http://127.0.0.1") as client:
+        answer = client.post("/api/ingest", json=records)
+        assert answer.status_code == 403 and "--writable" in answer.text and made.info().samples == 0
+    with TestClient(make_app(made, writable=True), base_url="http://127.0.0.1") as client:
+        assert client.post("/api/ingest", json=records).json()["added"] == 1
+        assert client.post("/api/ingest", json=records).json()["unchanged"] == 1
+        bad = client.post("/api/ingest", json={"records": [{"id": "new-2"}]})
+        assert bad.status_code == 400 and "records.jsonl, line 1" in bad.text
+        assert client.post("/api/query", json=ASKED).json()["results"][0]["sample_id"] == "new-1"
+        other = records | {"records": [records["records"][0] | {"output": "blue"}]}
+        assert "with other content" in client.post("/api/ingest", json=other).text
+    assert made.info().samples == 1
+
+
+def test_the_export_is_training_data_again(tmp_path, served, client, models, adapters):
+    answer = client.post("/api/export", json={"without": ["toy-003", "toy-004"], "where": "stars > 2"})
+    path = tmp_path / "cleaned.jsonl"
+    path.write_text(answer.text, "utf-8")
+    again = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    again._engine = served._engine
+    again.ingest(path)
+    wanted = [f"toy-{number:03d}" for number in range(24) if number % 5 > 2 and number not in (3, 4)]
+    assert sorted(again._table.snapshot().sample_ids()) == wanted
+    for name in wanted:
+        assert again.show(name) == served.show(name)
+    assert client.post("/api/export", json={"where": "nosuch"}).status_code == 400
+
+
+def test_counters_count(client):
+    before = client.get("/metrics").text
+    client.get("/health")
+    after = client.get("/metrics").text
+
+    def value(text: str) -> float:
+        lines = [
+            line
+            for line in text.splitlines()
+            if line.startswith('rapidin_requests_total{route="/health",status="200"}')
+        ]
+        return float(lines[0].split()[-1]) if lines else 0.0
+
+    assert value(after) == value(before) + 1
+    assert "rapidin_samples 24.0" in after and "rapidin_waiting 0.0" in after
+
+
+# How requests share the model.
+
+
+@pytest.fixture
+def slow(served):
+    """A desk whose work takes as long as the test says, and what was answered together."""
+    together: list[int] = []
+    desk = Desk(served, seconds=5.0, most_waiting=6, observe=lambda count, seconds: together.append(count))
+    yield desk, together
+    desk.close()
+
+
+def test_turns_are_taken_among_those_who_ask(slow):
+    desk, _ = slow
+    hold, done = threading.Event(), []
+    first = desk.do("greedy", lambda progress: hold.wait(5))
+    jobs = [desk.do("greedy", lambda progress, n=n: done.append(f"greedy {n}")) for n in range(4)]
+    jobs.append(desk.do("other", lambda progress: done.append("other")))
+    hold.set()
+    for job in [first, *jobs]:
+        job.future.result(5)
+    assert done.index("other") <= 1, done
+
+
+def test_searches_of_a_kind_are_one_piece_of_work(served, slow):
+    desk, together = slow
+    hold = threading.Event()
+    blocking = desk.do("x", lambda progress: hold.wait(5))
+    time.sleep(0.1)
+    question = Question(top_k=3)
+    texts = [("Say 5", "blue 35"), ("Say 7", "blue 49"), ("Say 2", "grün 14")]
+    jobs = [desk.search(f"c{n}", question, query_from(*text)) for n, text in enumerate(texts)]
+    other = desk.search("c9", Question(top_k=2), query_from("Say 1", "blue 7"))
+    hold.set()
+    blocking.future.result(5)
+    for job, text in zip(jobs, texts, strict=True):
+        assert job.future.result(30).results == served.query(*text, top_k=3)[0].results
+    assert len(other.future.result(30).results) == 2
+    assert sorted(together) == [1, 1, 3]
+
+
+def test_one_bad_search_does_not_spoil_the_others(served, slow):
+    desk, _ = slow
+    hold = threading.Event()
+    desk.do("x", lambda progress: hold.wait(5))
+    time.sleep(0.1)
+    question = Question(top_k=3, focus=("blue",))
+    good = desk.search("a", question, query_from("Say 5", "blue 35"))
+    bad = desk.search("b", question, query_from("Say 5", "red 35"))
+    hold.set()
+    assert good.future.result(30).results == served.query("Say 5", "blue 35", top_k=3, focus="blue")[0].results
+    with pytest.raises(SpecError, match="is not in the generation"):
+        bad.future.result(30)
+
+
+def test_what_nobody_waits_for_is_stopped(slow):
+    desk, _ = slow
+    begun, steps = threading.Event(), []
+
+    def long(progress):
+        begun.set()
+        for number in range(1000):
+            progress("long", number, 1000)
+            steps.append(number)
+            time.sleep(0.01)
+
+    job = desk.do("a", long)
+    begun.wait(5)
+    job.cancelled = True
+    with pytest.raises(CancelledError):
+        job.future.result(5)
+    assert len(steps) < 500
+    late = desk.do("a", long)
+    late.deadline = time.monotonic() + 0.05
+    with pytest.raises(LateError, match="--time-limit"):
+        late.future.result(5)
+
+
+def test_too_many_are_sent_away(slow):
+    desk, _ = slow
+    hold = threading.Event()
+    desk.do("a", lambda progress: hold.wait(5))
+    time.sleep(0.1)
+    jobs = [desk.do(f"c{n}", lambda progress, n=n: n) for n in range(6)]
+    with pytest.raises(BusyError, match="6 requests are waiting"):
+        desk.do("z", lambda progress: None)
+    hold.set()
+    for job in jobs:
+        job.future.result(5)
+
+
+def test_an_unknown_failure_does_not_close_the_desk(slow):
+    desk, _ = slow
+
+    def fails(progress):
+        raise ZeroDivisionError("nobody thought of this")
+
+    with pytest.raises(ZeroDivisionError):
+        desk.do("a", fails).future.result(5)
+    assert desk.do("a", lambda progress: 7).future.result(5) == 7
