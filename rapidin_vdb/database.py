@@ -271,6 +271,14 @@ class Database:
         snapshot = self._table.snapshot()
         return snapshot.page(where, offset=offset, limit=limit), snapshot.count(where)
 
+    def count(self, where: str | None = None) -> int:
+        """Return how many samples there are, or how many match a filter.
+
+        Raises:
+            FilterError: the filter cannot be understood.
+        """
+        return self._table.snapshot().count(where)
+
     def each_sample(self, *, where: str | None = None) -> Iterator[StoredSample]:
         """Yield the samples that match a filter, in the table's order, all of one committed version.
 

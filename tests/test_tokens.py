@@ -410,3 +410,13 @@ def test_batches_that_do_not_fit_are_halved(database, monkeypatch, caplog):
     assert max(largest) <= 3 and "does not fit the memory" in caplog.text
     for one, other in zip(whole.results, parts.results, strict=True):
         assert [t.score for t in one.tokens] == pytest.approx([t.score for t in other.tokens], rel=1e-4, abs=1e-6)
+
+
+def test_a_terminal_of_few_colours_tells_red_from_blue():
+    """Shades of both would be rounded to the same white there."""
+    from rapidin_vdb.cli.ranked import _style
+
+    assert [_style(score, 1.0, few=True) for score in (0.1, 0.2, -0.2, 0.5, -0.5, 0.9, -1.0)] == [
+        "", "red", "blue", "bold red", "bold blue", "bold white on red", "bold white on blue"
+    ]  # fmt: skip
+    assert _style(1.0, 1.0) != _style(-1.0, 1.0) and _style(0.5, 1.0) != _style(1.0, 1.0) and _style(0.0, 0.0) == ""

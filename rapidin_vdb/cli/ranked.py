@@ -72,19 +72,25 @@ def _token_lines(result: RankedSample, most: float) -> None:
     from rich.text import Text
 
     assert result.tokens is not None
-    text = Text()
+    text, console = Text(), Console(highlight=False, soft_wrap=False)
+    few = console.color_system not in ("256", "truecolor")
     for piece in pieces_of(result.response, [(token.start, token.end) for token in result.tokens]):
         score = sum(result.tokens[number].score for number in piece.tokens)
-        text.append(printable(piece.text, lines=True), style=_style(score, most) if piece.tokens else "")
-    console = Console(highlight=False, soft_wrap=False)
+        text.append(printable(piece.text, lines=True), style=_style(score, most, few=few) if piece.tokens else "")
     console.print(Padding(text, (0, 0, 0, 6)))
     strongest = sorted(result.tokens, key=lambda token: (-abs(token.score), token.start))[:_SHOWN]
     named = ", ".join(f"{cut(token.text, 16) or '(end)'} {token.score:+.3g}" for token in strongest)
     typer.echo(f"      strongest: {named}")
 
 
-def _style(score: float, most: float) -> str:
+def _style(score: float, most: float, *, few: bool = False) -> str:
+    """Return the style of a score: a shade of red or blue; on a terminal of few colours, where shades would be one, steps."""
     share = min(abs(score) / most, 1.0) if most else 0.0
+    if few:
+        name = "red" if score > 0 else "blue"
+        return (
+            "" if share < 0.15 else name if share < 0.4 else f"bold {name}" if share < 0.7 else f"bold white on {name}"
+        )
     if share < 0.05:
         return ""
     red, green, blue = (round(255 + share * (full - 255)) for full in _COLOURS[score > 0])

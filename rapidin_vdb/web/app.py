@@ -74,15 +74,12 @@ def make_app(
 
     With a `token`, nothing of the database is answered without it. `hosts` are the names under which it may be asked.
     """
-    lock = asyncio.Lock()
     held: dict[str, Any] = {}
 
     def desk() -> Desk:
         return held["desk"]
 
-    metrics = Metrics(
-        samples=lambda: database.info().samples, waiting=lambda: held["desk"].waiting if "desk" in held else 0
-    )
+    metrics = Metrics(samples=lambda: database.count(), waiting=lambda: held["desk"].waiting if "desk" in held else 0)
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
@@ -229,12 +226,11 @@ def make_app(
                 path.write_text("".join(json.dumps(record) + "\n" for record in asked.records), "utf-8")
                 return database.ingest(path, progress=progress, **options)
 
-        async with lock:
-            return await answered(
-                request,
-                lambda progress: desk().do(_client(request), work, progress=progress, patient=True),
-                dataclasses.asdict,
-            )
+        return await answered(
+            request,
+            lambda progress: desk().do(_client(request), work, progress=progress, patient=True),
+            dataclasses.asdict,
+        )
 
     @app.post(
         "/api/export", summary="Training data without some samples, as JSON lines",
@@ -252,7 +248,7 @@ def make_app(
 
     @app.get("/health", summary="Whether the server is ready")
     def health() -> shapes.Health:
-        return shapes.Health(status="ready", samples=database.info().samples, waiting=desk().waiting)
+        return shapes.Health(status="ready", samples=database.count(), waiting=desk().waiting)
 
     @app.get("/", include_in_schema=False)
     def page() -> Response:
