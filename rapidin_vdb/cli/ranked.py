@@ -84,7 +84,7 @@ def _token_lines(result: RankedSample, most: float) -> None:
 
 
 def _style(score: float, most: float, *, few: bool = False) -> str:
-    """Return the style of a score: a shade of red or blue; on a terminal of few colours, where shades would be one, steps."""
+    """Return the style of a score: a shade of red or blue; in steps where a terminal has few colours, and no shades."""
     share = min(abs(score) / most, 1.0) if most else 0.0
     if few:
         name = "red" if score > 0 else "blue"
