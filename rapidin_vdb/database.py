@@ -1,12 +1,12 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from rapidin_vdb.answering import answer, nearest, versions_for
 from rapidin_vdb.compute import Road, road_here, road_of_workers
 from rapidin_vdb.engine import Engine, load_engine
-from rapidin_vdb.errors import SampleNotFoundError, SpecError
+from rapidin_vdb.errors import SpecError
 from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.gradient import default_batch_tokens, resolve_devices
@@ -15,49 +15,31 @@ from rapidin_vdb.plan import Corpus, token_width_for
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from, read_queries
 from rapidin_vdb.question import Question
+from rapidin_vdb.reading import SampleReader
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
-from rapidin_vdb.records import (
-    Aggregate,
-    Fingerprint,
-    Level,
-    OnBadRecord,
-    OnDuplicate,
-    Sample,
-    Scalar,
-)
+from rapidin_vdb.records import Aggregate, Level, OnBadRecord, OnDuplicate, Sample
 from rapidin_vdb.results import (
     DatabaseInfo,
     IndexInfo,
     IngestEstimate,
     IngestReport,
     Ranking,
-    StoredSample,
     VerifyReport,
 )
 from rapidin_vdb.store import SampleTable, TableVersion
 from rapidin_vdb.verification import verify
 
 
-class Database:
+class Database(SampleReader):
     """A database of RapidGrads. Make one with `rapidin_vdb.init`, open one with `rapidin_vdb.open`."""
 
     def __init__(self, table: SampleTable, *, engine: Engine | None = None) -> None:
-        self._table = table
+        super().__init__(table)
         self._engine = engine
         self._indexes: dict[Level, IndexKeeper] = {
             "sample": IndexKeeper(Path(table.uri) / "indexes"),
             "token": IndexKeeper(Path(table.uri) / "token_indexes"),
         }
-
-    @property
-    def path(self) -> str:
-        """Where the database is."""
-        return self._table.uri
-
-    @property
-    def fingerprint(self) -> Fingerprint:
-        """What its vectors were made with."""
-        return self._table.fingerprint
 
     def load(self, *, model: str | None = None, adapter: str | None = None, device: str = "auto") -> None:
         """Load the model now; `model` and `adapter` say where they are, if they have moved since `init`.
@@ -247,56 +229,6 @@ class Database:
         """
         snapshot, _ = versions_for(self._table, question)
         return nearest(question, sample_id, snapshot=snapshot, keeper=self._indexes["sample"], progress=progress)
-
-    def show(self, sample_id: str) -> StoredSample:
-        """Return a sample as it is stored, without its vector.
-
-        Raises:
-            TableError: there is none of that id.
-        """
-        found = self._table.snapshot().samples([sample_id])
-        if sample_id not in found:
-            raise SampleNotFoundError(f"no sample {sample_id!r} in {self.path}")
-        return found[sample_id]
-
-    def samples(self, *, where: str | None = None, offset: int = 0, limit: int = 50) -> tuple[list[StoredSample], int]:
-        """Return some of the samples that match a filter, in the table's order, and how many match.
-
-        Raises:
-            FilterError: the filter cannot be understood.
-            SpecError: `offset` or `limit` is negative.
-        """
-        if offset < 0 or limit < 0:
-            raise SpecError(f"offset is {offset} and limit {limit}; wanted 0 or more")
-        snapshot = self._table.snapshot()
-        return snapshot.page(where, offset=offset, limit=limit), snapshot.count(where)
-
-    def count(self, where: str | None = None) -> int:
-        """Return how many samples there are, or how many match a filter.
-
-        Raises:
-            FilterError: the filter cannot be understood.
-        """
-        return self._table.snapshot().count(where)
-
-    def each_sample(self, *, where: str | None = None) -> Iterator[StoredSample]:
-        """Yield the samples that match a filter, in the table's order, all of one committed version.
-
-        Raises:
-            FilterError: the filter cannot be understood.
-        """
-        snapshot, size, offset = self._table.snapshot(), 1000, 0
-        while page := snapshot.page(where, offset=offset, limit=size):
-            yield from page
-            offset += size
-
-    def values_of(self, column: str, *, most: int = 100) -> list[Scalar] | None:
-        """Return the different values of a column, sorted; None where there are more than `most`.
-
-        Raises:
-            FilterError: there is no such column.
-        """
-        return self._table.snapshot().values_of(column, most=most)
 
     def generate(self, prompt: str, *, max_tokens: int = 128, temperature: float = 0.0, seed: int = 0) -> str:
         """Return what the model says to a prompt, in the database's template; most likely, or drawn at a temperature.

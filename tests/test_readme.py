@@ -2,8 +2,10 @@
 
 import os
 import re
+import signal
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -46,9 +48,23 @@ def test_the_tour_runs(tmp_path):
     environment = os.environ | {"PATH": f"{program}{os.pathsep}{os.environ['PATH']}"}
 
     def run(command: str) -> str:
+        if " serve " in command:
+            return visited(command)
         done = subprocess.run(command, shell=True, cwd=tmp_path, env=environment, capture_output=True, text=True)
         assert done.returncode == 0, f"{command}\n{done.stderr}"
         return done.stdout
+
+    def visited(command: str) -> str:
+        """A server answers until it is interrupted."""
+        command = re.sub(r"--port \d+", "--port 0", command)
+        server = subprocess.Popen(command.split(), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
+        address = server.stderr.readline().split(" on ")[1].split()[0]
+        with urllib.request.urlopen(address + "/health", timeout=60) as answer:
+            assert b'"status":"ready"' in answer.read()
+        server.send_signal(signal.SIGINT)
+        assert server.wait(60) in (0, 130) and "Traceback" not in server.stderr.read()
+        server.stderr.close()
+        return ""
 
     run("rapidin-vdb demo --dir demo")
     outputs = [run(command) for command in commands()]

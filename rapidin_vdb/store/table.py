@@ -5,17 +5,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
-import lancedb
 import pyarrow as pa
 from filelock import FileLock
 from lancedb.index import Bitmap, BTree
 
-from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError, without_secrets
+from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
 from rapidin_vdb.records import Fingerprint
 from rapidin_vdb.store.filters import checked_filter, ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint, write_fingerprint
+from rapidin_vdb.store.place import connect, local_place
 from rapidin_vdb.store.rows import (
     OWN_NAMES,
     ColumnKind,
@@ -49,7 +48,7 @@ class SampleTable:
                 f"no database at {uri}; make one with: rapidin-vdb init {uri} --model NAME_OR_PATH"
             )
         with told(f"the database at {uri} cannot be opened"):
-            self._connection = _connect(uri)
+            self._connection = connect(uri)
             self._table = self._connection.open_table(SAMPLES)
             metadata = self._table.schema.metadata
         self.fingerprint = read_fingerprint(metadata, place=uri)
@@ -87,7 +86,7 @@ class SampleTable:
         shutil.rmtree(Path(uri, f"{SAMPLES}.lance"), ignore_errors=True)
         try:
             # Stable row ids let an index see exactly what changed since its version.
-            _connect(uri).create_table(
+            connect(uri).create_table(
                 SAMPLES, schema=schema, storage_options={"new_table_enable_stable_row_ids": "true"}
             )
         except (ValueError, OSError, RuntimeError) as error:
@@ -281,25 +280,6 @@ class SampleTable:
             alive = self.snapshot().content_hashes()
             stale = {name for name, content in tokens.content_hashes() if alive.get(name) != content}
             self.tokens.delete_of(sorted(stale), but=[alive[name] for name in stale if name in alive])
-
-
-def local_place(uri: str) -> str:
-    """Return the folder that a path or a `file://` URI names.
-
-    Raises:
-        TableError: it is on an object store.
-    """
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return uri
-    if scheme == "file":
-        return rest
-    raise TableError(f"{without_secrets(uri)}: databases on {scheme}:// are not supported yet; give a folder")
-
-
-def _connect(uri: str) -> Any:
-    # An interval of zero: every look at a table is a look at its newest commit.
-    return lancedb.connect(uri, read_consistency_interval=timedelta(0))
 
 
 def _holds(column: ColumnKind | None, kind: ColumnKind) -> bool:

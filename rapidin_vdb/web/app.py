@@ -12,19 +12,20 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
 import rapidin_vdb
 from rapidin_vdb.database import Database
-from rapidin_vdb.errors import RapidInError, SampleNotFoundError
+from rapidin_vdb.errors import RapidInError
 from rapidin_vdb.page import heat_script, page_style, with_pieces
 from rapidin_vdb.progress import Progress
 from rapidin_vdb.query import query_from
 from rapidin_vdb.records import Scalar
 from rapidin_vdb.results import IngestReport, Ranking, StoredSample
 from rapidin_vdb.web import shapes
-from rapidin_vdb.web.desk import BusyError, CancelledError, Desk, DeskError, Job, LateError
+from rapidin_vdb.web.answers import Json, answered, client_of, status_of
+from rapidin_vdb.web.desk import BusyError, Desk, DeskError
 from rapidin_vdb.web.guard import LOOPBACK, Guard
 from rapidin_vdb.web.metrics import Metrics
 
@@ -39,14 +40,6 @@ _EVENTS = {
 
 
 _JSON_LINES = {"application/x-ndjson": {"schema": {"type": "string"}}}
-
-
-class Json(JSONResponse):
-    """JSON in ASCII: a lone surrogate in a record must not break an answer."""
-
-    def render(self, content: Any) -> bytes:
-        """Return the bytes."""
-        return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
 _Responses = dict[int | str, dict[str, Any]]
@@ -108,7 +101,7 @@ def make_app(
 
     @app.exception_handler(RapidInError)
     async def refused(request: Request, error: RapidInError) -> Response:
-        return Json({"detail": str(error)}, status_code=_status(error))
+        return Json({"detail": str(error)}, status_code=status_of(error))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
@@ -119,18 +112,7 @@ def make_app(
     @app.exception_handler(DeskError)
     async def not_done(request: Request, error: DeskError) -> Response:
         headers = {"retry-after": "1"} if isinstance(error, BusyError) else None
-        return Json({"detail": str(error)}, status_code=_status(error), headers=headers)
-
-    async def answered(request: Request, submit: Callable[[Progress], Job], shape: Callable[[Any], Any]) -> Response:
-        """Answer with JSON, or, where that is asked for, with events: progress, then result or error."""
-        if "text/event-stream" in request.headers.get("accept", ""):
-            return StreamingResponse(_events(submit, shape), media_type="text/event-stream")
-        job = submit(rapidin_vdb.progress.silent)
-        future = asyncio.wrap_future(job.future)
-        while not (await asyncio.wait({future}, timeout=0.25))[0]:
-            if await request.is_disconnected():
-                job.cancelled = True
-        return Json(shape(future.result()))
+        return Json({"detail": str(error)}, status_code=status_of(error), headers=headers)
 
     @app.post(
         "/api/query", summary="Rank the samples by their influence on a generation", response_model=None,
@@ -143,7 +125,7 @@ def make_app(
         sample, question = query_from(asked.prompt, asked.generation), asked.question()
         return await answered(
             request,
-            lambda progress: desk().search(_client(request), question, sample, progress=progress),
+            lambda progress: desk().search(client_of(request), question, sample, progress=progress),
             with_pieces if pieces else Ranking.to_dict,
         )
 
@@ -160,7 +142,7 @@ def make_app(
 
         return await answered(
             request,
-            lambda progress: desk().do(_client(request), work, progress=progress),
+            lambda progress: desk().do(client_of(request), work, progress=progress),
             lambda text: {"prompt": asked.prompt, "generation": text} | options,
         )
 
@@ -176,7 +158,9 @@ def make_app(
         return await answered(
             request,
             lambda progress: desk().do(
-                _client(request), lambda heard: database.nearest(sample_id, question, progress=heard), progress=progress
+                client_of(request),
+                lambda heard: database.nearest(sample_id, question, progress=heard),
+                progress=progress,
             ),
             Ranking.to_dict,
         )
@@ -228,7 +212,7 @@ def make_app(
 
         return await answered(
             request,
-            lambda progress: desk().do(_client(request), work, progress=progress, patient=True),
+            lambda progress: desk().do(client_of(request), work, progress=progress, patient=True),
             dataclasses.asdict,
         )
 
@@ -265,47 +249,6 @@ def make_app(
     app.mount("/static", StaticFiles(directory=_STATIC), name="static")
     app.add_middleware(Guard, hosts=hosts, token=token, most_bytes=most_bytes)
     return app
-
-
-def _status(error: Exception) -> int:
-    known = {BusyError: 503, LateError: 504, CancelledError: 499, SampleNotFoundError: 404}
-    return next((status for kind, status in known.items() if isinstance(error, kind)), 400)
-
-
-def _client(request: Request) -> str:
-    """Return who asks: a page says so itself, and everybody else is known by the connection."""
-    given = request.headers.get("x-client", "")[:64]
-    return given or (f"{request.client.host}:{request.client.port}" if request.client else "somebody")
-
-
-async def _events(submit: Callable[[Progress], Job], shape: Callable[[Any], Any]) -> AsyncIterator[str]:
-    loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]]()
-
-    def progress(stage: str, done: int, total: int) -> None:
-        loop.call_soon_threadsafe(heard.put_nowait, ("progress", {"stage": stage, "done": done, "total": total}))
-
-    try:
-        job = submit(progress)
-    except DeskError as error:
-        yield _event("error", {"detail": str(error), "status": _status(error)})
-        return
-    job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(heard.put_nowait, ("end", None)))
-    try:
-        while True:
-            name, value = await heard.get()
-            if name == "end":
-                break
-            yield _event(name, value)
-        try:
-            yield _event("result", shape(job.future.result()))
-        except (RapidInError, DeskError) as error:
-            yield _event("error", {"detail": str(error), "status": _status(error)})
-    finally:
-        job.cancelled = True  # of no effect where it is done; else whoever asked has gone
-
-
-def _event(name: str, value: Any) -> str:
-    return f"event: {name}\ndata: {json.dumps(value, ensure_ascii=True, allow_nan=False)}\n\n"
 
 
 def _column(database: Database, text: str) -> dict[str, Any]:

@@ -1,0 +1,36 @@
+"""The command `serve`."""
+
+from typing import Annotated
+
+import typer
+
+from rapidin_vdb.errors import SpecError
+
+
+def serve(
+    db: Annotated[str, typer.Argument(metavar="DB", help="Folder of the database.")],
+    host: Annotated[
+        str, typer.Option(help="Address to answer on; another than this machine needs --token.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to answer on; 0 takes a free one.")] = 8000,
+    writable: Annotated[bool, typer.Option("--writable", help="Let records be added over HTTP.")] = False,
+    token: Annotated[
+        str | None,
+        typer.Option(envvar="RAPIDIN_TOKEN", help="Secret that every request must carry, of 16 characters or more."),
+    ] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.")] = 300.0,
+) -> None:
+    """Answer on HTTP: a page to look at, and a JSON API; needs the extra [web].
+
+    Example: rapidin-vdb serve db --port 8000
+    """
+    import rapidin_vdb
+
+    try:
+        from rapidin_vdb.web import serve as answer
+    except ModuleNotFoundError as error:
+        raise SpecError(f"serve needs the extra [web]: pip install 'rapidin-vdb[web]' ({error})") from error
+    answer(
+        rapidin_vdb.open(db), host=host, port=port, writable=writable, token=token, time_limit=time_limit,
+        say=lambda text: typer.echo(text, err=True),
+    )  # fmt: skip

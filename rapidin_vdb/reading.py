@@ -1,0 +1,75 @@
+"""The samples of a database, for reading: what needs neither a model nor an index."""
+
+from collections.abc import Iterator
+
+from rapidin_vdb.errors import SampleNotFoundError, SpecError
+from rapidin_vdb.records import Fingerprint, Scalar
+from rapidin_vdb.results import StoredSample
+from rapidin_vdb.store import SampleTable
+
+
+class SampleReader:
+    """Shows, counts and pages through samples."""
+
+    def __init__(self, table: SampleTable) -> None:
+        self._table = table
+
+    @property
+    def path(self) -> str:
+        """Where the database is."""
+        return self._table.uri
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        """What its vectors were made with."""
+        return self._table.fingerprint
+
+    def show(self, sample_id: str) -> StoredSample:
+        """Return a sample as it is stored, without its vector.
+
+        Raises:
+            TableError: there is none of that id.
+        """
+        found = self._table.snapshot().samples([sample_id])
+        if sample_id not in found:
+            raise SampleNotFoundError(f"no sample {sample_id!r} in {self.path}")
+        return found[sample_id]
+
+    def samples(self, *, where: str | None = None, offset: int = 0, limit: int = 50) -> tuple[list[StoredSample], int]:
+        """Return some of the samples that match a filter, in the table's order, and how many match.
+
+        Raises:
+            FilterError: the filter cannot be understood.
+            SpecError: `offset` or `limit` is negative.
+        """
+        if offset < 0 or limit < 0:
+            raise SpecError(f"offset is {offset} and limit {limit}; wanted 0 or more")
+        snapshot = self._table.snapshot()
+        return snapshot.page(where, offset=offset, limit=limit), snapshot.count(where)
+
+    def count(self, where: str | None = None) -> int:
+        """Return how many samples there are, or how many match a filter.
+
+        Raises:
+            FilterError: the filter cannot be understood.
+        """
+        return self._table.snapshot().count(where)
+
+    def each_sample(self, *, where: str | None = None) -> Iterator[StoredSample]:
+        """Yield the samples that match a filter, in the table's order, all of one committed version.
+
+        Raises:
+            FilterError: the filter cannot be understood.
+        """
+        snapshot, size, offset = self._table.snapshot(), 1000, 0
+        while page := snapshot.page(where, offset=offset, limit=size):
+            yield from page
+            offset += size
+
+    def values_of(self, column: str, *, most: int = 100) -> list[Scalar] | None:
+        """Return the different values of a column, sorted; None where there are more than `most`.
+
+        Raises:
+            FilterError: there is no such column.
+        """
+        return self._table.snapshot().values_of(column, most=most)
