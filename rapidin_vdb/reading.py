@@ -45,7 +45,10 @@ class SampleReader:
         if offset < 0 or limit < 0:
             raise SpecError(f"offset is {offset} and limit {limit}; wanted 0 or more")
         snapshot = self._table.snapshot()
-        return snapshot.page(where, offset=offset, limit=limit), snapshot.count(where)
+        total = snapshot.count(where)
+        # Lance takes no number beyond 32 bits.
+        page = snapshot.page(where, offset=offset, limit=min(limit, total)) if offset < total else []
+        return page, total
 
     def count(self, where: str | None = None) -> int:
         """Return how many samples there are, or how many match a filter.

@@ -90,6 +90,8 @@ def test_browsing(served, client):
         page = client.get("/api/samples", params={"offset": offset, "limit": 7, "where": "stars != 2"}).json()
         assert page["total"] == 19
         seen += [sample["sample_id"] for sample in page["samples"]]
+    assert client.get("/api/samples", params={"offset": 2**40, "limit": 7}).json()["samples"] == []
+    assert served.samples(limit=2**70)[1] == len(served.samples(limit=2**70)[0]) == 24
     assert sorted(seen) == [f"toy-{number:03d}" for number in range(24) if number % 5 != 2]
     columns = {column["name"]: column for column in client.get("/api/columns").json()}
     assert (columns["stars"]["type"], columns["stars"]["values"]) == ("whole", [0, 1, 2, 3, 4])
@@ -121,6 +123,10 @@ def test_the_model_answers_the_same_with_the_same_seed(served, client):
 
     assert said() == said() == served.generate("Say 5", max_tokens=12)
     assert said(temperature=2.0, seed=1) == said(temperature=2.0, seed=1) != said(temperature=2.0, seed=2)
+    assert said(temperature=0.01) == said()
+    for temperature in (1e-300, -1.0, 11.0, float("nan")):
+        with pytest.raises(SpecError, match="wanted 0 .most likely., or 0.01 to 10"):
+            served.generate("Say 5", temperature=temperature)
     with pytest.raises(SpecError, match="the model knows 512 positions"):
         served.generate("x" * 600)
 

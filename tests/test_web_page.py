@@ -193,7 +193,11 @@ def test_two_generations_side_by_side(visit):
     columns = page.locator(".columns > div")
     assert columns.count() == 2
     assert columns.nth(0).locator("article").first.get_attribute("data-sample") == "toy-005"
-    assert columns.nth(1).locator("article").first.get_attribute("data-sample") == "toy-007"
+    assert [columns.nth(n).locator("section .text").nth(1).text_content() for n in (0, 1)] == ["blue 35", "blue 49"]
+    names = [
+        columns.nth(n).locator("article").evaluate_all("all => all.map((one) => one.dataset.sample)") for n in (0, 1)
+    ]
+    assert names[0] != names[1] and len(names[0]) == len(names[1]) == 2
 
 
 def test_the_model_answers(visit):

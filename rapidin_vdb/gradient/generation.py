@@ -18,8 +18,9 @@ def generate_one(loaded: LoadedModel, prompt: str, *, max_tokens: int, temperatu
     """
     if not 1 <= max_tokens <= 4096:
         raise SpecError(f"max_tokens is {max_tokens}; wanted 1 to 4096")
-    if not 0 <= temperature <= 10:
-        raise SpecError(f"temperature is {temperature}; wanted 0 (most likely) to 10")
+    # Below, logits divided by it overflow.
+    if temperature != 0 and not 0.01 <= temperature <= 10:
+        raise SpecError(f"temperature is {temperature}; wanted 0 (most likely), or 0.01 to 10")
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
     room = getattr(model.config, "max_position_embeddings", None)

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 from fastapi import FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import Response, StreamingResponse
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from fastapi.staticfiles import StaticFiles
 
 import rapidin_vdb
@@ -226,7 +226,13 @@ def make_app(
             database.samples(where=asked.where, limit=0)  # so that a bad filter is said before anything is sent
         return StreamingResponse(_lines(database, asked), media_type="application/x-ndjson")
 
-    @app.get("/metrics", summary="Counters, in Prometheus' text format", response_model=None, responses=_refusals())
+    @app.get(
+        "/metrics",
+        summary="Counters, in Prometheus' text format",
+        response_model=None,
+        response_class=PlainTextResponse,
+        responses=_refusals(),
+    )
     def measured() -> Response:
         return Response(metrics.text(), media_type=Metrics.TYPE)
 
