@@ -9,13 +9,10 @@ from common import RESULTS, machine
 from report import DOCS, table
 
 
-def main() -> None:
-    """Write the page."""
-    found = [json.loads(line) for line in (RESULTS / "faults.jsonl").read_text("utf-8").splitlines()]
-    here = machine()
-    rows = [[entry["fault"], entry["how"], f"{entry['tried']:,}", entry["outcome"]] for entry in found]
-    cases = sum(entry["tried"] for entry in found if "hypothesis" in entry["how"])
-    kills = sum(entry["tried"] for entry in found if entry["fault"].endswith("is killed"))
+def _load() -> str:
+    """Return the section on many rows; nothing before scripts/bench load was run."""
+    if not (RESULTS / "load.json").exists():
+        return ""
     load = json.loads((RESULTS / "load.json").read_text("utf-8"))
     steps = [name for name in load["entries"][0]["steps"] if name != "start"]
     loads = table(
@@ -32,6 +29,24 @@ def main() -> None:
         ]
         + [["on disk", *[f"{entry['bytes'] / 2**20:,.0f} MiB" for entry in load["entries"]]]],
     )
+    return f"""
+## A million rows
+
+Written from `{load["command"]}` at commit {load["machine"]["commit"]} on {load["machine"]["date"]}: {load["machine"]["processor"]},
+{load["machine"]["threads"]} threads. RapidGrads of width {load["width"]} drawn at random, everything else the product's own; each command in a
+process of its own, with its peak of memory ("start" only opens the database and loads the model). "again" is the same ingest a second time.
+
+{loads}
+"""
+
+
+def main() -> None:
+    """Write the page."""
+    found = [json.loads(line) for line in (RESULTS / "faults.jsonl").read_text("utf-8").splitlines()]
+    here = machine()
+    rows = [[entry["fault"], entry["how"], f"{entry['tried']:,}", entry["outcome"]] for entry in found]
+    cases = sum(entry["tried"] for entry in found if "hypothesis" in entry["how"])
+    kills = sum(entry["tried"] for entry in found if entry["fault"].endswith("is killed"))
     (DOCS / "faults.md").write_text(
         f"""# What goes wrong, and what happens then
 
@@ -46,15 +61,7 @@ The same command on the same machine with as many threads gives the same RapidGr
 (`--batch-tokens`, more workers, less memory) or with other numbers of threads sums are rounded otherwise: RapidGrads then differ by less than
 2 parts in 1,000 of their largest entry, the rounding of the half precision in which they are stored, scores by less than 1 in 10,000.
 `tests/test_numbers.py` holds both bounds. On GPUs, where atomic additions come in any order, nothing was measured.
-
-## A million rows
-
-Written from `{load["command"]}` at commit {load["machine"]["commit"]} on {load["machine"]["date"]}: {load["machine"]["processor"]},
-{load["machine"]["threads"]} threads. RapidGrads of width {load["width"]} drawn at random, everything else the product's own; each command in a
-process of its own, with its peak of memory ("start" only opens the database and loads the model). "again" is the same ingest a second time.
-
-{loads}
-""",
+{_load()}""",
         "utf-8",
     )
 
