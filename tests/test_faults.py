@@ -45,7 +45,7 @@ def commands(tmp_path, models, adapters):
 
     def of(path) -> dict[str, list]:
         return {
-            "init": ["init", path, "--model", models["llama"], "--adapter", adapters["llama"], "--width", 1024],
+            "init": ["init", path, "--model", models["llama"], "--adapter", adapters["llama"], "--width", 256],
             "ingest": ["ingest", path, corpus, "--token-gradients", "--token-width", 16, "--batch-tokens", 300],
             "index": ["index", path],
             "delete": ["delete", path, "--ids", ids],
@@ -62,6 +62,7 @@ def free_of(folder: Path) -> int:
 
 
 @pytest.mark.slow
+@pytest.mark.skip(reason="written, but never run to its end: what it finds is not known")
 def test_a_full_disk(context, tmp_path, disk, commands, tally):
     """Every command with room for a part of what it writes: it says so, and with more room the same command ends."""
     folder = disk("size=64m")
@@ -205,6 +206,7 @@ def test_folders_without_permission(database, tmp_path, tally):
 
 
 @pytest.mark.slow
+@pytest.mark.skip(reason="written, but never run to its end: what it finds is not known")
 def test_too_few_file_handles(context, tmp_path, commands, tally):
     """From too few to open anything up to enough: an answer or an error, and a sound table."""
     wanted, before, refused = {}, None, 0

@@ -51,7 +51,7 @@ def test_two_ingests(context, tmp_path, empty, tally):
         path = empty(f"db{attempt}").path
         both(context, ["ingest", path, first, *options], ["ingest", path, second, *options], apart=apart)
         check(path)
-        assert sorted(content(path)) == sorted(wanted)
+        assert set(content(path)) == set(wanted)
     tally(
         "two ingests at once",
         "of files that overlap, begun 0 to 0.6 s apart, with single tokens",

@@ -43,7 +43,9 @@ class SampleTable:
         """
         uri = local_place(uri)
         self.uri = uri
-        if not is_made(Path(uri, f"{SAMPLES}.lance")):
+        with told(f"the database at {uri} cannot be opened"):
+            there = is_made(Path(uri, f"{SAMPLES}.lance"))
+        if not there:
             raise TableNotFoundError(
                 f"no database at {uri}; make one with: rapidin-vdb init {uri} --model NAME_OR_PATH"
             )
@@ -272,6 +274,12 @@ class SampleTable:
                 lance.dataset(str(place)).cleanup_old_versions(
                     older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False
                 )
+                # Lance passes over files that it may not delete.
+                if len(left := lance.dataset(str(place)).versions()) > 1:
+                    raise TableError(
+                        f"{len(left) - 1} older versions of the table {name} of {self.uri} could not be deleted: "
+                        "permission denied, or others are writing; see to it, and run the purge again"
+                    )
 
     def _sweep(self) -> None:
         """Delete the tokens of samples that are not there, or not any more; called while committing."""
