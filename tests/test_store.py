@@ -2,6 +2,8 @@
 
 import dataclasses
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -322,3 +324,37 @@ def test_a_moved_model_may_meet():
     check_fingerprint(
         FINGERPRINT, dataclasses.replace(FINGERPRINT, model="elsewhere", versions={"torch": "3"}), place="db"
     )
+
+
+CHAINS = {
+    "sums": ("stars = 1", " + 1"), "signs": ("stars = ", "- "), "comparisons": ("stars", " = stars"), "casts": ("stars = 1", "::int"),
+    "texts": ("sample_id = 'a'", " || 'a'"), "nulls": ("stars", " IS NULL"), "lists": ("stars", " IN (1)"),
+    "ranges": ("stars", " BETWEEN 1 AND 2"), "patterns": ("sample_id", " LIKE 'x'"), "negations": ("", "NOT "),
+}  # fmt: skip
+ENDS = {"signs": "1", "negations": "ok"}
+ASK = """
+import sys
+from rapidin_vdb.errors import FilterError
+from rapidin_vdb.store import SampleTable
+try:
+    SampleTable(sys.argv[1]).snapshot().count(sys.argv[2])
+except FilterError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("kind", CHAINS)
+def test_an_expression_too_deep_for_lance_does_not_end_the_process(table, kind):
+    """In a process of its own: beyond some thousand operators Lance's recursion ends it with a signal."""
+    first, further = CHAINS[kind]
+    for count, refused in ((290, False), (1100, True)):
+        where = first + count * further + ENDS.get(kind, "")
+        done = subprocess.run([sys.executable, "-c", ASK, table.uri, where], capture_output=True, text=True)
+        assert done.returncode == 0, (kind, count, done.returncode, done.stderr[-300:])
+        assert ("operators" in done.stdout) == refused, done.stdout
+    longest = "stars" + " = stars" * 700 + " + 1" * 300
+    assert subprocess.run([sys.executable, "-c", ASK, table.uri, longest], capture_output=True).returncode == 0
+
+
+def test_many_alternatives_are_no_deep_expression(table):
+    assert table.snapshot().count(" OR ".join(f"sample_id = '{name}'" for name in [*"ab", *map(str, range(900))])) == 2
