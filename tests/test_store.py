@@ -358,3 +358,19 @@ def test_an_expression_too_deep_for_lance_does_not_end_the_process(table, kind):
 
 def test_many_alternatives_are_no_deep_expression(table):
     assert table.snapshot().count(" OR ".join(f"sample_id = '{name}'" for name in [*"ab", *map(str, range(900))])) == 2
+
+
+def test_a_database_that_somebody_else_made_meanwhile_is_not_removed(table, monkeypatch):
+    """Two inits of one place: both found it free, and the other was faster."""
+    real, looks = SampleTable.check_free, []
+
+    def check_free(uri):
+        looks.append(uri)
+        if len(looks) > 1:
+            real(uri)
+
+    monkeypatch.setattr(SampleTable, "check_free", staticmethod(check_free))
+    before = sorted(table.snapshot().sample_ids())
+    with pytest.raises(TableExistsError, match="a database is already at"):
+        SampleTable.create(table.uri, FINGERPRINT)
+    assert sorted(SampleTable(table.uri).snapshot().sample_ids()) == before != []

@@ -26,9 +26,10 @@ from rapidin_vdb.store.rows import (
 )
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
 from rapidin_vdb.store.tokens import TOKENS, TokenTable
-from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, first_line, is_made, told
+from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, is_made, told
 
 _WIDENED = "_widened_"
+_LOCK = ".commit.lock"
 
 
 class SampleTable:
@@ -55,7 +56,7 @@ class SampleTable:
             metadata = self._table.schema.metadata
         self.fingerprint = read_fingerprint(metadata, place=uri)
         # Held for the moment of a commit only; the system lets go of it when a process dies.
-        self._lock = FileLock(Path(uri, ".commit.lock"))
+        self._lock = FileLock(Path(uri, _LOCK))
         self.tokens = TokenTable(self._connection, uri, self.fingerprint, self.committing)
         """The RapidGrads of single tokens."""
 
@@ -70,7 +71,8 @@ class SampleTable:
         if is_made(Path(uri, f"{SAMPLES}.lance")):
             raise TableExistsError(f"a database is already at {uri}; add to it with: rapidin-vdb ingest {uri} FILE")
         # What an init that died has begun may be begun again.
-        others = [path for path in Path(uri).iterdir() if path.name != f"{SAMPLES}.lance"] if Path(uri).is_dir() else []
+        begun = {f"{SAMPLES}.lance", _LOCK}
+        others = {path.name for path in Path(uri).iterdir()} - begun if Path(uri).is_dir() else set()
         if Path(uri).is_file() or others:
             raise TableExistsError(f"{uri} is not empty, and what it holds is no database; give a new folder")
 
@@ -85,14 +87,16 @@ class SampleTable:
         SampleTable.check_free(uri)
         uri = local_place(uri)
         schema = samples_schema(fingerprint.sketch.width, write_fingerprint(fingerprint))
-        shutil.rmtree(Path(uri, f"{SAMPLES}.lance"), ignore_errors=True)
-        try:
-            # Stable row ids let an index see exactly what changed since its version.
-            connect(uri).create_table(
-                SAMPLES, schema=schema, storage_options={"new_table_enable_stable_row_ids": "true"}
-            )
-        except (ValueError, OSError, RuntimeError) as error:
-            raise TableError(f"no database can be made at {uri}: {first_line(error)}") from error
+        with told(f"no database can be made at {uri}"):
+            Path(uri).mkdir(parents=True, exist_ok=True)
+            with FileLock(Path(uri, _LOCK)):
+                # Again: somebody else may have made one since, which must not be taken for what an init left that died.
+                SampleTable.check_free(uri)
+                shutil.rmtree(Path(uri, f"{SAMPLES}.lance"), ignore_errors=True)
+                # Stable row ids let an index see exactly what changed since its version.
+                connect(uri).create_table(
+                    SAMPLES, schema=schema, storage_options={"new_table_enable_stable_row_ids": "true"}
+                )
         return SampleTable(uri)
 
     def snapshot(self, version: int | None = None) -> Snapshot:
