@@ -2,8 +2,11 @@
 
 import inspect
 import platform
-from collections.abc import Callable
+import signal
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -19,7 +22,31 @@ def compiled(function: Callable[..., Any], *, fastmath: set[str] | None = None) 
     import numba
 
     # Where types are checked, as in the tests, what is compiled is what stands inside the check.
-    return numba.njit(nogil=True, fastmath=fastmath or False)(inspect.unwrap(function))
+    loop = numba.njit(nogil=True, fastmath=fastmath or False)(inspect.unwrap(function))
+    compile_loop = loop.compile
+
+    def compile_whole(signature):  # type: ignore[no-untyped-def]
+        with _uninterrupted():
+            return compile_loop(signature)
+
+    loop.compile = compile_whole
+    return loop
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let a Ctrl-C wait for the end: inside of LLVM's callbacks Python would say it, and forget it."""
+    before, waiting = signal.getsignal(signal.SIGINT), []
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *event: waiting.append(event))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        before(*waiting[-1])
 
 
 def half_widener() -> Any:

@@ -1,5 +1,7 @@
 """Loops are compiled, and give what plain numpy gives, with and without the processor's own instructions."""
 
+import signal
+
 import numpy as np
 import pytest
 import torch
@@ -39,3 +41,29 @@ def test_tasks_run_once_each_and_errors_come_out(monkeypatch):
 
     with pytest.raises(ValueError, match="seven"):
         side_by_side(fail, 10)
+
+
+def test_an_interrupt_waits_until_a_loop_is_compiled(monkeypatch):
+    """In LLVM's callbacks it would be printed and forgotten, and the command go on."""
+    from numba.core.dispatcher import Dispatcher
+
+    compile_loop, done = Dispatcher.compile, []
+
+    def interrupted(self, signature):
+        signal.raise_signal(signal.SIGINT)
+        done.append(compile_loop(self, signature))
+        return done[-1]
+
+    monkeypatch.setattr(Dispatcher, "compile", interrupted)
+
+    def double(values):
+        for number in range(len(values)):
+            values[number] *= 2
+
+    loop, values = compiled(double), np.ones(3)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        loop(values)
+    assert len(done) == 1 and signal.getsignal(signal.SIGINT) is before
+    loop(values)
+    assert values.tolist() == [2, 2, 2], "compiled, and called once"

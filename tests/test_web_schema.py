@@ -2,7 +2,7 @@
 
 import pytest
 from conftest import toy_records, write_jsonl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis.errors import Unsatisfiable
 
 import rapidin_vdb
@@ -37,6 +37,7 @@ def test_the_api_keeps_its_word(document, malformed):
         if malformed and not (operation.body or operation.query or operation.path_parameters):
             continue  # there is nothing that could be
 
+        @settings(max_examples=30)  # of each operation: drawing them is slow
         @given(case=operation.as_strategy(generation_mode=mode))
         def keeps_its_word(case):
             case.call_and_validate(excluded_checks=left_out)
