@@ -21,6 +21,8 @@ def _child(arguments: list[str], before: Callable | None, folder: str, ready) ->
     import rapidin_vdb.ingest
     from rapidin_vdb.cli import main
 
+    # Shells let what they run in the background ignore it, and children inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)
     rapidin_vdb.ingest._COMMIT_BYTES = 1024
     sys.argv = ["rapidin-vdb", *arguments]

@@ -58,12 +58,16 @@ def test_the_tour_runs(tmp_path):
         """A server answers until it is interrupted."""
         command = re.sub(r"--port \d+", "--port 0", command)
         server = subprocess.Popen(command.split(), cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-        address = server.stderr.readline().split(" on ")[1].split()[0]
-        with urllib.request.urlopen(address + "/health", timeout=60) as answer:
-            assert b'"status":"ready"' in answer.read()
-        server.send_signal(signal.SIGINT)
-        assert server.wait(60) in (0, 130) and "Traceback" not in server.stderr.read()
-        server.stderr.close()
+        with server.stderr:
+            try:
+                address = server.stderr.readline().split(" on ")[1].split()[0]
+                with urllib.request.urlopen(address + "/health", timeout=60) as answer:
+                    assert b'"status":"ready"' in answer.read()
+                server.send_signal(signal.SIGINT)
+                assert server.wait(60) in (0, 130) and "Traceback" not in server.stderr.read()
+            finally:
+                server.kill()
+                server.wait()
         return ""
 
     run("rapidin-vdb demo --dir demo")

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import uvicorn
 
@@ -35,12 +36,25 @@ def serve(
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_keep_alive=30, limit_concurrency=1000
     )
-    server = uvicorn.Server(config)
     try:
         socket = config.bind_socket()
     except SystemExit:
         raise SpecError(f"--host {host} --port {port}: this address cannot be had; give another port") from None
     shown = f"[{host}]" if ":" in host else host
-    say(f"serving {database.path} on http://{shown}:{socket.getsockname()[1]} (Ctrl-C ends it)")
+    told = f"serving {database.path} on http://{shown}:{socket.getsockname()[1]} (Ctrl-C ends it)"
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    server.run(sockets=[socket])
+    _Server(config, ready=lambda: say(told)).run(sockets=[socket])
+
+
+class _Server(uvicorn.Server):
+    """Says that it answers once it does."""
+
+    def __init__(self, config: uvicorn.Config, *, ready: Callable[[], None]) -> None:
+        super().__init__(config)
+        self._ready = ready
+
+    async def startup(self, sockets: list[Any] | None = None) -> None:
+        """Begin to listen."""
+        await super().startup(sockets=sockets)
+        if self.started:
+            self._ready()
