@@ -60,7 +60,7 @@ class Table:
         for (sample, encoded), (vector, loss) in zip(batch, results, strict=True):
             self._rows.append(self._row(sample=sample, encoded=encoded, vector=vector, loss=loss))
         if self._rows and (last or sum(row.vector.nbytes for row in self._rows) >= self._limit):
-            self._seen = self._table.append(self._rows, seen=self._seen)
+            self._seen = self._table.append(self._rows, seen=self._seen).seen
             self.written, self._rows = self.written + len(self._rows), []
         self.seconds += time.perf_counter() - started
 

@@ -57,7 +57,7 @@ def fill(table: SampleTable, count: int, width: int, *, first: int = 0) -> None:
     for rows in rows_of(count, width, first=first):
         waiting += rows
         if len(waiting) * width * 2 >= 512 << 20:
-            seen, waiting = table.append(waiting, seen=seen), []
+            seen, waiting = table.append(waiting, seen=seen).seen, []
     if waiting:
         table.append(waiting, seen=seen)
 

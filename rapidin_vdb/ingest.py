@@ -40,7 +40,8 @@ def ingest(
     samples that are in the table without them get them.
 
     Raises:
-        CorpusError: a record cannot be stored, under `on_bad_record="stop"`; nothing is written.
+        CorpusError: a record cannot be stored, under `on_bad_record="stop"`; nothing is written. Or another ingest has
+            written other content under one of the ids meanwhile, under `on_duplicate="error"`; the rest is written.
         GradientError: a gradient cannot be, under "stop"; the samples before it are written.
         TableError: a field does not fit its column; nothing is written.
     """
@@ -58,10 +59,10 @@ def ingest(
         on_duplicate=on_duplicate,
         token_gradients=token_width is not None,
     )
+    plan.seen = table.ensure_columns(plan.kinds, seen=plan.seen)
     if token_width is not None:
         table.tokens.ensure(token_width)
-    plan.seen = table.ensure_columns(plan.kinds, seen=plan.seen)
-    writer = _Writer(table, plan)
+    writer = _Writer(table, plan, on_duplicate)
     total, done, tokens = len(plan.todo), 0, 0
     in_flight: dict[str, Pair] = {}
 
@@ -95,8 +96,8 @@ def ingest(
     return IngestReport(
         added=writer.added,
         replaced=writer.replaced,
-        unchanged=plan.unchanged,
-        kept=plan.kept,
+        unchanged=plan.unchanged + writer.unchanged,
+        kept=plan.kept + writer.kept,
         bad=tuple(plan.bad),
         tokens=tokens,
         token_gradients=writer.token_gradients,
@@ -108,11 +109,14 @@ def ingest(
 class _Writer:
     """Gathers rows and commits them, many at a time."""
 
-    def __init__(self, table: SampleTable, plan: Plan) -> None:
+    def __init__(self, table: SampleTable, plan: Plan, on_duplicate: OnDuplicate) -> None:
         self.added = 0
         self.replaced = 0
+        self.unchanged = 0
+        self.kept = 0
         self.token_gradients = 0
         self._table = table
+        self._on_duplicate = on_duplicate
         self._replacing = plan.replaced
         self._there = plan.tokens_only
         self._seen = plan.seen
@@ -144,16 +148,52 @@ class _Writer:
 
     def _commit_tokens(self) -> None:
         tokens, self._tokens = self._tokens, []
+        snapshot = self._table.snapshot() if tokens else None
+        if snapshot is not None and snapshot.version != self._seen:
+            tokens = self._still_wanted(tokens, snapshot.content_hashes())
         if tokens:
             # Before their samples: a sample whose tokens were asked for is never there without them.
             self.token_gradients += self._table.tokens.write(tokens)
 
+    def _still_wanted(self, tokens: list[TokenRows], there: dict[str, str]) -> list[TokenRows]:
+        """Return those whose samples others have not deleted or replaced meanwhile."""
+        coming = {row.sample.sample_id for row in self._rows}
+
+        def wanted(entry: TokenRows) -> bool:
+            name = entry.encoded.sample_id
+            if name not in there:
+                return name in coming
+            return there[name] == entry.content_hash or (name in coming and self._on_duplicate == "replace")
+
+        return [entry for entry in tokens if wanted(entry)]
+
     def _commit_rows(self) -> None:
         rows, self._rows = self._rows, []
-        if rows:
-            replaced, written = sum(row.sample.sample_id in self._replacing for row in rows), len(rows)
-            if replaced:
-                self._seen = self._table.replace(rows, seen=self._seen)
-            else:
-                written, self._seen = self._table.append(rows, seen=self._seen)
-            self.added, self.replaced = self.added + written - replaced, self.replaced + replaced
+        if not rows:
+            return
+        if not self._replacing.isdisjoint(row.sample.sample_id for row in rows):
+            self._replace(rows)
+            return
+        done = self._table.append(rows, seen=self._seen)
+        self._seen = done.seen
+        self.added, self.unchanged = self.added + done.written, self.unchanged + done.unchanged
+        if not done.other:
+            return
+        if self._on_duplicate == "replace":
+            self._replacing |= {row.sample.sample_id for row in done.other}
+            self._replace(list(done.other))
+        elif self._on_duplicate == "skip":
+            self.kept += len(done.other)
+        else:
+            first = done.other[0].sample
+            raise CorpusError(
+                f"{first.location}: sample {first.sample_id} was written with other content while this ingest went on"
+                + (f", and {len(done.other) - 1} more" if len(done.other) > 1 else "")
+                + ". What was done besides is kept; run it again, and keep the first with --on-duplicate skip, or take "
+                "the new one with --on-duplicate replace"
+            )
+
+    def _replace(self, rows: list[Row]) -> None:
+        self._seen = self._table.replace(rows, seen=self._seen)
+        replaced = sum(row.sample.sample_id in self._replacing for row in rows)
+        self.added, self.replaced = self.added + len(rows) - replaced, self.replaced + replaced

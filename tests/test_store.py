@@ -21,9 +21,17 @@ FINGERPRINT = Fingerprint(
 )  # fmt: skip
 
 
-def row(sample_id: str, *, value: float = 1.0, split: str = "train", **metadata) -> Row:
+def row(sample_id: str, *, value: float = 1.0, split: str = "train", content: str = "c", **metadata) -> Row:
     return Row(
-        sample=Sample(sample_id=sample_id, prompt=None, response="ab", split=split, source=None, metadata=metadata),
+        sample=Sample(
+            sample_id=sample_id,
+            prompt=None,
+            response="ab",
+            split=split,
+            source=None,
+            metadata=metadata,
+            content_hash=content,
+        ),
         encoded=Encoded(sample_id=sample_id, input_ids=(1, 5, 6), offsets=((0, 1), (1, 2)), truncated=False),
         loss=0.5,
         vector=np.full(8, value, np.float16),
@@ -117,15 +125,21 @@ def test_rows_that_somebody_else_added_meanwhile_are_not_added_again(table):
     """Two ingests of one file at once: the later commit leaves out what the earlier wrote."""
     seen = table.snapshot().version
     other = SampleTable(table.uri)
-    assert other.append([row("x"), row("y"), row("late")], seen=seen) == (3, seen + 1)
+    done = other.append([row("x"), row("y"), row("late")], seen=seen)
+    assert (done.written, done.unchanged, done.other, done.seen) == (3, 0, (), seen + 1)
     # Not the version now: what the other wrote may come up again.
-    written, seen_now = table.append([row("y", value=5.0), row("z")], seen=seen)
-    assert (written, seen_now) == (1, seen)
-    assert table.append([row("late", value=5.0)], seen=seen_now) == (0, seen)
-    assert sorted(table.snapshot().sample_ids()) == ["a", "b", "c\nd", "late", "x", "y", "z"]
-    assert table.replace([row("z", value=6.0)], seen=seen_now) == seen
+    done = table.append([row("y", value=5.0), row("z")], seen=seen)
+    assert (done.written, done.unchanged, done.other, done.seen) == (1, 1, (), seen)
+    done = table.append([row("late", value=5.0)], seen=done.seen)
+    assert (done.written, done.unchanged, done.seen) == (0, 1, seen)
+    differing = row("x", content="other")
+    done = table.append([differing, row("v")], seen=seen)
+    assert (done.written, done.unchanged, done.other) == (1, 0, (differing,)), "left out, and said"
+    assert sorted(table.snapshot().sample_ids()) == ["a", "b", "c\nd", "late", "v", "x", "y", "z"]
+    assert table.replace([row("z", value=6.0)], seen=seen) == seen
     alone = table.snapshot().version
-    assert table.append([row("w")], seen=alone) == (1, alone + 1)
+    done = table.append([row("w")], seen=alone)
+    assert (done.written, done.seen) == (1, alone + 1)
     assert table.replace([row("w", value=7.0)], seen=alone + 1) > alone + 1
 
 
@@ -256,14 +270,36 @@ def test_columns_grow_and_widen_but_never_change_their_meaning(table):
     assert SampleTable(table.uri).fingerprint == FINGERPRINT, "a new column keeps the fingerprint"
 
 
-def test_a_widening_that_was_cut_short_is_finished(table):
-    """Killed after the copy was made, or after the old column went."""
+@pytest.mark.parametrize("dropped", [False, True])
+@pytest.mark.parametrize("writer", ["columns", "append", "replace", "delete", "ids", "purge", "indices"])
+def test_a_widening_that_was_cut_short_is_finished(table, dropped, writer):
+    """Killed after the copy was made, or after the old column went: readers see neither, and no writer loses a field."""
+    seen = table.snapshot().version
     table._table.add_columns({"_widened_stars": "CAST(stars AS DOUBLE)"})
-    table.ensure_columns({"stars": "float"})
-    assert table.snapshot().samples(["b"])["b"].metadata["stars"] == 2.0
-    table._table.alter_columns({"path": "stars", "rename": "_widened_stars"})
-    table.ensure_columns({"stars": "int"})
-    assert table.snapshot().samples(["b"])["b"].metadata == {"stars": 2.0, "lang": "it's"}
+    if dropped:
+        table._table.drop_columns(["stars"])
+    half = table.snapshot()
+    assert (
+        half.version == seen
+        and "stars (int64)" in half.columns
+        and not any("_widened" in name for name in half.columns)
+    )
+    assert half.samples(["b"])["b"].metadata["stars"] == 2 and half.sample_ids("stars = 2") == ["b"]
+    {
+        "columns": lambda: table.ensure_columns({"stars": "float"}),
+        "append": lambda: table.append([row("new", stars=7)], seen=seen),
+        "replace": lambda: table.replace([row("new", stars=7)], seen=seen),
+        "delete": lambda: table.delete_where("sample_id = 'a'"),
+        "ids": lambda: table.delete_ids(["a"]),
+        "purge": lambda: table.purge(),
+        "indices": lambda: table.ensure_scalar_indices(),
+    }[writer]()
+    after = table.snapshot()
+    assert "stars (double)" in after.columns and "_widened_stars" not in after.schema.names
+    found = after.samples(["b", "new"])
+    assert found["b"].metadata == {"stars": 2.0, "lang": "it's"}
+    assert ("new" in found) == (writer in ("append", "replace"))
+    assert all(sample.metadata["stars"] == 7.0 for name, sample in found.items() if name == "new")
 
 
 def test_kinds_merge():

@@ -203,6 +203,34 @@ def test_nothing_of_what_is_purged_is_left_in_any_file(whole, tmp_path):
     assert after == before
 
 
+@pytest.mark.parametrize("indexed", [False, True])
+@pytest.mark.parametrize("how", ["where", "ids", "replace"])
+def test_what_a_purge_was_asked_to_remove_is_not_in_what_it_writes_about_it(database, tmp_path, how, indexed):
+    """A delete that empties a whole fragment leaves nothing to write anew, but what it was asked for."""
+    record = {"id": "secret-id-77", "instruction": "Hush zqxj", "output": "wvkq zqxj vault", "note": "gxbv"}
+    database.ingest(write_jsonl(tmp_path / "secret.jsonl", [record]))
+    if indexed:
+        database.index("cpu")
+    needles = ["wvkq zqxj vault", "Hush zqxj", "gxbv", *(["secret-id-77"] if how != "replace" else [])]
+
+    def found() -> set[str]:
+        contents = [path.read_bytes() for path in Path(database.path).rglob("*") if path.is_file()]
+        return {needle for needle in needles if any(needle.encode() in content for content in contents)}
+
+    assert found() == set(needles), "else this finds nothing"
+    if how == "where":
+        assert database.delete(where="response = 'wvkq zqxj vault' OR note = 'gxbv'", purge=True) == 1
+    elif how == "ids":
+        assert database.delete(ids=["secret-id-77"], purge=True) == ["secret-id-77"]
+    else:
+        other = record | {"instruction": "Speak", "output": "nothing", "note": "plain"}
+        report = database.ingest(write_jsonl(tmp_path / "other.jsonl", [other]), on_duplicate="replace")
+        assert report.replaced == 1
+        database.delete(purge=True)
+    assert found() == set()
+    assert findings(database) == []
+
+
 @pytest.mark.parametrize("name", ["../../../etc/x", "/etc/x", "..", "a" * 31])
 def test_a_manifest_that_points_elsewhere_counts_for_nothing(database, name):
     """Though its checksum is right: whoever forges one forges both."""

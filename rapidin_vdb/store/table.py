@@ -3,7 +3,7 @@
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,24 +12,31 @@ from lancedb.index import Bitmap, BTree
 
 from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
 from rapidin_vdb.records import Fingerprint
+from rapidin_vdb.store.columns import ensure_columns, is_settled, settle
 from rapidin_vdb.store.filters import checked_filter, ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint, write_fingerprint
 from rapidin_vdb.store.place import connect, local_place
-from rapidin_vdb.store.rows import (
-    OWN_NAMES,
-    ColumnKind,
-    Row,
-    arrow_table,
-    column_field,
-    column_kind,
-    samples_schema,
-)
+from rapidin_vdb.store.purging import purge_table
+from rapidin_vdb.store.rows import ColumnKind, Row, arrow_table, samples_schema
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
 from rapidin_vdb.store.tokens import TOKENS, TokenTable
 from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, is_made, told
 
-_WIDENED = "_widened_"
 _LOCK = ".commit.lock"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Appended:
+    """What became of rows that were to be appended."""
+
+    written: int
+    """How many were."""
+    unchanged: int
+    """How many others had written meanwhile, with the same content."""
+    other: tuple[Row, ...]
+    """Those whose ids others had written meanwhile, with other content: they were left out."""
+    seen: int
+    """What to give as `seen` the next time."""
 
 
 class SampleTable:
@@ -114,14 +121,19 @@ class SampleTable:
         if version is not None and not 1 <= version <= newest:
             raise refusal
         try:
-            table.checkout(newest if version is None else version)
+            chosen = newest if version is None else version
+            table.checkout(chosen)
+            # A widening that goes on, or was cut short, changes no row: the version before it says all.
+            while not is_settled(table.schema) and chosen > 1:
+                chosen -= 1
+                table.checkout(chosen)
         except (ValueError, RuntimeError, OSError) as error:
             raise refusal from error
         return Snapshot(table, self.uri)
 
     def ensure_scalar_indices(self) -> None:
         """Let filters on `split`, `source` and `sample_id` look things up, for new rows too."""
-        with self.committing():
+        with self._changing():
             there = {index.columns[0]: index for index in self._table.list_indices()}
             for column, config in (("split", Bitmap()), ("source", Bitmap()), ("sample_id", BTree())):
                 found = there.get(column)
@@ -137,44 +149,9 @@ class SampleTable:
         Raises:
             TableError: a column exists with another type; nothing is changed then.
         """
-        with self.committing():
-            return self._ensure_columns(kinds, seen)
-
-    def _ensure_columns(self, kinds: dict[str, ColumnKind], seen: int) -> int:
-        alone = self._table.version == seen
-        self._finish_widening()
-        schema = self._table.schema
-        existing = {field.name.lower(): field for field in schema if field.name not in OWN_NAMES}
-        missing, widened = [], []
-        for name, kind in kinds.items():
-            field = existing.get(name.lower())
-            if field is None:
-                missing.append(column_field(name, kind))
-            elif column_kind(field) == "int" and kind == "float":
-                widened.append(field.name)
-            elif not _holds(column_kind(field), kind):
-                raise TableError(
-                    f"the records' field {name} is {kind}, but the column {name} holds {field.type}; "
-                    "rename the field or bring it to that type"
-                )
-        if missing:
-            self._table.add_columns(pa.schema(missing))
-        for name in widened:
-            self._widen(name)
-        return int(self._table.version) if alone else seen
-
-    def _widen(self, name: str) -> None:
-        """Turn a column of whole numbers into floating point, which Lance cannot do in place: by way of a copy."""
-        self._table.add_columns({_WIDENED + name: f"CAST(`{name}` AS DOUBLE)"})
-        self._finish_widening()
-
-    def _finish_widening(self) -> None:
-        """Put the copies of widened columns in their places, also where a process died half-way."""
-        for copy in [name for name in self._table.schema.names if name.startswith(_WIDENED)]:
-            name = copy.removeprefix(_WIDENED)
-            if name in self._table.schema.names:
-                self._table.drop_columns([name])
-            self._table.alter_columns({"path": copy, "rename": name})
+        with self._changing(seen) as alone:
+            ensure_columns(self._table, kinds)
+            return int(self._table.version) if alone else seen
 
     @contextmanager
     def committing(self) -> Iterator[None]:
@@ -191,27 +168,42 @@ class SampleTable:
         with self.committing():
             pass
 
-    def append(self, rows: Sequence[Row], *, seen: int) -> tuple[int, int]:
+    @contextmanager
+    def _changing(self, seen: int = 0) -> Iterator[bool]:
+        """Keep all other writers out, and finish what one of them left; say whether none has written since `seen`."""
+        with self.committing():
+            alone = self._table.version == seen
+            settle(self._table)
+            yield alone
+
+    def append(self, rows: Sequence[Row], *, seen: int) -> Appended:
         """Add rows in one commit, but for those that others added since version `seen`, for which they were planned.
 
-        Returns how many were added, and what to give as `seen` the next time: the version now, where nobody else has
-        written since, and else the same again, for what others wrote may hold rows that come later.
+        The next `seen` is the version now, where nobody else has written since, and else the same again, for what
+        others wrote may hold rows that come later.
 
         Plain appends are many times faster than merges, and never look at ids: so we do, under a lock.
         """
-        with self.committing():
-            alone = self._table.version == seen
-            if not alone:
-                there = set(self.snapshot().sample_ids())
-                rows = [row for row in rows if row.sample.sample_id not in there]
-            if rows:
-                self._table.add(self._arrow(rows))
-            return len(rows), int(self._table.version) if alone else seen
+        with self._changing(seen) as alone:
+            there = {} if alone else self.snapshot().content_hashes()
+            new = [row for row in rows if row.sample.sample_id not in there]
+            other = [
+                row
+                for row in rows
+                if there.get(row.sample.sample_id, row.sample.content_hash) != row.sample.content_hash
+            ]
+            if new:
+                self._table.add(self._arrow(new))
+            return Appended(
+                written=len(new),
+                unchanged=len(rows) - len(new) - len(other),
+                other=tuple(other),
+                seen=int(self._table.version) if alone else seen,
+            )
 
     def replace(self, rows: Sequence[Row], *, seen: int) -> int:
         """Put rows in the place of those with the same ids, in one commit; return what to give as `seen` next."""
-        with self.committing():
-            alone = self._table.version == seen
+        with self._changing(seen) as alone:
             merge = self._table.merge_insert("sample_id").when_matched_update_all().when_not_matched_insert_all()
             merge.execute(self._arrow(rows))
             self.tokens.delete_of([row.sample.sample_id for row in rows], but=[row.sample.content_hash for row in rows])
@@ -235,7 +227,7 @@ class SampleTable:
         """
         expression = checked_filter(where)
         self.snapshot().count(where)  # so that a filter that is not understood is told as such
-        with self.committing():
+        with self._changing():
             # Samples first: tokens without their sample are never looked at.
             gone = self.snapshot().sample_ids(where)
             if gone:
@@ -245,7 +237,7 @@ class SampleTable:
 
     def delete_ids(self, sample_ids: Sequence[str]) -> list[str]:
         """Delete samples by id, and return the ids that were there."""
-        with self.committing():
+        with self._changing():
             there = sorted(set(self.snapshot().sample_ids()) & set(sample_ids))
             for batch in batches(there, IDS_A_FILTER):
                 self._table.delete(ids_filter(batch))
@@ -258,32 +250,11 @@ class SampleTable:
         Raises:
             TableError: the files cannot be written.
         """
-        import lance
-
-        with self.committing():
+        with self._changing():
             self._sweep()
             for name in (SAMPLES, TOKENS):
-                place = Path(self.uri, f"{name}.lance")
-                if not place.is_dir():
-                    continue
-                # Every fragment that lost a row, however large, is written anew without it.
-                lance.dataset(str(place)).optimize.compact_files(
-                    materialize_deletions=True, materialize_deletions_threshold=0.0
-                )
-                if name == SAMPLES:
-                    # Scalar indices hold values of rows that are gone.
-                    for index in self._table.list_indices():
-                        config = BTree() if index.columns[0] == "sample_id" else Bitmap()
-                        self._table.create_index(index.columns[0], config=config, replace=True)
-                lance.dataset(str(place)).cleanup_old_versions(
-                    older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False
-                )
-                # Lance passes over files that it may not delete.
-                if len(left := lance.dataset(str(place)).versions()) > 1:
-                    raise TableError(
-                        f"{len(left) - 1} older versions of the table {name} of {self.uri} could not be deleted: "
-                        "permission denied, or others are writing; see to it, and run the purge again"
-                    )
+                if is_made(Path(self.uri, f"{name}.lance")):
+                    purge_table(self._connection.open_table(name), self.uri, name)
 
     def _sweep(self) -> None:
         """Delete the tokens of samples that are not there, or not any more; called while committing."""
@@ -292,7 +263,3 @@ class SampleTable:
             alive = self.snapshot().content_hashes()
             stale = {name for name, content in tokens.content_hashes() if alive.get(name) != content}
             self.tokens.delete_of(sorted(stale), but=[alive[name] for name in stale if name in alive])
-
-
-def _holds(column: ColumnKind | None, kind: ColumnKind) -> bool:
-    return column == kind or column == "str" or (column == "float" and kind == "int")
