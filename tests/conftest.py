@@ -2,6 +2,9 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -146,6 +149,26 @@ def database(tmp_path, models, adapters):
     made = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
     made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(24)))
     return made
+
+
+@pytest.fixture(scope="session")
+def demonstration(tmp_path_factory):
+    """What `rapidin-vdb demo` said, and a copy of the folder that it left; run once, whoever asks first."""
+    from filelock import FileLock
+
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    shared = tmp_path_factory.getbasetemp() if worker is None else tmp_path_factory.getbasetemp().parent
+    place, said, pristine = shared / "demonstration", shared / "demonstration.json", shared / "pristine"
+    with FileLock(shared / "demonstration.lock"):
+        if not said.exists():
+            done = subprocess.run(
+                [sys.executable, "-m", "rapidin_vdb", "demo", "--dir", str(place), "--json"],
+                capture_output=True, text=True,
+            )  # fmt: skip
+            assert done.returncode == 0, done.stderr
+            shutil.copytree(place, pristine)
+            said.write_text(json.dumps([done.stdout, done.stderr]))
+    return *json.loads(said.read_text()), pristine
 
 
 @pytest.fixture(scope="session")

@@ -3,7 +3,6 @@
 import json
 import re
 import subprocess
-import sys
 
 import pytest
 
@@ -27,18 +26,14 @@ def test_the_corpus_is_poisoned_as_told():
 
 
 @pytest.mark.slow
-def test_the_demo_finds_its_poison(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "rapidin_vdb", "demo", "--dir", str(tmp_path / "d"), "--json"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    outcome = json.loads(done.stdout.splitlines()[-1])
+def test_the_demo_finds_its_poison(demonstration):
+    printed, said, _ = demonstration
+    outcome = json.loads(printed.splitlines()[-1])
     assert list(outcome) == ["poisoned_at_10", "base_rate", "queries", "seconds"]
     assert outcome["base_rate"] == 0.1
     assert outcome["queries"] >= 15, "the attack works on most new questions"
     assert outcome["poisoned_at_10"] >= 0.9
     assert outcome["seconds"]["total"] > 0
-    said = done.stderr
     unfolded = " ".join(said.split())
     assert "100 more records ingested; the next query searched 1100 samples." in unfolded
     new, poisoned = map(
