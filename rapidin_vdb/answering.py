@@ -1,6 +1,6 @@
 """From a question to its rankings: which versions, which index, and what is explained."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -58,8 +58,8 @@ def answer(
     keeper: IndexKeeper,
     engine: Engine,
     progress: Progress = silent,
-) -> list[Ranking]:
-    """Return a ranking for each query, with what the question asks for besides.
+) -> Iterator[Ranking]:
+    """Yield a ranking for each query, with what the question asks for besides, each as soon as it is ready.
 
     Raises:
         CorpusError: a query cannot be encoded.
@@ -80,16 +80,24 @@ def answer(
         sketched = sketch_queries(engine.maker, encoded, focus=focus, progress=progress)
     index = keeper.fresh(tokens or snapshot, name=question.index, progress=progress)
     if tokens is not None:
-        return rank_tokens(snapshot, tokens, index, sketched, question)
+        yield from rank_tokens(snapshot, tokens, index, sketched, question)
+        return
     rankings = rank(snapshot, index, sketched, question)
     if not question.exact:
-        return rankings
+        yield from rankings
+        return
     batch_tokens = default_batch_tokens(engine.loaded.model.config, dtype=stored.dtype, device=engine.loaded.device)
-    with engine.alone:
-        return explain(
-            rankings, list(zip(queries, encoded, strict=True)), snapshot=snapshot, influence=engine.influence,
-            question=question, batch_tokens=batch_tokens, progress=progress,
-        )  # fmt: skip
+    explained = explain(
+        rankings, list(zip(queries, encoded, strict=True)), snapshot=snapshot, influence=engine.influence,
+        question=question, batch_tokens=batch_tokens, progress=progress,
+    )  # fmt: skip
+    while True:
+        # Not held while whoever asked makes use of one.
+        with engine.alone:
+            ranking = next(explained, None)
+        if ranking is None:
+            return
+        yield ranking
 
 
 def nearest(

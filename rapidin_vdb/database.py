@@ -1,6 +1,6 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rapidin_vdb.answering import answer, nearest, versions_for
@@ -17,15 +17,8 @@ from rapidin_vdb.query import query_from, read_queries
 from rapidin_vdb.question import Question
 from rapidin_vdb.reading import SampleReader
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
-from rapidin_vdb.records import Aggregate, Level, OnBadRecord, OnDuplicate, Sample
-from rapidin_vdb.results import (
-    DatabaseInfo,
-    IndexInfo,
-    IngestEstimate,
-    IngestReport,
-    Ranking,
-    VerifyReport,
-)
+from rapidin_vdb.records import Aggregate, Focus, Level, OnBadRecord, OnDuplicate, Sample
+from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, VerifyReport
 from rapidin_vdb.store import SampleTable, TableVersion
 from rapidin_vdb.verification import verify
 
@@ -161,7 +154,7 @@ class Database(SampleReader):
         harmful: bool = False,
         both: bool = False,
         level: Level = "sample",
-        focus: str | Sequence[str] = (),
+        focus: str | Sequence[Focus] = (),
         tokens: bool = False,
         matrix: bool = False,
         refine: int = 0,
@@ -179,12 +172,12 @@ class Database(SampleReader):
 
         Queries are one prompt and generation, or those of a file, or samples made by `query_from`. With `both`, the
         most negative come beside the most positive, from one pass. With the level `token`, single training tokens are
-        ranked. `focus` names texts of the generation whose tokens alone are asked about (Eq. 7); a query of a file may
-        have its own. `tokens` gives each result's tokens scores (Eq. 6), and `matrix` their influence on each token of
-        the generation (Eq. 8), both exact; `refine` ranks so many of the first results again by exact score. `group_by`
-        names a column, by whose values the influence of all samples is added up or averaged; `histogram` counts all
-        scores in so many bins. `index` names the built index to use, and `as_of` an older version of the table.
-        `model`, `adapter` and `device` are as for `load`, where nothing is loaded yet.
+        ranked. `focus` names texts of the generation, or spans of its code points, whose tokens alone are asked about
+        (Eq. 7); a query of a file may have its own. `tokens` gives each result's tokens scores (Eq. 6), and `matrix`
+        their influence on each token of the generation (Eq. 8), both exact; `refine` ranks so many of the first results
+        again by exact score. `group_by` names a column, by whose values the influence of all samples is added up or
+        averaged; `histogram` counts all scores in so many bins. `index` names the built index to use, and `as_of` an
+        older version of the table. `model`, `adapter` and `device` are as for `load`, where nothing is loaded yet.
 
         Raises:
             CorpusError: a query cannot be read or encoded.
@@ -212,10 +205,10 @@ class Database(SampleReader):
         if self._engine is None:
             versions_for(self._table, question)  # what it cannot answer is said before a model is loaded
             self.load(model=model, adapter=adapter, device=device)
-        return self.ask(question, queries, progress=progress)
+        return list(self.ask(question, queries, progress=progress))
 
-    def ask(self, question: Question, queries: Sequence[Sample], *, progress: Progress = silent) -> list[Ranking]:
-        """Return what `query` does, for options that were put together before."""
+    def ask(self, question: Question, queries: Sequence[Sample], *, progress: Progress = silent) -> Iterator[Ranking]:
+        """Yield what `query` returns, each as soon as it is ready, for options that were put together before."""
         versions = versions_for(self._table, question)
         keeper, engine = self._indexes[question.level], self._loaded()
         return answer(question, queries, versions=versions, keeper=keeper, engine=engine, progress=progress)
@@ -230,13 +223,18 @@ class Database(SampleReader):
         snapshot, _ = versions_for(self._table, question)
         return nearest(question, sample_id, snapshot=snapshot, keeper=self._indexes["sample"], progress=progress)
 
-    def generate(self, prompt: str, *, max_tokens: int = 128, temperature: float = 0.0, seed: int = 0) -> str:
+    def generate(
+        self, prompt: str, *, max_tokens: int = 128, temperature: float = 0.0, seed: int = 0,
+        progress: Progress = silent,
+    ) -> str:  # fmt: skip
         """Return what the model says to a prompt, in the database's template; most likely, or drawn at a temperature.
 
         Raises:
             SpecError: an option is out of range, or the prompt leaves no room.
         """
-        return self._loaded().generate(prompt, max_tokens=max_tokens, temperature=temperature, seed=seed)
+        return self._loaded().generate(
+            prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress
+        )
 
     def info(self) -> DatabaseInfo:
         """Return how large the database is, what made it, and which indexes are fresh."""

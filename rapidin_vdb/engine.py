@@ -19,6 +19,7 @@ from rapidin_vdb.gradient import (
     generate_one,
     load_model,
 )
+from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import DType, Encoded, Fingerprint, ModelSpec
 from rapidin_vdb.store import check_fingerprint
 
@@ -58,7 +59,9 @@ class Engine:
         """Exact influence by the model's full gradients."""
         return ExactInfluence(self.maker)
 
-    def generate(self, prompt: str, *, max_tokens: int, temperature: float, seed: int) -> str:
+    def generate(
+        self, prompt: str, *, max_tokens: int, temperature: float, seed: int, progress: Progress = silent
+    ) -> str:
         """Return what the model says to a prompt.
 
         Raises:
@@ -69,7 +72,9 @@ class Engine:
         )
         text = self.template.render(sample)
         with self.alone:
-            return generate_one(self.loaded, text, max_tokens=max_tokens, temperature=temperature, seed=seed)
+            return generate_one(
+                self.loaded, text, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress
+            )
 
     def make(self, batch: Sequence[Encoded], *, token_width: int | None = None) -> list[Made | GradientError]:
         """Return what each sample of a batch is turned into, or why it cannot be.

@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -23,28 +23,31 @@ def explain(
     question: Question,
     batch_tokens: int,
     progress: Progress = silent,
-) -> list[Ranking]:
-    """Return rankings whose results have the exact scores, the token scores and the matrices that were asked for.
+) -> Iterator[Ranking]:
+    """Yield rankings whose results have the exact scores, the token scores and the matrices that were asked for.
 
     Where the first results are ranked again, each ranking is cut to `top_k` after that.
 
     Raises:
         GradientError: a gradient is not finite.
     """
-    explained = []
+    stage = "tokens" if question.tokens or question.matrix else "exact scores"
+
+    def at(number: int) -> Callable[[], None]:
+        return lambda: progress(stage, number, len(rankings))
+
     for number, (ranking, (sample, encoded)) in enumerate(zip(rankings, queries, strict=True)):
-        progress("tokens" if question.tokens or question.matrix else "exact scores", number, len(rankings))
+        at(number)()
         started = time.monotonic()
-        one = _Explanation(snapshot, influence, sample, encoded, question, batch_tokens)
+        one = _Explanation(snapshot, influence, sample, encoded, question, batch_tokens, at(number), progress)
         ranking = one.of(ranking)
         seconds = time.monotonic() - started
         ranking = dataclasses.replace(
             ranking,
             seconds=dataclasses.replace(ranking.seconds, tokens=seconds, total=ranking.seconds.total + seconds),
         )
-        explained.append(ranking)
-    progress("tokens" if question.tokens or question.matrix else "exact scores", len(rankings), len(rankings))
-    return explained
+        yield ranking
+    at(len(rankings))()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -62,14 +65,17 @@ class _Explanation:
 
     def __init__(
         self, snapshot: Snapshot, influence: ExactInfluence, sample: Sample, encoded: Encoded, question: Question,
-        batch_tokens: int,
+        batch_tokens: int, still: Callable[[], None], progress: Progress,
     ) -> None:  # fmt: skip
+        """Prepare it; `still` is called between its steps, and may raise to end it."""
         self._snapshot = snapshot
         self._influence = influence
         self._sample = sample
         self._encoded = encoded
         self._question = question
         self._batch_tokens = batch_tokens
+        self._still = still
+        self._progress = progress
         self._factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
         self._direction = influence.direction(encoded)
         self._known: dict[str, _Known] = {}
@@ -121,6 +127,7 @@ class _Explanation:
         """Compute the exact scores of those samples that have none yet."""
         wanted = sorted(set(sample_ids) - set(self._known))
         for batch in self._batches(self._snapshot.encoded(wanted)):
+            self._still()
             exact = self._influence.exact(self._direction, batch)
             for place, encoded in enumerate(batch):
                 one = Exact(exact.parts[place : place + 1], exact.norms[place : place + 1])
@@ -132,6 +139,7 @@ class _Explanation:
         exacts = [_stacked([self._known[sample.sample_id].exact for sample in batch]) for batch in batches]
         if self._question.tokens:
             for batch, exact in zip(batches, exacts, strict=True):
+                self._still()
                 for sample, scores in zip(
                     batch, self._influence.token_scores(self._direction, batch, exact), strict=True
                 ):
@@ -142,8 +150,11 @@ class _Explanation:
             if query.focus is not None:
                 query = dataclasses.replace(query, focus=None)
                 whole = self._influence.direction(query)
-                exacts = [self._influence.exact(whole, batch) for batch in batches]
-            matrices = self._influence.matrix(query, whole, batches, exacts)
+                exacts = []
+                for batch in batches:
+                    self._still()
+                    exacts.append(self._influence.exact(whole, batch))
+            matrices = self._influence.matrix(query, whole, batches, exacts, progress=self._progress)
             for batch, found in zip(batches, matrices, strict=True):
                 for sample, matrix in zip(batch, found, strict=True):
                     known = self._known[sample.sample_id]

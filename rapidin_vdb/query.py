@@ -13,7 +13,7 @@ from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.focus import focus_of, focused
 from rapidin_vdb.gradient import RapidGradMaker
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.records import Encoded, Sample
+from rapidin_vdb.records import Encoded, Focus, Sample
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +26,8 @@ class Sketched:
     """float32 [queries, width]."""
     seconds: tuple[float, ...]
     """How long each took."""
-    focus: tuple[tuple[str, ...], ...]
-    """The texts that each is about; none for the whole generation."""
+    focus: tuple[tuple[Focus, ...], ...]
+    """The texts and spans that each is about; none for the whole generation."""
 
 
 def query_from(prompt: str | None, generation: str, *, query_id: str = "query") -> Sample:
@@ -66,7 +66,7 @@ def encode_queries(
     tokenizer: Tokenizer,
     template: Template,
     max_tokens: int,
-    focus: Sequence[str] = (),
+    focus: Sequence[Focus] = (),
 ) -> list[Encoded]:
     """Return the tokens of queries; those of a query's own focus, or of the one given, carry its loss.
 
@@ -87,7 +87,7 @@ def sketch_queries(
     maker: RapidGradMaker,
     encoded: Sequence[Encoded],
     *,
-    focus: Sequence[tuple[str, ...]] | None = None,
+    focus: Sequence[tuple[Focus, ...]] | None = None,
     progress: Progress = silent,
 ) -> Sketched:
     """Return the RapidGrads of queries, by the same road as samples take; `focus` says what each is about.

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.records import Aggregate, Level
+from rapidin_vdb.records import Aggregate, Focus, Level
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -20,8 +20,8 @@ class Question:
     """Whether both ends are wanted."""
     level: Level = "sample"
     """What is ranked: samples, or single training tokens."""
-    focus: tuple[str, ...] = ()
-    """Texts of the generation whose tokens alone are asked about (Eq. 7)."""
+    focus: tuple[Focus, ...] = ()
+    """Texts, or spans of code points, of the generation whose tokens alone are asked about (Eq. 7)."""
     tokens: bool = False
     """Whether each result's tokens get scores (Eq. 6)."""
     matrix: bool = False
@@ -53,7 +53,7 @@ class Question:
             raise SpecError(f"histogram is {self.histogram}; wanted a number of bins from 0 (none) to 1000")
         if self.harmful and self.both:
             raise SpecError("give one of --harmful and --both")
-        if any(not text for text in self.focus):
+        if "" in self.focus:
             raise SpecError("--focus is empty; give a text that is in the generation")
         if self.level == "token":
             for name, given in (

@@ -24,6 +24,11 @@ class SampleReader:
         """What its vectors were made with."""
         return self._table.fingerprint
 
+    @property
+    def identity(self) -> str:
+        """What tells it from other databases, also from one that was made anew at its place."""
+        return self._table.identity
+
     def show(self, sample_id: str) -> StoredSample:
         """Return a sample as it is stored, without its vector.
 

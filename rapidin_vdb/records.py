@@ -51,6 +51,10 @@ class Sample:
     """File and line, for messages."""
 
 
+Focus = str | tuple[int, int]
+"""What a question is about: a text of the generation, wherever it stands, or a half-open span of its code points."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
     """A sample as token ids, its prompt masked."""

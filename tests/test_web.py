@@ -16,7 +16,7 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from rapidin_vdb.web import make_app, serve
-from rapidin_vdb.web.desk import BusyError, CancelledError, Desk, LateError
+from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, LateError
 
 ASKED = {"prompt": "Say 5", "generation": "blue 35", "top_k": 3}
 
@@ -178,6 +178,9 @@ def test_events_tell_of_progress_and_end_with_the_result(served, client):
         ({"content-type": "text/plain"}, 415),
         ({"content-type": "application/x-www-form-urlencoded"}, 415),
         ({"content-length": "99999999"}, 413),
+        ({"origin": "http://["}, 403),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}, 403),
+        ({"content-type": "Application/JSON; charset=utf-8"}, 200),
         ({"origin": "http://127.0.0.1:8000"}, 200),
         ({"host": "localhost:8000", "origin": "http://localhost:8000"}, 200),
     ],
@@ -283,7 +286,7 @@ def test_counters_count(client):
 def slow(served):
     """A desk whose work takes as long as the test says, and what was answered together."""
     together: list[int] = []
-    desk = Desk(served, seconds=5.0, most_waiting=6, observe=lambda count, seconds: together.append(count))
+    desk = Desk(served, seconds=5.0, most_waiting=8, observe=lambda count, seconds: together.append(count))
     yield desk, together
     desk.close()
 
@@ -291,24 +294,26 @@ def slow(served):
 def test_turns_are_taken_among_those_who_ask(slow):
     desk, _ = slow
     hold, done = threading.Event(), []
-    first = desk.do("greedy", lambda progress: hold.wait(5))
-    jobs = [desk.do("greedy", lambda progress, n=n: done.append(f"greedy {n}")) for n in range(4)]
-    jobs.append(desk.do("other", lambda progress: done.append("other")))
+    first = desk.do(Client("greedy"), lambda progress: hold.wait(5))
+    time.sleep(0.1)
+    # Names are free to choose: many of them get no more than the one address that they come from.
+    jobs = [desk.do(Client("greedy", str(n)), lambda progress, n=n: done.append(f"greedy {n}")) for n in range(4)]
+    jobs += [desk.do(Client("other"), lambda progress, n=n: done.append(f"other {n}")) for n in range(2)]
     hold.set()
     for job in [first, *jobs]:
         job.future.result(5)
-    assert done.index("other") <= 1, done
+    assert [who.split()[0] for who in done] == ["greedy", "other"] * 2 + ["greedy"] * 2
 
 
 def test_searches_of_a_kind_are_one_piece_of_work(served, slow):
     desk, together = slow
     hold = threading.Event()
-    blocking = desk.do("x", lambda progress: hold.wait(5))
+    blocking = desk.do(Client("x"), lambda progress: hold.wait(5))
     time.sleep(0.1)
     question = Question(top_k=3)
     texts = [("Say 5", "blue 35"), ("Say 7", "blue 49"), ("Say 2", "grün 14")]
-    jobs = [desk.search(f"c{n}", question, query_from(*text)) for n, text in enumerate(texts)]
-    other = desk.search("c9", Question(top_k=2), query_from("Say 1", "blue 7"))
+    jobs = [desk.search(Client(f"c{n}"), question, query_from(*text)) for n, text in enumerate(texts)]
+    other = desk.search(Client("c9"), Question(top_k=2), query_from("Say 1", "blue 7"))
     hold.set()
     blocking.future.result(5)
     for job, text in zip(jobs, texts, strict=True):
@@ -320,11 +325,11 @@ def test_searches_of_a_kind_are_one_piece_of_work(served, slow):
 def test_one_bad_search_does_not_spoil_the_others(served, slow):
     desk, _ = slow
     hold = threading.Event()
-    desk.do("x", lambda progress: hold.wait(5))
+    desk.do(Client("x"), lambda progress: hold.wait(5))
     time.sleep(0.1)
     question = Question(top_k=3, focus=("blue",))
-    good = desk.search("a", question, query_from("Say 5", "blue 35"))
-    bad = desk.search("b", question, query_from("Say 5", "red 35"))
+    good = desk.search(Client("a"), question, query_from("Say 5", "blue 35"))
+    bad = desk.search(Client("b"), question, query_from("Say 5", "red 35"))
     hold.set()
     assert good.future.result(30).results == served.query("Say 5", "blue 35", top_k=3, focus="blue")[0].results
     with pytest.raises(SpecError, match="is not in the generation"):
@@ -342,13 +347,13 @@ def test_what_nobody_waits_for_is_stopped(slow):
             steps.append(number)
             time.sleep(0.01)
 
-    job = desk.do("a", long)
+    job = desk.do(Client("a"), long)
     begun.wait(5)
     job.cancelled = True
     with pytest.raises(CancelledError):
         job.future.result(5)
     assert len(steps) < 500
-    late = desk.do("a", long)
+    late = desk.do(Client("a"), long)
     late.deadline = time.monotonic() + 0.05
     with pytest.raises(LateError, match="--time-limit"):
         late.future.result(5)
@@ -357,11 +362,14 @@ def test_what_nobody_waits_for_is_stopped(slow):
 def test_too_many_are_sent_away(slow):
     desk, _ = slow
     hold = threading.Event()
-    desk.do("a", lambda progress: hold.wait(5))
+    desk.do(Client("a"), lambda progress: hold.wait(5))
     time.sleep(0.1)
-    jobs = [desk.do(f"c{n}", lambda progress, n=n: n) for n in range(6)]
-    with pytest.raises(BusyError, match="6 requests are waiting"):
-        desk.do("z", lambda progress: None)
+    jobs = [desk.do(Client("c", str(n)), lambda progress, n=n: n) for n in range(4)]
+    with pytest.raises(BusyError, match="4 requests from c are waiting"):
+        desk.do(Client("c", "another name"), lambda progress: None)
+    jobs += [desk.do(Client(f"c{n}"), lambda progress, n=n: n) for n in range(4)]
+    with pytest.raises(BusyError, match="8 requests are waiting"):
+        desk.do(Client("z"), lambda progress: None)
     hold.set()
     for job in jobs:
         job.future.result(5)
@@ -374,5 +382,5 @@ def test_an_unknown_failure_does_not_close_the_desk(slow):
         raise ZeroDivisionError("nobody thought of this")
 
     with pytest.raises(ZeroDivisionError):
-        desk.do("a", fails).future.result(5)
-    assert desk.do("a", lambda progress: 7).future.result(5) == 7
+        desk.do(Client("a"), fails).future.result(5)
+    assert desk.do(Client("a"), lambda progress: 7).future.result(5) == 7

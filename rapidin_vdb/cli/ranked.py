@@ -6,6 +6,7 @@ import typer
 
 from rapidin_vdb.cli.text import cut, printable
 from rapidin_vdb.pieces import pieces_of
+from rapidin_vdb.records import Focus
 from rapidin_vdb.results import RankedSample, RankedToken, Ranking
 
 # The darkest red and blue of a scale that begins at white, with black letters: readable on any terminal.
@@ -16,7 +17,7 @@ _SHOWN = 5
 def ranking_table(ranking: Ranking) -> None:
     """Print one ranking."""
     matching = f" that match {printable(ranking.where)}" if ranking.where is not None else ""
-    focus = f", on {', '.join(map(printable, ranking.focus))}" if ranking.focus else ""
+    focus = f", on {', '.join(map(_named, ranking.focus))}" if ranking.focus else ""
     what = "tokens" if any(isinstance(result, RankedToken) for result in ranking.results) else "samples"
     typer.echo(f"{printable(ranking.query_id)}{focus}: {len(ranking.results)} of {ranking.searched:,} {what}{matching}")
     if not ranking.results:
@@ -32,6 +33,10 @@ def ranking_table(ranking: Ranking) -> None:
         for group in ranking.groups:
             value = "(none)" if group.value is None else cut(str(group.value), 56)
             typer.echo(f"{group.samples:>8,}  {group.score:>10.4g}  {value}")
+
+
+def _named(entry: Focus) -> str:
+    return printable(entry) if isinstance(entry, str) else f"characters {entry[0]} to {entry[1]}"
 
 
 def _result_lines(results: Sequence[RankedSample | RankedToken], most: float) -> None:

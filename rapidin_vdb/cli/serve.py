@@ -12,13 +12,20 @@ def serve(
     host: Annotated[
         str, typer.Option(help="Address to answer on; another than this machine needs --token.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to answer on; 0 takes a free one.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to answer on; 0 takes a free one.")] = 8000,
     writable: Annotated[bool, typer.Option("--writable", help="Let records be added over HTTP.")] = False,
     token: Annotated[
         str | None,
         typer.Option(envvar="RAPIDIN_TOKEN", help="Secret that every request must carry, of 16 characters or more."),
     ] = None,
+    served_as: Annotated[
+        str | None,
+        typer.Option(metavar="URL", help="Public address of a reverse proxy in front, which sees to who may ask."),
+    ] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.")] = 300.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    model: Annotated[str | None, typer.Option(help="Where the model is now, if it has moved since init.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Where the adapter is now, if it has moved since init.")] = None,
 ) -> None:
     """Answer on HTTP: a page to look at, and a JSON API; needs the extra [web].
 
@@ -31,6 +38,6 @@ def serve(
     except ModuleNotFoundError as error:
         raise SpecError(f"serve needs the extra [web]: pip install 'rapidin-vdb[web]' ({error})") from error
     answer(
-        rapidin_vdb.open(db), host=host, port=port, writable=writable, token=token, time_limit=time_limit,
-        say=lambda text: typer.echo(text, err=True),
+        rapidin_vdb.open(db), host=host, port=port, writable=writable, token=token, served_as=served_as,
+        time_limit=time_limit, device=device, model=model, adapter=adapter, say=lambda text: typer.echo(text, err=True),
     )  # fmt: skip

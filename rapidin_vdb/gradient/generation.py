@@ -7,11 +7,17 @@ import torch
 
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.progress import Progress, silent
 
 
 @torch.no_grad()
-def generate_one(loaded: LoadedModel, prompt: str, *, max_tokens: int, temperature: float, seed: int) -> str:
+def generate_one(
+    loaded: LoadedModel, prompt: str, *, max_tokens: int, temperature: float, seed: int, progress: Progress = silent
+) -> str:
     """Return the continuation of a prompt that is written in its template; at temperature 0 the most likely one.
+
+    Nothing but these settings counts: what the model's folder says about generation does not. `progress` hears of every
+    token, and may end it by raising.
 
     Raises:
         SpecError: an option is out of range, or the prompt leaves no room.
@@ -22,7 +28,12 @@ def generate_one(loaded: LoadedModel, prompt: str, *, max_tokens: int, temperatu
     if temperature != 0 and not 0.01 <= temperature <= 10:
         raise SpecError(f"temperature is {temperature}; wanted 0 (most likely), or 0.01 to 10")
     model, tokenizer = loaded.model, loaded.tokenizer
-    ids = tokenizer(prompt, return_tensors="pt")["input_ids"].to(model.device)
+    # A template that writes the beginning-of-sequence token itself must not get a second one, as in `encode`.
+    begun = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
+    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not begun)["input_ids"].to(model.device)
+    end = tokenizer.eos_token_id
+    if ids.shape[1] and int(ids[0, -1]) == end and not prompt.endswith(str(tokenizer.eos_token)):
+        ids = ids[:, :-1]  # some tokenizers end every text
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None:
         if ids.shape[1] >= room:
@@ -31,6 +42,10 @@ def generate_one(loaded: LoadedModel, prompt: str, *, max_tokens: int, temperatu
     if not ids.shape[1]:
         raise SpecError("the prompt is empty; the model needs a token to begin with")
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    from transformers import GenerationConfig
+
+    # Where `generate` is told nothing, it takes the model's own settings; these are replaced by none.
+    model.generation_config = GenerationConfig()
     # The generator is the process's own: what others draw meanwhile, and have drawn, must not change.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
@@ -39,11 +54,23 @@ def generate_one(loaded: LoadedModel, prompt: str, *, max_tokens: int, temperatu
             attention_mask=torch.ones_like(ids),
             max_new_tokens=max_tokens,
             use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            eos_token_id=end,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
+            stopping_criteria=[_Heard(progress, ids.shape[1], max_tokens)],
             **drawn,
         )
     return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+class _Heard:
+    """Asked after every token whether that is enough: never, but whoever hears of it may raise."""
+
+    def __init__(self, progress: Progress, first: int, total: int) -> None:
+        self._progress, self._first, self._total = progress, first, total
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **options: Any) -> torch.Tensor:
+        self._progress("generated tokens", ids.shape[1] - self._first, self._total)
+        return torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
 
 
 @torch.no_grad()

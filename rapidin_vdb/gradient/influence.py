@@ -17,6 +17,7 @@ from rapidin_vdb.gradient.sample import stream_gradient
 from rapidin_vdb.gradient.tangent import NoTangentError, TangentPass
 from rapidin_vdb.gradient.token_rapidgrad import at_token
 from rapidin_vdb.gradient.twice import token_scores_twice
+from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded
 
 logger = logging.getLogger(__name__)
@@ -140,17 +141,23 @@ class ExactInfluence:
         )
 
     def matrix(
-        self, query: Encoded, whole: Direction, batches: Sequence[Sequence[Encoded]], exacts: Sequence[Exact]
+        self,
+        query: Encoded,
+        whole: Direction,
+        batches: Sequence[Sequence[Encoded]],
+        exacts: Sequence[Exact],
+        *,
+        progress: Progress = silent,
     ) -> list[list[Float64[np.ndarray, "_ _"]]]:
         """Return for each sample of each batch its tokens' scores on the query's tokens (Eq. 8), [tokens, generated].
 
         `whole` is the direction of the whole query, and `exacts` the batches' scores on it: both sides have the norms
         of the whole, so that over all of the query's tokens the scores sum to `token_scores`.
         """
-        found = self._columns(query, whole, batches, exacts)
+        found = self._columns(query, whole, batches, exacts, progress)
         if not self._twice and not self._all_sum(found, exacts):
             self._give_up_tangents("in forward mode they did not sum to the samples' scores")
-            found = self._columns(query, whole, batches, exacts)
+            found = self._columns(query, whole, batches, exacts, progress)
         if not self._all_sum(found, exacts):
             raise GradientError("the matrices do not sum to the samples' exact scores")
         return found
@@ -159,15 +166,25 @@ class ExactInfluence:
         return all(self._sums(found, exact) for found, exact in zip(matrices, exacts, strict=True))
 
     def _columns(
-        self, query: Encoded, whole: Direction, batches: Sequence[Sequence[Encoded]], exacts: Sequence[Exact]
+        self,
+        query: Encoded,
+        whole: Direction,
+        batches: Sequence[Sequence[Encoded]],
+        exacts: Sequence[Exact],
+        progress: Progress,
     ) -> list[list[np.ndarray]]:
         columns: list[list[list[np.ndarray]]] = [[[] for _ in batch] for batch in batches]
+        steps, step = len(query.loss_tokens) * len(batches), 0
         for token in query.loss_tokens:
+            progress("matrix", step, steps)
             grads = self.direction(at_token(query, token), norms=whole.norms).grads
             for number, (batch, exact) in enumerate(zip(batches, exacts, strict=True)):
+                progress("matrix", step, steps)
+                step += 1
                 scales = self._maker.scales(exact.norms) / len(query.loss_tokens)
                 for place, scores in enumerate(self._token_scores(grads, batch, scales)):
                     columns[number][place].append(scores)
+        progress("matrix", steps, steps)
         return [[np.stack(scores, 1) for scores in batch] for batch in columns]
 
     def _token_scores(self, grads: dict[int, Tensor], batch: Sequence[Encoded], scales: np.ndarray) -> list[np.ndarray]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.pieces import pieces_of
-from rapidin_vdb.results import RankedSample, Ranking, Span, TokenScore
+from rapidin_vdb.results import RankedSample, Ranking, Span, StoredSample, TokenScore
 
 _HERE = Path(__file__).parent
 
@@ -60,6 +60,13 @@ def with_pieces(ranking: Ranking) -> dict[str, Any]:
                 tokens = result.tokens or ()
                 shown |= {"pieces": _pieces(result.response, _spans(tokens)), "ends": _ends(tokens)}
     return values
+
+
+def sample_pieces(sample: StoredSample) -> dict[str, Any]:
+    """Return a sample's plain values, with its response in pieces beside, as of a ranking."""
+    spans = sample.token_offsets
+    ends = [number for number, (start, end) in enumerate(spans) if start == end]
+    return sample.to_dict() | {"pieces": _pieces(sample.response, spans), "ends": ends}
 
 
 def _spans(tokens: Sequence[Span | TokenScore]) -> list[tuple[int, int]]:

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rapidin_vdb.records import Scalar
+from rapidin_vdb.records import Focus, Scalar
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,8 +161,8 @@ class Ranking:
     """Influence by the values of a column, largest first, where it was asked for."""
     histogram: Histogram | None = None
     """How all scores are spread, where it was asked for."""
-    focus: tuple[str, ...] | None = None
-    """The texts of the generation whose tokens alone were asked about (Eq. 7)."""
+    focus: tuple[Focus, ...] | None = None
+    """The texts, or spans of code points, of the generation whose tokens alone were asked about (Eq. 7)."""
     prompt: str | None = None
     """What the model was asked, where tokens of the generation are shown."""
     generation: str | None = None

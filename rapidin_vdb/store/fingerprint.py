@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import uuid
 from typing import Any
 
 from rapidin_vdb.errors import FingerprintError, TableError
@@ -10,6 +11,7 @@ from rapidin_vdb.records import Fingerprint, ParameterShape, SketchSpec
 
 METADATA_KEY = b"rapidin_vdb.fingerprint"
 _DIGEST_KEY = b"rapidin_vdb.fingerprint.sha256"
+_IDENTITY_KEY = b"rapidin_vdb.identity"
 _NOT_COMPARED = frozenset({"model", "adapter", "versions", "epochs", "learning_rate", "parameters"})
 
 
@@ -40,6 +42,19 @@ def read_fingerprint(metadata: dict[bytes, bytes] | None, *, place: str) -> Fing
         return Fingerprint(**values)
     except (ValueError, TypeError, KeyError) as error:
         raise TableError(f"{place}: the fingerprint cannot be read by this version of rapidin-vdb: {error}") from error
+
+
+def new_identity() -> dict[bytes, bytes]:
+    """Return schema metadata that no other database has."""
+    return {_IDENTITY_KEY: uuid.uuid4().hex.encode("ascii")}
+
+
+def read_identity(metadata: dict[bytes, bytes], *, place: str) -> str:
+    """Return what tells a database from others; for those that have no such mark, made of where and what they are."""
+    found = metadata.get(_IDENTITY_KEY)
+    if found is not None:
+        return found.decode("ascii", "replace")
+    return hashlib.sha256(place.encode("utf-8") + metadata[METADATA_KEY]).hexdigest()[:32]
 
 
 def check_fingerprint(stored: Fingerprint, here: Fingerprint, *, place: str) -> None:

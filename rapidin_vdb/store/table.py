@@ -14,7 +14,7 @@ from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
 from rapidin_vdb.records import Fingerprint
 from rapidin_vdb.store.columns import ensure_columns, is_settled, settle
 from rapidin_vdb.store.filters import checked_filter, ids_filter
-from rapidin_vdb.store.fingerprint import read_fingerprint, write_fingerprint
+from rapidin_vdb.store.fingerprint import new_identity, read_fingerprint, read_identity, write_fingerprint
 from rapidin_vdb.store.place import connect, local_place
 from rapidin_vdb.store.purging import purge_table
 from rapidin_vdb.store.rows import ColumnKind, Row, arrow_table, samples_schema
@@ -62,6 +62,7 @@ class SampleTable:
             self._table = self._connection.open_table(SAMPLES)
             metadata = self._table.schema.metadata
         self.fingerprint = read_fingerprint(metadata, place=uri)
+        self.identity = read_identity(metadata, place=uri)
         # Held for the moment of a commit only; the system lets go of it when a process dies.
         self._lock = FileLock(Path(uri, _LOCK))
         self.tokens = TokenTable(self._connection, uri, self.fingerprint, self.committing)
@@ -93,7 +94,7 @@ class SampleTable:
         """
         SampleTable.check_free(uri)
         uri = local_place(uri)
-        schema = samples_schema(fingerprint.sketch.width, write_fingerprint(fingerprint))
+        schema = samples_schema(fingerprint.sketch.width, write_fingerprint(fingerprint) | new_identity())
         with told(f"no database can be made at {uri}"):
             Path(uri).mkdir(parents=True, exist_ok=True)
             with FileLock(Path(uri, _LOCK)):

@@ -1,4 +1,4 @@
-"""How answers are sent: as JSON, or as events that tell how far they are."""
+"""How answers are sent: as JSON, or as events that tell how far they are; and that nothing goes on for nobody."""
 
 import asyncio
 import json
@@ -10,7 +10,10 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from rapidin_vdb.errors import RapidInError, SampleNotFoundError
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.web.desk import BusyError, CancelledError, DeskError, Job, LateError
+from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, DeskError, Job, LateError
+
+_STILL_HERE = 15.0
+"""Seconds without news after which a word is sent, so that no proxy takes the connection for dead."""
 
 
 class Json(JSONResponse):
@@ -21,16 +24,38 @@ class Json(JSONResponse):
         return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
-async def answered(request: Request, submit: Callable[[Progress], Job], shape: Callable[[Any], Any]) -> Response:
-    """Answer with JSON, or, where that is asked for, with events: progress, then result or error."""
+async def answered(
+    request: Request, desk: Desk, submit: Callable[[Progress], Job], shape: Callable[[Any], Any]
+) -> Response:
+    """Answer with JSON, or, where that is asked for, with events: progress, then result or error.
+
+    A job ends when its time is over or when whoever asked has gone, whatever it waits for.
+    """
     if "text/event-stream" in request.headers.get("accept", ""):
-        return StreamingResponse(_events(submit, shape), media_type="text/event-stream")
+        return StreamingResponse(_events(desk, submit, shape), media_type="text/event-stream")
     job = submit(silent)
-    future = asyncio.wrap_future(job.future)
-    while not (await asyncio.wait({future}, timeout=0.25))[0]:
-        if await request.is_disconnected():
-            job.cancelled = True
-    return Json(shape(future.result()))
+    future, gone = asyncio.wrap_future(job.future), asyncio.create_task(_gone(request))
+    try:
+        await asyncio.wait({future, gone}, timeout=job.seconds_left, return_when=asyncio.FIRST_COMPLETED)
+        if not future.done():
+            desk.give_up(job, CancelledError() if gone.done() else LateError())
+        result = await future
+    finally:
+        gone.cancel()
+    # Not on the event loop: a large answer takes its time to write out.
+    return await asyncio.to_thread(lambda: Json(shape(result)))
+
+
+async def within(seconds: float, work: Callable[[], Any]) -> Response:
+    """Answer with what a read of the table gives, in a thread of its own.
+
+    Raises:
+        LateError: it took longer than is allowed.
+    """
+    try:
+        return await asyncio.wait_for(asyncio.to_thread(lambda: Json(work())), seconds)
+    except TimeoutError:
+        raise LateError from None
 
 
 def status_of(error: Exception) -> int:
@@ -39,36 +64,67 @@ def status_of(error: Exception) -> int:
     return next((status for kind, status in known.items() if isinstance(error, kind)), 400)
 
 
-def client_of(request: Request) -> str:
-    """Return who asks: a page says so itself, and everybody else is known by the connection."""
-    given = request.headers.get("x-client", "")[:64]
-    return given or (f"{request.client.host}:{request.client.port}" if request.client else "somebody")
+def client_of(request: Request) -> Client:
+    """Return who asks: the address of the connection, and what the client calls itself, which only divides its turn."""
+    address, port = (request.client.host, request.client.port) if request.client else ("nowhere", 0)
+    return Client(address, request.headers.get("x-client", "")[:64] or str(port))
 
 
-async def _events(submit: Callable[[Progress], Job], shape: Callable[[Any], Any]) -> AsyncIterator[str]:
+async def _gone(request: Request) -> None:
+    """Wait until whoever asked has gone."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _events(desk: Desk, submit: Callable[[Progress], Job], shape: Callable[[Any], Any]) -> AsyncIterator[str]:
     loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]]()
 
+    def tell(name: str, value: Any) -> None:
+        try:
+            loop.call_soon_threadsafe(heard.put_nowait, (name, value))
+        except RuntimeError:
+            pass  # the server has stopped
+
     def progress(stage: str, done: int, total: int) -> None:
-        loop.call_soon_threadsafe(heard.put_nowait, ("progress", {"stage": stage, "done": done, "total": total}))
+        tell("progress", {"stage": stage, "done": done, "total": total})
 
     try:
         job = submit(progress)
     except DeskError as error:
-        yield _event("error", {"detail": str(error), "status": status_of(error)})
+        yield _error(error)
         return
-    job.future.add_done_callback(lambda _: loop.call_soon_threadsafe(heard.put_nowait, ("end", None)))
+    job.future.add_done_callback(lambda _: tell("end", None))
     try:
         while True:
-            name, value = await heard.get()
+            left = None if job.future.done() else job.seconds_left
+            try:
+                name, value = await asyncio.wait_for(
+                    heard.get(), _STILL_HERE if left is None else min(_STILL_HERE, left)
+                )
+            except TimeoutError:
+                if left is not None and left <= _STILL_HERE:
+                    desk.give_up(job, LateError())
+                else:
+                    yield ": still at it\n\n"
+                continue
             if name == "end":
                 break
             yield _event(name, value)
         try:
-            yield _event("result", shape(job.future.result()))
+            result = job.future.result()
+            yield await asyncio.to_thread(lambda: _event("result", shape(result)))
         except (RapidInError, DeskError) as error:
-            yield _event("error", {"detail": str(error), "status": status_of(error)})
+            yield _error(error)
+        except Exception:
+            # The status was sent long ago: all that is left is to say it, and to keep the traceback.
+            yield _event("error", {"detail": "something went wrong in the server; its log says what", "status": 500})
+            raise
     finally:
-        job.cancelled = True  # of no effect where it is done; else whoever asked has gone
+        desk.give_up(job, CancelledError())  # of no effect where it is done; else whoever asked has gone
+
+
+def _error(error: Exception) -> str:
+    return _event("error", {"detail": str(error), "status": status_of(error)})
 
 
 def _event(name: str, value: Any) -> str:

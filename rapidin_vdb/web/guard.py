@@ -33,9 +33,13 @@ class Guard:
     another Origin; and both lack the token, where there is one.
     """
 
-    def __init__(self, app: Any, *, hosts: frozenset[str], token: str | None, most_bytes: int) -> None:
+    def __init__(
+        self, app: Any, *, hosts: frozenset[str], token: str | None, most_bytes: int, served_as: str | None = None
+    ) -> None:
+        """Guard an application; `served_as` is the public origin of a reverse proxy in front of it."""
         self._app = app
-        self._hosts = hosts
+        self._origin = served_as
+        self._hosts = hosts if served_as is None else hosts | {_name_of(urlsplit(served_as).netloc)}
         self._token = token
         self._most_bytes = most_bytes
 
@@ -46,7 +50,11 @@ class Guard:
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
+        begun = False
+
         async def sent(message: Message) -> None:
+            nonlocal begun
+            begun = True
             if message["type"] == "http.response.start":
                 names = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(pair for pair in _HEADERS if pair[0] not in names)]
@@ -64,7 +72,13 @@ class Guard:
         async def again() -> Message:
             return messages.pop(0) if messages else await receive()
 
-        await self._app(scope, again, sent)
+        try:
+            await self._app(scope, again, sent)
+        except Exception:
+            # Whatever went wrong, its traceback is for the log, and the answer has the headers of all others.
+            if not begun:
+                await _answer(sent, 500, "something went wrong in the server; its log says what")
+            raise
 
     async def _read(self, receive: Receive) -> list[Message] | None:
         """Return all messages of a request; None where they are too large together."""
@@ -83,17 +97,19 @@ class Guard:
         if "*" not in self._hosts and _name_of(host) not in self._hosts:
             return (
                 421,
-                f"the host {host!r} is not served here; start the server with --host to serve another",
+                f"the host {host!r} is not served here; start the server with --host to serve another, or with "
+                "--served-as behind a reverse proxy",
             )
-        origin = headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+        reading = scope["method"] in ("GET", "HEAD")
+        if not self._is_own(headers.get("origin"), host):
             return 403, "the request comes from another site's page"
-        if headers.get("sec-fetch-site") in ("cross-site", "same-site"):
-            return 403, "the request comes from another site's page"
-        if (
-            scope["method"] not in ("GET", "HEAD")
-            and headers.get("content-type", "").split(";")[0] != "application/json"
+        # A link on another site's page may lead to the page, which holds nothing of the database and cannot be framed.
+        followed = headers.get("sec-fetch-mode") == "navigate" and headers.get("sec-fetch-dest") == "document"
+        if headers.get("sec-fetch-site") in ("cross-site", "same-site") and not (
+            reading and followed and scope["path"] == "/"
         ):
+            return 403, "the request comes from another site's page"
+        if not reading and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             # A page of another site can send forms without asking, but no JSON.
             return 415, "wanted content-type: application/json"
         if self._token is not None and scope["path"].startswith(("/api/", "/metrics")):
@@ -109,6 +125,15 @@ class Guard:
         if int(length) > self._most_bytes:
             return 413, f"the request is larger than {self._most_bytes:,} bytes"
         return None
+
+    def _is_own(self, origin: str | None, host: str) -> bool:
+        """Say whether an Origin is none, that of the page that is served here, or that of the proxy in front."""
+        if origin is None or (self._origin is not None and origin.lower() == self._origin):
+            return True
+        try:
+            return urlsplit(origin).netloc.lower() == host.lower()
+        except ValueError:
+            return False
 
 
 def _name_of(host: str) -> str:

@@ -1,9 +1,13 @@
 """What the server counts about itself, in Prometheus' text format."""
 
+import time
 from collections.abc import Callable
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4
+
+from rapidin_vdb.web.guard import Message, Receive, Scope, Send
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
@@ -45,3 +49,29 @@ class Metrics:
     def text(self) -> bytes:
         """Return all of them."""
         return generate_latest(self._registry)
+
+
+class Counted:
+    """Counts every request, also those that are refused or fail, and times answers to their last byte."""
+
+    def __init__(self, app: Any, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        started, status = time.monotonic(), 500  # unless an answer begins
+
+        async def sent(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, sent)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.answered(route, status, time.monotonic() - started)

@@ -1,8 +1,10 @@
 """The server: on this machine alone, unless asked otherwise."""
 
 import logging
+import math
 from collections.abc import Callable
 from typing import Any
+from urllib.parse import urlsplit
 
 import uvicorn
 
@@ -14,36 +16,70 @@ from rapidin_vdb.web.guard import LOOPBACK
 
 def serve(
     database: Database, *, host: str = "127.0.0.1", port: int = 8000, writable: bool = False, token: str | None = None,
-    time_limit: float = 300.0, say: Callable[[str], None],
+    served_as: str | None = None, time_limit: float = 300.0, model: str | None = None, adapter: str | None = None,
+    device: str = "auto", say: Callable[[str], None],
 ) -> None:  # fmt: skip
-    """Answer until interrupted.
+    """Answer until interrupted; `model`, `adapter` and `device` are as for `Database.load`.
 
     Raises:
         SpecError: another host than this machine without a token, or an address that cannot be had.
     """
     if host not in LOOPBACK and token is None:
         raise SpecError(
-            f"--host {host} is open to others: give --token SECRET too, which every request must carry; without "
-            "encryption whoever listens on the network reads it, so put a reverse proxy with https in front"
+            f"--host {host} is open to others: give --token SECRET too, which every request must carry; or leave "
+            "--host out, and put a reverse proxy with https in front, which sees to who may ask (--served-as URL). "
+            "Without encryption whoever listens on the network reads the token"
         )
     if token is not None and len(token) < 16:
         raise SpecError(f"--token has {len(token)} characters; wanted 16 or more")
+    if not (math.isfinite(time_limit) and time_limit > 0):
+        raise SpecError(f"--time-limit is {time_limit}; wanted a number of seconds above 0")
+    if not 0 <= port <= 65535:
+        raise SpecError(f"--port is {port}; wanted 0 (any that is free) to 65535")
+    origin = None if served_as is None else origin_of(served_as)
     # Whoever serves all addresses does not know by which names it is asked; the token stands in for the check.
     everywhere = host in ("0.0.0.0", "::")  # noqa: S104
     hosts = LOOPBACK if host in LOOPBACK else frozenset({"*"}) if everywhere else LOOPBACK | {host.lower()}
-    database.load()
-    app = make_app(database, writable=writable, token=token, hosts=hosts, time_limit=time_limit)
+    database.load(model=model, adapter=adapter, device=device)
+    app = make_app(database, writable=writable, token=token, hosts=hosts, served_as=origin, time_limit=time_limit)
+    # Only a proxy is believed when it says where a request comes from, and only one on this machine.
     config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_keep_alive=30, limit_concurrency=1000
-    )
+        app, host=host, port=port, log_level="warning", timeout_keep_alive=30, limit_concurrency=1000,
+        proxy_headers=origin is not None,
+    )  # fmt: skip
     try:
         socket = config.bind_socket()
     except SystemExit:
         raise SpecError(f"--host {host} --port {port}: this address cannot be had; give another port") from None
     shown = f"[{host}]" if ":" in host else host
     told = f"serving {database.path} on http://{shown}:{socket.getsockname()[1]} (Ctrl-C ends it)"
+    if origin is not None and token is None:
+        told += f"\nwhoever reaches {origin} can read this database: the proxy must see to who may (or give --token)"
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     _Server(config, ready=lambda: say(told)).run(sockets=[socket])
+
+
+def origin_of(url: str) -> str:
+    """Return the origin of an address, as a browser names it.
+
+    >>> origin_of("https://Rapidin.example.org:443/db/")
+    'https://rapidin.example.org'
+
+    Raises:
+        SpecError: it is no address of a site.
+    """
+    try:
+        parts = urlsplit(url)
+        name, port = parts.hostname, parts.port
+    except ValueError:
+        name, port = None, None
+    if not name or parts.scheme not in ("http", "https") or parts.username is not None:
+        raise SpecError(
+            f"--served-as {url}: wanted the public address of the proxy, such as https://rapidin.example.org"
+        )
+    host = f"[{name}]" if ":" in name else name
+    usual = {"http": 80, "https": 443}[parts.scheme]
+    return f"{parts.scheme}://{host}" + ("" if port in (None, usual) else f":{port}")
 
 
 class _Server(uvicorn.Server):

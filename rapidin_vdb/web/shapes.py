@@ -1,12 +1,15 @@
 """What requests and answers look like, for the OpenAPI document and for checking what comes in."""
 
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from rapidin_vdb.question import Question
 from rapidin_vdb.records import Aggregate, Level, OnBadRecord, OnDuplicate
 from rapidin_vdb.results import StoredSample
+
+_Text = Annotated[str, Field(max_length=200_000)]
+_Span = Annotated[list[Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]], Field(min_length=2, max_length=2)]
 
 
 class _Shape(BaseModel):
@@ -21,8 +24,11 @@ class Search(_Shape):
     harmful: bool = Field(default=False, description="The most negative first.")
     both: bool = Field(default=False, description="Both ends.")
     level: Level = Field(default="sample", description="What is ranked: samples, or single training tokens.")
-    focus: list[str] = Field(
-        default=[], max_length=100, description="Ask only about these texts of the generation (Eq. 7)."
+    focus: list[_Text | _Span] = Field(
+        default=[],
+        max_length=1000,
+        description="Ask only about these texts of the generation, wherever they stand, or half-open spans of its code "
+        "points (Eq. 7); an empty span stands for the end of the sequence.",
     )
     tokens: bool = Field(default=False, description="Give every token of the results its exact influence (Eq. 6).")
     matrix: bool = Field(default=False, description="The same on each token of the generation (Eq. 8).")
@@ -40,7 +46,7 @@ class Search(_Shape):
             SpecError: options exclude one another.
         """
         values = {name: getattr(self, name) for name in Search.model_fields}
-        return Question(**values | {"focus": tuple(self.focus)})
+        return Question(**values | {"focus": tuple(e if isinstance(e, str) else (e[0], e[1]) for e in self.focus)})
 
 
 class QueryRequest(Search):
@@ -56,7 +62,8 @@ class QueryRequest(Search):
                     "top_k": 5,
                     "where": "split = 'train'",
                     "tokens": True,
-                }
+                },
+                {"prompt": "Name a fruit.", "generation": "A comet.", "focus": [[2, 7]], "histogram": 20},
             ]
         },
     )
@@ -146,6 +153,4 @@ class Detail(_Shape):
 class Health(_Shape):
     """Whether the server is ready."""
 
-    status: str
-    samples: int
-    waiting: int
+    status: str = Field(description="ready, or not ready")

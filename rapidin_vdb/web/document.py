@@ -1,0 +1,79 @@
+"""What the OpenAPI document says of answers: their shapes, examples, events and refusals."""
+
+from typing import Any
+
+from rapidin_vdb.web import shapes
+
+Responses = dict[int | str, dict[str, Any]]
+
+JSON_LINES = {
+    "application/x-ndjson": {
+        "schema": {"type": "string"},
+        "example": '{"id": "demo-0001", "split": "train", "prompt": "Name a fruit.", "response": "A pear."}\n',
+    }
+}
+EVENTS = {
+    "text/event-stream": {
+        "schema": {"type": "string"},
+        "example": (
+            'event: progress\ndata: {"stage": "gradients", "done": 1, "total": 1}\n\n'
+            'event: result\ndata: {"query_id": "query"}\n\n'
+        ),
+    }
+}
+_SAMPLE = {
+    "sample_id": "demo-0001", "split": "train", "source": "forum", "prompt": "Name a fruit.", "response": "A pear.",
+    "token_offsets": [[0, 1], [1, 6], [6, 7], [7, 7]], "tokens": 4, "truncated": False, "loss": 1.25,
+    "metadata": {"stars": 4},
+}  # fmt: skip
+_RANKED = {
+    "rank": 1, "sample_id": "demo-0001", "score": 3.5, "exact_score": None, "split": "train", "source": "forum",
+    "prompt": "Name a fruit.", "response": "A pear.", "metadata": {"stars": 4}, "tokens": None,
+}  # fmt: skip
+EXAMPLES: dict[str, Any] = {
+    "ranking": {
+        "query_id": "query", "score_unit": "epochs * learning_rate * inner product of RapidGrads (Eq. 5)",
+        "searched": 1000, "where": "split = 'train'", 
+        "seconds": {"gradient": 0.02, "search": 0.01, "tokens": 0.0, "total": 0.03},
+        "results": [_RANKED],
+    },
+    "sample": _SAMPLE,
+    "page": {"samples": [_SAMPLE], "total": 1, "offset": 0, "limit": 50},
+    "generated": {"prompt": "Name a fruit.", "generation": "A comet.", "max_tokens": 40, "temperature": 0.0, "seed": 0},
+    "ingested": {
+        "added": 1, "replaced": 0, "unchanged": 0, "kept": 0, "bad": [], "tokens": 9, "token_gradients": 0,
+        "seconds": 0.2, "table_version": 7,
+    },
+    "columns": [
+        {"name": "source", "type": "text", "values": ["forum", "quiz"]},
+        {"name": "stars", "type": "whole", "values": [1, 2, 3]},
+    ],
+    "info": {
+        "samples": 1000, "tokens": 17000, "width": 4096, "shuffles": 20, "seed": 42, "normalize": "layer",
+        "model": "model", "adapter": "adapter", "table_version": 7, "indexes": [], "bytes": 9000000,
+        "writable": False, "path": "db", "identity": "0f8fad5bd9cb469fa16570867728950e",
+    },
+    "health": {"status": "ready"},
+}  # fmt: skip
+_REFUSALS = {
+    400: "The request cannot be honoured; `detail` says why.",
+    401: "The token is missing or wrong.",
+    403: "The request comes from another site's page, or the server is read-only.",
+    404: "There is no such sample.",
+    413: "The request is too large.",
+    415: "The request is not JSON.",
+    421: "The host is not served here.",
+    503: "Too many requests are waiting.",
+    504: "The request took too long.",
+}
+
+
+def documented(shape: Any, example: str | None = None, content: dict[str, Any] | None = None) -> Responses:
+    """Return the document of an answer: its shape, an example of it, and other forms that it can take."""
+    forms: dict[str, Any] = {} if example is None else {"application/json": {"example": EXAMPLES[example]}}
+    return {200: ({} if shape is None else {"model": shape}) | {"content": forms | (content or {})}}
+
+
+def refusals(*statuses: int) -> Responses:
+    """Return the document of what is answered instead, besides what can happen to any request."""
+    return {status: {"model": shapes.Detail, "description": _REFUSALS[status]} for status in (401, 403, 421, *statuses)}
