@@ -1,6 +1,6 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from rapidin_vdb.answering import answer, nearest, versions_for
@@ -19,7 +19,7 @@ from rapidin_vdb.reading import SampleReader
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import Aggregate, Focus, Level, OnBadRecord, OnDuplicate, Sample
 from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, VerifyReport
-from rapidin_vdb.store import SampleTable, TableVersion
+from rapidin_vdb.store import SampleTable, TableVersion, size_of, undisturbed, undisturbed_each
 from rapidin_vdb.verification import verify
 
 
@@ -125,6 +125,7 @@ class Database(SampleReader):
             token_width=token_width,
         )  # fmt: skip
 
+    @undisturbed
     def index(
         self, recipe: str | Path | IndexRecipe = "cpu", *, level: Level = "sample", progress: Progress = silent
     ) -> IndexInfo:
@@ -203,16 +204,18 @@ class Database(SampleReader):
             queries = read_queries(Path(file))
         assert queries is not None
         if self._engine is None:
-            versions_for(self._table, question)  # what it cannot answer is said before a model is loaded
+            undisturbed(versions_for)(self._table, question)  # what it cannot answer is said before a model is loaded
             self.load(model=model, adapter=adapter, device=device)
-        return list(self.ask(question, queries, progress=progress))
+        return undisturbed(lambda: list(self.ask(question, queries, progress=progress)))()
 
+    @undisturbed_each
     def ask(self, question: Question, queries: Sequence[Sample], *, progress: Progress = silent) -> Iterator[Ranking]:
         """Yield what `query` returns, each as soon as it is ready, for options that were put together before."""
         versions = versions_for(self._table, question)
         keeper, engine = self._indexes[question.level], self._loaded()
         return answer(question, queries, versions=versions, keeper=keeper, engine=engine, progress=progress)
 
+    @undisturbed
     def nearest(self, sample_id: str, question: Question, *, progress: Progress = silent) -> Ranking:
         """Return the samples that most influence what a sample teaches, by its stored RapidGrad; it is among them.
 
@@ -236,6 +239,7 @@ class Database(SampleReader):
             prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress
         )
 
+    @undisturbed
     def info(self) -> DatabaseInfo:
         """Return how large the database is, what made it, and which indexes are fresh."""
         snapshot = self._table.snapshot()
@@ -254,7 +258,7 @@ class Database(SampleReader):
             adapter=stored.adapter,
             table_version=snapshot.version,
             indexes=built,
-            bytes=sum(path.stat().st_size for path in Path(self.path).rglob("*") if path.is_file()),
+            bytes=size_of(self.path),
             token_gradients=0 if tokens is None else tokens.rows(),
             token_width=None if tokens is None else tokens.width,
             columns=snapshot.columns,
@@ -264,11 +268,10 @@ class Database(SampleReader):
         """Read all of the database, say what is wrong, and mend what is only a cache."""
         return verify(self._table, self._kept(), progress=progress)
 
-    def _kept(self) -> list[tuple[IndexKeeper, TableVersion]]:
-        """Return the keepers of indexes, each with the version that its indexes should hold."""
-        tokens = self._table.tokens.snapshot()
-        kept: list[tuple[IndexKeeper, TableVersion]] = [(self._indexes["sample"], self._table.snapshot())]
-        return kept + ([] if tokens is None else [(self._indexes["token"], tokens)])
+    def _kept(self) -> list[tuple[IndexKeeper, Callable[[], TableVersion]]]:
+        """Return the keepers of indexes, each with what gives the version that its indexes should hold."""
+        kept: list[tuple[IndexKeeper, Callable[[], TableVersion]]] = [(self._indexes["sample"], self._table.snapshot)]
+        return kept + ([(self._indexes["token"], self._table.tokens.newest)] if self._table.tokens else [])
 
     def delete(
         self, *, where: str | None = None, ids: Sequence[str] | None = None, purge: bool = False
@@ -286,9 +289,10 @@ class Database(SampleReader):
             raise SpecError("give one of: --where SQL, or --ids FILE")
         gone: list[str] | int = 0
         if where is not None or ids is not None:
-            gone = self._table.delete_where(where) if where is not None else self._table.delete_ids(ids or [])
+            delete = undisturbed(self._table.delete_where)
+            gone = delete(where) if where is not None else self._table.delete_ids(ids or [])
         if purge:
             self._table.purge()
-            for keeper, version in self._kept():
-                keeper.rebuild_all(version)
+            for keeper, newest in self._kept():
+                keeper.rebuild_all(newest)
         return gone

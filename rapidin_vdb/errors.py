@@ -10,8 +10,14 @@ RapidInError
     TableExistsError       a database is already at this place
     FingerprintError       the vectors were made with another model, template or sketch
     FilterError            a --where filter cannot be understood
+    PurgedError            the version that was being read is gone
   SpecError              a sketch spec, an index recipe or an argument cannot be honoured
 """
+
+import re
+
+# With one slash it is an address that was taken for a path.
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/\S+")
 
 
 class RapidInError(Exception):
@@ -54,6 +60,10 @@ class FilterError(TableError):
     """A --where filter cannot be understood."""
 
 
+class PurgedError(TableError):
+    """The version that was being read is gone: a purge removed it."""
+
+
 class SpecError(RapidInError):
     """A sketch spec, an index recipe or an argument cannot be honoured."""
 
@@ -61,11 +71,29 @@ class SpecError(RapidInError):
 def without_secrets(uri: str) -> str:
     """Return an address without what may be a password, a key or a token.
 
-    >>> without_secrets("s3://key:secret@bucket/db?token=secret#x")
+    >>> without_secrets("s3://key:sec/ret@bucket/db?token=secret#x")
     's3://***@bucket/db?***'
     """
     scheme, separator, rest = uri.partition("://")
-    before, question, _ = rest.partition("?")
-    host, slash, path = before.partition("/")
-    name = "***@" + host.rpartition("@")[2] if "@" in host else host
-    return scheme + separator + name + slash + path + ("?***" if question else "")
+    if not separator:
+        # As a path it has lost a slash.
+        scheme, separator, rest = uri.partition(":/")
+    # Keys may hold any sign, so that whatever stands before an @ is taken for one.
+    _, at, rest = rest.rpartition("@")
+    name, question, _ = rest.partition("?")
+    return scheme + separator + ("***@" if at else "") + name + ("?***" if question else "")
+
+
+def shown(text: str, *, lines: bool = False) -> str:
+    """Return a message as a terminal may have it: control characters spelt out, no secrets in addresses.
+
+    It is one line, unless it may have several.
+
+    >>> shown("s3://key:secret@host/x: red \\x1b[31m")
+    's3://***@host/x: red \\\\x1b[31m'
+    """
+    safe = _ADDRESS.sub(lambda found: without_secrets(found[0]), text)
+    return "".join(
+        character if character.isprintable() or (lines and character == "\n") else repr(character)[1:-1]
+        for character in safe
+    )

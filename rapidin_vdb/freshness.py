@@ -1,7 +1,7 @@
 """Indexes beside a table: an answer always comes from one that holds exactly the version that was asked for."""
 
 import logging
-import shutil
+from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 
@@ -14,7 +14,9 @@ from rapidin_vdb.index import (
     Manifest,
     ShardedIndex,
     check_index,
+    clear_index,
     extend_index,
+    index_folders,
     list_manifests,
     load_index,
     load_keys,
@@ -26,8 +28,8 @@ from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.recipe import IndexRecipe
 from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.sketch.memory import free_bytes
-from rapidin_vdb.store import SAMPLES, TableVersion
-from rapidin_vdb.table_index import batches_of, counted, of_table
+from rapidin_vdb.store import TableVersion, undisturbed
+from rapidin_vdb.table_index import batches_of, counted, held_by, holds, info_of, of_table
 
 logger = logging.getLogger(__name__)
 
@@ -55,6 +57,7 @@ class IndexKeeper:
 
         Raises:
             SpecError: the recipe cannot be honoured for this table.
+            PurgedError: a purge removed the version meanwhile; nothing of it is left in the index.
         """
         width = snapshot.width
         if recipe.coarse_width >= width:
@@ -71,7 +74,9 @@ class IndexKeeper:
                 if extended is None:
                     count = snapshot.rows()
                     batches = counted(batches_of(snapshot), count, progress)
-                    extended = write_index(self.folder, recipe, _held(snapshot), batches, count=count)
+                    extended = write_index(
+                        self.folder, recipe, held_by(snapshot), batches, count=count, check=snapshot.check_kept
+                    )
             except OSError as error:
                 raise SpecError(
                     f"the index {recipe.name} cannot be written to {self.folder}: {error}; the database is as it was"
@@ -79,8 +84,8 @@ class IndexKeeper:
             index = self._loaded_after(extended)
             if recipe.coarse_width and index.samples:
                 extended = with_recall(self.folder, extended, measured_recall(index))
-            self._resident = (_held(snapshot), index, self._chosen(None))
-        return _info(extended, snapshot)
+            self._resident = (held_by(snapshot), index, self._chosen(None))
+        return info_of(extended, snapshot)
 
     def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> ShardedIndex:
         """Return an index of exactly this version of the table: at hand, on disk, updated, or made now.
@@ -104,30 +109,55 @@ class IndexKeeper:
                 self._resident = None  # first: two copies of a table might not fit
                 index = of_table(snapshot, progress)
             # As they are now: an update on disk made a new manifest.
-            self._resident = (_held(snapshot), index, self._chosen(name))
+            self._resident = (held_by(snapshot), index, self._chosen(name))
         if index.recipe.coarse_width:
             self._say_what_coarse_finds(index)
         return index
 
-    def rebuild(self, snapshot: TableVersion, recipe: IndexRecipe, *, progress: Progress = silent) -> None:
-        """Build an index anew, whatever is there of it."""
-        self.remove(recipe.name)
-        self.build(snapshot, recipe, progress=progress)
+    def rebuild(self, newest: Callable[[], TableVersion], damaged: Manifest, *, progress: Progress = silent) -> bool:
+        """Build a damaged index anew; say whether it was still there, for somebody else may have done so already.
 
-    def rebuild_all(self, snapshot: TableVersion) -> None:
-        """Build every index anew."""
-        for manifest in list_manifests(self.folder):
-            self.rebuild(snapshot, manifest.index_recipe)
+        Raises:
+            RapidInError: it cannot be built.
+            OSError: it cannot be removed; it may be there in part, which no query takes for an index.
+        """
+        removed, _ = self.remove(damaged.name, only=lambda found: found == damaged)
+        if removed:
+            self._build_newest(newest, damaged.index_recipe, progress=progress)
+        return removed
 
-    def remove(self, name: str) -> None:
-        """Take an index away."""
+    def rebuild_all(self, newest: Callable[[], TableVersion]) -> None:
+        """Build every index anew, and take away what is none; whoever is building one is waited for.
+
+        All are taken away first: what cannot be built leaves nothing of what was there.
+
+        Raises:
+            RapidInError: one cannot be built.
+            OSError: one cannot be removed.
+        """
+        manifests = [self.remove(name)[1] for name in index_folders(self.folder)]
+        for manifest in manifests:
+            if manifest is not None:
+                self._build_newest(newest, manifest.index_recipe)
+
+    @undisturbed
+    def _build_newest(
+        self, newest: Callable[[], TableVersion], recipe: IndexRecipe, *, progress: Progress = silent
+    ) -> None:
+        self.build(newest(), recipe, progress=progress)
+
+    def remove(
+        self, name: str, *, wait: bool = True, only: Callable[[Manifest | None], bool] = lambda found: True
+    ) -> tuple[bool, Manifest | None]:
+        """Take an index away, or what a folder holds that is none; arguments and answer are those of `clear_index`."""
         with self._lock:
-            shutil.rmtree(self.folder / name, ignore_errors=True)
+            removed = clear_index(self.folder, name, wait=wait, only=only)
             self._resident = None
+        return removed
 
     def built(self, snapshot: TableVersion) -> tuple[IndexInfo, ...]:
         """Return what is built, and whether it holds this version of the table."""
-        return tuple(_info(manifest, snapshot) for manifest in list_manifests(self.folder))
+        return tuple(info_of(manifest, snapshot) for manifest in list_manifests(self.folder))
 
     def _chosen(self, name: str | None) -> list[Manifest]:
         manifests = list_manifests(self.folder)
@@ -142,13 +172,13 @@ class IndexKeeper:
         if self._resident is None:
             return None
         held, index, chosen_from = self._resident
-        if held == _held(snapshot) and chosen_from == manifests:
+        if held == held_by(snapshot) and chosen_from == manifests:
             return index
         if name is not None and index.recipe.name != name:
             return None
         if manifests and index.recipe != manifests[0].index_recipe:
             return None
-        if held == _held(snapshot):
+        if held == held_by(snapshot):
             return index
         if not index.grows or snapshot.digest_of(held.version) != held.digest:
             return None
@@ -172,7 +202,7 @@ class IndexKeeper:
     def _from_disk(self, snapshot: TableVersion, manifests: list[Manifest], progress: Progress) -> ShardedIndex | None:
         # One that holds this version first; and what is asked for exactly is not answered by a coarse one.
         exact = [known for known in manifests if not known.recipe["coarse_width"]]
-        for known in sorted(exact or manifests, key=lambda known: not _holds(known, snapshot)):
+        for known in sorted(exact or manifests, key=lambda known: not holds(known, snapshot)):
             manifest = known
             for _ in range(2):
                 try:
@@ -227,7 +257,7 @@ class IndexKeeper:
             SpecError: it is damaged.
             OSError: the folder cannot be written, or, where it is not to `wait`, somebody else is writing.
         """
-        if _holds(manifest, snapshot):
+        if holds(manifest, snapshot):
             return manifest
         change = self._difference(manifest, snapshot)
         if change is None:
@@ -236,7 +266,10 @@ class IndexKeeper:
         if not wait and len(manifest.parts) >= _MOST_PARTS_AT_ALL:
             raise OSError(f"it lies in {len(manifest.parts)} parts; put them together with: rapidin-vdb index")
         batches = counted(batches_of(snapshot, missing), len(missing), progress)
-        return extend_index(self.folder, manifest, _held(snapshot), keys, batches, count=len(missing), wait=wait)
+        return extend_index(
+            self.folder, manifest, held_by(snapshot), keys, batches, count=len(missing), wait=wait,
+            check=snapshot.check_kept,
+        )  # fmt: skip
 
     def _difference(self, manifest: Manifest, snapshot: TableVersion) -> tuple[Keys, np.ndarray] | None:
         """Return what is alive of a built index in this version, and what the version has beyond it.
@@ -263,29 +296,3 @@ class IndexKeeper:
 def _much(before: Keys, after: Keys, missing: np.ndarray) -> bool:
     """Say whether making an index anew costs less than what an update leaves behind."""
     return int((~after.alive).sum()) + len(missing) > _MOST_CHANGED * max(len(before), 1)
-
-
-def _held(snapshot: TableVersion) -> Held:
-    return Held(
-        table=snapshot.name,
-        version=snapshot.version,
-        digest=snapshot.digest,
-        width=snapshot.width,
-    )
-
-
-def _holds(manifest: Manifest, snapshot: TableVersion) -> bool:
-    held = _held(snapshot)
-    return (manifest.table, manifest.table_digest, manifest.width) == (held.table, held.digest, held.width)
-
-
-def _info(manifest: Manifest, snapshot: TableVersion) -> IndexInfo:
-    return IndexInfo(
-        name=manifest.name,
-        recipe=manifest.recipe,
-        fresh=_holds(manifest, snapshot),
-        samples=manifest.samples,
-        table_version=manifest.table_version,
-        recall=manifest.recall,
-        level="sample" if snapshot.name == SAMPLES else "token",
-    )

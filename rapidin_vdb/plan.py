@@ -10,7 +10,7 @@ from rapidin_vdb.corpus import Template, Tokenizer, encode, read_corpus
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.gradient import check_token_width
 from rapidin_vdb.records import OnBadRecord, OnDuplicate, Sample
-from rapidin_vdb.store import ColumnKind, SampleTable, merge_kinds
+from rapidin_vdb.store import ColumnKind, SampleTable, merge_kinds, undisturbed
 
 # Records checked, encoded and sorted by length together.
 _WINDOW = 1024
@@ -112,11 +112,8 @@ def make_plan(
     Raises:
         CorpusError: a record cannot be stored, or an id stands for two contents, where the options do not allow it.
     """
-    snapshot = table.snapshot()
-    stored = snapshot.content_hashes()
-    tokens = table.tokens.snapshot() if token_gradients else None
-    having = tokens.content_hashes() if tokens is not None else set()
-    plan = Plan(seen=snapshot.version)
+    version, stored, having = _there(table, token_gradients)
+    plan = Plan(seen=version)
     for window in windows:
         for entry in window:
             if isinstance(entry, CorpusError):
@@ -141,6 +138,14 @@ def make_plan(
                 plan.todo[sample.sample_id] = sample.content_hash
                 plan.kinds = merge_kinds(plan.kinds, sample.metadata)
     return plan
+
+
+@undisturbed
+def _there(table: SampleTable, token_gradients: bool) -> tuple[int, dict[str, str], set[tuple[str, str]]]:
+    """Return the table's version, the content hash of each sample, and which of them have tokens."""
+    snapshot = table.snapshot()
+    tokens = table.tokens.snapshot() if token_gradients else None
+    return snapshot.version, snapshot.content_hashes(), tokens.content_hashes() if tokens is not None else set()
 
 
 def _decide(plan: Plan, sample: Sample, stored: dict[str, str], table: SampleTable, on_duplicate: OnDuplicate) -> bool:

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from rapidin_vdb.errors import SampleNotFoundError, SpecError
 from rapidin_vdb.records import Fingerprint, Scalar
 from rapidin_vdb.results import StoredSample
-from rapidin_vdb.store import SampleTable
+from rapidin_vdb.store import SampleTable, undisturbed
 
 
 class SampleReader:
@@ -29,6 +29,7 @@ class SampleReader:
         """What tells it from other databases, also from one that was made anew at its place."""
         return self._table.identity
 
+    @undisturbed
     def show(self, sample_id: str) -> StoredSample:
         """Return a sample as it is stored, without its vector.
 
@@ -40,6 +41,7 @@ class SampleReader:
             raise SampleNotFoundError(f"no sample {sample_id!r} in {self.path}")
         return found[sample_id]
 
+    @undisturbed
     def samples(self, *, where: str | None = None, offset: int = 0, limit: int = 50) -> tuple[list[StoredSample], int]:
         """Return some of the samples that match a filter, in the table's order, and how many match.
 
@@ -55,6 +57,7 @@ class SampleReader:
         page = snapshot.page(where, offset=offset, limit=min(limit, total)) if offset < total else []
         return page, total
 
+    @undisturbed
     def count(self, where: str | None = None) -> int:
         """Return how many samples there are, or how many match a filter.
 
@@ -68,12 +71,14 @@ class SampleReader:
 
         Raises:
             FilterError: the filter cannot be understood.
+            PurgedError: a purge removed that version before all of it was read.
         """
         snapshot, size, offset = self._table.snapshot(), 1000, 0
         while page := snapshot.page(where, offset=offset, limit=size):
             yield from page
             offset += size
 
+    @undisturbed
     def values_of(self, column: str, *, most: int = 100) -> list[Scalar] | None:
         """Return the different values of a column, sorted; None where there are more than `most`.
 

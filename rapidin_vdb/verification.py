@@ -1,43 +1,75 @@
 """Is a database what was written? Tables against their checksums and each other, indexes against their tables."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 
-from rapidin_vdb.errors import SpecError, TableError
+from rapidin_vdb.errors import PurgedError, RapidInError, SpecError, TableError
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.index import list_manifests, verify_rows
+from rapidin_vdb.index import MANIFEST, Manifest, index_folders, list_manifests, verify_rows
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.results import Finding, VerifyReport
-from rapidin_vdb.store import SampleTable, Snapshot, TableVersion, TokenSnapshot
+from rapidin_vdb.store import (
+    SampleTable,
+    Snapshot,
+    TableVersion,
+    TokenSnapshot,
+    indexed_columns,
+    make_scalar_index,
+    undisturbed,
+    wrong_lookup,
+)
 
 # The first of each kind are told one by one.
 _TOLD = 20
+# Looks at both tables before writers are kept out for a moment.
+_LOOKS = 20
 
 
 def verify(
-    table: SampleTable, kept: Sequence[tuple[IndexKeeper, TableVersion]], *, progress: Progress = silent
+    table: SampleTable, kept: Sequence[tuple[IndexKeeper, Callable[[], TableVersion]]], *, progress: Progress = silent
 ) -> VerifyReport:
     """Read all of a database, and say what is wrong; what is only a cache is mended.
 
     Tables are read row by row: ids that stand twice, vectors that are not finite or zero, offsets outside their text,
-    rows that are not what was written, tokens without their sample. Built indexes are read and compared with their
-    checksums; one that is damaged is built anew.
+    rows that are not what was written, tokens without their sample. Filters are answered from scalar indices and
+    without. Built indexes are read and compared with their checksums. What is damaged of these is made anew; where
+    that fails, it is among what is wrong.
     """
-    snapshot, findings = table.snapshot(), []
-    findings += list(_samples(snapshot, progress))
-    tokens = table.tokens.snapshot()
+    samples, tokens, findings = _tables(table, progress)
+    mends = []
+    if not findings:
+        # Else a copy of what is right might be made anew from what is not.
+        mends += list(_scalar_indices(table))
+    mends += [mend for keeper, newest in kept for mend in _indexes(keeper, newest, progress)]
+    return VerifyReport(
+        samples=samples,
+        tokens=tokens,
+        findings=(*findings, *(finding for finding, mended in mends if not mended)),
+        mended=tuple(finding for finding, mended in mends if mended),
+    )
+
+
+@undisturbed
+def _tables(table: SampleTable, progress: Progress) -> tuple[int, int, list[Finding]]:
+    """Return how many samples and tokens there are, and what is wrong with them, all of one moment."""
+    snapshot, tokens = _at_one_moment(table)
+    findings = list(_samples(snapshot, progress))
     if tokens is not None:
         findings += list(_tokens(tokens, snapshot, progress))
-    mended = [finding for keeper, version in kept for finding in _indexes(keeper, version, progress)]
-    return VerifyReport(
-        samples=snapshot.count(),
-        tokens=0 if tokens is None else tokens.rows(),
-        findings=tuple(findings),
-        mended=tuple(mended),
-    )
+    return snapshot.count(), 0 if tokens is None else tokens.rows(), findings
+
+
+def _at_one_moment(table: SampleTable) -> tuple[Snapshot, TokenSnapshot | None]:
+    """Return both tables between two commits: every commit that matters to both changes the samples last or first."""
+    for _ in range(_LOOKS):
+        snapshot, tokens = table.snapshot(), table.tokens.snapshot()
+        if table.snapshot().digest == snapshot.digest:
+            return snapshot, tokens
+    with table.committing():
+        return table.snapshot(), table.tokens.snapshot()
 
 
 class _Told:
@@ -95,6 +127,8 @@ def _samples(snapshot: Snapshot, progress: Progress) -> Iterator[Finding]:
             done += 1
             if done % 256 == 0:
                 progress("samples", done, total)
+    except PurgedError:
+        raise
     except (TableError, UnicodeDecodeError) as error:
         yield Finding(place="the table samples", what=f"cannot be read to its end: {error}")
     progress("samples", total, total)
@@ -128,6 +162,8 @@ def _tokens(tokens: TokenSnapshot, snapshot: Snapshot, progress: Progress) -> It
             done += 1
             if done % 1024 == 0:
                 progress("tokens", done, total)
+    except PurgedError:
+        raise
     except (TableError, UnicodeDecodeError) as error:
         yield Finding(place="the table tokens", what=f"cannot be read to its end: {error}")
         return
@@ -145,20 +181,87 @@ def _sound(vector: np.ndarray) -> bool:
     return bool(np.isfinite(vector).all() and vector.any())
 
 
-def _indexes(keeper: IndexKeeper, version: TableVersion, progress: Progress) -> Iterator[Finding]:
+Mend = tuple[Finding, bool]
+"""What was wrong with a cache, and whether it is mended."""
+
+
+def _scalar_indices(table: SampleTable) -> Iterator[Mend]:
+    """Make the scalar indices anew that answer otherwise than the table itself."""
+    try:
+        columns = undisturbed(lambda: indexed_columns(table.snapshot()))()
+    except TableError as error:
+        yield Finding(place="the scalar indices", what=f"{error}"), False
+        return
+    look = undisturbed(lambda column: wrong_lookup(table.snapshot(), column))
+
+    def mend(column: str) -> None:
+        make_scalar_index(table, column)
+        if wrong := look(column):
+            raise TableError(wrong)
+
+    for column in columns:
+        try:
+            wrong = look(column)
+        except TableError as error:
+            yield Finding(place=f"column {column}", what=f"cannot be read: {error}"), False
+            continue
+        if wrong:
+            yield _mended(f"scalar index of {column}", wrong, "made", lambda column=column: mend(column))  # type: ignore[misc]
+
+
+def _indexes(keeper: IndexKeeper, newest: Callable[[], TableVersion], progress: Progress) -> Iterator[Mend]:
     """Mend the indexes that are damaged, and say which."""
     folder: Path = keeper.folder
-    known = list_manifests(folder)
-    for manifest in known:
+    for known in list_manifests(folder):
+        damage = _damage(folder, known)
+        if damage is not None:
+            manifest, what = damage
+            yield _mended(
+                f"index {known.name}",
+                what,
+                "built",
+                lambda manifest=manifest: keeper.rebuild(newest, manifest, progress=progress),  # type: ignore[misc]
+            )
+    whole = {manifest.name for manifest in list_manifests(folder)}
+    for name in index_folders(folder):
+        if name in whole:
+            continue
+        if (folder / name / MANIFEST).exists():
+            what = "its manifest is damaged or of another version"
+        else:
+            what = "a build that died has left files without a manifest"
+        try:
+            # Whoever is building it has the lock, and is not waited for; and may be done by now.
+            removed, _ = keeper.remove(name, wait=False, only=lambda found: found is None)
+        except TimeoutError:
+            continue
+        except OSError as error:
+            yield Finding(place=f"index {name}", what=f"{what}; it could not be removed: {error}"), False
+            continue
+        if removed:
+            yield Finding(place=f"index {name}", what=f"{what} (it was removed)"), True
+
+
+def _damage(folder: Path, manifest: Manifest) -> tuple[Manifest, str] | None:
+    """Return what is wrong with an index, and the manifest that says what it should be; None where nothing is."""
+    while True:
         try:
             verify_rows(folder, manifest)
         except SpecError as error:
-            keeper.rebuild(version, manifest.index_recipe, progress=progress)
-            yield Finding(place=f"index {manifest.name}", what=f"{error} (it was built anew)")
-    names = {manifest.name for manifest in known}
-    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if path.is_dir() and path.name not in names:
-            keeper.remove(path.name)
-            yield Finding(
-                place=f"index {path.name}", what="its manifest is damaged or of another version (it was removed)"
-            )
+            now = next((known for known in list_manifests(folder) if known.name == manifest.name), None)
+            if now == manifest:
+                return manifest, str(error)
+            if now is None:
+                return None  # gone meanwhile
+            manifest = now  # replaced by somebody else while it was read
+        else:
+            return None
+
+
+def _mended(place: str, what: str, how: str, mend: Callable[[], object]) -> Mend:
+    """Mend a cache, and return what was wrong with it, with why it could not be mended where that is so."""
+    try:
+        mend()
+    except (RapidInError, OSError) as error:
+        return Finding(place=place, what=f"{what}; it could not be {how} anew: {error}"), False
+    return Finding(place=place, what=f"{what} (it was {how} anew)"), True

@@ -82,14 +82,19 @@ def make_context():
 
 
 def content(path) -> dict[tuple, tuple]:
-    """Every row with everything in it, and every token's."""
+    """Every row with everything in it, further fields last, and the row of every token that counts."""
     database = rapidin_vdb.open(path)
     snapshot, tokens = database._table.snapshot(), database._table.tokens.snapshot()
+    hashes = snapshot.content_hashes()
+    fields = {name: dict(sample.metadata) for name, sample in snapshot.samples(list(hashes)).items()}
     rows = {}
     for row, vector, _ in [*snapshot.whole_rows(), *(tokens.whole_rows() if tokens is not None else ())]:
-        key = (row["sample_id"], row.get("token_index"))
-        assert key not in rows, "no row stands twice"
-        rows[key] = (repr(sorted(row.items(), key=lambda pair: pair[0])), vector.tobytes())
+        name, number = row["sample_id"], row.get("token_index")
+        if number is not None and hashes.get(name) != row["content_hash"]:
+            continue  # of a sample that is not there yet, or not any more: nobody sees it
+        assert (name, number) not in rows, "no row stands twice"
+        further = fields[name] if number is None else {}
+        rows[name, number] = (repr(sorted(row.items(), key=lambda pair: pair[0])), vector.tobytes(), further)
     return rows
 
 

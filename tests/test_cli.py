@@ -183,14 +183,55 @@ def test_wrong_usage_is_exit_2(capsys, database):
         assert (code, out) == (2, "") and "Usage: " in err
 
 
-def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch):
-    def interrupt(self, sample_id):
+def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch, tmp_path):
+    def interrupt(self, *arguments):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rapidin_vdb.database.Database.show", interrupt)
     code, out, err = call(capsys, "show", database.path, "x")
     assert (code, out) == (130, "")
+    assert err == (
+        "interrupted: what was committed is kept (24 samples are in the table); run the same command again to go on\n"
+    )
+    call(capsys, "show", tmp_path / "nowhere", "x")
+    monkeypatch.setattr("rapidin_vdb.creation.SampleTable.__init__", interrupt)
+    err = call(capsys, "show", database.path, "x")[2]
     assert err == "interrupted: what was committed is kept; run the same command again to go on\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "wanted"),
+    [
+        (["ingest", "db\x1b[31m", "x.jsonl"], "error: no database at db\\x1b[31m; make one with"),
+        (["info", "a\nerror: b\udcff"], "error: no database at a\\nerror: b\\udcff; make"),
+        (["info", "s3://KEY:se/cr@et@host/db?token=hush"], "error: s3://***@host/db?***: databases on s3:// are not"),
+        (["init", "{db}2", "--model", "s3://KEY:se/cret@host"], "error: no model at s3://***@host: no such folder"),
+        (["ingest", "{db}", "s3://KEY:se/cret@host/x.jsonl"], "s3:/***@host/x.jsonl: no such file"),
+        (["show", "{db}", "https://KEY:secret@host"], "no sample 'https://***@host in"),
+        (["show", "{db}", "x", "https://KEY:secret@host"], "***@host"),
+        (["query", "{db}", "--generation", "x", "--where", "split = '\x1b]0;'"], None),
+        (["serve", "{db}", "--token", "\x1b[2J"], "error: "),
+    ],
+)
+def test_errors_hold_no_control_characters_and_no_secrets(capsys, database, arguments, wanted):
+    filled = [argument.format(db=database.path) for argument in arguments]
+    code, out, err = call(capsys, *filled)
+    if wanted is not None:
+        assert code in (1, 2) and wanted in err, err
+        assert len(err.splitlines()) == 1 or code == 2
+    assert all(secret not in out + err for secret in ("secret", "se/cr", "KEY", "hush"))
+    assert all(character.isprintable() or character == "\n" for character in out + err)
+
+
+def test_warnings_hold_no_control_characters(tmp_path):
+    """In a process of its own, whose logging nobody else has set up."""
+    code = (
+        "import sys, logging\nfrom rapidin_vdb.cli import main\nsys.argv = ['rapidin-vdb', '--help']\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
+        "logging.getLogger('rapidin_vdb').warning('%s', 'a\\x1b[31m s3://KEY:secret@h')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stderr == "a\\x1b[31m s3://***@h\n"
 
 
 def test_a_filter_that_matches_nothing_is_an_answer(capsys, database):

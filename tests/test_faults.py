@@ -1,16 +1,22 @@
 """A machine that gives out: full disks, folders that cannot be written, too few file handles. Nothing is damaged."""
 
+import contextlib
+import io
 import os
 import resource
 import shutil
 import subprocess
 import sys
+import traceback
 from functools import partial
+from importlib import import_module
 from pathlib import Path
 
 import pytest
+import torch
 from children import Running, check, content
 from conftest import toy_records, write_jsonl
+from test_cli import call
 
 import rapidin_vdb
 from rapidin_vdb.errors import TableNotFoundError
@@ -43,17 +49,18 @@ def commands(tmp_path, models, adapters):
     ids = tmp_path / "ids.txt"
     ids.write_text("\n".join(f"toy-{number:03d}" for number in range(0, 40, 2)))
 
-    def of(path) -> dict[str, list]:
-        return {
-            "init": ["init", path, "--model", models["llama"], "--adapter", adapters["llama"], "--width", 256],
-            "ingest": ["ingest", path, corpus, "--token-gradients", "--token-width", 16, "--batch-tokens", 300],
-            "index": ["index", path],
-            "delete": ["delete", path, "--ids", ids],
-            "query": ["query", path, "--prompt", "Say 5", "--generation", "blue 35", "--json"],
-            "purge": ["delete", path, "--purge"],
-        }
+    return partial(whole_life, models["llama"], adapters["llama"], corpus, ids)
 
-    return of
+
+def whole_life(model, adapter, corpus, ids, path) -> dict[str, list]:
+    return {
+        "init": ["init", path, "--model", model, "--adapter", adapter, "--width", 256],
+        "ingest": ["ingest", path, corpus, "--token-gradients", "--token-width", 16, "--batch-tokens", 300],
+        "index": ["index", path],
+        "delete": ["delete", path, "--ids", ids],
+        "query": ["query", path, "--prompt", "Say 5", "--generation", "blue 35", "--json"],
+        "purge": ["delete", path, "--purge"],
+    }
 
 
 def free_of(folder: Path) -> int:
@@ -61,50 +68,62 @@ def free_of(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-@pytest.mark.slow
-@pytest.mark.skip(reason="written, but never run to its end: what it finds is not known")
-def test_a_full_disk(context, tmp_path, disk, commands, tally):
-    """Every command with room for a part of what it writes: it says so, and with more room the same command ends."""
-    folder = disk("size=64m")
-    wanted, states, before = {}, {}, None
-    for name, arguments in commands(tmp_path / "whole").items():
-        assert Running(context, arguments).end().code == 0
-        states[name] = tmp_path / f"after-{name}"
-        shutil.copytree(tmp_path / "whole", states[name])
+def states_of(commands, place, folder, run) -> tuple[dict, dict]:
+    """Run the life of a database once, undisturbed: what it is after each command, and what it holds then."""
+    states, wanted = {}, {}
+    for name, arguments in commands(place).items():
+        assert run(arguments)[0] == 0
+        states[name] = folder / f"after-{name}"
+        shutil.copytree(place, states[name])
         wanted[name] = content(states[name])
-    refused = dict.fromkeys(states, 0)
+    return states, wanted
+
+
+@pytest.mark.slow
+def test_a_full_disk(tmp_path, disk, commands, tally, capsys, monkeypatch):
+    """Every command with room for a part of what it writes: it says so, and with more room the same command ends."""
+    monkeypatch.setattr("rapidin_vdb.ingest._COMMIT_BYTES", 1024)
+
+    def run(arguments) -> tuple[int, str]:
+        code, _, err = call(capsys, *arguments)
+        return code, err
+
+    folder, rooms = disk("size=64m"), (0, 4, 8, 16, 32, 64, 96, 128, 192, 256, 384)
+    states, wanted = states_of(commands, tmp_path / "whole", tmp_path, run)
+    refused, before = dict.fromkeys(states, 0), None
     for name in states:
-        for kilobytes in (0, 4, 8, 16, 32, 64, 96, 128, 192):
+        for kilobytes in rooms:
             place = folder / "db"
             shutil.rmtree(place, ignore_errors=True)
-            disk("size=64m")
             if before is not None:
                 shutil.copytree(states[before], place)
             filling = folder / "filling"
             filling.write_bytes(b"\0" * max(0, free_of(folder) - (kilobytes << 10)))
-            ended = Running(context, commands(place)[name]).end()
-            if ended.code:
+            code, err = run(commands(place)[name])
+            if code:
                 refused[name] += 1
-                assert ended.code == 1 and ended.err.splitlines()[-1].startswith("error: "), ended
-                assert "No space left" in ended.err or "os error 28" in ended.err, ended.err
+                assert code == 1 and err.splitlines()[-1].startswith("error: "), (name, kilobytes, err)
+                assert "No space left" in err or "os error 28" in err, (name, kilobytes, err)
             # Looked at while it is full, and after.
             for _ in range(2):
                 try:
                     check(place)
                     allowed = wanted[name] if before is None else wanted[before] | wanted[name]
-                    assert all(allowed[key] == row for key, row in content(place).items())
+                    assert all(allowed[key] == row for key, row in content(place).items()), (name, kilobytes)
                 except TableNotFoundError:
                     assert name == "init"
                 filling.unlink(missing_ok=True)
-            if ended.code:
-                assert Running(context, commands(place)[name]).end().code == 0
-            assert content(place) == wanted[name], name
+            if code:
+                again = run(commands(place)[name])
+                assert again[0] == 0, (name, kilobytes, again)
+            assert content(place) == wanted[name], (name, kilobytes)
+        assert not code, f"{name} with room"
         before = name
     assert refused["query"] == 0, "an index that cannot be kept is used all the same"
-    assert all(count for name, count in refused.items() if name not in ("query",)), refused
+    assert all(count for name, count in refused.items() if name != "query"), refused
     for name, count in refused.items():
         tally(
-            f"`{name}` on a full disk", "a tmpfs with 0 to 192 KiB left", 9,
+            f"`{name}` on a full disk", f"a tmpfs with {rooms[0]} to {rooms[-1]} KiB left", len(rooms),
             f"{count} times an error that says so, the table as it was or with whole commits; with room, the same command ends as an "
             "undisturbed run",
         )  # fmt: skip
@@ -205,41 +224,85 @@ def test_folders_without_permission(database, tmp_path, tally):
     )  # fmt: skip
 
 
-@pytest.mark.slow
-@pytest.mark.skip(reason="written, but never run to its end: what it finds is not known")
-def test_too_few_file_handles(context, tmp_path, commands, tally):
-    """From too few to open anything up to enough: an answer or an error, and a sound table."""
-    wanted, before, refused = {}, None, 0
-    for name, arguments in commands(tmp_path / "whole").items():
-        assert Running(context, arguments).end().code == 0
-        shutil.copytree(tmp_path / "whole", tmp_path / f"after-{name}")
-        wanted[name] = content(tmp_path / "whole")
-    place = tmp_path / "db"
-    for name in wanted:
-        for handles in (10, 12, 14, 16, 18, 20, 22, 24, 28, 32, 40, 64, 256):
+HANDLES = (0, 1, 2, 3, 4, 6, 8, 10, 12, 16, 20, 24, 32, 48, 200)
+
+
+def few_handles(commands, folder, answers) -> None:
+    """Run every command with so many handles more than are open already; send what happened."""
+    from rapidin_vdb.cli import main
+
+    def run(arguments, handles=None) -> tuple[int, str]:
+        sys.argv = ["rapidin-vdb", *map(str, arguments)]
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+                if handles is not None:
+                    opened = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+                    resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 1 + handles, hard))
+                main()
+        except SystemExit as stop:
+            return stop.code or 0, said.getvalue()
+        except BaseException:
+            return 99, said.getvalue() + traceback.format_exc()
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        raise AssertionError("main ends by SystemExit")
+
+    import_module("rapidin_vdb.ingest")._COMMIT_BYTES = 1024
+    torch.set_num_threads(1)
+    states, wanted = states_of(commands, folder / "whole", folder, run)
+    place, before = folder / "db", None
+    for name in states:
+        for handles in HANDLES:
             shutil.rmtree(place, ignore_errors=True)
             if before is not None:
-                shutil.copytree(tmp_path / f"after-{before}", place)
-            limit = partial(resource.setrlimit, resource.RLIMIT_NOFILE, (handles, handles))
-            ended = Running(context, commands(place)[name], before=limit).end()
-            if ended.code:
-                refused += 1
-                assert ended.code == 1 and ended.err.splitlines()[-1].startswith("error: "), (name, handles, ended)
-                assert "oo many open files" in ended.err or "os error 24" in ended.err, (name, handles, ended.err)
-                try:
-                    check(place)
-                    allowed = wanted[name] if before is None else wanted[before] | wanted[name]
-                    assert all(allowed[key] == row for key, row in content(place).items())
-                except TableNotFoundError:
-                    assert name == "init"
-                assert Running(context, commands(place)[name]).end().code == 0
-            assert content(place) == wanted[name], (name, handles)
-        assert ended.code == 0, "with enough of them it works"
+                shutil.copytree(states[before], place)
+            code, err = run(commands(place)[name], handles)
+            problems = []
+            try:
+                check(place)
+                allowed = wanted[name] if before is None else wanted[before] | wanted[name]
+                if not all(allowed[key] == row for key, row in content(place).items()):
+                    problems.append("rows that nobody wrote")
+            except TableNotFoundError:
+                if name != "init":
+                    problems.append("the table is gone")
+            except Exception as error:
+                problems.append(repr(error))
+            if code:
+                again = run(commands(place)[name])
+                if again[0]:
+                    problems.append(f"not to be had later: {again}")
+            if not problems and content(place) != wanted[name]:
+                problems.append("another table")
+            answers.send((name, handles, code, err, problems))
         before = name
-    assert refused >= 6, refused
+    answers.send(None)
+
+
+@pytest.mark.slow
+def test_too_few_file_handles(context, tmp_path, commands, tally):
+    """From too few to open anything up to enough: an answer or an error, and a sound table."""
+    mine, theirs = context.Pipe()
+    child = context.Process(target=few_handles, args=(commands, tmp_path, theirs))
+    child.start()
+    theirs.close()
+    found = []
+    while (answer := mine.recv()) is not None:
+        found.append(answer)
+    child.join(60)
+    refused = [answer for answer in found if answer[2]]
+    for name, handles, code, err, problems in found:
+        assert not problems, (name, handles, code, err, problems)
+        if code:
+            assert code == 1 and err.splitlines()[-1].startswith("error: "), (name, handles, err)
+            assert "oo many open files" in err or "os error 24" in err, (name, handles, err)
+        assert handles < HANDLES[-1] or not code, (name, err)
+    assert {name for name, *_ in refused} >= {"init", "ingest", "index", "delete", "purge"}
     tally(
-        "too few file handles", "limits of 10 to 256, set once the libraries are loaded; every command", 13 * len(wanted),
-        f"{refused} times an error that says so, the table sound; with enough, the same command ends as an undisturbed run",
+        "too few file handles", f"{HANDLES[0]} to {HANDLES[-1]} more than are open once the libraries are loaded; every command",
+        len(found), f"{len(refused)} times an error that says so, the table sound; with enough, the same command ends as an undisturbed run",
     )  # fmt: skip
 
 

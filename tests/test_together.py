@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 from children import Running, check, content
 from conftest import toy_records, write_jsonl
+from filelock import FileLock
 
 import rapidin_vdb
+from rapidin_vdb.locks import holder_of
 
 SLOW = pytest.mark.slow
 
@@ -186,6 +188,42 @@ def test_other_pairs(context, tmp_path, database, others, tally):
 
 def _hold(path: str, ready) -> None:
     rapidin_vdb.open(path)._table._lock.acquire()
+    ready.send(True)
+    time.sleep(600)
+
+
+@pytest.mark.parametrize("busy", ["", "indexes/cpu"])
+def test_who_waits_says_for_whom(context, database, busy):
+    """After a second, and only then: which process holds the lock, and since when it runs."""
+    database.index("cpu")
+    mine, theirs = context.Pipe()
+    lock = Path(database.path, busy, ".lock" if busy else ".commit.lock")
+    holder = context.Process(target=_hold_file, args=(str(lock), theirs))
+    holder.start()
+    mine.recv()
+    waiting = Running(
+        context, ["index" if busy else "delete", database.path, *([] if busy else ["--where", "stars = 1"])]
+    )
+    waiting.process.join(8)
+    assert waiting.process.is_alive()
+    holder.kill()
+    ended = waiting.end()
+    what = f"the index cpu in {database.path}/indexes" if busy else f"the database {database.path}"
+    told = [line for line in ended.err.splitlines() if line.startswith("waiting for ")]
+    assert ended.code == 0 and len(told) == 1, ended
+    assert told[0].startswith(f"waiting for {what}, which process {holder.pid} (") and ", running since 2" in told[0]
+    assert "waiting" not in Running(context, ["delete", database.path, "--where", "stars = 2"]).end().err
+
+
+def test_who_holds_a_lock_as_far_as_known(tmp_path):
+    lock = FileLock(tmp_path / "lock")
+    with lock:
+        assert holder_of(tmp_path / "lock") == "this process itself"
+    assert holder_of(tmp_path / "lock") == holder_of(tmp_path / "nothing") == "another process"
+
+
+def _hold_file(path: str, ready) -> None:
+    FileLock(path).acquire()
     ready.send(True)
     time.sleep(600)
 

@@ -43,7 +43,19 @@ def answers(path, engine) -> list:
         [(result.sample_id, result.score, result.prompt, result.response) for result in ranking.results]
         for options in ({}, {"where": "stars > 1"}, {"level": "token"})
         for ranking in database.query(*ASKED, top_k=9, **options)
-    ]
+    ] + [database.count(where) if where.startswith("stars") else ids_of(database, where) for where in FILTERS]
+
+
+# Answered from scalar indices, but for the last.
+FILTERS = (
+    "split = 'train'", "split >= 'train'", "split IN ('test', 'train')", "source = 'odd'", "source = 'even'", "source > 'even'",
+    "source IS NULL", "sample_id = 'toy-003'", "sample_id = 'toy-010'", "sample_id >= 'toy-012'", "sample_id < 'toy-004'",
+    "sample_id IN ('toy-001', 'toy-002', 'toy-022')", "NOT (source = 'odd')", "stars = 2",
+)  # fmt: skip
+
+
+def ids_of(database, where: str) -> list[str]:
+    return sorted(database._table.snapshot().sample_ids(where))
 
 
 def test_a_sound_database_is_called_so(whole):
@@ -127,7 +139,9 @@ def test_a_flipped_byte_is_noticed_or_harmless(whole, tmp_path, tally):
     outcomes: dict[str, list[str]] = {}
     for path in [path for path in sorted(Path(whole.path).rglob("*")) if path.is_file() and path.stat().st_size]:
         content = path.read_bytes()
-        for place in sorted({0, len(content) - 1, *draw.integers(0, len(content), 3).tolist()}):
+        # Scalar indices, which are without any checksum, at more places.
+        lookup = "_indices" in path.parts
+        for place in sorted({0, len(content) - 1, *draw.integers(0, len(content), 12 if lookup else 3).tolist()}):
             copy = tmp_path / "copy"
             shutil.copytree(whole.path, copy)
             flipped = bytearray(content)
@@ -141,17 +155,80 @@ def test_a_flipped_byte_is_noticed_or_harmless(whole, tmp_path, tally):
                     assert answers(copy, engine) == wanted, f"{path}, byte {place}: other answers, and nothing noticed"
             except RapidInError:
                 pass
-            outcomes.setdefault(path.suffix or path.name, []).append(outcome)
+            kind = "`.lance` file of a scalar index" if lookup else f"`{path.suffix or path.name}` file"
+            outcomes.setdefault(kind, []).append(outcome)
             shutil.rmtree(copy)
-    assert "noticed" in outcomes[".lance"] and "mended" in outcomes[".npy"], outcomes
+    assert "noticed" in outcomes["`.lance` file"] and "mended" in outcomes["`.npy` file"], outcomes
+    assert "mended" in outcomes["`.lance` file of a scalar index"], outcomes
     for kind, found in outcomes.items():
         counts = ", ".join(f"{found.count(name)} {name}" for name in ("noticed", "mended", "harmless") if name in found)
         tally(
-            f"a bit of a `{kind}` file is flipped",
-            "first, last and three other bytes of every such file",
+            f"a bit of a {kind} is flipped",
+            f"first, last and {'twelve' if 'scalar' in kind else 'three'} other bytes of every such file",
             len(found),
             counts,
         )
+
+
+@pytest.mark.parametrize(
+    ("column", "written", "flipped", "where"),
+    [
+        ("sample_id", b"toy-003", b"toy-002", "sample_id = 'toy-003'"),
+        ("source", b"odd", b"odf", "source = 'odd'"),
+        ("split", b"train", b"trail", "split = 'train'"),
+    ],
+)
+def test_scalar_indices_are_compared_with_what_they_index(database, column, written, flipped, where):
+    """One bit of a value: filters are wrong without any error, until `verify` makes the index anew."""
+    database.index("cpu")
+    wanted = ids_of(database, where)
+    assert wanted and findings(database) == []
+    changed = []
+    for path in sorted(Path(database.path, "samples.lance", "_indices").rglob("*.lance")):
+        content = path.read_bytes()
+        if (written in content and b"toy-" in content) or column != "sample_id":
+            path.write_bytes(content.replace(written, flipped))
+            changed += [path] if content != path.read_bytes() else []
+    assert changed
+    again = rapidin_vdb.open(database.path)
+    assert ids_of(again, where) != wanted, "else nothing is tested"
+    report = again.verify()
+    assert report.findings == () and [finding.place for finding in report.mended] == [f"scalar index of {column}"]
+    assert report.mended[0].what == f"a filter on {column} gives other rows with it than without (it was made anew)"
+    assert ids_of(rapidin_vdb.open(database.path), where) == wanted
+    assert rapidin_vdb.open(database.path).verify().mended == ()
+
+
+def test_scalar_indices_that_are_gone_are_made_anew(database):
+    database.index("cpu")
+    shutil.rmtree(Path(database.path, "samples.lance", "_indices"))
+    report = rapidin_vdb.open(database.path).verify()
+    assert report.findings == () and len(report.mended) == 3
+    assert ids_of(rapidin_vdb.open(database.path), "source = 'odd'") == [f"toy-{n:03d}" for n in range(1, 24, 2)]
+
+
+def test_a_scalar_index_is_not_made_anew_from_damaged_rows(database):
+    database.index("cpu")
+    rewrite(database, source="other")
+    report = rapidin_vdb.open(database.path).verify()
+    assert len(report.findings) == 1 and report.mended == ()
+
+
+def test_lookups_tell_every_value_from_every_other():
+    """Whatever row an index gives to another value, or to none, one of the answers is wrong."""
+    from rapidin_vdb.store.scalar import _lookups
+
+    for count in (1, 2, 3, 8, 20):
+        names = [f"v{number:02d}" for number in range(count)]
+        values = pa.array([*names, None])
+        codes = np.array([*range(count), -1])
+        asked = [(where, rows) for where, rows in _lookups("x", values, codes, names) if " IN " in where[0]]
+        answers = {tuple(rows[place] for _, rows in asked) for place in range(count + 1)}
+        assert len(answers) == count + 1, "no two values, nor a value and none, are in the same answers"
+        for where, rows in asked:
+            assert {name for name in names if f"'{name}'" in "".join(where)} == {
+                names[n] for n in np.flatnonzero(rows[:count])
+            }
 
 
 def test_a_forged_fingerprint_is_refused(database):

@@ -1,13 +1,12 @@
 """The commands, one function each."""
 
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from rapidin_vdb.cli import show
+from rapidin_vdb.cli.interrupted import interruptible
 from rapidin_vdb.cli.pages import check_writable, write_page
 from rapidin_vdb.cli.progress import progress_bars
 from rapidin_vdb.cli.serve import serve
@@ -270,18 +269,4 @@ def demo(
 def add_to(app: typer.Typer) -> None:
     """Register every command, in the order of a database's life."""
     for function in (init, ingest, index, query, show_sample, info, delete, verify, serve, demo):
-        app.command(name=function.__name__.removesuffix("_sample"))(_interruptible(function))
-
-
-def _interruptible(function: Callable[..., None]) -> Callable[..., None]:
-    """Answer Ctrl-C with a message and exit code 130; Typer's own answer is silent."""
-
-    @wraps(function)
-    def run(*arguments: Any, **options: Any) -> None:
-        try:
-            function(*arguments, **options)
-        except KeyboardInterrupt:
-            typer.echo("interrupted: what was committed is kept; run the same command again to go on", err=True)
-            raise typer.Exit(130) from None
-
-    return run
+        app.command(name=function.__name__.removesuffix("_sample"))(interruptible(function))

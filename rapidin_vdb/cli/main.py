@@ -6,7 +6,7 @@ import sys
 import typer
 
 from rapidin_vdb.cli import commands, evaluate
-from rapidin_vdb.errors import RapidInError
+from rapidin_vdb.errors import RapidInError, shown
 
 app = typer.Typer(
     name="rapidin-vdb",
@@ -20,12 +20,34 @@ commands.add_to(app)
 app.add_typer(evaluate.app)
 
 
+# Typer has no public name for what its errors of usage have in common.
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__base__  # type: ignore[assignment]
+
+
+class _Shown(logging.Formatter):
+    """What the library says, as a terminal may have it."""
+
+    def formatMessage(self, record: logging.LogRecord) -> str:
+        """Return the message on one line."""
+        return shown(record.getMessage())
+
+
 def main() -> None:
     """Run the command line; an error of ours becomes a message and exit code 1."""
-    logging.basicConfig(format="%(message)s", level=logging.ERROR)
+    told = logging.StreamHandler()
+    told.setFormatter(_Shown())
+    logging.basicConfig(handlers=[told], level=logging.ERROR)
     logging.getLogger("rapidin_vdb").setLevel(logging.INFO)
     try:
-        app()
+        sys.exit(app(standalone_mode=False))
+    except _UsageError as error:
+        # Help is such an error too, where nothing else was asked for.
+        error.message = shown(error.message, lines=True)
+        error.show()
+        sys.exit(error.exit_code)
+    except typer.Abort:
+        typer.echo("aborted", err=True)
+        sys.exit(1)
     except RapidInError as error:
-        typer.echo(f"error: {error}", err=True)
+        typer.echo(f"error: {shown(str(error))}", err=True)
         sys.exit(1)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import typer
 
-from rapidin_vdb.errors import SpecError
+from rapidin_vdb.errors import SpecError, shown
 from rapidin_vdb.records import Level
 from rapidin_vdb.results import Ranking
 
@@ -43,4 +43,4 @@ def write_page(path: Path, rankings: Sequence[Ranking], *, title: str) -> None:
     except OSError as error:
         new.unlink(missing_ok=True)
         raise SpecError(f"--html {path}: cannot be written: {error}") from error
-    typer.echo(f"wrote {path}; open it in a browser", err=True)
+    typer.echo(f"wrote {shown(str(path))}; open it in a browser", err=True)

@@ -10,7 +10,7 @@ import typer
 
 from rapidin_vdb.cli.ranked import ranking_table
 from rapidin_vdb.cli.text import cut, printable
-from rapidin_vdb.errors import SpecError
+from rapidin_vdb.errors import SpecError, shown
 from rapidin_vdb.results import (
     DatabaseInfo,
     IndexInfo,
@@ -34,8 +34,8 @@ def created(database: "Database") -> None:
     """Say what was made."""
     stored = database.fingerprint
     typer.echo(
-        f"made {database.path}: {len(stored.theta)} parameter tensors of {stored.gradient_length:,} coordinates, "
-        f"sketched to width {stored.sketch.width:,}. Next: rapidin-vdb ingest {database.path} FILE",
+        f"made {shown(database.path)}: {len(stored.theta)} parameter tensors of {stored.gradient_length:,} "
+        f"coordinates, sketched to width {stored.sketch.width:,}. Next: rapidin-vdb ingest {shown(database.path)} FILE",
         err=True,
     )
 
@@ -55,7 +55,7 @@ def ingested(report: IngestReport | IngestEstimate) -> None:
     rate, what = (written, "samples") if written else (report.token_gradients, "token gradients")
     typer.echo(f"{', '.join(parts)}, in {report.seconds:.1f} s ({rate / report.seconds:,.1f} {what}/s)", err=True)
     for message in report.bad:
-        typer.echo(f"skipped: {message}", err=True)
+        typer.echo(f"skipped: {shown(message)}", err=True)
 
 
 def _estimated(expected: IngestEstimate) -> None:
@@ -66,7 +66,7 @@ def _estimated(expected: IngestEstimate) -> None:
         f"{expected.seconds:,.0f} s expected, from timing a few batches; nothing was written"
     )
     for message in expected.bad:
-        typer.echo(f"would be skipped: {message}", err=True)
+        typer.echo(f"would be skipped: {shown(message)}", err=True)
 
 
 def indexed(built: IndexInfo) -> None:
@@ -141,7 +141,7 @@ def verified(report: VerifyReport, *, as_json: bool) -> None:
         return
     for title, findings in (("wrong", report.findings), ("mended", report.mended)):
         for finding in findings:
-            typer.echo(f"{title}: {printable(finding.place)}: {printable(finding.what)}")
+            typer.echo(f"{title}: {printable(finding.place)}: {shown(finding.what)}")
     what = f"{report.samples:,} samples" + (f" and {report.tokens:,} tokens" if report.tokens else "")
     verdict = "all as it was written" if not report.findings else f"{len(report.findings):,} findings"
     typer.echo(f"{what}: {verdict}", err=True)

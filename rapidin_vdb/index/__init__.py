@@ -3,12 +3,13 @@
 from rapidin_vdb.index.index import Batch, ShardedIndex, empty_index, make_shard
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.loading import check_index, load_index, load_keys, verify_rows
-from rapidin_vdb.index.manifest import Held, Manifest, list_manifests
+from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, list_manifests
 from rapidin_vdb.index.recall import measured_recall
 from rapidin_vdb.index.source import TableSource
-from rapidin_vdb.index.writing import extend_index, with_recall, write_index
+from rapidin_vdb.index.writing import clear_index, extend_index, index_folders, with_recall, write_index
 
 __all__ = [
+    "MANIFEST",
     "Batch",
     "Held",
     "Keys",
@@ -16,8 +17,10 @@ __all__ = [
     "ShardedIndex",
     "TableSource",
     "check_index",
+    "clear_index",
     "empty_index",
     "extend_index",
+    "index_folders",
     "joined",
     "list_manifests",
     "load_index",

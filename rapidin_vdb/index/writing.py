@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -21,18 +21,31 @@ from rapidin_vdb.index.index import Batch
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, Part, array_header, checksum_of, list_manifests
 from rapidin_vdb.index.source import norm_of
+from rapidin_vdb.locks import holding
 from rapidin_vdb.recipe import IndexRecipe
 
+_LOCK = ".lock"
 
-def write_index(folder: Path, recipe: IndexRecipe, held: Held, batches: Iterable[Batch], *, count: int) -> Manifest:
-    """Write an index of `count` rows below `folder`, in the place of one of the same name; never half of it."""
+
+def _nothing() -> None:
+    """Find nothing wrong."""
+
+
+def write_index(
+    folder: Path, recipe: IndexRecipe, held: Held, batches: Iterable[Batch], *, count: int,
+    check: Callable[[], None] = _nothing,
+) -> Manifest:  # fmt: skip
+    """Write an index of `count` rows below `folder`, in the place of one of the same name; never half of it.
+
+    `check` is asked once all is written, and before it is put in force: what it raises takes away what was written.
+    """
     place = folder / recipe.name
     place.mkdir(parents=True, exist_ok=True)
     with _lock(place):
         shards = len(recipe.shard_devices)
         # Runs of equal length, the first ones longer by a row where it does not come out even.
         sizes = [count // shards + (number < count % shards) for number in range(shards)]
-        parts, largest = _write_parts(place, recipe, batches, list(enumerate(sizes)), held.width)
+        parts, largest = _write_parts(place, recipe, batches, list(enumerate(sizes)), held.width, check)
         manifest = Manifest(
             name=recipe.name,
             recipe=recipe.to_dict(),
@@ -51,9 +64,12 @@ def write_index(folder: Path, recipe: IndexRecipe, held: Held, batches: Iterable
 
 
 def extend_index(
-    folder: Path, manifest: Manifest, held: Held, keys: Keys, batches: Iterable[Batch], *, count: int, wait: bool = True
-) -> Manifest:
+    folder: Path, manifest: Manifest, held: Held, keys: Keys, batches: Iterable[Batch], *, count: int,
+    wait: bool = True, check: Callable[[], None] = _nothing,
+) -> Manifest:  # fmt: skip
     """Bring an index to another version of the table: `keys` say which rows are alive, `batches` bring `count` more.
+
+    `check` is as for `write_index`.
 
     Raises:
         SpecError: somebody else has changed the index since the manifest was read.
@@ -68,7 +84,7 @@ def extend_index(
             sizes[part.shard] += part.count
         smallest = min(range(manifest.shards), key=lambda shard: sizes[shard])
         dealt = [(smallest, count)] if count else []
-        parts, largest = _write_parts(place, manifest.index_recipe, batches, dealt, held.width)
+        parts, largest = _write_parts(place, manifest.index_recipe, batches, dealt, held.width, check)
         gone = None
         if not keys.alive.all():
             # Its checksum is in its name.
@@ -99,17 +115,64 @@ def with_recall(folder: Path, manifest: Manifest, recall: dict[str, Any]) -> Man
     return manifest
 
 
-def _lock(place: Path, *, wait: bool = True) -> FileLock:
-    return FileLock(place / ".lock", timeout=-1 if wait else 0)
+def clear_index(
+    folder: Path, name: str, *, wait: bool = True, only: Callable[[Manifest | None], bool] = lambda found: True
+) -> tuple[bool, Manifest | None]:
+    """Take away all that is in an index's folder, once nobody is writing it.
+
+    Returns whether there was anything, and the manifest, None where none can be read. `only` looks at that, and says
+    whether to go on. The lock itself stays, for those who wait for it.
+
+    Raises:
+        OSError: it cannot be written; or, where it is not to `wait`, somebody else is writing it.
+    """
+    place = folder / name
+    if place.is_symlink():
+        place.unlink()
+        return True, None
+    with _lock(place, wait=wait):
+        found = next((known for known in list_manifests(folder) if known.name == name), None)
+        if not only(found):
+            return False, found
+        # The manifest first: nobody takes an index for whole whose files are going.
+        rest = sorted(_contents(place), key=lambda path: path.name != MANIFEST)
+        for path in rest:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
+    return bool(rest), found
+
+
+def index_folders(folder: Path) -> list[str]:
+    """Return the names of the folders below `folder` in which there is anything, be it an index or not."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path.name for path in inside if path.is_dir() and (path.is_symlink() or _contents(path))]
+
+
+def _contents(place: Path) -> list[Path]:
+    return [path for path in place.iterdir() if path.name != _LOCK]
+
+
+@contextmanager
+def _lock(place: Path, *, wait: bool = True) -> Iterator[None]:
+    lock = FileLock(place / _LOCK)
+    if wait:
+        with holding(lock, f"the index {place.name} in {place.parent}"):
+            yield
+    else:
+        with lock.acquire(timeout=0):
+            yield
 
 
 def _write_parts(
-    place: Path, recipe: IndexRecipe, batches: Iterable[Batch], dealt: list[tuple[int, int]], width: int
-) -> tuple[tuple[Part, ...], float]:
+    place: Path, recipe: IndexRecipe, batches: Iterable[Batch], dealt: list[tuple[int, int]], width: int,
+    check: Callable[[], None],
+) -> tuple[tuple[Part, ...], float]:  # fmt: skip
     """Write rows as parts of the given shards and sizes, in order; all of them, or none."""
     names: list[str] = []
     try:
-        return _written_parts(place, recipe, batches, dealt, width, names)
+        written = _written_parts(place, recipe, batches, dealt, width, names)
+        # The lock is held: whoever has just made what was read wrong will come for this index once it is free.
+        check()
+        return written
     except BaseException:
         for name in names:
             for path in place.glob(f"{name}.*"):
@@ -213,6 +276,6 @@ def _commit(place: Path, manifest: Manifest) -> None:
     new.replace(place / MANIFEST)
     named = {part.name for part in manifest.parts}
     for path in place.iterdir():
-        keeps = path.name in (MANIFEST, ".lock", manifest.gone) or path.name.split(".")[0] in named
+        keeps = path.name in (MANIFEST, _LOCK, manifest.gone) or path.name.split(".")[0] in named
         if not keeps:
             shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)

@@ -1,9 +1,12 @@
 """LanceDB tables, their fingerprint, and the filters that may be put to them."""
 
 from rapidin_vdb.store.fingerprint import check_fingerprint
+from rapidin_vdb.store.place import size_of
 from rapidin_vdb.store.rows import ColumnKind, Row, merge_kinds
+from rapidin_vdb.store.scalar import indexed_columns, make_scalar_index, wrong_lookup
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
 from rapidin_vdb.store.table import SampleTable
+from rapidin_vdb.store.telling import undisturbed, undisturbed_each
 from rapidin_vdb.store.tokens import TokenRows, TokenSnapshot, TokenTable, token_of
 from rapidin_vdb.store.version import TableVersion
 
@@ -18,6 +21,12 @@ __all__ = [
     "TokenSnapshot",
     "TokenTable",
     "check_fingerprint",
+    "indexed_columns",
+    "make_scalar_index",
     "merge_kinds",
+    "size_of",
     "token_of",
+    "undisturbed",
+    "undisturbed_each",
+    "wrong_lookup",
 ]

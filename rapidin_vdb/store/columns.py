@@ -15,9 +15,12 @@ from rapidin_vdb.store.rows import OWN_NAMES, ColumnKind, column_field, column_k
 _WIDENED = "_widened_"
 
 
-def is_settled(schema: pa.Schema) -> bool:
-    """Say whether no column is on its way to another type."""
-    return not any(name.startswith(_WIDENED) for name in schema.names)
+def check_out(table: Any, version: int) -> None:
+    """Put a table at a version; at the one before a widening that goes on, or was cut short, which changes no row."""
+    table.checkout(version)
+    while version > 1 and any(name.startswith(_WIDENED) for name in table.schema.names):
+        version -= 1
+        table.checkout(version)
 
 
 def settle(table: Any) -> None:

@@ -85,7 +85,7 @@ class Snapshot(TableVersion):
         columns, found = self._shown(), dict[str, StoredSample]()
         # Sorted: a row far from the last one costs a read of its own.
         for batch in batches(sorted(set(sample_ids)), IDS_A_FILTER):
-            rows = self._select(columns, ids_filter(batch)).to_pylist()
+            rows = self._select(columns, ids_filter(batch), ours=True).to_pylist()
             found |= {row["sample_id"]: stored_sample(row) for row in rows}
         return found
 
@@ -102,7 +102,7 @@ class Snapshot(TableVersion):
 
     def vector_of(self, sample_id: str) -> Float16[np.ndarray, " sketch"] | None:
         """Return a sample's RapidGrad; None where there is no such sample."""
-        row_ids = self.row_ids(ids_filter([sample_id]))
+        row_ids = int64(self._select([ROW_ID], ids_filter([sample_id]), ours=True)[ROW_ID])
         return next(self.vectors(row_ids)).vectors[0] if len(row_ids) else None
 
     def values_of(self, column: str, *, most: int) -> list[Scalar] | None:
@@ -121,7 +121,7 @@ class Snapshot(TableVersion):
         """Return the tokens of samples, by id, as they were when their RapidGrads were made."""
         columns, found = ["sample_id", "input_ids", "token_offsets", "truncated"], {}
         for batch in batches(sorted(set(sample_ids)), IDS_A_FILTER):
-            for row in self._select(columns, ids_filter(batch)).to_pylist():
+            for row in self._select(columns, ids_filter(batch), ours=True).to_pylist():
                 found[row["sample_id"]] = Encoded(
                     sample_id=row["sample_id"],
                     input_ids=tuple(row["input_ids"]),

@@ -11,14 +11,16 @@ from filelock import FileLock
 from lancedb.index import Bitmap, BTree
 
 from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
+from rapidin_vdb.locks import holding
 from rapidin_vdb.records import Fingerprint
-from rapidin_vdb.store.columns import ensure_columns, is_settled, settle
+from rapidin_vdb.store.columns import check_out, ensure_columns, settle
 from rapidin_vdb.store.filters import checked_filter, ids_filter
 from rapidin_vdb.store.fingerprint import new_identity, read_fingerprint, read_identity, write_fingerprint
 from rapidin_vdb.store.place import connect, local_place
 from rapidin_vdb.store.purging import purge_table
 from rapidin_vdb.store.rows import ColumnKind, Row, arrow_table, samples_schema
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
+from rapidin_vdb.store.telling import pinned
 from rapidin_vdb.store.tokens import TOKENS, TokenTable
 from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, is_made, told
 
@@ -49,8 +51,7 @@ class SampleTable:
             TableNotFoundError: there is no database there.
             TableError: there is one that cannot be read.
         """
-        uri = local_place(uri)
-        self.uri = uri
+        self.uri = uri = local_place(uri)
         with told(f"the database at {uri} cannot be opened"):
             there = is_made(Path(uri, f"{SAMPLES}.lance"))
         if not there:
@@ -97,7 +98,7 @@ class SampleTable:
         schema = samples_schema(fingerprint.sketch.width, write_fingerprint(fingerprint) | new_identity())
         with told(f"no database can be made at {uri}"):
             Path(uri).mkdir(parents=True, exist_ok=True)
-            with FileLock(Path(uri, _LOCK)):
+            with holding(FileLock(Path(uri, _LOCK)), f"the database {uri}"):
                 # Again: somebody else may have made one since, which must not be taken for what an init left that died.
                 SampleTable.check_free(uri)
                 shutil.rmtree(Path(uri, f"{SAMPLES}.lance"), ignore_errors=True)
@@ -114,22 +115,18 @@ class SampleTable:
             TableError: there is no such version, or it is no longer kept.
         """
         with told(f"the database at {self.uri} cannot be read"):
+            if version is None:
+                return Snapshot(pinned(self._connection, SAMPLES), self.uri)
             table = self._connection.open_table(SAMPLES)
             newest = int(table.version)
-        refusal = TableError(
-            f"{self.uri} has no version {version}, or no longer; wanted one from 1 to {newest} (`info` says the newest)"
-        )
-        if version is not None and not 1 <= version <= newest:
-            raise refusal
         try:
-            chosen = newest if version is None else version
-            table.checkout(chosen)
-            # A widening that goes on, or was cut short, changes no row: the version before it says all.
-            while not is_settled(table.schema) and chosen > 1:
-                chosen -= 1
-                table.checkout(chosen)
+            if not 1 <= version <= newest:
+                raise ValueError(version)
+            check_out(table, version)
         except (ValueError, RuntimeError, OSError) as error:
-            raise refusal from error
+            raise TableError(
+                f"{self.uri} has no version {version}, or no longer; wanted one from 1 to {newest} (see `info`)"
+            ) from error
         return Snapshot(table, self.uri)
 
     def ensure_scalar_indices(self) -> None:
@@ -157,7 +154,10 @@ class SampleTable:
     @contextmanager
     def committing(self) -> Iterator[None]:
         """Keep all other writers out; may be entered again inside."""
-        with told(f"{self.uri} cannot be written, and is as it was before"), self._lock:
+        with (
+            told(f"{self.uri} cannot be written, and is as it was before"),
+            holding(self._lock, f"the database {self.uri}"),
+        ):
             yield
 
     def check_writable(self) -> None:

@@ -22,7 +22,17 @@ from rapidin_vdb.store.checksum import row_checksum
 from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import write_fingerprint
 from rapidin_vdb.store.rows import vector_field
-from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, ROW_ID, TableVersion, batches, int64, is_made, told
+from rapidin_vdb.store.telling import pinned
+from rapidin_vdb.store.version import (
+    BATCH_BYTES,
+    IDS_A_FILTER,
+    ROW_ID,
+    TableVersion,
+    batches,
+    int64,
+    is_made,
+    told,
+)
 
 TOKENS = "tokens"
 _FIELDS = (
@@ -112,9 +122,19 @@ class TokenTable:
         if not self:
             return None
         with told(f"the table tokens of {self._place} cannot be read"):
-            table = self._connection.open_table(TOKENS)
-            table.checkout(table.version)
+            table = pinned(self._connection, TOKENS)
         return TokenSnapshot(table, self._place)
+
+    def newest(self) -> TokenSnapshot:
+        """Return what `snapshot` does, where there is such a table.
+
+        Raises:
+            TableError: there is none.
+        """
+        found = self.snapshot()
+        if found is None:
+            raise TableError(f"{self._place} has no table of tokens any more")
+        return found
 
     @property
     def width(self) -> int | None:

@@ -1,6 +1,7 @@
 """One committed version of a table of RapidGrads, for reading."""
 
 import hashlib
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,32 +12,19 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float16, Int64
 
-from rapidin_vdb.errors import FilterError, TableError
+from rapidin_vdb.errors import FilterError, PurgedError, TableError
 from rapidin_vdb.store.filters import checked_filter
+from rapidin_vdb.store.telling import first_line, told
 
 # Lance reads and writes fastest in batches of about this size.
 BATCH_BYTES = 8 << 20
 IDS_A_FILTER = 5000
 ROW_ID = "_rowid"
 _CHANGED = "_row_last_updated_at_version"
-
-
-@contextmanager
-def told(what: str) -> Iterator[None]:
-    """Turn what Lance raises into an error of ours: a full disk, a missing file, a commit that lost a race."""
-    try:
-        yield
-    except (ValueError, RuntimeError, OSError, pa.ArrowException) as error:
-        raise TableError(f"{what}: {first_line(error)}") from error
-    except BaseException as error:
-        if not is_panic(error):
-            raise
-        raise TableError(f"{what}: it is damaged: {first_line(error)}") from error
-
-
-def is_panic(error: BaseException) -> bool:
-    """Say whether Lance's own code came to a stop, as over damaged files; such errors are of no ordinary kind."""
-    return type(error).__name__ in ("RustPanic", "PanicException")
+# A purge takes away the files of a version before it takes away the version.
+_PURGE_SECONDS = 10.0
+# How Lance says that an expression was understood, but cannot be had of some row: a text that is no number, a division.
+_OF_ITS_VALUES = ("applying filter expression", "Arrow error: ")
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,8 +67,48 @@ class TableVersion:
     def digest(self) -> str:
         """What tells this version from all others, also from one of the same number in a copy of the table."""
         found = self.digest_of(self.version)
-        assert found is not None
+        if found is None:
+            raise self._purged()
         return found
+
+    def check_kept(self) -> None:
+        """See to it that this version is still there.
+
+        Raises:
+            PurgedError: a purge removed it.
+        """
+        if self.digest_of(self.version) is None:
+            raise self._purged()
+
+    def _purged(self) -> PurgedError:
+        return PurgedError(
+            f"version {self.version} of the table {self.name} of {self._place} is gone: a purge removed it while it "
+            "was being read; run the same command again"
+        )
+
+    def _is_purged(self) -> bool:
+        """Say, after an error, whether a purge is its cause."""
+        until = time.monotonic() + _PURGE_SECONDS
+        try:
+            while self.digest_of(self.version) is not None:
+                newest = max((entry["version"] for entry in self._table.list_versions()), default=self.version)
+                if newest == self.version or time.monotonic() > until:
+                    return False
+                time.sleep(0.05)
+        except (ValueError, RuntimeError, OSError, TableError):
+            return False
+        return True
+
+    @contextmanager
+    def _reading(self, what: str) -> Iterator[None]:
+        """Turn what Lance raises into an error of ours, which says so where a purge is its cause."""
+        try:
+            with told(what):
+                yield
+        except TableError as error:
+            if not isinstance(error, PurgedError | FilterError) and self._is_purged():
+                raise self._purged() from error
+            raise
 
     def digest_of(self, version: int) -> str | None:
         """Return the digest of another version of this table; None where it is no longer kept."""
@@ -97,7 +125,7 @@ class TableVersion:
 
     def rows(self) -> int:
         """Return how many rows there are."""
-        with told(f"the table {self.name} of {self._place} cannot be read"):
+        with self._reading(f"the table {self.name} of {self._place} cannot be read"):
             return int(self._table.count_rows())
 
     def row_keys(self) -> tuple[Int64[np.ndarray, " samples"], Int64[np.ndarray, " samples"]]:
@@ -117,7 +145,7 @@ class TableVersion:
         """Yield the RapidGrads of all samples, in the table's order, or of some rows, in any order."""
         size = max(1, BATCH_BYTES // (2 * self.width))
         columns = [*self.KEY, "vector", ROW_ID, _CHANGED]
-        with told(f"the vectors of {self._place} cannot be read"):
+        with self._reading(f"the vectors of {self._place} cannot be read"):
             # Rows taken one by one cost several times what they cost in a scan.
             if row_ids is None or 4 * len(row_ids) > self.rows():
                 for batch in self._table.search().select(columns).to_batches(size):
@@ -140,7 +168,7 @@ class TableVersion:
         summed = "checksum" in self.schema.names
         columns = [*self.PLAIN, "vector", *(["checksum"] if summed else [])]
         size = max(1, BATCH_BYTES // (2 * self.width))
-        with told(f"the table {self.name} of {self._place} cannot be read"):
+        with self._reading(f"the table {self.name} of {self._place} cannot be read"):
             for batch in self._table.search().select(columns).to_batches(size):
                 column = batch.column("vector")
                 flat = column.values.slice(column.offset * self.width, len(column) * self.width)
@@ -175,24 +203,27 @@ class TableVersion:
             flat.to_numpy(zero_copy_only=False).reshape(-1, self.width),
         )
 
-    def _select(self, columns: list[str], where: str | None, page: slice | None = None) -> pa.Table:
+    def _select(
+        self, columns: list[str], where: str | None, page: slice | None = None, *, ours: bool = False
+    ) -> pa.Table:
+        """Return columns of the rows that a filter lets through; `ours` says that it is none that a user gave."""
         query = self._table.search().select(columns)
         if page is not None:
             query = query.offset(page.start).limit(page.stop - page.start)
-        if where is None:
-            with told(f"the table of {self._place} cannot be read"):
-                return query.to_arrow()
-        expression = checked_filter(where)
-        try:
-            return query.where(expression).to_arrow()
-        except BaseException as error:  # lancedb raises ValueError, RuntimeError or OSError, as its planner pleases
-            if is_panic(error):
-                raise TableError(f"the table of {self._place} is damaged: {first_line(error)}") from error
-            if not isinstance(error, ValueError | RuntimeError | OSError | TypeError):
-                raise
-            raise FilterError(
-                f"the filter {where!r} is not understood: {first_line(error)}. Columns are: {', '.join(self.columns)}"
-            ) from error
+        with self._reading(f"the table {self.name} of {self._place} cannot be read"):
+            if where is None or ours:
+                return (query if where is None else query.where(where)).to_arrow()
+            expression = checked_filter(where)
+            try:
+                return query.where(expression).to_arrow()
+            except (ValueError, TypeError, RuntimeError) as error:
+                # The planner raises ValueErrors; whatever else goes wrong is not the filter's fault.
+                if isinstance(error, RuntimeError) and not any(text in str(error) for text in _OF_ITS_VALUES):
+                    raise
+                raise FilterError(
+                    f"the filter {where!r} is not understood: {first_line(error)}. Columns are: "
+                    f"{', '.join(self.columns)}"
+                ) from error
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -218,12 +249,3 @@ def batches(values: list[str], size: int) -> Iterator[list[str]]:
     """Yield runs of at most `size` values."""
     for start in range(0, len(values), size):
         yield values[start : start + size]
-
-
-def first_line(error: BaseException) -> str:
-    """Return what Lance says, without the place in its source where it says so."""
-    text = " ".join(str(error).split())
-    # Lance ends its messages with the place in its own source.
-    for mark in (", /root/", ", /home/", ", rust/", " Rust backtrace", ", C:\\"):
-        text = text.split(mark)[0]
-    return text[:300]

@@ -1,0 +1,71 @@
+"""Locks between processes, which the system lets go of when their holder dies; who waits for one says so."""
+
+import logging
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+logger = logging.getLogger(__name__)
+
+# Commits take less as a rule: whoever waits longer would like to know for what.
+_QUIET_SECONDS = 1.0
+
+
+@contextmanager
+def holding(lock: FileLock, what: str) -> Iterator[None]:
+    """Hold a lock; where another has it, wait, and after a second say who that is and what is waited for."""
+    try:
+        lock.acquire(timeout=_QUIET_SECONDS)
+    except Timeout:
+        logger.warning("waiting for %s, which %s holds", what, holder_of(Path(lock.lock_file)))
+        lock.acquire(timeout=-1)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def holder_of(path: Path) -> str:
+    """Say who holds a lock: which process, what it runs and since when, as far as the system tells."""
+    try:
+        inode = path.stat().st_ino
+        # Lines such as "1: FLOCK  ADVISORY  WRITE 7920 fe:00:2337378 0 EOF"; those that wait have "->" in them.
+        entries = [line.split() for line in Path("/proc/locks").read_text("ascii").splitlines()]
+        (pid, *_) = [int(entry[4]) for entry in entries if entry[1] == "FLOCK" and entry[5].endswith(f":{inode}")]
+    except (OSError, ValueError, IndexError):
+        return "another process"
+    if pid == os.getpid():
+        return "this process itself"
+    try:
+        # Its command and subcommand; not what follows, which may hold secrets.
+        words = Path(f"/proc/{pid}/cmdline").read_text("utf-8", "replace").split("\0")
+        began = time.time() - _age(pid)
+    except (OSError, ValueError, IndexError):
+        return f"process {pid}"
+    since = datetime.fromtimestamp(began).astimezone().isoformat(" ", "seconds")
+    return f"process {pid} ({_command(words)}, running since {since})"
+
+
+def _age(pid: int) -> float:
+    """Return for how many seconds a process has been running."""
+    # The name, in parentheses, may hold anything; the start is the 20th number behind it, in ticks since the system's.
+    behind = Path(f"/proc/{pid}/stat").read_text("ascii", "replace").rpartition(")")[2].split()
+    up = float(Path("/proc/uptime").read_text("ascii").split()[0])
+    return up - int(behind[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def _command(words: list[str]) -> str:
+    """Return the program that a command line runs, and which of our commands.
+
+    >>> _command(["/usr/bin/python", "/usr/bin/rapidin-vdb", "ingest", "db"])
+    'rapidin-vdb ingest'
+    """
+    for place, word in enumerate(words[:4]):
+        if word.endswith(("rapidin-vdb", "rapidin_vdb", "rapidin_vdb/__main__.py")):
+            return " ".join(["rapidin-vdb", *words[place + 1 : place + 2]])
+    return Path(words[0]).name

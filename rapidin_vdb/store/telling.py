@@ -1,0 +1,91 @@
+"""What Lance raises, told as errors of ours; and readings that a purge interrupts, begun again."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import pyarrow as pa
+
+from rapidin_vdb.errors import PurgedError, TableError
+from rapidin_vdb.store.columns import check_out
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_TRIES = 5
+
+
+@contextmanager
+def told(what: str) -> Iterator[None]:
+    """Turn what Lance raises into an error of ours: a full disk, a missing file, a commit that lost a race."""
+    try:
+        yield
+    except (ValueError, RuntimeError, OSError, pa.ArrowException) as error:
+        raise TableError(f"{what}: {first_line(error)}") from error
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        raise TableError(f"{what}: it is damaged: {first_line(error)}") from error
+
+
+def is_panic(error: BaseException) -> bool:
+    """Say whether Lance's own code came to a stop, as over damaged files; such errors are of no ordinary kind."""
+    return type(error).__name__ in ("RustPanic", "PanicException")
+
+
+def undisturbed(read: Callable[P, T]) -> Callable[P, T]:
+    """Return a function that reads the newest version, and begins again where a purge took that away meanwhile."""
+
+    @wraps(read)
+    def again(*arguments: P.args, **options: P.kwargs) -> T:
+        for _ in range(_TRIES - 1):
+            try:
+                return read(*arguments, **options)
+            except PurgedError:
+                continue
+        return read(*arguments, **options)
+
+    return again
+
+
+def undisturbed_each(read: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]:
+    """Return the like for a function that yields; once something was handed out, it does not begin again."""
+
+    @wraps(read)
+    def again(*arguments: P.args, **options: P.kwargs) -> Iterator[T]:
+        for attempt in range(_TRIES):
+            begun = False
+            try:
+                for entry in read(*arguments, **options):
+                    begun = True
+                    yield entry
+                return
+            except PurgedError:
+                if begun or attempt == _TRIES - 1:
+                    raise
+
+    return again
+
+
+def pinned(connection: Any, name: str) -> Any:
+    """Return a table at its newest committed version, which stays the one that is read."""
+    for attempt in range(_TRIES):
+        table = connection.open_table(name)
+        try:
+            check_out(table, table.version)
+            return table
+        except (ValueError, RuntimeError, OSError):
+            # A purge may take it away between the two.
+            if attempt == _TRIES - 1:
+                raise
+    raise AssertionError("unreachable")
+
+
+def first_line(error: BaseException) -> str:
+    """Return what Lance says, without the place in its source where it says so."""
+    text = " ".join(str(error).split())
+    # Lance ends its messages with the place in its own source.
+    for mark in (", /root/", ", /home/", ", rust/", " Rust backtrace", ", C:\\"):
+        text = text.split(mark)[0]
+    return text[:300]
