@@ -115,6 +115,21 @@ def test_a_build_that_began_before_a_purge_brings_nothing_back(database, paused,
     assert rapidin_vdb.open(database.path).verify().mended == ()
 
 
+def test_a_build_does_not_keep_what_a_purge_that_died_had_removed(database, paused):
+    """It was killed between the tables and the indexes: nobody comes for the index any more."""
+    begun, goes_on = paused
+    vector = vector_of(database, "toy-005")
+    building, results = in_thread(rapidin_vdb.open(database.path).index, "cpu")
+    assert begun.wait(60)
+    other = rapidin_vdb.open(database.path)
+    other.delete(ids=["toy-005"])
+    other._table.purge()
+    goes_on.set()
+    building.join(60)
+    assert (results[0].fresh, results[0].samples) == (True, 23)
+    assert holding(database.path, vector) == []
+
+
 def test_what_a_killed_build_left_goes_with_a_purge(database):
     database.index("cpu")
     database.index("streamed")

@@ -214,6 +214,18 @@ def test_a_scalar_index_is_not_made_anew_from_damaged_rows(database):
     assert len(report.findings) == 1 and report.mended == ()
 
 
+def test_of_many_values_each_is_looked_up_and_most_are_told_apart(monkeypatch):
+    from rapidin_vdb.store import scalar
+
+    monkeypatch.setattr(scalar, "_MOST_NUMBERED", 5)
+    names = [f"v{number:03d}" for number in range(400)]
+    asked = list(scalar._lookups("x", pa.array(names), np.arange(400), names))
+    answers = np.stack([rows for where, rows in asked if " IN " in where[0]])
+    assert len(answers) == 4 and answers.any(0).all(), "a value that the index lost is missed"
+    same = (answers[:, :, None] == answers[:, None, :]).all(0)
+    assert same[~np.eye(400, dtype=bool)].mean() < 0.1
+
+
 def test_lookups_tell_every_value_from_every_other():
     """Whatever row an index gives to another value, or to none, one of the answers is wrong."""
     from rapidin_vdb.store.scalar import _lookups

@@ -154,10 +154,8 @@ class SampleTable:
     @contextmanager
     def committing(self) -> Iterator[None]:
         """Keep all other writers out; may be entered again inside."""
-        with (
-            told(f"{self.uri} cannot be written, and is as it was before"),
-            holding(self._lock, f"the database {self.uri}"),
-        ):
+        place = f"the database {self.uri}"
+        with told(f"{place} cannot be written, and is as it was before"), holding(self._lock, place):
             yield
 
     def check_writable(self) -> None:
@@ -259,8 +257,7 @@ class SampleTable:
 
     def _sweep(self) -> None:
         """Delete the tokens of samples that are not there, or not any more; called while committing."""
-        tokens = self.tokens.snapshot()
-        if tokens is not None:
+        if (tokens := self.tokens.snapshot()) is not None:
             alive = self.snapshot().content_hashes()
             stale = {name for name, content in tokens.content_hashes() if alive.get(name) != content}
             self.tokens.delete_of(sorted(stale), but=[alive[name] for name in stale if name in alive])
