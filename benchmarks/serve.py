@@ -7,6 +7,7 @@ scripts/bench serve --demo demo [--seconds 15]
 
 import argparse
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -27,8 +28,8 @@ MANY = 100_000
 
 
 @contextmanager
-def server(database: Path) -> Iterator[str]:
-    """Yield the address of a server in a process of its own."""
+def server(database: Path) -> Iterator[tuple[str, int]]:
+    """Yield the address of a server in a process of its own, and its process id."""
     process = subprocess.Popen(
         [sys.executable, "-m", "rapidin_vdb", "serve", str(database), "--port", "0"],
         stderr=subprocess.PIPE, text=True, cwd=HERE.parent,
@@ -36,21 +37,27 @@ def server(database: Path) -> Iterator[str]:
     assert process.stderr is not None
     line = process.stderr.readline()
     try:
-        yield line.split(" on ")[1].split(" ")[0]
+        yield line.split(" on ")[1].split(" ")[0], process.pid
     finally:
         process.terminate()
         process.wait(30)
+
+
+def cpu_seconds(pid: int) -> float:
+    """Return what a process has used of the processor, in all of its threads."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def ask(address: str, path: str, body: dict | None = None) -> dict:
     """Return an answer."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(address + path, data, {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=120) as answer:
+    with urllib.request.urlopen(request, timeout=600) as answer:
         return json.loads(answer.read())
 
 
-def load(address: str, queries: list[dict], *, clients: int, seconds: float, options: dict) -> dict:
+def load(address: str, pid: int, queries: list[dict], *, clients: int, seconds: float, options: dict) -> dict:
     """Ask from many clients at once for some seconds; return rate and latencies."""
     latencies: list[float] = []
     end = time.monotonic() + seconds
@@ -63,6 +70,7 @@ def load(address: str, queries: list[dict], *, clients: int, seconds: float, opt
             latencies.append(time.perf_counter() - started)
             count += 1
 
+    before = cpu_seconds(pid)
     threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
     started = time.monotonic()
     for thread in threads:
@@ -70,10 +78,12 @@ def load(address: str, queries: list[dict], *, clients: int, seconds: float, opt
     for thread in threads:
         thread.join()
     wall = time.monotonic() - started
+    used = cpu_seconds(pid) - before
     cut = statistics.quantiles(latencies, n=100)
     return {
         "clients": clients, "requests": len(latencies), "per_second": len(latencies) / wall,
-        "p50_seconds": cut[49], "p99_seconds": cut[98],
+        "p50_seconds": cut[49], "p99_seconds": cut[98], "cpu_seconds_a_request": used / len(latencies),
+        "load_average": os.getloadavg()[0],
     }  # fmt: skip
 
 
@@ -128,11 +138,13 @@ def visit(address: str, query: dict) -> dict:
             viewport={"width": 1200, "height": 800},
         )
         page = context.new_page()
+        page.set_default_timeout(300_000)
 
         def timed(name: str, act, shown: str) -> None:
             started = time.perf_counter()
             act()
-            page.locator(shown).first.wait_for()
+            page.locator(shown).first.wait_for(state="attached")
+            page.locator("main:not([aria-busy])").wait_for(state="attached")
             found[name] = time.perf_counter() - started
 
         timed("open", lambda: page.goto(address), "#filters label")
@@ -144,9 +156,18 @@ def visit(address: str, query: dict) -> dict:
         timed(
             "press a word", lambda: page.locator("#generation .choice").first.click(), "#generation [aria-pressed=true]"
         )
-        page.get_by_role("button", name="Browse").click()
-        timed("browse", lambda: page.get_by_role("button", name="Browse").click(), "article")
-        timed("the next page", lambda: page.get_by_role("button", name="Next").click(), "text=21 to 40")
+        page.uncheck("#tokens")
+        page.evaluate("document.getElementById('main').replaceChildren()")
+        timed("ask, without", lambda: page.click("#go"), "article")
+        timed("browse", lambda: page.get_by_role("button", name="Browse").click(), "text=1 to 20 of")
+        timed("the next 20", lambda: page.get_by_role("button", name="Next").first.click(), "text=21 to 40")
+        page.fill("#browse-where", "source = 's7' AND tokens > 3")
+        timed("browse with a filter", lambda: page.get_by_role("button", name="Show").click(), "text=1 to 20 of")
+        timed("a sample and its nearest", lambda: page.locator("article a").first.click(), "#nearest article")
+        page.locator("article button", has_text="Mark").first.click()
+        page.get_by_role("button", name="Marked 1").click()
+        page.fill("#clean-where", "")
+        timed("save the cleaned file of all", lambda: page.click("#save-clean"), "#status:has-text('Saved cleaned')")
         context.close()
     return found
 
@@ -160,17 +181,18 @@ def main() -> None:
     queries = [json.loads(line) for line in (options.demo / "queries.jsonl").read_text("utf-8").splitlines()]
     queries = [{"prompt": query["prompt"], "generation": query["generation"]} for query in queries]
     result: dict = {"command": f"scripts/bench serve --demo {options.demo.name}", "machine": machine(), "rounds": []}
-    with server(options.demo / "db") as address:
+    with server(options.demo / "db") as (address, pid):
         result["samples"] = ask(address, "/api/info")["samples"]
         for name, asked in (("query", {}), ("query with tokens", {"tokens": True})):
             ask(address, "/api/query", queries[0] | asked)  # what is compiled at the first time
             for clients in CLIENTS:
-                found = load(address, queries, clients=clients, seconds=options.seconds, options=asked)
+                found = load(address, pid, queries, clients=clients, seconds=options.seconds, options=asked)
                 result["rounds"].append({"what": name} | found)
                 print(result["rounds"][-1], flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        with server(make_many(Path(folder), options.demo)) as address:
-            result["many"] = {"samples": ask(address, "/api/info")["samples"]} | visit(address, queries[0])
+        with server(make_many(Path(folder), options.demo)) as (address, _):
+            result["many"] = {"samples": ask(address, "/api/info")["samples"], "seconds": visit(address, queries[0])}
+            result["many"]["load_average"] = os.getloadavg()[0]
             print(result["many"], flush=True)
     (RESULTS / "serve.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 

@@ -23,6 +23,7 @@ from fastapi.testclient import TestClient  # noqa: E402
 
 from rapidin_vdb.web import make_app, serve  # noqa: E402
 from rapidin_vdb.web.desk import Client, Desk, LateError  # noqa: E402
+from rapidin_vdb.web.document import EXAMPLES  # noqa: E402
 from rapidin_vdb.web.server import origin_of  # noqa: E402
 
 ASKED = {"prompt": "Say 5", "generation": "blue 35", "top_k": 3}
@@ -302,6 +303,26 @@ def test_a_focus_may_be_a_span(tmp_path, served):
     assert served.query(file=path)[0].focus == ((0, 4), "35")
     with pytest.raises(CorpusError, match="wanted a text, or a list of texts"):
         served.query(file=write_jsonl(path, [{"prompt": "x", "generation": text, "focus": [[True, 2]]}]))
+
+
+def test_the_document_has_an_example_of_everything(served):
+    with TestClient(make_app(served), base_url="http://127.0.0.1") as client:
+        document = client.get("/api/openapi.json").json()
+        for path, operations in document["paths"].items():
+            for method, operation in operations.items():
+                for form in operation["responses"]["200"]["content"].values():
+                    assert "example" in form or path == "/metrics", path
+                if method == "post":
+                    name = operation["requestBody"]["content"]["application/json"]["schema"]["$ref"].split("/")[-1]
+                    for example in document["components"]["schemas"][name]["examples"]:
+                        assert path == "/api/ingest" or client.post(path, json=example).status_code == 200, path
+        ranking = client.post("/api/query", json=ASKED).json()
+        for name, found in (
+            ("ranking", ranking), ("sample", client.get("/api/samples/toy-001").json()),
+            ("page", client.get("/api/samples").json()), ("info", client.get("/api/info").json()),
+        ):  # fmt: skip
+            assert EXAMPLES[name].keys() == found.keys(), name
+        assert EXAMPLES["ranking"]["results"][0].keys() == ranking["results"][0].keys()
 
 
 def test_databases_are_told_apart(tmp_path, served, models, adapters):

@@ -25,8 +25,8 @@ const Heat = (() => {
 
   // A response: pieces of text with the tokens that they belong to, coloured by these tokens' scores.
   // With `choose`, a piece can be pressed, and `chosen` says whether a token is.
-  function coloured(pieces, ends, scores, most, { choose, chosen } = {}) {
-    const block = make("div", { class: "text", dir: "auto" });
+  function coloured(pieces, ends, scores, most, { choose, chosen, name } = {}) {
+    const block = choose ? pressables(name) : make("div", { class: "text", dir: "auto" });
     const add = (text, tokens, kind) => {
       const score = sum(tokens.map((token) => scores[token]));
       const piece = make("span", choose && tokens.length ? pressable(tokens, tokens.every((token) => chosen(token)), choose) : {}, text);
@@ -41,6 +41,29 @@ const Heat = (() => {
     };
     for (const [text, tokens] of pieces) add(text, tokens, /^\s*\n/.test(text) ? "newline" : "");
     for (const token of ends) add("", [token], "end");
+    return enter(block);
+  }
+
+  // A text whose pieces can be pressed is one stop of the keyboard; arrows go from piece to piece.
+  function pressables(name) {
+    const block = make("div", { class: "text", dir: "auto", role: "group", "aria-label": name });
+    const all = () => [...block.querySelectorAll(".choice")];
+    block.addEventListener("focusin", (event) => {
+      for (const piece of all()) piece.tabIndex = piece === event.target ? 0 : -1;
+    });
+    block.addEventListener("keydown", (event) => {
+      const pieces = all(), at = pieces.indexOf(event.target);
+      const to = { ArrowRight: at + 1, ArrowDown: at + 1, ArrowLeft: at - 1, ArrowUp: at - 1, Home: 0, End: pieces.length - 1 }[event.key];
+      if (at < 0 || to === undefined || event.ctrlKey || event.altKey || event.metaKey) return;
+      event.preventDefault();
+      if (pieces[to]) pieces[to].focus();
+    });
+    return block;
+  }
+  // The first piece, or the first that is pressed, is where the keyboard comes in.
+  function enter(block) {
+    const piece = block.querySelector('.choice[aria-pressed="true"]') || block.querySelector(".choice");
+    if (piece) piece.tabIndex = 0;
     return block;
   }
 
@@ -48,7 +71,7 @@ const Heat = (() => {
   function pressable(tokens, pressed, press) {
     const toggle = () => press(tokens, pressed);
     return {
-      class: "piece choice", role: "button", tabindex: "0", "aria-pressed": String(pressed), "data-tokens": tokens.join(" "), onclick: toggle,
+      class: "piece choice", role: "button", tabindex: "-1", "aria-pressed": String(pressed), "data-tokens": tokens.join(" "), onclick: toggle,
       onkeydown: (event) => {
         if (event.key !== "Enter" && event.key !== " ") return;
         event.preventDefault();
@@ -58,21 +81,29 @@ const Heat = (() => {
   }
 
   // Which pieces of a generation a query asked about, by the characters they stand at.
-  function focused(pieces, texts) {
-    const text = pieces.map(([piece]) => piece).join("");
-    const spans = [];
-    for (const focus of texts)
-      for (let at = text.indexOf(focus); focus && at >= 0; at = text.indexOf(focus, at + focus.length)) spans.push([at, at + focus.length]);
+  function focused(pieces, entries) {
+    const text = pieces.map(([piece]) => piece).join(""), points = [...text], spans = [];
+    for (const entry of entries) {
+      // A span counts code points, and this language what they are written with.
+      if (typeof entry !== "string") spans.push(entry.map((end) => points.slice(0, end).join("").length));
+      else for (let at = text.indexOf(entry); entry && at >= 0; at = text.indexOf(entry, at + entry.length)) spans.push([at, at + entry.length]);
+    }
     let start = 0;
     return pieces.map(([piece]) => {
       const from = start, to = (start += piece.length);
       return spans.some(([first, last]) => first < to && from < last);
     });
   }
+  // What a query asked about, in words.
+  function named(text, entries) {
+    const points = [...text];
+    return entries.map((entry) => (typeof entry === "string" ? entry : points.slice(...entry).join("").trim() || (entry[1] >= points.length ? "the end of the text" : "a space"))).join(", ");
+  }
 
   // A generation; where `press` is given its pieces can be pressed.
   function generation(pieces, ends, texts, { press, chosen }) {
-    const block = make("div", { class: "text", dir: "auto", id: "generation" });
+    const block = press ? pressables("generation") : make("div", { class: "text", dir: "auto" });
+    block.id = "generation";
     const asked = focused(pieces, texts);
     const add = (text, tokens, kind) => {
       if (!tokens.length || !press) return block.append(make("span", { class: kind }, text));
@@ -83,8 +114,8 @@ const Heat = (() => {
     };
     pieces.forEach(([text, tokens], place) => add(text, tokens, (/^\s*\n/.test(text) ? "newline" : "") + (asked[place] ? " focused" : "")));
     for (const token of ends) add("", [token], "end");
-    return block;
+    return enter(block);
   }
 
-  return { make, show, sum, largest, coloured, generation };
+  return { make, show, sum, largest, coloured, generation, named };
 })();

@@ -42,6 +42,7 @@ async def answered(
         result = await future
     finally:
         gone.cancel()
+        desk.give_up(job, CancelledError())  # of no effect where it is done; else the server is stopping
     # Not on the event loop: a large answer takes its time to write out.
     return await asyncio.to_thread(lambda: Json(shape(result)))
 

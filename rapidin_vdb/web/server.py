@@ -45,7 +45,7 @@ def serve(
     # Only a proxy is believed when it says where a request comes from, and only one on this machine.
     config = uvicorn.Config(
         app, host=host, port=port, log_level="warning", timeout_keep_alive=30, limit_concurrency=1000,
-        proxy_headers=origin is not None,
+        proxy_headers=origin is not None, timeout_graceful_shutdown=3,
     )  # fmt: skip
     try:
         socket = config.bind_socket()

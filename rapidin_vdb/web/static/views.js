@@ -1,0 +1,100 @@
+// Browsing, one sample, marked samples, history.
+import * as kept from "./kept.js";
+import { ask, during, follow, read, say } from "./server.js";
+import { bar, body } from "./answer.js";
+
+const { make, show, largest } = Heat;
+const id = (name) => document.getElementById(name);
+const STEP = 20;
+
+function card(page, sample, beside) {
+  return make("article", { class: "card", "data-sample": sample.sample_id },
+    make("div", { class: "head" }, page.link(sample.sample_id), ...beside), ...body(sample), page.actions(sample));
+}
+
+export async function browsed(page, { where = "", offset = 0 }) {
+  id("browse-where").value = where;
+  await during("reading", async (signal) => {
+    const asked = new URLSearchParams({ offset, limit: STEP });
+    if (where) asked.set("where", where);
+    const found = await read("api/samples?" + asked, signal);
+    const turn = (to, name) => make("button", { type: "button", disabled: to <= -STEP || to >= found.total ? "" : null, onclick: () => page.navigate("browse", { where, offset: Math.max(0, to) }) }, name);
+    const place = found.samples.length ? (offset + 1).toLocaleString("en") + " to " + (offset + found.samples.length).toLocaleString("en") + " of " + found.total.toLocaleString("en") : "No sample matches.";
+    const turns = () => make("div", { class: "tools" }, turn(offset - STEP, "Before"), make("span", {}, place), turn(offset + STEP, "Next"));
+    page.put(turns(), ...found.samples.map((sample) => card(page, sample, [make("span", { class: "soft" }, sample.tokens + " tokens, loss " + show(sample.loss))])),
+      found.samples.length > 5 ? turns() : null);
+    say(found.total.toLocaleString("en") + (found.total === 1 ? " sample" : " samples"));
+  });
+}
+
+// A sample's text and tokens, and its nearest by influence.
+export async function sampleView(page, sampleId) {
+  await during("reading", async (signal) => {
+    const sample = await read("api/samples/" + encodeURIComponent(sampleId) + "?pieces=true", signal);
+    const text = make("div", { class: "text tokens", dir: "auto" }, ...sample.pieces.map(([piece, tokens]) =>
+      make("span", { class: "token " + (/^\s*\n/.test(piece) ? "newline" : ""), title: tokens.length ? "token " + tokens.join(", ") : "between tokens" }, piece)),
+      ...sample.ends.map((token) => make("span", { class: "token end", title: "token " + token })));
+    const about = sample.tokens + " tokens" + (sample.truncated ? ", cut from the right" : "") + ", loss " + show(sample.loss) + " nats a token";
+    const whole = make("article", { class: "card", id: "whole-sample" }, make("h2", {}, sample.sample_id), make("div", { class: "soft" }, about), ...body(sample, text),
+      page.actions(sample, make("button", { type: "button", onclick: () => page.navigate("ask", { prompt: sample.prompt || "", generated: sample.response }) }, "Ask what drives such a response")));
+    const near = make("section", { id: "nearest" }, make("p", { class: "soft" }, "searching"));
+    page.put(whole, make("h2", {}, "Nearest samples by influence"), near);
+    id("main").focus({ preventScroll: true });
+    window.scrollTo(0, 0);
+    const ranking = await follow("api/nearest?" + new URLSearchParams({ sample_id: sampleId, top_k: 21 }), undefined, signal);
+    const others = ranking.results.filter((result) => result.sample_id !== sampleId), longest = largest(ranking.results.map((result) => result.score));
+    near.replaceChildren(...others.slice(0, 20).map((result) => card(page, result, [bar(result.score, longest), make("span", { class: "number" }, "score " + show(result.score))])),
+      ...(others.length ? [] : [make("p", { class: "soft" }, "There is no other.")]));
+    say("");
+  });
+}
+
+function save(name, part) {
+  const link = make("a", { download: name });
+  link.href = URL.createObjectURL(new Blob([part], { type: "application/x-ndjson" }));
+  document.body.append(link);
+  link.click();
+  link.remove();
+  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
+}
+export function markedView(page) {
+  const marked = kept.marked(), ids = [...marked.keys()];
+  id("save-ids").disabled = id("unmark").disabled = !ids.length;
+  const again = () => {
+    page.count();
+    markedView(page);
+  };
+  id("save-ids").onclick = () => {
+    save("marked.jsonl", ids.map((name) => JSON.stringify({ id: name }) + "\n").join(""));
+    say("Saved marked.jsonl: " + ids.length + " ids.");
+  };
+  id("unmark").onclick = () => {
+    for (const name of ids) kept.mark(name, false);
+    again();
+  };
+  id("clean").onsubmit = (event) => {
+    event.preventDefault();
+    during("writing the cleaned file", async (signal) => {
+      const where = id("clean-where").value.trim() || null;
+      const matching = await read("api/samples?" + new URLSearchParams({ limit: 0, ...(where ? { where } : {}) }), signal);
+      const bytes = new Uint8Array(await (await ask("api/export", { body: { without: ids, where }, signal })).arrayBuffer());
+      const lines = bytes.reduce((count, byte) => count + (byte === 10), 0);
+      save("cleaned.jsonl", bytes);
+      say("Saved cleaned.jsonl: " + lines.toLocaleString("en") + " samples. Of the " + matching.total.toLocaleString("en") + " that match, " + (matching.total - lines).toLocaleString("en") + " are marked and left out.");
+    });
+  };
+  page.put(...(ids.length ? [] : [make("p", { class: "soft" }, "Nothing is marked. Mark samples where they are shown.")]),
+    ...[...marked].map(([name, text]) => make("article", { class: "card", "data-sample": name }, make("div", { class: "head" }, page.link(name)), make("div", { class: "text", dir: "auto" }, text),
+      make("div", { class: "actions" }, make("button", { type: "button", onclick: () => { kept.mark(name, false); again(); } }, "Unmark")))));
+}
+
+export function pastView(page) {
+  const past = kept.past();
+  const part = (values) => [values.prompt === "" ? null : make("div", { class: "text prompt", dir: "auto" }, values.prompt), make("div", { class: "text", dir: "auto" }, values.generated),
+    make("div", { class: "soft" }, [values.focus.length ? "on " + Heat.named(values.generated, values.focus) : "", values.where ? "where " + values.where : ""].filter(Boolean).join(", "))];
+  page.put(
+    past.length ? make("div", { class: "tools" }, make("button", { type: "button", onclick: () => { kept.forget(); pastView(page); } }, "Forget all")) : make("p", { class: "soft" }, "Nothing was asked yet."),
+    ...past.map(({ view, value, at }) => make("article", { class: "card" }, make("div", { class: "soft" }, new Date(at).toLocaleString() + (view === "compare" ? ", two side by side" : "")),
+      ...(view === "compare" ? value : [value]).flatMap(part),
+      make("div", { class: "actions" }, make("button", { type: "button", onclick: () => page.navigate(view, value) }, "Ask again")))));
+}
