@@ -1,15 +1,15 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
-from rapidin_vdb.answering import answer, nearest, versions_for
-from rapidin_vdb.compute import Road, road_here, road_of_workers
+from rapidin_vdb.answering import Keeper, answer, nearest, versions_for
+from rapidin_vdb.cluster import ClusterKeeper
 from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.gradient import default_batch_tokens, resolve_devices
 from rapidin_vdb.ingest import ingest
 from rapidin_vdb.plan import Corpus, token_width_for
 from rapidin_vdb.progress import Progress, silent
@@ -26,6 +26,7 @@ from rapidin_vdb.results import (
     Ranking,
     VerifyReport,
 )
+from rapidin_vdb.roads import choose_road
 from rapidin_vdb.store import SampleTable, TableVersion
 from rapidin_vdb.verification import verify
 
@@ -36,9 +37,10 @@ class Database(SampleReader):
     def __init__(self, table: SampleTable, *, engine: Engine | None = None) -> None:
         super().__init__(table)
         self._engine = engine
+        self._clusters: dict[str, ClusterKeeper] = {}
         self._indexes: dict[Level, IndexKeeper] = {
-            "sample": IndexKeeper(Path(table.uri) / "indexes"),
-            "token": IndexKeeper(Path(table.uri) / "token_indexes"),
+            "sample": IndexKeeper(table.place.cache / "indexes", cached=table.place.cached),
+            "token": IndexKeeper(table.place.cache / "token_indexes", cached=table.place.cached),
         }
 
     def load(self, *, model: str | None = None, adapter: str | None = None, device: str = "auto") -> None:
@@ -66,6 +68,7 @@ class Database(SampleReader):
         batch_tokens: int | None = None,
         device: str = "auto",
         workers_per_device: int = 1,
+        cluster: str | None = None,
         on_bad_record: OnBadRecord = "stop",
         on_duplicate: OnDuplicate = "error",
         token_gradients: bool = False,
@@ -78,10 +81,10 @@ class Database(SampleReader):
         """Add the records of some files; samples that are there already are left alone.
 
         `device` may name several, as `cuda:0,cuda:1`. With more than one device or worker, each worker is a process
-        that loads the model for itself. `batch_tokens` limits a batch, padding included; by default it follows free
-        memory. With `token_gradients`, response tokens get RapidGrads of their own, of width `token_width` (by default
-        that of those which are there, else 4096); samples that are there without get them. A `dry_run` counts and times
-        instead of writing.
+        that loads the model for itself; `cluster` puts them on a Ray cluster: its address, `auto` or `local`.
+        `batch_tokens` limits a batch, padding included; by default it follows free memory. With `token_gradients`,
+        response tokens get RapidGrads of their own, of width `token_width` (by default that of those which are there,
+        else 4096); samples that are there without get them. A `dry_run` counts and times instead of writing.
 
         Raises:
             CorpusError: a file or a record cannot be read; nothing is written.
@@ -99,38 +102,28 @@ class Database(SampleReader):
         single = token_width_for(self._table, token_width) if token_gradients else None
         paths = tuple(Path(file) for file in files)
         corpus = Corpus(paths=paths, split=split, source=source, id_field=id_field, limit=limit)
-        devices = resolve_devices(device)
-        workers = len(devices) * workers_per_device
-        road = self._road(devices, workers if not dry_run else 1, model=model, adapter=adapter, token_width=single)
+        road, tokens, workers, first = choose_road(
+            self.fingerprint, place=self.path, loaded=partial(self._engine_on, model, adapter), device=device,
+            workers_per_device=workers_per_device, batch_tokens=batch_tokens, dry_run=dry_run, cluster=cluster,
+            model=model, adapter=adapter, token_width=single,
+        )  # fmt: skip
         options = {
             "tokenizer": road.tokenizer,
             "template": road.template,
-            "batch_tokens": batch_tokens
-            or default_batch_tokens(
-                road.config, dtype=self.fingerprint.dtype, device=devices[0], workers=workers_per_device
-            ),
+            "batch_tokens": tokens,
             "on_bad_record": on_bad_record,
             "on_duplicate": on_duplicate,
         }
         if dry_run:
             return estimate(
-                self._table, corpus, road.compute, workers=workers, device=devices[0], token_width=single, **options
+                self._table, corpus, road.compute, workers=workers, device=first, token_width=single, **options
             )
         return ingest(self._table, corpus, road.compute, progress=progress, token_width=single, **options)
 
-    def _road(
-        self, devices: list[str], workers: int, *, model: str | None = None, adapter: str | None = None,
-        token_width: int | None = None,
-    ) -> Road:  # fmt: skip
-        """Return how samples become RapidGrads: in this process, or in workers that load the model for themselves."""
-        if workers == 1:
-            if self._engine is None:
-                self.load(model=model, adapter=adapter, device=devices[0])
-            return road_here(self._loaded(), token_width=token_width)
-        return road_of_workers(
-            self.fingerprint, place=self.path, devices=devices, workers=workers, model=model, adapter=adapter,
-            token_width=token_width,
-        )  # fmt: skip
+    def _engine_on(self, model: str | None, adapter: str | None, device: str) -> Engine:
+        if self._engine is None:
+            self.load(model=model, adapter=adapter, device=device)
+        return self._loaded()
 
     def index(
         self, recipe: str | Path | IndexRecipe = "cpu", *, level: Level = "sample", progress: Progress = silent
@@ -173,6 +166,7 @@ class Database(SampleReader):
         model: str | None = None,
         adapter: str | None = None,
         device: str = "auto",
+        cluster: str | None = None,
         progress: Progress = silent,
     ) -> list[Ranking]:
         """Return, for each query, the samples that most influenced its generation.
@@ -184,7 +178,8 @@ class Database(SampleReader):
         the generation (Eq. 8), both exact; `refine` ranks so many of the first results again by exact score. `group_by`
         names a column, by whose values the influence of all samples is added up or averaged; `histogram` counts all
         scores in so many bins. `index` names the built index to use, and `as_of` an older version of the table.
-        `model`, `adapter` and `device` are as for `load`, where nothing is loaded yet.
+        `model`, `adapter` and `device` are as for `load`, where nothing is loaded yet. `cluster` searches on the nodes
+        of a Ray cluster, each of which holds a share of the rows: its address, `auto`, or `local`.
 
         Raises:
             CorpusError: a query cannot be read or encoded.
@@ -212,13 +207,22 @@ class Database(SampleReader):
         if self._engine is None:
             versions_for(self._table, question)  # what it cannot answer is said before a model is loaded
             self.load(model=model, adapter=adapter, device=device)
-        return self.ask(question, queries, progress=progress)
+        return self.ask(question, queries, cluster=cluster, progress=progress)
 
-    def ask(self, question: Question, queries: Sequence[Sample], *, progress: Progress = silent) -> list[Ranking]:
+    def ask(
+        self, question: Question, queries: Sequence[Sample], *, cluster: str | None = None, progress: Progress = silent
+    ) -> list[Ranking]:
         """Return what `query` does, for options that were put together before."""
         versions = versions_for(self._table, question)
-        keeper, engine = self._indexes[question.level], self._loaded()
+        keeper, engine = self._keeper(question.level, cluster), self._loaded()
         return answer(question, queries, versions=versions, keeper=keeper, engine=engine, progress=progress)
+
+    def _keeper(self, level: Level, cluster: str | None) -> Keeper:
+        if cluster is None:
+            return self._indexes[level]
+        if cluster not in self._clusters:
+            self._clusters[cluster] = ClusterKeeper(self.path, cluster)
+        return self._clusters[cluster]
 
     def nearest(self, sample_id: str, question: Question, *, progress: Progress = silent) -> Ranking:
         """Return the samples that most influence what a sample teaches, by its stored RapidGrad; it is among them.
@@ -256,7 +260,7 @@ class Database(SampleReader):
             adapter=stored.adapter,
             table_version=snapshot.version,
             indexes=built,
-            bytes=sum(path.stat().st_size for path in Path(self.path).rglob("*") if path.is_file()),
+            bytes=self._table.place.bytes(),
             token_gradients=0 if tokens is None else tokens.rows(),
             token_width=None if tokens is None else tokens.width,
             columns=snapshot.columns,

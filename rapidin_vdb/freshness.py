@@ -23,11 +23,11 @@ from rapidin_vdb.index import (
     write_index,
 )
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.recipe import IndexRecipe
+from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.sketch.memory import free_bytes
-from rapidin_vdb.store import SAMPLES, TableVersion
-from rapidin_vdb.table_index import batches_of, counted, of_table
+from rapidin_vdb.store import TableVersion, cache_limit, touch, trim_cache
+from rapidin_vdb.table_index import batches_of, counted, held_of, holds, info_of, of_table
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +41,11 @@ _MOST_PARTS_AT_ALL = 512
 class IndexKeeper:
     """Builds, finds, updates and keeps the indexes of one database."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, cached: bool = False) -> None:
         self.folder = folder
         """Where they are, each in a folder of its own."""
+        # The table is far away: an index of it is always kept here, and those used longest ago go.
+        self._cached = cached
         # What is in memory, and the manifests that it was chosen from.
         self._resident: tuple[Held, ShardedIndex, list[Manifest]] | None = None
         self._lock = Lock()
@@ -71,7 +73,7 @@ class IndexKeeper:
                 if extended is None:
                     count = snapshot.rows()
                     batches = counted(batches_of(snapshot), count, progress)
-                    extended = write_index(self.folder, recipe, _held(snapshot), batches, count=count)
+                    extended = write_index(self.folder, recipe, held_of(snapshot), batches, count=count)
             except OSError as error:
                 raise SpecError(
                     f"the index {recipe.name} cannot be written to {self.folder}: {error}; the database is as it was"
@@ -79,8 +81,9 @@ class IndexKeeper:
             index = self._loaded_after(extended)
             if recipe.coarse_width and index.samples:
                 extended = with_recall(self.folder, extended, measured_recall(index))
-            self._resident = (_held(snapshot), index, self._chosen(None))
-        return _info(extended, snapshot)
+            self._resident = (held_of(snapshot), index, self._chosen(None))
+        self._used(recipe.name)
+        return info_of(extended, snapshot)
 
     def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> ShardedIndex:
         """Return an index of exactly this version of the table: at hand, on disk, updated, or made now.
@@ -90,6 +93,8 @@ class IndexKeeper:
         Raises:
             SpecError: there is no built index of that name.
         """
+        if self._cached and name is None and not list_manifests(self.folder):
+            self._fetch(snapshot, progress)
         with self._lock:
             manifests = self._chosen(name)
             try:
@@ -104,7 +109,8 @@ class IndexKeeper:
                 self._resident = None  # first: two copies of a table might not fit
                 index = of_table(snapshot, progress)
             # As they are now: an update on disk made a new manifest.
-            self._resident = (_held(snapshot), index, self._chosen(name))
+            self._resident = (held_of(snapshot), index, self._chosen(name))
+        self._used(index.recipe.name)
         if index.recipe.coarse_width:
             self._say_what_coarse_finds(index)
         return index
@@ -127,7 +133,20 @@ class IndexKeeper:
 
     def built(self, snapshot: TableVersion) -> tuple[IndexInfo, ...]:
         """Return what is built, and whether it holds this version of the table."""
-        return tuple(_info(manifest, snapshot) for manifest in list_manifests(self.folder))
+        return tuple(info_of(manifest, snapshot) for manifest in list_manifests(self.folder))
+
+    def _fetch(self, snapshot: TableVersion, progress: Progress) -> None:
+        """Build an index of a table that is far away, if it fits the cache, so that it is read once only."""
+        if 2 * snapshot.width * snapshot.rows() <= cache_limit():
+            try:
+                self.build(snapshot, read_recipe("cpu"), progress=progress)
+            except SpecError as error:
+                logger.warning("%s", error)
+
+    def _used(self, name: str) -> None:
+        if self._cached:
+            touch(self.folder / name)
+            trim_cache(self.folder / name)
 
     def _chosen(self, name: str | None) -> list[Manifest]:
         manifests = list_manifests(self.folder)
@@ -142,13 +161,13 @@ class IndexKeeper:
         if self._resident is None:
             return None
         held, index, chosen_from = self._resident
-        if held == _held(snapshot) and chosen_from == manifests:
+        if held == held_of(snapshot) and chosen_from == manifests:
             return index
         if name is not None and index.recipe.name != name:
             return None
         if manifests and index.recipe != manifests[0].index_recipe:
             return None
-        if held == _held(snapshot):
+        if held == held_of(snapshot):
             return index
         if not index.grows or snapshot.digest_of(held.version) != held.digest:
             return None
@@ -172,7 +191,7 @@ class IndexKeeper:
     def _from_disk(self, snapshot: TableVersion, manifests: list[Manifest], progress: Progress) -> ShardedIndex | None:
         # One that holds this version first; and what is asked for exactly is not answered by a coarse one.
         exact = [known for known in manifests if not known.recipe["coarse_width"]]
-        for known in sorted(exact or manifests, key=lambda known: not _holds(known, snapshot)):
+        for known in sorted(exact or manifests, key=lambda known: not holds(known, snapshot)):
             manifest = known
             for _ in range(2):
                 try:
@@ -227,7 +246,7 @@ class IndexKeeper:
             SpecError: it is damaged.
             OSError: the folder cannot be written, or, where it is not to `wait`, somebody else is writing.
         """
-        if _holds(manifest, snapshot):
+        if holds(manifest, snapshot):
             return manifest
         change = self._difference(manifest, snapshot)
         if change is None:
@@ -236,7 +255,7 @@ class IndexKeeper:
         if not wait and len(manifest.parts) >= _MOST_PARTS_AT_ALL:
             raise OSError(f"it lies in {len(manifest.parts)} parts; put them together with: rapidin-vdb index")
         batches = counted(batches_of(snapshot, missing), len(missing), progress)
-        return extend_index(self.folder, manifest, _held(snapshot), keys, batches, count=len(missing), wait=wait)
+        return extend_index(self.folder, manifest, held_of(snapshot), keys, batches, count=len(missing), wait=wait)
 
     def _difference(self, manifest: Manifest, snapshot: TableVersion) -> tuple[Keys, np.ndarray] | None:
         """Return what is alive of a built index in this version, and what the version has beyond it.
@@ -263,29 +282,3 @@ class IndexKeeper:
 def _much(before: Keys, after: Keys, missing: np.ndarray) -> bool:
     """Say whether making an index anew costs less than what an update leaves behind."""
     return int((~after.alive).sum()) + len(missing) > _MOST_CHANGED * max(len(before), 1)
-
-
-def _held(snapshot: TableVersion) -> Held:
-    return Held(
-        table=snapshot.name,
-        version=snapshot.version,
-        digest=snapshot.digest,
-        width=snapshot.width,
-    )
-
-
-def _holds(manifest: Manifest, snapshot: TableVersion) -> bool:
-    held = _held(snapshot)
-    return (manifest.table, manifest.table_digest, manifest.width) == (held.table, held.digest, held.width)
-
-
-def _info(manifest: Manifest, snapshot: TableVersion) -> IndexInfo:
-    return IndexInfo(
-        name=manifest.name,
-        recipe=manifest.recipe,
-        fresh=_holds(manifest, snapshot),
-        samples=manifest.samples,
-        table_version=manifest.table_version,
-        recall=manifest.recall,
-        level="sample" if snapshot.name == SAMPLES else "token",
-    )

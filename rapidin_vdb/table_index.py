@@ -6,11 +6,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from rapidin_vdb.index import Batch, Keys, ShardedIndex, TableSource, empty_index, make_shard
+from rapidin_vdb.index import Batch, Held, Keys, Manifest, ShardedIndex, TableSource, empty_index, make_shard
 from rapidin_vdb.progress import Progress
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
+from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.sketch.memory import free_bytes
-from rapidin_vdb.store import TableVersion
+from rapidin_vdb.store import SAMPLES, TableVersion
 
 logger = logging.getLogger(__name__)
 
@@ -64,3 +65,32 @@ def counted(batches: Iterator[Batch], total: int, progress: Progress) -> Iterato
         yield batch
         done += len(batch.rows)
         progress("index", done, total)
+
+
+def held_of(snapshot: TableVersion) -> Held:
+    """Return what an index of a version holds."""
+    return Held(
+        table=snapshot.name,
+        version=snapshot.version,
+        digest=snapshot.digest,
+        width=snapshot.width,
+    )
+
+
+def holds(manifest: Manifest, snapshot: TableVersion) -> bool:
+    """Say whether a built index holds a version."""
+    held = held_of(snapshot)
+    return (manifest.table, manifest.table_digest, manifest.width) == (held.table, held.digest, held.width)
+
+
+def info_of(manifest: Manifest, snapshot: TableVersion) -> IndexInfo:
+    """Say what a built index is, and whether it holds a version."""
+    return IndexInfo(
+        name=manifest.name,
+        recipe=manifest.recipe,
+        fresh=holds(manifest, snapshot),
+        samples=manifest.samples,
+        table_version=manifest.table_version,
+        recall=manifest.recall,
+        level="sample" if snapshot.name == SAMPLES else "token",
+    )

@@ -1,7 +1,9 @@
 """LanceDB tables, their fingerprint, and the filters that may be put to them."""
 
+from rapidin_vdb.store.cache import cache_limit, touch, trim_cache
 from rapidin_vdb.store.fingerprint import check_fingerprint
 from rapidin_vdb.store.rows import ColumnKind, Row, merge_kinds
+from rapidin_vdb.store.share import Share
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
 from rapidin_vdb.store.table import SampleTable
 from rapidin_vdb.store.tokens import TokenRows, TokenSnapshot, TokenTable, token_of
@@ -12,12 +14,16 @@ __all__ = [
     "ColumnKind",
     "Row",
     "SampleTable",
+    "Share",
     "Snapshot",
     "TableVersion",
     "TokenRows",
     "TokenSnapshot",
     "TokenTable",
+    "cache_limit",
     "check_fingerprint",
     "merge_kinds",
     "token_of",
+    "touch",
+    "trim_cache",
 ]

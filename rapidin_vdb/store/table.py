@@ -1,20 +1,18 @@
 """The table `samples` of one database: the truth, of which every index is a cache."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-from filelock import FileLock
 from lancedb.index import Bitmap, BTree
 
 from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
 from rapidin_vdb.records import Fingerprint
 from rapidin_vdb.store.filters import checked_filter, ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint, write_fingerprint
-from rapidin_vdb.store.place import connect, local_place
+from rapidin_vdb.store.place import LOCK, place_of
 from rapidin_vdb.store.rows import (
     OWN_NAMES,
     ColumnKind,
@@ -26,10 +24,9 @@ from rapidin_vdb.store.rows import (
 )
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
 from rapidin_vdb.store.tokens import TOKENS, TokenTable
-from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, is_made, told
+from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, told
 
 _WIDENED = "_widened_"
-_LOCK = ".commit.lock"
 
 
 class SampleTable:
@@ -42,23 +39,26 @@ class SampleTable:
             TableNotFoundError: there is no database there.
             TableError: there is one that cannot be read.
         """
-        uri = local_place(uri)
-        self.uri = uri
+        self.place = place_of(uri)
+        """Where it lies."""
+        self.uri = uri = self.place.uri
         with told(f"the database at {uri} cannot be opened"):
-            there = is_made(Path(uri, f"{SAMPLES}.lance"))
+            there = self.place.has_table(SAMPLES)
         if not there:
             raise TableNotFoundError(
                 f"no database at {uri}; make one with: rapidin-vdb init {uri} --model NAME_OR_PATH"
             )
         with told(f"the database at {uri} cannot be opened"):
-            self._connection = connect(uri)
-            self._table = self._connection.open_table(SAMPLES)
             metadata = self._table.schema.metadata
         self.fingerprint = read_fingerprint(metadata, place=uri)
-        # Held for the moment of a commit only; the system lets go of it when a process dies.
-        self._lock = FileLock(Path(uri, _LOCK))
-        self.tokens = TokenTable(self._connection, uri, self.fingerprint, self.committing)
+        self._lock = self.place.lock
+        self.tokens = TokenTable(self.place, self.fingerprint, self.committing)
         """The RapidGrads of single tokens."""
+
+    @property
+    def _table(self) -> Any:
+        """The newest version, for reading or for one commit; opened anew, which shows that the lock is still ours."""
+        return self.place.open_table(SAMPLES)
 
     @staticmethod
     def check_free(uri: str) -> None:
@@ -67,13 +67,13 @@ class SampleTable:
         Raises:
             TableExistsError: a database, or other files.
         """
-        uri = local_place(uri)
-        if is_made(Path(uri, f"{SAMPLES}.lance")):
+        place = place_of(uri)
+        with told(f"{place} cannot be read"):
+            made, there = place.has_table(SAMPLES), place.entries()
+        if made:
             raise TableExistsError(f"a database is already at {uri}; add to it with: rapidin-vdb ingest {uri} FILE")
         # What an init that died has begun may be begun again.
-        begun = {f"{SAMPLES}.lance", _LOCK}
-        others = {path.name for path in Path(uri).iterdir()} - begun if Path(uri).is_dir() else set()
-        if Path(uri).is_file() or others:
+        if there is None or there - {f"{SAMPLES}.lance", LOCK}:
             raise TableExistsError(f"{uri} is not empty, and what it holds is no database; give a new folder")
 
     @staticmethod
@@ -85,18 +85,14 @@ class SampleTable:
             TableError: the place cannot be written.
         """
         SampleTable.check_free(uri)
-        uri = local_place(uri)
+        place = place_of(uri)
         schema = samples_schema(fingerprint.sketch.width, write_fingerprint(fingerprint))
-        with told(f"no database can be made at {uri}"):
-            Path(uri).mkdir(parents=True, exist_ok=True)
-            with FileLock(Path(uri, _LOCK)):
+        with told(f"no database can be made at {place}"):
+            place.prepare()
+            with place.lock:
                 # Again: somebody else may have made one since, which must not be taken for what an init left that died.
                 SampleTable.check_free(uri)
-                shutil.rmtree(Path(uri, f"{SAMPLES}.lance"), ignore_errors=True)
-                # Stable row ids let an index see exactly what changed since its version.
-                connect(uri).create_table(
-                    SAMPLES, schema=schema, storage_options={"new_table_enable_stable_row_ids": "true"}
-                )
+                place.create_table(SAMPLES, schema)
         return SampleTable(uri)
 
     def snapshot(self, version: int | None = None) -> Snapshot:
@@ -106,7 +102,7 @@ class SampleTable:
             TableError: there is no such version, or it is no longer kept.
         """
         with told(f"the database at {self.uri} cannot be read"):
-            table = self._connection.open_table(SAMPLES)
+            table = self.place.open_table(SAMPLES)
             newest = int(table.version)
         refusal = TableError(
             f"{self.uri} has no version {version}, or no longer; wanted one from 1 to {newest} (`info` says the newest)"
@@ -117,7 +113,7 @@ class SampleTable:
             table.checkout(newest if version is None else version)
         except (ValueError, RuntimeError, OSError) as error:
             raise refusal from error
-        return Snapshot(table, self.uri)
+        return Snapshot(table, self.place)
 
     def ensure_scalar_indices(self) -> None:
         """Let filters on `split`, `source` and `sample_id` look things up, for new rows too."""
@@ -200,25 +196,27 @@ class SampleTable:
         Plain appends are many times faster than merges, and never look at ids: so we do, under a lock.
         """
         with self.committing():
-            alone = self._table.version == seen
+            table = self._table
+            alone = table.version == seen
             if not alone:
                 there = set(self.snapshot().sample_ids())
                 rows = [row for row in rows if row.sample.sample_id not in there]
             if rows:
-                self._table.add(self._arrow(rows))
-            return len(rows), int(self._table.version) if alone else seen
+                table.add(self._arrow(rows, table.schema))
+            return len(rows), int(table.version) if alone else seen
 
     def replace(self, rows: Sequence[Row], *, seen: int) -> int:
         """Put rows in the place of those with the same ids, in one commit; return what to give as `seen` next."""
         with self.committing():
-            alone = self._table.version == seen
-            merge = self._table.merge_insert("sample_id").when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(self._arrow(rows))
+            table = self._table
+            alone = table.version == seen
+            merge = table.merge_insert("sample_id").when_matched_update_all().when_not_matched_insert_all()
+            merge.execute(self._arrow(rows, table.schema))
             self.tokens.delete_of([row.sample.sample_id for row in rows], but=[row.sample.content_hash for row in rows])
-            return int(self._table.version) if alone else seen
+            return int(table.version) if alone else seen
 
-    def _arrow(self, rows: Sequence[Row]) -> pa.RecordBatchReader:
-        schema, size = self._table.schema, max(1, BATCH_BYTES // (2 * self.fingerprint.sketch.width))
+    def _arrow(self, rows: Sequence[Row], schema: pa.Schema) -> pa.RecordBatchReader:
+        size = max(1, BATCH_BYTES // (2 * self.fingerprint.sketch.width))
         # Converted as Lance asks for them: a second copy of a whole commit would double what is waiting.
         made = (
             batch
@@ -258,16 +256,13 @@ class SampleTable:
         Raises:
             TableError: the files cannot be written.
         """
-        import lance
-
         with self.committing():
             self._sweep()
             for name in (SAMPLES, TOKENS):
-                place = Path(self.uri, f"{name}.lance")
-                if not place.is_dir():
+                if not self.place.has_table(name):
                     continue
                 # Every fragment that lost a row, however large, is written anew without it.
-                lance.dataset(str(place)).optimize.compact_files(
+                self.place.dataset(name).optimize.compact_files(
                     materialize_deletions=True, materialize_deletions_threshold=0.0
                 )
                 if name == SAMPLES:
@@ -275,11 +270,11 @@ class SampleTable:
                     for index in self._table.list_indices():
                         config = BTree() if index.columns[0] == "sample_id" else Bitmap()
                         self._table.create_index(index.columns[0], config=config, replace=True)
-                lance.dataset(str(place)).cleanup_old_versions(
+                self.place.dataset(name).cleanup_old_versions(
                     older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False
                 )
                 # Lance passes over files that it may not delete.
-                if len(left := lance.dataset(str(place)).versions()) > 1:
+                if len(left := self.place.dataset(name).versions()) > 1:
                     raise TableError(
                         f"{len(left) - 1} older versions of the table {name} of {self.uri} could not be deleted: "
                         "permission denied, or others are writing; see to it, and run the purge again"

@@ -1,10 +1,10 @@
 """One committed version of a table of RapidGrads, for reading."""
 
 import hashlib
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from jaxtyping import Float16, Int64
 
 from rapidin_vdb.errors import FilterError, TableError
 from rapidin_vdb.store.filters import checked_filter
+from rapidin_vdb.store.place import Place
 
 # Lance reads and writes fastest in batches of about this size.
 BATCH_BYTES = 8 << 20
@@ -29,6 +30,8 @@ def told(what: str) -> Iterator[None]:
     except (ValueError, RuntimeError, OSError, pa.ArrowException) as error:
         raise TableError(f"{what}: {first_line(error)}") from error
     except BaseException as error:
+        if type(error).__module__.startswith("obstore"):
+            raise TableError(f"{what}: {first_line(error)}") from error
         if not is_panic(error):
             raise
         raise TableError(f"{what}: it is damaged: {first_line(error)}") from error
@@ -61,7 +64,7 @@ class TableVersion:
     PLAIN: tuple[str, ...] = ()
     """The columns that a row's checksum covers, besides the vector."""
 
-    def __init__(self, table: Any, place: str, name: str) -> None:
+    def __init__(self, table: Any, place: Place, name: str) -> None:
         self._table = table
         self._place = place
         self.name = name
@@ -76,6 +79,11 @@ class TableVersion:
         """Length of its RapidGrads."""
 
     @property
+    def place(self) -> Place:
+        """Where the database lies."""
+        return self._place
+
+    @property
     def digest(self) -> str:
         """What tells this version from all others, also from one of the same number in a copy of the table."""
         found = self.digest_of(self.version)
@@ -84,11 +92,10 @@ class TableVersion:
 
     def digest_of(self, version: int) -> str | None:
         """Return the digest of another version of this table; None where it is no longer kept."""
-        # Lance counts versions down in the names of their manifests, so that the newest comes first.
-        manifest = Path(self._place, f"{self.name}.lance", "_versions", f"{2**64 - 1 - version}.manifest")
-        if manifest.is_file():
-            return hashlib.sha256(manifest.read_bytes()).hexdigest()
         with told(f"the versions of {self._place} cannot be read"):
+            manifest = self._place.manifest(self.name, version)
+            if manifest is not None:
+                return hashlib.sha256(manifest).hexdigest()
             versions = self._table.list_versions()
         made = [entry for entry in versions if entry["version"] == version]
         if not made:
@@ -204,11 +211,6 @@ class TableVersion:
         )
 
 
-def is_made(place: Path) -> bool:
-    """Say whether a table has a committed version; a process that died while making it leaves a folder without."""
-    return any((place / "_versions").glob("*.manifest"))
-
-
 def int64(column: pa.ChunkedArray) -> np.ndarray:
     """Return a column of whole numbers."""
     return column.to_numpy().astype(np.int64)
@@ -226,4 +228,5 @@ def first_line(error: BaseException) -> str:
     # Lance ends its messages with the place in its own source.
     for mark in (", /root/", ", /home/", ", rust/", " Rust backtrace", ", C:\\"):
         text = text.split(mark)[0]
-    return text[:300]
+    # An address may end with a signature.
+    return re.sub(r"\?[^\s)]*", "", text)[:300] if "://" in text else text[:300]
