@@ -62,9 +62,10 @@ def make_corpus(path: Path, *, samples: int, tokens: int) -> Path:
 def batches_of(database, corpus: Path, batch_tokens: int) -> list:
     """Return the batches that an ingest of this corpus forms."""
     from rapidin_vdb.batches import planned_batches
+    from rapidin_vdb.compute import road_here
     from rapidin_vdb.plan import Corpus, encoded_windows
 
-    road = database._road(["cpu"], 1, model=None, adapter=None)
+    road = road_here(database._loaded())
     windows = list(
         encoded_windows(Corpus(paths=(corpus,)), tokenizer=road.tokenizer, template=road.template, max_tokens=512)
     )

@@ -1,6 +1,7 @@
 """From a question to its rankings: which versions, which index, and what is explained."""
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -10,17 +11,27 @@ from rapidin_vdb.explanation import explain
 from rapidin_vdb.focus import focus_of
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.gradient import default_batch_tokens
+from rapidin_vdb.index import Searchable
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import Sketched, encode_queries, sketch_queries
 from rapidin_vdb.question import Question
 from rapidin_vdb.ranking import rank
 from rapidin_vdb.records import Sample
 from rapidin_vdb.results import Ranking
-from rapidin_vdb.store import SampleTable, Snapshot, TokenSnapshot
+from rapidin_vdb.store import SampleTable, Snapshot, TableVersion, TokenSnapshot
 from rapidin_vdb.token_ranking import rank_tokens
 
 Versions = tuple[Snapshot, TokenSnapshot | None]
 """The samples to answer from, and their tokens where these are ranked."""
+
+
+@runtime_checkable
+class Keeper(Protocol):
+    """What keeps indexes fresh, on this machine or on several."""
+
+    def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> Searchable:
+        """Return an index of exactly this version of the table."""
+        ...
 
 
 def versions_for(table: SampleTable, question: Question) -> Versions:
@@ -55,7 +66,7 @@ def answer(
     queries: Sequence[Sample],
     *,
     versions: Versions,
-    keeper: IndexKeeper,
+    keeper: Keeper,
     engine: Engine,
     progress: Progress = silent,
 ) -> Iterator[Ranking]:

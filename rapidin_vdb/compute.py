@@ -69,8 +69,6 @@ def road_of_workers(
     Raises:
         ModelError: the model's tokenizer or configuration cannot be loaded.
     """
-    name = model or fingerprint.model
-    tokenizer = load_tokenizer(name)
     specs = [
         WorkerSpec(
             fingerprint=fingerprint,
@@ -83,10 +81,21 @@ def road_of_workers(
         )
         for number in range(workers)
     ]
+    return road_without_model(specs[0], compute_in_workers(specs))
+
+
+def road_without_model(spec: "WorkerSpec", compute: Compute) -> Road:
+    """Return a road of which only the tokenizer, template and configuration are in this process.
+
+    Raises:
+        ModelError: one of them cannot be loaded.
+    """
+    name, stored = spec.model or spec.fingerprint.model, spec.fingerprint
+    tokenizer = load_tokenizer(name)
     return Road(
-        compute=compute_in_workers(specs),
+        compute=compute,
         tokenizer=tokenizer,
-        template=load_template(fingerprint.template, tokenizer=tokenizer, text=fingerprint.template_text),
+        template=load_template(stored.template, tokenizer=tokenizer, text=stored.template_text),
         config=load_config(name),
     )
 
@@ -96,18 +105,18 @@ def compute_here(engine: Engine, *, token_width: int | None = None) -> Compute:
 
     def compute(batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
         for batch in batches:
-            yield batch, _make(engine, batch, token_width)
+            yield batch, make_batch(engine, batch, token_width)
 
     return compute
 
 
-def _make(engine: Engine, batch: Batch, token_width: int | None) -> list[Result]:
+def make_batch(engine: Engine, batch: Batch, token_width: int | None) -> list[Result]:
     """Compute a batch, in halves where it does not fit the memory."""
     size = 2 * (token_width or 0) * sum(sample.response_tokens for sample in batch)
     if size > _TOKEN_BYTES and len(batch) > 1:
         # Short samples make large batches, and their tokens as many RapidGrads again.
         half = len(batch) // 2
-        return _make(engine, batch[:half], token_width) + _make(engine, batch[half:], token_width)
+        return make_batch(engine, batch[:half], token_width) + make_batch(engine, batch[half:], token_width)
     try:
         return engine.make(batch, token_width=token_width)
     except (RuntimeError, MemoryError) as error:
@@ -119,10 +128,10 @@ def _make(engine: Engine, batch: Batch, token_width: int | None) -> list[Result]
     release_memory()
     if len(batch) == 1:
         logger.warning("one sample does not fit the memory: going on with gradient checkpointing")
-        return _make(engine, batch, token_width)
+        return make_batch(engine, batch, token_width)
     half = len(batch) // 2
     logger.warning("a batch of %d samples does not fit the memory: going on with %d", len(batch), half)
-    return _make(engine, batch[:half], token_width) + _make(engine, batch[half:], token_width)
+    return make_batch(engine, batch[:half], token_width) + make_batch(engine, batch[half:], token_width)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +152,18 @@ class WorkerSpec:
     """CPU threads."""
     token_width: int | None = None
     """Width of single tokens' RapidGrads; None where none are asked for."""
+
+
+def use_threads(count: int) -> None:
+    """Let this process compute with so many CPU threads."""
+    import torch
+
+    torch.set_num_threads(count)
+
+
+def load_of(spec: WorkerSpec) -> Engine:
+    """Load the model in a worker, and check its fingerprint."""
+    return load_engine(spec.fingerprint, place=spec.place, model=spec.model, adapter=spec.adapter, device=spec.device)
 
 
 def compute_in_workers(specs: Sequence[WorkerSpec]) -> Compute:
@@ -252,19 +273,15 @@ def _work(pipe: Connection, spec: WorkerSpec) -> None:
     """Run in a worker: load the model, then answer batches until the other end closes."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     os.environ["OMP_NUM_THREADS"] = str(spec.threads)
-    import torch
-
-    torch.set_num_threads(spec.threads)
+    use_threads(spec.threads)
     engine = None
     try:
         while True:
             batch = pipe.recv()
             try:
                 if engine is None:
-                    engine = load_engine(
-                        spec.fingerprint, place=spec.place, model=spec.model, adapter=spec.adapter, device=spec.device
-                    )
-                pipe.send(_make(engine, batch, spec.token_width))
+                    engine = load_of(spec)
+                pipe.send(make_batch(engine, batch, spec.token_width))
             except (RapidInError, RuntimeError, MemoryError) as error:
                 pipe.send(error)
                 return

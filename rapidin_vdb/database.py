@@ -1,15 +1,15 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
-from rapidin_vdb.answering import answer, nearest, versions_for
-from rapidin_vdb.compute import Road, road_here, road_of_workers
+from rapidin_vdb.answering import Keeper, answer, nearest, versions_for
+from rapidin_vdb.cluster import ClusterKeeper
 from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.gradient import default_batch_tokens, resolve_devices
 from rapidin_vdb.ingest import ingest
 from rapidin_vdb.plan import Corpus, token_width_for
 from rapidin_vdb.progress import Progress, silent
@@ -19,7 +19,8 @@ from rapidin_vdb.reading import SampleReader
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import Aggregate, Focus, Level, OnBadRecord, OnDuplicate, Sample
 from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, VerifyReport
-from rapidin_vdb.store import SampleTable, TableVersion, size_of, undisturbed, undisturbed_each
+from rapidin_vdb.roads import choose_road
+from rapidin_vdb.store import SampleTable, TableVersion, undisturbed, undisturbed_each
 from rapidin_vdb.verification import verify
 
 
@@ -29,9 +30,10 @@ class Database(SampleReader):
     def __init__(self, table: SampleTable, *, engine: Engine | None = None) -> None:
         super().__init__(table)
         self._engine = engine
+        self._clusters: dict[str, ClusterKeeper] = {}
         self._indexes: dict[Level, IndexKeeper] = {
-            "sample": IndexKeeper(Path(table.uri) / "indexes"),
-            "token": IndexKeeper(Path(table.uri) / "token_indexes"),
+            "sample": IndexKeeper(table.place.cache / "indexes", cached=table.place.cached),
+            "token": IndexKeeper(table.place.cache / "token_indexes", cached=table.place.cached),
         }
 
     def load(self, *, model: str | None = None, adapter: str | None = None, device: str = "auto") -> None:
@@ -59,6 +61,7 @@ class Database(SampleReader):
         batch_tokens: int | None = None,
         device: str = "auto",
         workers_per_device: int = 1,
+        cluster: str | None = None,
         on_bad_record: OnBadRecord = "stop",
         on_duplicate: OnDuplicate = "error",
         token_gradients: bool = False,
@@ -71,10 +74,10 @@ class Database(SampleReader):
         """Add the records of some files; samples that are there already are left alone.
 
         `device` may name several, as `cuda:0,cuda:1`. With more than one device or worker, each worker is a process
-        that loads the model for itself. `batch_tokens` limits a batch, padding included; by default it follows free
-        memory. With `token_gradients`, response tokens get RapidGrads of their own, of width `token_width` (by default
-        that of those which are there, else 4096); samples that are there without get them. A `dry_run` counts and times
-        instead of writing.
+        that loads the model for itself; `cluster` puts them on a Ray cluster: its address, `auto` or `local`.
+        `batch_tokens` limits a batch, padding included; by default it follows free memory. With `token_gradients`,
+        response tokens get RapidGrads of their own, of width `token_width` (by default that of those which are there,
+        else 4096); samples that are there without get them. A `dry_run` counts and times instead of writing.
 
         Raises:
             CorpusError: a file or a record cannot be read; nothing is written.
@@ -90,40 +93,27 @@ class Database(SampleReader):
         if token_width is not None and not token_gradients:
             raise SpecError("--token-width goes with --token-gradients")
         single = token_width_for(self._table, token_width) if token_gradients else None
-        paths = tuple(Path(file) for file in files)
+        paths = tuple(map(Path, files))
         corpus = Corpus(paths=paths, split=split, source=source, id_field=id_field, limit=limit)
-        devices = resolve_devices(device)
-        workers = len(devices) * workers_per_device
-        road = self._road(devices, workers if not dry_run else 1, model=model, adapter=adapter, token_width=single)
+        road, tokens, workers, first = choose_road(
+            self.fingerprint, place=self.path, loaded=partial(self._engine_on, model, adapter), device=device,
+            workers_per_device=workers_per_device, batch_tokens=batch_tokens, dry_run=dry_run, cluster=cluster,
+            model=model, adapter=adapter, token_width=single,
+        )  # fmt: skip
         options = {
-            "tokenizer": road.tokenizer,
-            "template": road.template,
-            "batch_tokens": batch_tokens
-            or default_batch_tokens(
-                road.config, dtype=self.fingerprint.dtype, device=devices[0], workers=workers_per_device
-            ),
-            "on_bad_record": on_bad_record,
-            "on_duplicate": on_duplicate,
-        }
+            "tokenizer": road.tokenizer, "template": road.template, "batch_tokens": tokens,
+            "on_bad_record": on_bad_record, "on_duplicate": on_duplicate,
+        }  # fmt: skip
         if dry_run:
             return estimate(
-                self._table, corpus, road.compute, workers=workers, device=devices[0], token_width=single, **options
+                self._table, corpus, road.compute, workers=workers, device=first, token_width=single, **options
             )
         return ingest(self._table, corpus, road.compute, progress=progress, token_width=single, **options)
 
-    def _road(
-        self, devices: list[str], workers: int, *, model: str | None = None, adapter: str | None = None,
-        token_width: int | None = None,
-    ) -> Road:  # fmt: skip
-        """Return how samples become RapidGrads: in this process, or in workers that load the model for themselves."""
-        if workers == 1:
-            if self._engine is None:
-                self.load(model=model, adapter=adapter, device=devices[0])
-            return road_here(self._loaded(), token_width=token_width)
-        return road_of_workers(
-            self.fingerprint, place=self.path, devices=devices, workers=workers, model=model, adapter=adapter,
-            token_width=token_width,
-        )  # fmt: skip
+    def _engine_on(self, model: str | None, adapter: str | None, device: str) -> Engine:
+        if self._engine is None:
+            self.load(model=model, adapter=adapter, device=device)
+        return self._loaded()
 
     @undisturbed
     def index(
@@ -167,6 +157,7 @@ class Database(SampleReader):
         model: str | None = None,
         adapter: str | None = None,
         device: str = "auto",
+        cluster: str | None = None,
         progress: Progress = silent,
     ) -> list[Ranking]:
         """Return, for each query, the samples that most influenced its generation.
@@ -179,6 +170,7 @@ class Database(SampleReader):
         again by exact score. `group_by` names a column, by whose values the influence of all samples is added up or
         averaged; `histogram` counts all scores in so many bins. `index` names the built index to use, and `as_of` an
         older version of the table. `model`, `adapter` and `device` are as for `load`, where nothing is loaded yet.
+        `cluster`, the address of a Ray cluster, `auto` or `local`, searches on its nodes, a share of the rows on each.
 
         Raises:
             CorpusError: a query cannot be read or encoded.
@@ -206,14 +198,23 @@ class Database(SampleReader):
         if self._engine is None:
             undisturbed(versions_for)(self._table, question)  # what it cannot answer is said before a model is loaded
             self.load(model=model, adapter=adapter, device=device)
-        return undisturbed(lambda: list(self.ask(question, queries, progress=progress)))()
+        return undisturbed(lambda: list(self.ask(question, queries, cluster=cluster, progress=progress)))()
 
     @undisturbed_each
-    def ask(self, question: Question, queries: Sequence[Sample], *, progress: Progress = silent) -> Iterator[Ranking]:
+    def ask(
+        self, question: Question, queries: Sequence[Sample], *, cluster: str | None = None, progress: Progress = silent
+    ) -> Iterator[Ranking]:
         """Yield what `query` returns, each as soon as it is ready, for options that were put together before."""
         versions = versions_for(self._table, question)
-        keeper, engine = self._indexes[question.level], self._loaded()
+        keeper, engine = self._keeper(question.level, cluster), self._loaded()
         return answer(question, queries, versions=versions, keeper=keeper, engine=engine, progress=progress)
+
+    def _keeper(self, level: Level, cluster: str | None) -> Keeper:
+        if cluster is None:
+            return self._indexes[level]
+        if cluster not in self._clusters:
+            self._clusters[cluster] = ClusterKeeper(self.path, cluster)
+        return self._clusters[cluster]
 
     @undisturbed
     def nearest(self, sample_id: str, question: Question, *, progress: Progress = silent) -> Ranking:
@@ -258,7 +259,7 @@ class Database(SampleReader):
             adapter=stored.adapter,
             table_version=snapshot.version,
             indexes=built,
-            bytes=size_of(self.path),
+            bytes=self._table.place.bytes(),
             token_gradients=0 if tokens is None else tokens.rows(),
             token_width=None if tokens is None else tokens.width,
             columns=snapshot.columns,

@@ -5,12 +5,9 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 
-import numpy as np
-
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index import (
     Held,
-    Keys,
     Manifest,
     ShardedIndex,
     check_index,
@@ -19,23 +16,31 @@ from rapidin_vdb.index import (
     index_folders,
     list_manifests,
     load_index,
-    load_keys,
     measured_recall,
     with_recall,
     write_index,
 )
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.recipe import IndexRecipe
+from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.sketch.memory import free_bytes
-from rapidin_vdb.store import TableVersion, undisturbed
-from rapidin_vdb.table_index import batches_of, counted, held_by, holds, info_of, of_table
+from rapidin_vdb.store import TableVersion, cache_limit, touch, trim_cache, undisturbed
+from rapidin_vdb.table_index import (
+    batches_of,
+    counted,
+    difference,
+    held_by,
+    holds,
+    info_of,
+    is_much,
+    of_table,
+    say_what_coarse_finds,
+)
 
 logger = logging.getLogger(__name__)
 
-# An index is written anew when more than this share of its rows went or came; and by the next `index` when it lies in
-# so many parts (queries go on adding parts: each is only a file more to open).
-_MOST_CHANGED = 0.3
+# An index is written anew by the next `index` when it lies in so many parts (queries go on adding parts: each is only a
+# file more to open).
 _MOST_PARTS = 64
 _MOST_PARTS_AT_ALL = 512
 
@@ -43,9 +48,11 @@ _MOST_PARTS_AT_ALL = 512
 class IndexKeeper:
     """Builds, finds, updates and keeps the indexes of one database."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, cached: bool = False) -> None:
         self.folder = folder
         """Where they are, each in a folder of its own."""
+        # The table is far away: an index of it is always kept here, and those used longest ago go.
+        self._cached = cached
         # What is in memory, and the manifests that it was chosen from.
         self._resident: tuple[Held, ShardedIndex, list[Manifest]] | None = None
         self._lock = Lock()
@@ -85,6 +92,7 @@ class IndexKeeper:
             if recipe.coarse_width and index.samples:
                 extended = with_recall(self.folder, extended, measured_recall(index))
             self._resident = (held_by(snapshot), index, self._chosen(None))
+        self._used(recipe.name)
         return info_of(extended, snapshot)
 
     def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> ShardedIndex:
@@ -95,6 +103,8 @@ class IndexKeeper:
         Raises:
             SpecError: there is no built index of that name.
         """
+        if self._cached and name is None and not list_manifests(self.folder):
+            self._fetch(snapshot, progress)
         with self._lock:
             manifests = self._chosen(name)
             try:
@@ -110,8 +120,9 @@ class IndexKeeper:
                 index = of_table(snapshot, progress)
             # As they are now: an update on disk made a new manifest.
             self._resident = (held_by(snapshot), index, self._chosen(name))
+        self._used(index.recipe.name)
         if index.recipe.coarse_width:
-            self._say_what_coarse_finds(index)
+            say_what_coarse_finds(self.folder, index)
         return index
 
     def rebuild(self, newest: Callable[[], TableVersion], damaged: Manifest, *, progress: Progress = silent) -> bool:
@@ -159,6 +170,19 @@ class IndexKeeper:
         """Return what is built, and whether it holds this version of the table."""
         return tuple(info_of(manifest, snapshot) for manifest in list_manifests(self.folder))
 
+    def _fetch(self, snapshot: TableVersion, progress: Progress) -> None:
+        """Build an index of a table that is far away, if it fits the cache, so that it is read once only."""
+        if 2 * snapshot.width * snapshot.rows() <= cache_limit():
+            try:
+                self.build(snapshot, read_recipe("cpu"), progress=progress)
+            except SpecError as error:
+                logger.warning("%s", error)
+
+    def _used(self, name: str) -> None:
+        if self._cached:
+            touch(self.folder / name)
+            trim_cache(self.folder / name)
+
     def _chosen(self, name: str | None) -> list[Manifest]:
         manifests = list_manifests(self.folder)
         if name is not None and name not in [manifest.name for manifest in manifests]:
@@ -185,7 +209,7 @@ class IndexKeeper:
         keys, missing = index.keys.difference(*snapshot.row_keys())
         # What is mapped stays on disk; and memory has an end.
         mapped = index.recipe.residence != "resident" or bool(index.recipe.coarse_width)
-        if _much(index.keys, keys, missing) or (mapped and len(missing)):
+        if is_much(index.keys, keys, missing) or (mapped and len(missing)):
             return None
         if 2 * snapshot.width * len(missing) > free_bytes("cpu") // 2:
             return None
@@ -228,7 +252,7 @@ class IndexKeeper:
                 return None if found is None else load_index(self.folder, found)
             except OSError as error:
                 logger.warning("the index %s cannot be brought up to date on disk: %s", manifest.name, error)
-        change = self._difference(manifest, snapshot)
+        change = difference(self.folder, manifest, snapshot)
         if change is None:
             return None
         index = load_index(self.folder, manifest)
@@ -259,7 +283,7 @@ class IndexKeeper:
         """
         if holds(manifest, snapshot):
             return manifest
-        change = self._difference(manifest, snapshot)
+        change = difference(self.folder, manifest, snapshot)
         if change is None:
             return None
         keys, missing = change
@@ -270,29 +294,3 @@ class IndexKeeper:
             self.folder, manifest, held_by(snapshot), keys, batches, count=len(missing), wait=wait,
             check=snapshot.check_kept,
         )  # fmt: skip
-
-    def _difference(self, manifest: Manifest, snapshot: TableVersion) -> tuple[Keys, np.ndarray] | None:
-        """Return what is alive of a built index in this version, and what the version has beyond it.
-
-        None where they cannot be compared, or differ in most: then the index has to be made anew.
-        """
-        if (manifest.table, manifest.width) != (snapshot.name, snapshot.width):
-            return None
-        if snapshot.digest_of(manifest.table_version) != manifest.table_digest:
-            return None  # of a copy that went its own way, or of a version that is no longer kept
-        before = load_keys(self.folder, manifest)
-        keys, missing = before.difference(*snapshot.row_keys())
-        return None if _much(before, keys, missing) else (keys, missing)
-
-    def _say_what_coarse_finds(self, index: ShardedIndex) -> None:
-        found = [known.recall for known in list_manifests(self.folder) if known.name == index.recipe.name]
-        if found and found[0] is not None:
-            logger.warning(
-                "the index %s is not exact: it found %.1f %% of the best %d samples when it was built",
-                index.recipe.name, 100 * found[0]["recall"], found[0]["at"],
-            )  # fmt: skip
-
-
-def _much(before: Keys, after: Keys, missing: np.ndarray) -> bool:
-    """Say whether making an index anew costs less than what an update leaves behind."""
-    return int((~after.alive).sum()) + len(missing) > _MOST_CHANGED * max(len(before), 1)

@@ -19,15 +19,33 @@ _QUIET_SECONDS = 1.0
 @contextmanager
 def holding(lock: FileLock, what: str) -> Iterator[None]:
     """Hold a lock; where another has it, wait, and after a second say who that is and what is waited for."""
+    _acquire(lock, what)
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _acquire(lock: FileLock, what: str) -> None:
     try:
         lock.acquire(timeout=_QUIET_SECONDS)
     except Timeout:
         logger.warning("waiting for %s, which %s holds", what, holder_of(Path(lock.lock_file)))
         lock.acquire(timeout=-1)
-    try:
-        yield
-    finally:
-        lock.release()
+
+
+class NamedLock:
+    """A file lock that says what it keeps, for whoever waits; may be entered again inside."""
+
+    def __init__(self, lock: FileLock, what: str) -> None:
+        self._lock, self._what = lock, what
+
+    def __enter__(self) -> "NamedLock":
+        _acquire(self._lock, self._what)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
 
 
 def holder_of(path: Path) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rapidin_vdb.index import ShardedIndex
+from rapidin_vdb.index import Searchable
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
 from rapidin_vdb.records import Aggregate, Scalar
@@ -13,7 +13,7 @@ from rapidin_vdb.results import GroupInfluence, Histogram, RankedSample, Ranking
 from rapidin_vdb.store import Snapshot
 
 
-def rank(snapshot: Snapshot, index: ShardedIndex, sketched: Sketched, question: Question) -> list[Ranking]:
+def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Question) -> list[Ranking]:
     """Return each query's samples of largest influence, or of most negative influence where `harmful`.
 
     With `both`, one pass finds both. The filter is applied first: results are the best of the samples that match it.
@@ -55,7 +55,7 @@ def rank(snapshot: Snapshot, index: ShardedIndex, sketched: Sketched, question: 
 
 
 def both_ends(
-    index: ShardedIndex, vectors: np.ndarray, among: np.ndarray | None, question: Question, *, top_k: int
+    index: Searchable, vectors: np.ndarray, among: np.ndarray | None, question: Question, *, top_k: int
 ) -> tuple[list[list[tuple[str, float]]], ...]:
     """Return what is most positive, or most negative, for each query; or both, from one pass."""
     if question.both:
@@ -110,7 +110,7 @@ def _histogram(scores: np.ndarray, bins: int) -> Histogram:
 
 def _groups(
     snapshot: Snapshot,
-    index: ShardedIndex,
+    index: Searchable,
     vectors: np.ndarray,
     among: np.ndarray | None,
     column: str,

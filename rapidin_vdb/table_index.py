@@ -3,10 +3,22 @@
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 
-from rapidin_vdb.index import Batch, Held, Keys, Manifest, ShardedIndex, TableSource, empty_index, make_shard
+from rapidin_vdb.index import (
+    Batch,
+    Held,
+    Keys,
+    Manifest,
+    ShardedIndex,
+    TableSource,
+    empty_index,
+    list_manifests,
+    load_keys,
+    make_shard,
+)
 from rapidin_vdb.progress import Progress
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.results import IndexInfo
@@ -14,6 +26,9 @@ from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.store import SAMPLES, TableVersion
 
 logger = logging.getLogger(__name__)
+
+# An index is written anew when more than this share of its rows went or came.
+_MOST_CHANGED = 0.3
 
 
 def of_table(snapshot: TableVersion, progress: Progress) -> ShardedIndex:
@@ -98,3 +113,32 @@ def info_of(manifest: Manifest, snapshot: TableVersion) -> IndexInfo:
         recall=manifest.recall,
         level="sample" if snapshot.name == SAMPLES else "token",
     )
+
+
+def difference(folder: Path, manifest: Manifest, snapshot: TableVersion) -> tuple[Keys, np.ndarray] | None:
+    """Return what is alive of a built index in a version of the table, and what the version has beyond it.
+
+    None where they cannot be compared, or differ in most: then the index has to be made anew.
+    """
+    if (manifest.table, manifest.width) != (snapshot.name, snapshot.width):
+        return None
+    if snapshot.digest_of(manifest.table_version) != manifest.table_digest:
+        return None  # of a copy that went its own way, or of a version that is no longer kept
+    before = load_keys(folder, manifest)
+    keys, missing = before.difference(*snapshot.row_keys())
+    return None if is_much(before, keys, missing) else (keys, missing)
+
+
+def is_much(before: Keys, after: Keys, missing: np.ndarray) -> bool:
+    """Say whether making an index anew costs less than what an update leaves behind."""
+    return int((~after.alive).sum()) + len(missing) > _MOST_CHANGED * max(len(before), 1)
+
+
+def say_what_coarse_finds(folder: Path, index: ShardedIndex) -> None:
+    """Warn that an index is not exact, with what was measured of it."""
+    found = [known.recall for known in list_manifests(folder) if known.name == index.recipe.name]
+    if found and found[0] is not None:
+        logger.warning(
+            "the index %s is not exact: it found %.1f %% of the best %d samples when it was built",
+            index.recipe.name, 100 * found[0]["recall"], found[0]["at"],
+        )  # fmt: skip

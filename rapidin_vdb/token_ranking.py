@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rapidin_vdb.index import ShardedIndex
+from rapidin_vdb.index import Searchable
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
 from rapidin_vdb.ranking import both_ends, seconds_of
@@ -16,7 +16,7 @@ _UNIT = "epochs * learning_rate * inner product of a token's RapidGrad with the 
 
 
 def rank_tokens(
-    snapshot: Snapshot, tokens: TokenSnapshot, index: ShardedIndex, sketched: Sketched, question: Question
+    snapshot: Snapshot, tokens: TokenSnapshot, index: Searchable, sketched: Sketched, question: Question
 ) -> list[Ranking]:
     """Return each query's training tokens of largest influence, or of most negative influence, or both.
 

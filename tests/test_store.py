@@ -150,10 +150,12 @@ def test_what_lance_raises_is_told(table, tmp_path):
         list(table.snapshot().vectors())
 
 
-def test_places_on_object_stores_are_for_later(tmp_path, table):
+def test_places_have_schemes(table):
     assert SampleTable(f"file://{table.uri}").snapshot().count() == 3
-    with pytest.raises(TableError, match="s3://bucket/db: databases on s3:// are not supported yet"):
-        SampleTable("s3://bucket/db")
+    with pytest.raises(
+        TableError, match="ftp://host/db: databases on ftp:// are not supported; give a folder, or a URI"
+    ):
+        SampleTable("ftp://host/db")
 
 
 def test_copies_that_went_their_own_ways_have_other_digests(table, tmp_path):

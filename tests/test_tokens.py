@@ -268,7 +268,7 @@ def test_tokens_follow_their_samples(tokened, tmp_path):
 def test_what_a_dead_process_left_is_not_seen(tokened):
     """Tokens are written before their samples: of a sample that never came, or came with other content."""
     rows = token_rows(tokened)
-    table = tokened._table.tokens._connection.open_table("tokens")
+    table = tokened._table.tokens._place.open_table("tokens")
     table.update(where="sample_id = 'toy-002'", values={"content_hash": "of other content"})
     table.update(where="sample_id = 'toy-004'", values={"sample_id": "toy-999"})
     (ranking,) = tokened.query(PROMPT, GENERATION, level="token", top_k=10_000)

@@ -102,7 +102,7 @@ def test_vectors_that_cannot_be_are_told(database, value):
 
 
 def test_what_is_wrong_with_tokens_is_told(whole):
-    table = whole._table.tokens._connection.open_table("tokens")
+    table = whole._table.tokens._place.open_table("tokens")
     table.delete("sample_id = 'toy-001' AND token_index = 0")
     table.update(where="sample_id = 'toy-002' AND token_index = 1", values={"start": 5})
     assert findings(whole) == [

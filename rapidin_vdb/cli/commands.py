@@ -12,9 +12,12 @@ from rapidin_vdb.cli.progress import progress_bars
 from rapidin_vdb.cli.serve import serve
 from rapidin_vdb.records import Aggregate, DType, Level, Normalize, OnBadRecord, OnDuplicate, Quantization
 
-DB = Annotated[str, typer.Argument(metavar="DB", help="Folder of the database.")]
+DB = Annotated[str, typer.Argument(metavar="DB", help="Folder of the database, or s3://, gs://, az://.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Cluster = Annotated[
+    str | None, typer.Option(help="Use a Ray cluster: its address, auto, or local for one that is started here.")
+]
 Moved = Annotated[str | None, typer.Option(help="Where the model is now, if it has moved since init.")]
 MovedAdapter = Annotated[str | None, typer.Option(help="Where the adapter is now, if it has moved since init.")]
 
@@ -74,6 +77,7 @@ def ingest(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or several: cuda:0,cuda:1.")] = "auto",
     workers_per_device: Annotated[int, typer.Option(help="Processes a device, each with the model.")] = 1,
+    cluster: Cluster = None,
     on_bad_record: Annotated[
         OnBadRecord, typer.Option(help="Stop before anything is written, or skip and list at the end.")
     ] = "stop",
@@ -100,7 +104,7 @@ def ingest(
     with progress_bars() as progress:
         report = database.ingest(
             *files, split=split, source=source, id_field=id_field, limit=limit, batch_tokens=batch_tokens,
-            device=device, workers_per_device=workers_per_device, on_bad_record=on_bad_record,
+            device=device, workers_per_device=workers_per_device, cluster=cluster, on_bad_record=on_bad_record,
             on_duplicate=on_duplicate, token_gradients=token_gradients, token_width=token_width, dry_run=dry_run,
             model=model, adapter=adapter, progress=progress,
         )  # fmt: skip
@@ -163,6 +167,7 @@ def query(
         Path | None, typer.Option(help="Write a page to look at: tokens in colours, for every generated token.")
     ] = None,
     device: Device = "auto",
+    cluster: Cluster = None,
     model: Moved = None,
     adapter: MovedAdapter = None,
 ) -> None:
@@ -182,7 +187,7 @@ def query(
             prompt, generation, file=file, top_k=top_k, where=where, harmful=harmful, both=both, level=level,
             focus=focus or (), tokens=tokens or html is not None, matrix=matrix or html is not None, refine=refine,
             group_by=group_by, aggregate=aggregate, index=index_name, as_of=as_of, progress=progress, device=device,
-            model=model, adapter=adapter,
+            cluster=cluster, model=model, adapter=adapter,
         )  # fmt: skip
     if html is not None:
         write_page(html, rankings, title=db)

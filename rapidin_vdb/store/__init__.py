@@ -1,9 +1,11 @@
 """LanceDB tables, their fingerprint, and the filters that may be put to them."""
 
+from rapidin_vdb.store.cache import cache_limit, touch, trim_cache
 from rapidin_vdb.store.fingerprint import check_fingerprint
 from rapidin_vdb.store.place import size_of
 from rapidin_vdb.store.rows import ColumnKind, Row, merge_kinds
 from rapidin_vdb.store.scalar import indexed_columns, make_scalar_index, wrong_lookup
+from rapidin_vdb.store.share import Share
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
 from rapidin_vdb.store.table import SampleTable
 from rapidin_vdb.store.telling import undisturbed, undisturbed_each
@@ -15,17 +17,21 @@ __all__ = [
     "ColumnKind",
     "Row",
     "SampleTable",
+    "Share",
     "Snapshot",
     "TableVersion",
     "TokenRows",
     "TokenSnapshot",
     "TokenTable",
+    "cache_limit",
     "check_fingerprint",
     "indexed_columns",
     "make_scalar_index",
     "merge_kinds",
     "size_of",
     "token_of",
+    "touch",
+    "trim_cache",
     "undisturbed",
     "undisturbed_each",
     "wrong_lookup",

@@ -1,33 +1,129 @@
-"""Where a database lies, and the way there."""
+"""Where a database lies, and the way there: a folder, or a place in an object store."""
 
 import os
+import shutil
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import lancedb
+import pyarrow as pa
+from filelock import FileLock
 
 from rapidin_vdb.errors import TableError, without_secrets
+from rapidin_vdb.locks import NamedLock
+
+LOCK = ".commit.lock"
+CLOUDS = ("s3", "gs", "az")
+# Stable row ids let an index see exactly what changed since its version.
+STABLE = {"new_table_enable_stable_row_ids": "true"}
 
 
-def local_place(uri: str) -> str:
-    """Return the folder that a path or a `file://` URI names.
+@runtime_checkable
+class Place(Protocol):
+    """Where a database lies; as text, its name."""
 
-    Raises:
-        TableError: it is on an object store.
-    """
-    scheme, separator, rest = uri.partition("://")
-    if not separator:
-        return uri
-    if scheme == "file":
-        return rest
-    raise TableError(f"{without_secrets(uri)}: databases on {scheme}:// are not supported yet; give a folder")
+    uri: str
+    """Its name."""
+    lock: Any
+    """A context, held while committing by one writer at a time; may be entered again inside."""
+    cache: Path
+    """The folder for indexes."""
+    cached: bool
+    """Whether that folder is elsewhere than the database, and may grow to a limit only."""
+
+    def open_table(self, name: str) -> Any:
+        """Return the newest version of a table, which stays that; its commit fails where the lock was lost."""
+        ...
+
+    def create_table(self, name: str, schema: pa.Schema) -> None:
+        """Make a table, in the place of what a process that died has left of one."""
+        ...
+
+    def dataset(self, name: str) -> Any:
+        """Return a table as Lance knows it."""
+        ...
+
+    def has_table(self, name: str) -> bool:
+        """Say whether a table has a committed version; a process that died while making it leaves files without."""
+        ...
+
+    def entries(self) -> set[str] | None:
+        """Return the names of what is there; None where there is no folder, or a file."""
+        ...
+
+    def prepare(self) -> None:
+        """See that files can be written there, and that two writers cannot both win."""
+        ...
+
+    def manifest(self, name: str, version: int) -> bytes | None:
+        """Return what Lance wrote of a version of a table; None where it is not kept under a name that we know."""
+        ...
+
+    def bytes(self) -> int:
+        """Return how much all of it takes."""
+        ...
 
 
-def connect(uri: str) -> Any:
-    """Return a connection to the tables in a folder."""
-    # An interval of zero: every look at a table is a look at its newest commit.
-    return lancedb.connect(uri, read_consistency_interval=timedelta(0))
+class Folder:
+    """A folder of this machine's file system."""
+
+    cached = False
+
+    def __init__(self, path: str) -> None:
+        self.uri = path
+        self.cache = Path(path)
+        # Held for the moment of a commit only; the system lets go of it when a process dies.
+        self.lock: Any = NamedLock(FileLock(Path(path, LOCK)), f"the database {path}")
+        self._made: Any = None
+
+    def __str__(self) -> str:
+        return self.uri
+
+    @property
+    def _connection(self) -> Any:
+        if self._made is None:
+            self._made = lancedb.connect(self.uri, read_consistency_interval=timedelta(0))
+        return self._made
+
+    def open_table(self, name: str) -> Any:
+        """Return a table, always at its newest version: the lock cannot be lost."""
+        return self._connection.open_table(name)
+
+    def create_table(self, name: str, schema: pa.Schema) -> None:
+        """Make a table."""
+        shutil.rmtree(Path(self.uri, f"{name}.lance"), ignore_errors=True)
+        self._connection.create_table(name, schema=schema, storage_options=STABLE)
+
+    def dataset(self, name: str) -> Any:
+        """Return a table as Lance knows it."""
+        import lance
+
+        return lance.dataset(str(Path(self.uri, f"{name}.lance")))
+
+    def has_table(self, name: str) -> bool:
+        """Say whether a table has a committed version."""
+        return any(Path(self.uri, f"{name}.lance", "_versions").glob("*.manifest"))
+
+    def entries(self) -> set[str] | None:
+        """Return the names of what is in the folder."""
+        folder = Path(self.uri)
+        if folder.is_dir():
+            return {path.name for path in folder.iterdir()}
+        return None if folder.is_file() else set()
+
+    def prepare(self) -> None:
+        """Make the folder."""
+        Path(self.uri).mkdir(parents=True, exist_ok=True)
+
+    def manifest(self, name: str, version: int) -> bytes | None:
+        """Return what Lance wrote of a version of a table."""
+        path = Path(self.uri, f"{name}.lance", "_versions", manifest_name(version))
+        return path.read_bytes() if path.is_file() else None
+
+    def bytes(self) -> int:
+        """Return how much all files take."""
+        return size_of(self.uri)
 
 
 def size_of(place: str) -> int:
@@ -41,3 +137,30 @@ def size_of(place: str) -> int:
             except FileNotFoundError:
                 continue
     return total
+
+
+def manifest_name(version: int) -> str:
+    """Return the name of a version's manifest: Lance counts down in it, so that the newest comes first."""
+    return f"{2**64 - 1 - version}.manifest"
+
+
+def place_of(uri: str) -> Place:
+    """Return the place that a path or a URI names: `file://`, or one of the object stores `s3://`, `gs://`, `az://`.
+
+    Raises:
+        TableError: it is none of these, or holds what may be a secret.
+    """
+    scheme, separator, rest = uri.partition("://")
+    if not separator:
+        return Folder(uri)
+    if scheme == "file":
+        return Folder(rest)
+    if scheme not in CLOUDS:
+        raise TableError(
+            f"{without_secrets(uri)}: databases on {scheme}:// are not supported; give a folder, or a URI of "
+            + ", ".join(f"{cloud}://" for cloud in CLOUDS)
+        )
+    # Here: a database in a folder needs none of it.
+    from rapidin_vdb.store.bucket import Bucket
+
+    return Bucket(uri)

@@ -12,6 +12,7 @@ from rapidin_vdb.records import Encoded, Scalar
 from rapidin_vdb.results import StoredSample
 from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint
+from rapidin_vdb.store.place import Place
 from rapidin_vdb.store.rows import stored_checksum, stored_sample
 from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, TableVersion, batches, int64
 
@@ -26,9 +27,9 @@ class Snapshot(TableVersion):
         "loss", "content_hash",
     )  # fmt: skip
 
-    def __init__(self, table: Any, place: str) -> None:
+    def __init__(self, table: Any, place: Place) -> None:
         super().__init__(table, place, SAMPLES)
-        self.fingerprint = read_fingerprint(self.schema.metadata, place=place)
+        self.fingerprint = read_fingerprint(self.schema.metadata, place=str(place))
 
     def count(self, where: str | None = None) -> int:
         """Return how many samples there are, or how many a filter lets through.

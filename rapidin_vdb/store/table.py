@@ -1,30 +1,25 @@
 """The table `samples` of one database: the truth, of which every index is a cache."""
 
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
-from filelock import FileLock
 from lancedb.index import Bitmap, BTree
 
 from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
-from rapidin_vdb.locks import holding
 from rapidin_vdb.records import Fingerprint
 from rapidin_vdb.store.columns import check_out, ensure_columns, settle
 from rapidin_vdb.store.filters import checked_filter, ids_filter
 from rapidin_vdb.store.fingerprint import new_identity, read_fingerprint, read_identity, write_fingerprint
-from rapidin_vdb.store.place import connect, local_place
+from rapidin_vdb.store.place import LOCK, place_of
 from rapidin_vdb.store.purging import purge_table
 from rapidin_vdb.store.rows import ColumnKind, Row, arrow_table, samples_schema
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
 from rapidin_vdb.store.telling import pinned
 from rapidin_vdb.store.tokens import TOKENS, TokenTable
-from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, is_made, told
-
-_LOCK = ".commit.lock"
+from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,23 +46,26 @@ class SampleTable:
             TableNotFoundError: there is no database there.
             TableError: there is one that cannot be read.
         """
-        self.uri = uri = local_place(uri)
+        self.place = place_of(uri)
+        """Where it lies."""
+        self.uri = uri = self.place.uri
         with told(f"the database at {uri} cannot be opened"):
-            there = is_made(Path(uri, f"{SAMPLES}.lance"))
+            there = self.place.has_table(SAMPLES)
         if not there:
             raise TableNotFoundError(
                 f"no database at {uri}; make one with: rapidin-vdb init {uri} --model NAME_OR_PATH"
             )
         with told(f"the database at {uri} cannot be opened"):
-            self._connection = connect(uri)
-            self._table = self._connection.open_table(SAMPLES)
             metadata = self._table.schema.metadata
         self.fingerprint = read_fingerprint(metadata, place=uri)
         self.identity = read_identity(metadata, place=uri)
-        # Held for the moment of a commit only; the system lets go of it when a process dies.
-        self._lock = FileLock(Path(uri, _LOCK))
-        self.tokens = TokenTable(self._connection, uri, self.fingerprint, self.committing)
+        self.tokens = TokenTable(self.place, self.fingerprint, self.committing)
         """The RapidGrads of single tokens."""
+
+    @property
+    def _table(self) -> Any:
+        """The newest version, for reading or for one commit; opened anew, which shows that the lock is still ours."""
+        return self.place.open_table(SAMPLES)
 
     @staticmethod
     def check_free(uri: str) -> None:
@@ -76,13 +74,13 @@ class SampleTable:
         Raises:
             TableExistsError: a database, or other files.
         """
-        uri = local_place(uri)
-        if is_made(Path(uri, f"{SAMPLES}.lance")):
+        place = place_of(uri)
+        with told(f"{place} cannot be read"):
+            made, there = place.has_table(SAMPLES), place.entries()
+        if made:
             raise TableExistsError(f"a database is already at {uri}; add to it with: rapidin-vdb ingest {uri} FILE")
         # What an init that died has begun may be begun again.
-        begun = {f"{SAMPLES}.lance", _LOCK}
-        others = {path.name for path in Path(uri).iterdir()} - begun if Path(uri).is_dir() else set()
-        if Path(uri).is_file() or others:
+        if there is None or there - {f"{SAMPLES}.lance", LOCK}:
             raise TableExistsError(f"{uri} is not empty, and what it holds is no database; give a new folder")
 
     @staticmethod
@@ -94,18 +92,14 @@ class SampleTable:
             TableError: the place cannot be written.
         """
         SampleTable.check_free(uri)
-        uri = local_place(uri)
+        place = place_of(uri)
         schema = samples_schema(fingerprint.sketch.width, write_fingerprint(fingerprint) | new_identity())
-        with told(f"no database can be made at {uri}"):
-            Path(uri).mkdir(parents=True, exist_ok=True)
-            with holding(FileLock(Path(uri, _LOCK)), f"the database {uri}"):
+        with told(f"no database can be made at {place}"):
+            place.prepare()
+            with place.lock:
                 # Again: somebody else may have made one since, which must not be taken for what an init left that died.
                 SampleTable.check_free(uri)
-                shutil.rmtree(Path(uri, f"{SAMPLES}.lance"), ignore_errors=True)
-                # Stable row ids let an index see exactly what changed since its version.
-                connect(uri).create_table(
-                    SAMPLES, schema=schema, storage_options={"new_table_enable_stable_row_ids": "true"}
-                )
+                place.create_table(SAMPLES, schema)
         return SampleTable(uri)
 
     def snapshot(self, version: int | None = None) -> Snapshot:
@@ -116,8 +110,8 @@ class SampleTable:
         """
         with told(f"the database at {self.uri} cannot be read"):
             if version is None:
-                return Snapshot(pinned(self._connection, SAMPLES), self.uri)
-            table = self._connection.open_table(SAMPLES)
+                return Snapshot(pinned(self.place, SAMPLES), self.place)
+            table = self.place.open_table(SAMPLES)
             newest = int(table.version)
         try:
             if not 1 <= version <= newest:
@@ -127,7 +121,7 @@ class SampleTable:
             raise TableError(
                 f"{self.uri} has no version {version}, or no longer; wanted one from 1 to {newest} (see `info`)"
             ) from error
-        return Snapshot(table, self.uri)
+        return Snapshot(table, self.place)
 
     def ensure_scalar_indices(self) -> None:
         """Let filters on `split`, `source` and `sample_id` look things up, for new rows too."""
@@ -147,15 +141,15 @@ class SampleTable:
         Raises:
             TableError: a column exists with another type; nothing is changed then.
         """
-        with self._changing(seen) as alone:
-            ensure_columns(self._table, kinds)
-            return int(self._table.version) if alone else seen
+        with self._changing(seen) as (table, alone):
+            ensure_columns(table, kinds)
+            return int(table.version) if alone else seen
 
     @contextmanager
     def committing(self) -> Iterator[None]:
         """Keep all other writers out; may be entered again inside."""
         place = f"the database {self.uri}"
-        with told(f"{place} cannot be written, and is as it was before"), holding(self._lock, place):
+        with told(f"{place} cannot be written, and is as it was before"), self.place.lock:
             yield
 
     def check_writable(self) -> None:
@@ -168,12 +162,13 @@ class SampleTable:
             pass
 
     @contextmanager
-    def _changing(self, seen: int = 0) -> Iterator[bool]:
-        """Keep all other writers out, and finish what one of them left; say whether none has written since `seen`."""
+    def _changing(self, seen: int = 0) -> Iterator[tuple[Any, bool]]:
+        """Keep other writers out, and finish what one left; yield the table, and whether none wrote since `seen`."""
         with self.committing():
-            alone = self._table.version == seen
-            settle(self._table)
-            yield alone
+            table = self._table
+            alone = table.version == seen
+            settle(table)
+            yield table, alone
 
     def append(self, rows: Sequence[Row], *, seen: int) -> Appended:
         """Add rows in one commit, but for those that others added since version `seen`, for which they were planned.
@@ -183,7 +178,7 @@ class SampleTable:
 
         Plain appends are many times faster than merges, and never look at ids: so we do, under a lock.
         """
-        with self._changing(seen) as alone:
+        with self._changing(seen) as (table, alone):
             there = {} if alone else self.snapshot().content_hashes()
             new = [row for row in rows if row.sample.sample_id not in there]
             other = [
@@ -192,24 +187,24 @@ class SampleTable:
                 if there.get(row.sample.sample_id, row.sample.content_hash) != row.sample.content_hash
             ]
             if new:
-                self._table.add(self._arrow(new))
+                table.add(self._arrow(new, table.schema))
             return Appended(
                 written=len(new),
                 unchanged=len(rows) - len(new) - len(other),
                 other=tuple(other),
-                seen=int(self._table.version) if alone else seen,
+                seen=int(table.version) if alone else seen,
             )
 
     def replace(self, rows: Sequence[Row], *, seen: int) -> int:
         """Put rows in the place of those with the same ids, in one commit; return what to give as `seen` next."""
-        with self._changing(seen) as alone:
-            merge = self._table.merge_insert("sample_id").when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(self._arrow(rows))
+        with self._changing(seen) as (table, alone):
+            merge = table.merge_insert("sample_id").when_matched_update_all().when_not_matched_insert_all()
+            merge.execute(self._arrow(rows, table.schema))
             self.tokens.delete_of([row.sample.sample_id for row in rows], but=[row.sample.content_hash for row in rows])
-            return int(self._table.version) if alone else seen
+            return int(table.version) if alone else seen
 
-    def _arrow(self, rows: Sequence[Row]) -> pa.RecordBatchReader:
-        schema, size = self._table.schema, max(1, BATCH_BYTES // (2 * self.fingerprint.sketch.width))
+    def _arrow(self, rows: Sequence[Row], schema: pa.Schema) -> pa.RecordBatchReader:
+        size = max(1, BATCH_BYTES // (2 * self.fingerprint.sketch.width))
         # Converted as Lance asks for them: a second copy of a whole commit would double what is waiting.
         made = (
             batch
@@ -252,8 +247,8 @@ class SampleTable:
         with self._changing():
             self._sweep()
             for name in (SAMPLES, TOKENS):
-                if is_made(Path(self.uri, f"{name}.lance")):
-                    purge_table(self._connection.open_table(name), self.uri, name)
+                if self.place.has_table(name):
+                    purge_table(self.place, name)
 
     def _sweep(self) -> None:
         """Delete the tokens of samples that are not there, or not any more; called while committing."""

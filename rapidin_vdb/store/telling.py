@@ -1,5 +1,6 @@
 """What Lance raises, told as errors of ours; and readings that a purge interrupts, begun again."""
 
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -9,6 +10,7 @@ import pyarrow as pa
 
 from rapidin_vdb.errors import PurgedError, TableError
 from rapidin_vdb.store.columns import check_out
+from rapidin_vdb.store.place import Place
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -24,6 +26,8 @@ def told(what: str) -> Iterator[None]:
     except (ValueError, RuntimeError, OSError, pa.ArrowException) as error:
         raise TableError(f"{what}: {first_line(error)}") from error
     except BaseException as error:
+        if type(error).__module__.startswith("obstore"):
+            raise TableError(f"{what}: {first_line(error)}") from error
         if not is_panic(error):
             raise
         raise TableError(f"{what}: it is damaged: {first_line(error)}") from error
@@ -68,10 +72,10 @@ def undisturbed_each(read: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]
     return again
 
 
-def pinned(connection: Any, name: str) -> Any:
+def pinned(place: Place, name: str) -> Any:
     """Return a table at its newest committed version, which stays the one that is read."""
     for attempt in range(_TRIES):
-        table = connection.open_table(name)
+        table = place.open_table(name)
         try:
             check_out(table, table.version)
             return table
@@ -88,4 +92,5 @@ def first_line(error: BaseException) -> str:
     # Lance ends its messages with the place in its own source.
     for mark in (", /root/", ", /home/", ", rust/", " Rust backtrace", ", C:\\"):
         text = text.split(mark)[0]
-    return text[:300]
+    # An address may end with a signature.
+    return re.sub(r"\?[^\s)]*", "", text)[:300] if "://" in text else text[:300]

@@ -4,11 +4,9 @@ A row counts only where the table `samples` has its sample with the same content
 that dies between the two leaves nothing that anybody sees.
 """
 
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +19,7 @@ from rapidin_vdb.records import Encoded, Fingerprint
 from rapidin_vdb.store.checksum import row_checksum
 from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import write_fingerprint
+from rapidin_vdb.store.place import Place
 from rapidin_vdb.store.rows import vector_field
 from rapidin_vdb.store.telling import pinned
 from rapidin_vdb.store.version import (
@@ -30,7 +29,6 @@ from rapidin_vdb.store.version import (
     TableVersion,
     batches,
     int64,
-    is_made,
     told,
 )
 
@@ -63,7 +61,7 @@ class TokenSnapshot(TableVersion):
     KEY = ("sample_id", "token_index")
     PLAIN = ("sample_id", "token_index", "start", "end", "content_hash")
 
-    def __init__(self, table: Any, place: str) -> None:
+    def __init__(self, table: Any, place: Place) -> None:
         super().__init__(table, place, TOKENS)
 
     def matching(self, content_hashes: Mapping[str, str]) -> Int64[np.ndarray, " matching"]:
@@ -106,23 +104,24 @@ class TokenTable:
     """The table `tokens` of one database, which is there once token gradients were asked for."""
 
     def __init__(
-        self, connection: Any, place: str, fingerprint: Fingerprint,
-        committing: Callable[[], AbstractContextManager[None]],
-    ) -> None:  # fmt: skip
-        self._connection = connection
+        self, place: Place, fingerprint: Fingerprint, committing: Callable[[], AbstractContextManager[None]]
+    ) -> None:
         self._place = place
         self._fingerprint = fingerprint
         self._committing = committing
 
     def __bool__(self) -> bool:
-        return is_made(Path(self._place, f"{TOKENS}.lance"))
+        return self._place.has_table(TOKENS)
 
-    def snapshot(self) -> TokenSnapshot | None:
-        """Return the newest committed version, pinned; None where there is no such table."""
+    def snapshot(self, version: int | None = None) -> TokenSnapshot | None:
+        """Return the newest committed version, pinned, or an older one; None where there is no such table."""
         if not self:
             return None
         with told(f"the table tokens of {self._place} cannot be read"):
-            table = pinned(self._connection, TOKENS)
+            if version is None:
+                return TokenSnapshot(pinned(self._place, TOKENS), self._place)
+            table = self._place.open_table(TOKENS)
+            table.checkout(version)
         return TokenSnapshot(table, self._place)
 
     def newest(self) -> TokenSnapshot:
@@ -152,11 +151,7 @@ class TokenTable:
             found = self.width
             if found is None:
                 schema = pa.schema([*_FIELDS, vector_field(width)], metadata=write_fingerprint(self._fingerprint))
-                # What a process that died has begun is begun again.
-                shutil.rmtree(Path(self._place, f"{TOKENS}.lance"), ignore_errors=True)
-                # As for samples: an index sees exactly what changed.
-                options = {"new_table_enable_stable_row_ids": "true"}
-                self._connection.create_table(TOKENS, schema=schema, storage_options=options)
+                self._place.create_table(TOKENS, schema)
             elif found != width:
                 raise TableError(
                     f"tokens of {self._place} have RapidGrads of width {found}, not {width}; leave out --token-width"
@@ -168,7 +163,7 @@ class TokenTable:
         Samples that somebody else has given their tokens meanwhile are left alone.
         """
         with self._committing():
-            table = self._connection.open_table(TOKENS)
+            table = self._place.open_table(TOKENS)
             there = self._there(table, [sample.encoded.sample_id for sample in samples])
             # Those of other content stay until that is replaced: nobody sees two, and whoever commits first may win.
             new = [sample for sample in samples if (sample.encoded.sample_id, sample.content_hash) not in there]
@@ -179,7 +174,7 @@ class TokenTable:
     def delete_of(self, sample_ids: Sequence[str], *, but: Sequence[str] = ()) -> None:
         """Delete the tokens of some samples, but not those of some content hashes; called while committing."""
         if self and sample_ids:
-            self._delete(self._connection.open_table(TOKENS), sorted(sample_ids), but)
+            self._delete(self._place.open_table(TOKENS), sorted(sample_ids), but)
 
     def _delete(self, table: Any, sample_ids: list[str], but: Sequence[str] = ()) -> None:
         spared = f" AND content_hash NOT IN ({', '.join(map(repr, but))})" if but else ""

@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +13,7 @@ from jaxtyping import Float16, Int64
 
 from rapidin_vdb.errors import FilterError, PurgedError, TableError
 from rapidin_vdb.store.filters import checked_filter
+from rapidin_vdb.store.place import Place
 from rapidin_vdb.store.telling import first_line, told
 
 # Lance reads and writes fastest in batches of about this size.
@@ -49,7 +49,7 @@ class TableVersion:
     PLAIN: tuple[str, ...] = ()
     """The columns that a row's checksum covers, besides the vector."""
 
-    def __init__(self, table: Any, place: str, name: str) -> None:
+    def __init__(self, table: Any, place: Place, name: str) -> None:
         self._table = table
         self._place = place
         self.name = name
@@ -62,6 +62,11 @@ class TableVersion:
             raise TableError(f"the table {name} of {place} is damaged: it has no column of RapidGrads")
         self.width: int = vector.list_size
         """Length of its RapidGrads."""
+
+    @property
+    def place(self) -> Place:
+        """Where the database lies."""
+        return self._place
 
     @property
     def digest(self) -> str:
@@ -112,11 +117,10 @@ class TableVersion:
 
     def digest_of(self, version: int) -> str | None:
         """Return the digest of another version of this table; None where it is no longer kept."""
-        # Lance counts versions down in the names of their manifests, so that the newest comes first.
-        manifest = Path(self._place, f"{self.name}.lance", "_versions", f"{2**64 - 1 - version}.manifest")
-        if manifest.is_file():
-            return hashlib.sha256(manifest.read_bytes()).hexdigest()
         with told(f"the versions of {self._place} cannot be read"):
+            manifest = self._place.manifest(self.name, version)
+            if manifest is not None:
+                return hashlib.sha256(manifest).hexdigest()
             versions = self._table.list_versions()
         made = [entry for entry in versions if entry["version"] == version]
         if not made:
@@ -233,11 +237,6 @@ class TableVersion:
             for field in self.schema
             if field.name not in ("vector", "input_ids", "token_offsets", "content_hash", "checksum")
         )
-
-
-def is_made(place: Path) -> bool:
-    """Say whether a table has a committed version; a process that died while making it leaves a folder without."""
-    return any((place / "_versions").glob("*.manifest"))
 
 
 def int64(column: pa.ChunkedArray) -> np.ndarray:

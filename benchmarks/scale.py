@@ -1,0 +1,233 @@
+"""What a database costs at sizes that nobody measured: a small model, fed with what was measured. Writes docs/scale.md.
+
+.venv/bin/python benchmarks/scale.py
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).parent
+PAGE = HERE.parent / "docs" / "scale.md"
+TIB = 2**40
+
+# Nobody measured these here: what the machines of a cluster are taken to be.
+NODE_MEMORY, NODE_MEMORY_RATE = 0.8 * TIB, 300e9  # a server of 1 TiB, of which an index may take 80 %
+GPU_MEMORY, GPU_MEMORY_RATE = 0.9 * 141e9, 0.8 * 4.8e12  # an H200
+GPU_FLOPS = 0.4 * 989e12  # an H100 or H200 in bfloat16, at 40 % of its peak
+STORE_RATE = 2e9  # bytes a second that a node reads from an object store
+ANSWER_SECONDS = 2.0  # what somebody waits for
+FLEET = 100  # nodes that somebody may have
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What the benchmarks found on two cores."""
+
+    row_overhead: float
+    """Bytes of a row besides its vector."""
+    scan_rate: float
+    """Bytes of an index in memory that one query passes in a second."""
+    product_rate: float
+    """Floating-point operations a second of a search with many queries."""
+    gemm_rate: float
+    """The same of a plain matrix product."""
+    stream_rate: float
+    """Bytes a second from disk."""
+    write_rate: float
+    """Bytes a second into a table, commit and all."""
+    ratio: dict[str, float]
+    """Ingest over a plain training step, by what theta is."""
+
+
+def load(results: Path = HERE / "results") -> Measured:
+    """Return what the benchmarks found."""
+    search, ingest = (json.loads((results / f"{name}.json").read_text()) for name in ("search", "ingest"))
+    ours = next(entry for entry in ingest["peer"] if entry["kind"] == "lora")
+    limits = (search["limits"]["gemm_gflop_per_s"], search["limits_again"]["gemm_gflop_per_s"])
+    return Measured(
+        row_overhead=ours["bytes_a_sample"]["ours"] - 2 * 65536,
+        scan_rate=search["one_query"]["gb_per_s"] * 1e9,
+        product_rate=search["hundred_queries"]["gflop_per_s"] * 1e9,
+        gemm_rate=sum(limits) / 2 * 1e9,
+        stream_rate=search["streamed"]["one_query_gb_per_s"] * 1e9,
+        write_rate=search["gib"] * 2**30 / search["write_seconds"]["table"],
+        ratio={entry["kind"]: entry["wall_ratio"] for entry in ingest["ratio"]},
+    )
+
+
+def table_bytes(measured: Measured, samples: float, width: int) -> float:
+    """Return what the table takes on disk."""
+    return samples * (2 * width + measured.row_overhead)
+
+
+def index_bytes(samples: float, width: int) -> float:
+    """Return what an index takes, in memory or on disk."""
+    return samples * 2 * width
+
+
+def scan_seconds(samples: float, width: int, *, rate: float, share: float = 1.0) -> float:
+    """Return how long one query takes, among a share of the samples."""
+    return share * index_bytes(samples, width) / rate
+
+
+def product_seconds(samples: float, width: int, queries: int, *, rate: float, share: float = 1.0) -> float:
+    """Return how long many queries together take: they are bounded by arithmetic."""
+    return share * 2 * samples * width * queries / rate
+
+
+def step_flops(parameters: float, tokens: float, *, adapter: bool) -> float:
+    """Return the arithmetic of a plain forward and backward; of an adapter, no gradient of the base is formed."""
+    return (4 if adapter else 6) * parameters * tokens
+
+
+def gradient_seconds(measured: Measured, parameters: float, tokens: float, *, adapter: bool, rate: float) -> float:
+    """Return how long a sample's RapidGrad takes."""
+    return step_flops(parameters, tokens, adapter=adapter) * measured.ratio["lora" if adapter else "full"] / rate
+
+
+def checks(measured: Measured, results: Path = HERE / "results") -> list[tuple[str, float, float]]:
+    """Return what the model says beside what was measured, where it was not fed with that very figure."""
+    search, ingest = (json.loads((results / f"{name}.json").read_text()) for name in ("search", "ingest"))
+    found = []
+    for entry in search["growth"]:
+        samples, width, what = entry["samples"], entry["width"], f"{entry['samples']:,} rows x {entry['width']:,}"
+        found.append(
+            (f"one query, {what}", scan_seconds(samples, width, rate=measured.scan_rate), entry["one_seconds"])
+        )
+        found.append((f"100 queries, {what}", product_seconds(samples, width, 100, rate=measured.product_rate), entry["hundred_seconds"]))  # fmt: skip
+    for entry in search["filter"]:
+        if entry["share"] < 0.3:
+            continue  # of few rows, what a search costs besides counts
+        among = search["samples"], search["width"]
+        predicted = (
+            scan_seconds(*among, rate=measured.scan_rate, share=entry["share"])
+            if entry["queries"] == 1
+            else product_seconds(*among, entry["queries"], rate=measured.product_rate, share=entry["share"])
+        )
+        found.append((f"{entry['queries']} queries among {entry['share']:.0%}", predicted, entry["seconds"]))
+    for entry in ingest["ratio"]:
+        if entry["kind"] in ("lora", "full"):
+            predicted = gradient_seconds(
+                measured, entry["parameters"], 128, adapter=entry["kind"] == "lora", rate=measured.gemm_rate
+            )
+            found.append((f"a sample's RapidGrad, {entry['kind']}", predicted, 1 / entry["samples_per_second"]))
+    return found
+
+
+def nodes_for(samples: float, width: int, memory: float) -> int:
+    """Return how many machines hold an index in memory."""
+    return max(1, -int(-index_bytes(samples, width) // memory))
+
+
+def size(count: float) -> str:
+    """Return bytes as one reads them."""
+    for unit, step in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9)):
+        if count >= step:
+            return f"{count / step:,.1f} {unit}"
+    return f"{count / 1e6:,.0f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Return seconds as one reads them."""
+    if seconds < 1:
+        return f"{1000 * seconds:,.0f} ms"
+    return f"{seconds:,.1f} s" if seconds < 600 else f"{seconds / 3600:,.1f} h"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Return a Markdown table."""
+    lines = ["| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]]
+    return "\n".join(lines) + "\n"
+
+
+SAMPLES = (10**6, 10**8, 10**10)
+WIDTHS = (4096, 65536, 2**20)
+
+
+def page(measured: Measured) -> str:
+    """Return docs/scale.md."""
+    power = {10**6: "10^6", 10**8: "10^8", 10**10: "10^10"}
+    storage, search, fleet = [], [], []
+    for samples in SAMPLES:
+        for width in WIDTHS:
+            bytes_ = index_bytes(samples, width)
+            nodes, gpus = nodes_for(samples, width, NODE_MEMORY), nodes_for(samples, width, GPU_MEMORY)
+            storage.append(
+                [power[samples], f"{width:,}", size(table_bytes(measured, samples, width)),
+                 duration(table_bytes(measured, samples, width) / measured.write_rate)]
+            )  # fmt: skip
+            search.append(
+                [power[samples], f"{width:,}", duration(scan_seconds(samples, width, rate=measured.scan_rate)),
+                 f"{nodes:,}", duration(bytes_ / nodes / NODE_MEMORY_RATE), f"{gpus:,}",
+                 duration(bytes_ / gpus / GPU_MEMORY_RATE), duration(bytes_ / FLEET / STORE_RATE)]
+            )  # fmt: skip
+            wanted = max(nodes, -int(-bytes_ // (ANSWER_SECONDS * NODE_MEMORY_RATE)))
+            coarse = nodes_for(samples, 4096, NODE_MEMORY)
+            fleet.append(
+                [power[samples], f"{width:,}", f"{wanted:,}", "yes" if wanted <= FLEET else "no",
+                 "" if wanted <= FLEET or width <= 4096 else f"{coarse:,}"]
+            )  # fmt: skip
+    making = []
+    for name, parameters in (("1B", 1e9), ("7B", 7e9), ("70B", 70e9)):
+        for adapter in (True, False):
+            each = gradient_seconds(measured, parameters, 300, adapter=adapter, rate=GPU_FLOPS)
+            making.append(
+                [name, "LoRA" if adapter else "all", duration(each), *(f"{samples * each / 3600:,.0f}" for samples in SAMPLES)]
+            )  # fmt: skip
+    seven = gradient_seconds(measured, 7e9, 300, adapter=True, rate=GPU_FLOPS)
+    checked = [[what, duration(said), duration(was), f"{said / was:.2f}"] for what, said, was in checks(measured)]
+    return f"""# What it costs at scale
+
+Written by `benchmarks/scale.py`: a small model of costs, fed with what `scripts/bench search` and `scripts/bench ingest` measured on two
+cores. Nothing beyond 10^5 samples was run. What the model takes from those runs: a row takes {measured.row_overhead:,.0f} bytes besides its
+vector; one query passes {measured.scan_rate / 1e9:.1f} GB/s of an index in memory; many queries together do {measured.product_rate / 1e9:.0f} GFLOP/s; a table is written at
+{measured.write_rate / 1e9:.2f} GB/s; making a RapidGrad costs {measured.ratio["lora"]:.2f} (LoRA) or {measured.ratio["full"]:.2f} (all parameters) plain training steps.
+
+What it takes on trust, since it was not measured: a node of 1 TiB, of which an index takes 80 %, read at {NODE_MEMORY_RATE / 1e9:.0f} GB/s; an H200 of
+{GPU_MEMORY / 1e9:.0f} GB for an index, read at {GPU_MEMORY_RATE / 1e12:.1f} TB/s; {GPU_FLOPS / 1e12:.0f} TFLOP/s of an H100 or H200 in bfloat16 (40 % of its peak); {STORE_RATE / 1e9:.0f} GB/s a node
+from an object store. Change them at the head of the script.
+
+## Storage
+
+The index on disk or in memory takes as much again. Writing is by one process, the only one that commits; on a cluster it is the driver.
+
+{table(["samples", "width K", "table", "written in"], storage)}
+## Making RapidGrads
+
+Hours of one GPU, at 300 tokens a sample; K does not count (the sketch is a few per cent of a step, and in the ratio above).
+
+{table(["model", "theta", "a sample", *(f"GPU hours, {power[samples]}" for samples in SAMPLES)], making)}
+## One query, exact
+
+Seconds for the pass over the index; a query's own gradient is one training step more. Many queries in one file share the pass until
+arithmetic binds them: on the two cores from about {measured.product_rate / measured.scan_rate:.0f} queries on.
+
+{table(["samples", "width K", "two cores, in memory", "nodes that hold it", "on these", "GPUs that hold it", "on these", f"{FLEET} nodes, read from the store"], search)}
+## When exact search ends
+
+How many nodes hold all rows in memory and pass over them within {ANSWER_SECONDS:.0f} s, and whether somebody with {FLEET} of them can ask exactly.
+
+{table(["samples", "width K", "nodes for an exact answer", f"possible with {FLEET}", "else: nodes that hold rows folded to 4,096"], fleet)}
+Coarse-to-fine holds folded rows of width 4,096 in memory and scores candidates at full width from disk. What share of the exact
+answer it finds depends on the data (`index` measures and says it); where that is too little, a smaller K at `init` is the honest choice, or\nrows read from disk or the store, which takes as long as the last column above says.
+
+## Where the bottleneck moves
+
+- **Making** dominates everything as long as samples are made once and asked seldom: of a 7B model with LoRA, 10^8 samples take
+  {1e8 * seven / 3600:,.0f} GPU hours; passing over all of them at K = 65,536 once takes a hundred nodes {duration(index_bytes(1e8, 65536) / 100 / NODE_MEMORY_RATE)}.
+- **The writer.** One process writes {measured.write_rate / 1e9:.2f} GB/s, or {measured.write_rate / (2 * 65536):,.0f} samples a second at K = 65,536. A GPU makes {1 / seven:,.0f} a second of a 7B
+  model with LoRA: the driver keeps up with {measured.write_rate / (2 * 65536) * seven:,.0f} GPUs at K = 65,536, and with {measured.write_rate / (2 * 2**20) * seven:,.0f} at K = 2^20. Beyond that, workers would have to write
+  fragments themselves, and the driver only commit them.
+- **Memory** is what exact search ends at: 10^8 samples at K = 65,536 are {size(index_bytes(1e8, 65536))}.
+- **The list of ids.** A plan and the keys of an index hold some 100 bytes a sample in the driver: 10^8 samples are 10 GB, 10^10 a terabyte.
+  At 10^10, one table has to become several databases, asked one by one.
+
+## The model beside what was measured
+
+{table(["what", "model", "measured", "model / measured"], checked)}"""
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(load()), "utf-8")
+    print(f"wrote {PAGE}")

@@ -1,0 +1,60 @@
+"""Which way samples become RapidGrads: in this process, in workers of this machine, or on a cluster."""
+
+from collections.abc import Callable
+
+from rapidin_vdb.compute import Road, WorkerSpec, road_here, road_of_workers
+from rapidin_vdb.engine import Engine
+from rapidin_vdb.errors import SpecError
+from rapidin_vdb.gradient import default_batch_tokens, resolve_devices
+from rapidin_vdb.records import Fingerprint
+
+
+def choose_road(
+    fingerprint: Fingerprint,
+    *,
+    place: str,
+    loaded: Callable[[str], Engine],
+    device: str,
+    workers_per_device: int,
+    batch_tokens: int | None,
+    dry_run: bool,
+    cluster: str | None = None,
+    model: str | None = None,
+    adapter: str | None = None,
+    token_width: int | None = None,
+) -> tuple[Road, int, int, str]:
+    """Return a road, how many tokens a batch may have on it, how many workers it has, and their device.
+
+    `loaded` returns the engine of this process, on a device. A dry run times one worker in this process.
+
+    Raises:
+        SpecError: there is no such device or cluster, or a cluster has nothing to do with what was asked for.
+        ModelError: the model, or its tokenizer, cannot be loaded.
+    """
+    if cluster is not None:
+        if dry_run:
+            raise SpecError("--dry-run times this machine; leave --cluster out, and divide by its workers")
+        # Here: what needs no cluster does not load Ray.
+        from rapidin_vdb.cluster import road_on_cluster
+
+        spec = WorkerSpec(
+            fingerprint=fingerprint, place=place, model=model, adapter=adapter, device=device, threads=1,
+            token_width=token_width,
+        )  # fmt: skip
+        road, tokens = road_on_cluster(
+            spec, address=cluster, workers_per_device=workers_per_device, batch_tokens=batch_tokens
+        )
+        return road, tokens, workers_per_device, device
+    devices = resolve_devices(device)
+    workers = len(devices) * workers_per_device
+    if workers == 1 or dry_run:
+        road = road_here(loaded(devices[0]), token_width=token_width)
+    else:
+        road = road_of_workers(
+            fingerprint, place=place, devices=devices, workers=workers, model=model, adapter=adapter,
+            token_width=token_width,
+        )  # fmt: skip
+    tokens = batch_tokens or default_batch_tokens(
+        road.config, dtype=fingerprint.dtype, device=devices[0], workers=workers_per_device
+    )
+    return road, tokens, workers, devices[0]

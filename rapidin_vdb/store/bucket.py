@@ -1,0 +1,190 @@
+"""A database in an object store: S3 and what speaks its language, Google's or Azure's."""
+
+import os
+from datetime import timedelta
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import lancedb
+import pyarrow as pa
+
+from rapidin_vdb.errors import TableError, without_secrets
+from rapidin_vdb.store.cache import cache_folder
+from rapidin_vdb.store.place import STABLE, manifest_name
+
+_LEASE = ".commit.lease"
+_TABLES = ("samples", "tokens")
+# A store that does not answer is given up after this.
+_RETRIES, _RETRY_SECONDS = 4, 30
+
+
+class Bucket:
+    """A place in an object store."""
+
+    cached = True
+
+    def __init__(self, uri: str) -> None:
+        """Find the way there; nothing is read yet.
+
+        Raises:
+            TableError: the URI holds what may be a secret, or names no bucket; or the libraries are missing.
+        """
+        scheme, _, rest = uri.partition("://")
+        if "@" in rest or "?" in rest:
+            raise TableError(
+                f"{without_secrets(uri)}: give credentials in the environment or in the provider's own files, not in "
+                "the URI"
+            )
+        if not rest.strip("/"):
+            raise TableError(f"{uri}: wanted a bucket and a folder in it, as {scheme}://bucket/db")
+        self.uri = uri.rstrip("/")
+        self.cache = cache_folder(self.uri)
+        self._options, self._store = _way_to(scheme, self.uri)
+        # Here, where the libraries are known to be there.
+        from rapidin_vdb.store.lease import Lease
+
+        self.lock: Any = Lease(self._store, _LEASE, place=self.uri, fence=self._fence)
+
+    def __str__(self) -> str:
+        return self.uri
+
+    @cached_property
+    def _connection(self) -> Any:
+        # Without looks at newer versions: a commit has to be on top of what was read before the lease was checked.
+        return lancedb.connect(self.uri, storage_options=self._options)
+
+    def open_table(self, name: str) -> Any:
+        """Return the newest version of a table."""
+        table = self._connection.open_table(name)
+        self.lock.check()
+        return table
+
+    def create_table(self, name: str, schema: pa.Schema) -> None:
+        """Make a table."""
+        self.lock.check()
+        for path in self._below(f"{name}.lance/"):
+            self._delete(path)
+        self._connection.create_table(name, schema=schema, storage_options=self._options | STABLE)
+
+    def dataset(self, name: str) -> Any:
+        """Return a table as Lance knows it."""
+        import lance
+
+        found = lance.dataset(f"{self.uri}/{name}.lance", storage_options=self._options)
+        self.lock.check()
+        return found
+
+    def has_table(self, name: str) -> bool:
+        """Say whether a table has a committed version."""
+        return any(path.endswith(".manifest") for path in self._below(f"{name}.lance/_versions/"))
+
+    def entries(self) -> set[str] | None:
+        """Return the first parts of the names of what is there."""
+        import obstore
+
+        found = obstore.list_with_delimiter(self._store)
+        names = {entry["path"] for entry in found["objects"]} | set(found["common_prefixes"])
+        return {name.strip("/").rpartition("/")[2] for name in names} - {_LEASE}
+
+    def prepare(self) -> None:
+        """See that two writers cannot both win."""
+        from rapidin_vdb.store.lease import check_conditional_puts
+
+        check_conditional_puts(self._store, place=self.uri)
+
+    def manifest(self, name: str, version: int) -> bytes | None:
+        """Return what Lance wrote of a version of a table."""
+        import obstore
+
+        try:
+            return bytes(obstore.get(self._store, f"{name}.lance/_versions/{manifest_name(version)}").bytes())
+        except FileNotFoundError:
+            return None
+
+    def bytes(self) -> int:
+        """Return how much all objects take."""
+        import obstore
+
+        return sum(entry["size"] for batch in obstore.list(self._store) for entry in batch)
+
+    def _below(self, prefix: str) -> list[str]:
+        import obstore
+
+        return [entry["path"] for batch in obstore.list(self._store, prefix) for entry in batch]
+
+    def _delete(self, path: str) -> None:
+        import obstore
+
+        obstore.delete(self._store, path)
+
+    def _fence(self) -> None:
+        """Let whatever a former writer is about to commit fail: Lance lets nothing pass a restore of a version."""
+        import lance
+
+        for name in _TABLES:
+            if self.has_table(name):
+                lance.dataset(f"{self.uri}/{name}.lance", storage_options=self._options).restore()
+
+
+def _way_to(scheme: str, uri: str) -> tuple[dict[str, str], Any]:
+    """Return what Lance has to be told, and the store as our own library knows it.
+
+    Raises:
+        TableError: a library is missing, or the store's options do not make sense.
+    """
+    try:
+        from obstore.exceptions import BaseError
+        from obstore.store import from_url
+    except ImportError as error:
+        raise TableError(f"{uri}: object stores need another library: pip install 'rapidin-vdb[cloud]'") from error
+    options, provider = _of_s3(uri) if scheme == "s3" else ({}, None)
+    ours: dict[str, Any] = {name: value for name, value in options.items() if name != "allow_http"}
+    if provider is not None:
+        ours["credential_provider"] = provider
+    client: Any = {"allow_http": True} if "allow_http" in options else {}
+    retry: Any = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)}
+    options |= {"client_max_retries": str(_RETRIES), "client_retry_timeout": str(_RETRY_SECONDS)}
+    try:
+        return options, from_url(uri, client_options=client, retry_config=retry, **ours)
+    except (BaseError, ValueError, TypeError) as error:
+        raise TableError(f"{uri} cannot be reached: {error}") from error
+
+
+def _of_s3(uri: str) -> tuple[dict[str, str], Any]:
+    """Return endpoint and region, and who provides credentials where these are not in the environment.
+
+    The environment goes before the files of AWS (`~/.aws/config` and `credentials`, and AWS_PROFILE).
+    """
+    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
+    endpoint = next((os.environ[name] for name in names if os.environ.get(name)), None)
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    provider = None
+    files = [
+        Path(os.environ.get(name) or f"~/.aws/{file}").expanduser()
+        for name, file in (("AWS_CONFIG_FILE", "config"), ("AWS_SHARED_CREDENTIALS_FILE", "credentials"))
+    ]
+    if any(file.is_file() for file in files) or "AWS_PROFILE" in os.environ:
+        try:
+            import boto3
+            from botocore.exceptions import BotoCoreError
+            from obstore.auth.boto3 import Boto3CredentialProvider
+        except ImportError as error:
+            raise TableError(f"{uri}: AWS's files need another library: pip install 'rapidin-vdb[cloud]'") from error
+        try:
+            session = boto3.Session()
+            region = region or session.region_name
+            endpoint = endpoint or session._session.get_scoped_config().get("endpoint_url")
+            if "AWS_ACCESS_KEY_ID" not in os.environ and session.get_credentials() is not None:
+                provider = Boto3CredentialProvider(session)
+        except BotoCoreError as error:
+            raise TableError(f"{uri}: AWS's files cannot be used: {error}") from error
+    options = {}
+    if endpoint:
+        options["endpoint"] = endpoint
+        if endpoint.startswith("http://"):
+            options["allow_http"] = "true"
+    if region or endpoint:
+        # Stores that are not Amazon's have none, but a signature does.
+        options["region"] = region or "us-east-1"
+    return options, provider

@@ -1,0 +1,193 @@
+"""One writer at a time where there are no file locks: a lease, an object that only conditional puts may change.
+
+Whoever holds it renews it. A holder that stands still (dead, or cut off) loses it: another has seen it unchanged for
+`seconds` by its own clock, so that no two clocks are compared. What the former holder may still be about to commit is
+then made to fail by a `fence`, before the new one begins.
+"""
+
+import json
+import random
+import time
+from collections.abc import Callable
+from threading import Event, RLock, Thread
+from typing import Any
+from uuid import uuid4
+
+import obstore
+from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
+
+from rapidin_vdb.errors import TableError
+
+LEASE_SECONDS = 20.0
+_LOST = (AlreadyExistsError, PreconditionError, NotFoundError)
+
+
+class Lease:
+    """A lock for all writers to a place in an object store; may be entered again by the thread that holds it."""
+
+    def __init__(
+        self, store: Any, name: str, *, place: str, fence: Callable[[], None], seconds: float = LEASE_SECONDS
+    ) -> None:
+        """`store` holds the object `name`; `place` is for messages; `fence` ends what a former holder has begun."""
+        self._store, self._name, self._place = store, name, place
+        self._fence, self._seconds = fence, seconds
+        self._threads, self._depth = RLock(), 0
+        self._token, self._tag = "", ""
+        self._changing = RLock()
+        self._stop: Event | None = None
+
+    def __enter__(self) -> "Lease":
+        self._threads.acquire()
+        try:
+            if not self._depth:
+                self._take()
+            self._depth += 1
+        except BaseException:
+            self._threads.release()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            self._depth -= 1
+            if not self._depth:
+                self._let_go()
+        finally:
+            self._threads.release()
+
+    def check(self) -> None:
+        """Refuse to go on where somebody else has taken the lease that this thread holds.
+
+        Whatever is then committed on top of a version that was read before this check succeeds before the other's
+        fence, or fails.
+
+        Raises:
+            TableError: it was taken.
+        """
+        # Held by another thread of this process, it is not ours.
+        if not self._depth or not self._threads.acquire(blocking=False):
+            return
+        try:
+            if self._depth and self._read()[0] != self._token:
+                raise TableError(
+                    f"another writer took over {self._place}: this one had not been heard of for "
+                    f"{self._seconds:.0f} s. Nothing was lost; run the same command again to go on"
+                )
+        finally:
+            self._threads.release()
+
+    def _take(self) -> None:
+        self._token, seen, since = uuid4().hex, "", time.monotonic()
+        while True:
+            holder, tag = self._read()
+            if tag != seen:
+                seen, since = tag, time.monotonic()
+            expired = bool(holder) and time.monotonic() - since > self._seconds
+            if holder and not expired and holder != self._token:
+                # Not all at the same moment.
+                time.sleep(random.uniform(0.2, 0.6) * min(1.0, self._seconds / 4))
+                continue
+            try:
+                self._write(self._token, tag)
+            except _LOST as error:
+                if isinstance(error, NotFoundError) and not tag:
+                    raise  # no such bucket
+                # Or it was written, and the answer got lost on the way.
+                if not self._still_ours():
+                    continue
+            self._renew()
+            if holder:
+                try:
+                    self._fence()
+                except BaseException:
+                    self._stop_renewing()  # not let go of: whoever comes next has to fence
+                    raise
+            return
+
+    def _read(self) -> tuple[str, str]:
+        """Return who holds it, nobody being "", and the tag of what was read."""
+        try:
+            found = obstore.get(self._store, self._name)
+        except (NotFoundError, FileNotFoundError):
+            return "", ""
+        tag = str(found.meta["e_tag"] or found.meta["version"])
+        try:
+            return str(json.loads(bytes(found.bytes()))["holder"]), tag
+        except (ValueError, KeyError, TypeError):
+            return "nobody known", tag
+
+    def _still_ours(self) -> bool:
+        """Say whether we hold it, as the store knows it now."""
+        with self._changing:
+            holder, tag = self._read()
+            if holder == self._token:
+                self._tag = tag
+            return holder == self._token
+
+    def _write(self, holder: str, tag: str) -> None:
+        # Never twice the same: an entity tag may be a hash of the content.
+        content = json.dumps({"holder": holder, "written": uuid4().hex}).encode("ascii")
+        with self._changing:
+            mode: Any = {"e_tag": tag} if tag else "create"
+            written = obstore.put(self._store, self._name, content, mode=mode)
+            self._tag = str(written["e_tag"] or written["version"])
+
+    def _renew(self) -> None:
+        stop = self._stop = Event()
+
+        def renew() -> None:
+            while not stop.wait(self._seconds / 4):
+                try:
+                    with self._changing:
+                        if not stop.is_set():
+                            self._write(self._token, self._tag)
+                    lost = False
+                except _LOST:
+                    lost = True
+                except (BaseError, OSError):
+                    continue  # the network may come back in time
+                try:
+                    if lost and not self._still_ours():
+                        return  # what is committed next finds out
+                except (BaseError, OSError):
+                    continue
+
+        Thread(target=renew, name="lease", daemon=True).start()
+
+    def _stop_renewing(self) -> None:
+        if self._stop is not None:
+            with self._changing:
+                self._stop.set()
+
+    def _let_go(self) -> None:
+        self._stop_renewing()
+        try:
+            self._write("", self._tag)
+        except (BaseError, OSError):
+            pass  # taken by somebody else, or out of reach: then it runs out by itself
+
+
+def check_conditional_puts(store: Any, *, place: str) -> None:
+    """Refuse a store in which two writers could both win.
+
+    Raises:
+        TableError: it does not honour conditional puts.
+    """
+    name = f".probe-{uuid4().hex}"
+    tag = obstore.put(store, name, b"1", mode="create")["e_tag"]
+    try:
+        won: list[str] = []
+        stale = '"00000000000000000000000000000000"'
+        for what, mode in (("If-None-Match", "create"), ("If-Match", {"e_tag": stale})):
+            try:
+                obstore.put(store, name, b"2", mode=mode)  # type: ignore[arg-type]
+                won.append(what)
+            except _LOST:
+                continue
+        if won or not tag:
+            raise TableError(
+                f"the object store of {place} does not honour conditional puts ({' and '.join(won) or 'no tags'}): two "
+                "writers could lose each other's work there. Use a store or a version of it that does"
+            )
+    finally:
+        obstore.delete(store, name)
