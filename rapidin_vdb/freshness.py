@@ -29,13 +29,12 @@ from rapidin_vdb.recipe import IndexRecipe
 from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.store import TableVersion, undisturbed
-from rapidin_vdb.table_index import batches_of, counted, held_by, holds, info_of, of_table
+from rapidin_vdb.table_index import batches_of, counted, held_by, holds, info_of, much_changed, of_table
 
 logger = logging.getLogger(__name__)
 
-# An index is written anew when more than this share of its rows went or came; and by the next `index` when it lies in
-# so many parts (queries go on adding parts: each is only a file more to open).
-_MOST_CHANGED = 0.3
+# An index is written anew by the next `index` when it lies in so many parts (queries go on adding parts: each is only
+# a file more to open).
 _MOST_PARTS = 64
 _MOST_PARTS_AT_ALL = 512
 
@@ -132,10 +131,15 @@ class IndexKeeper:
         All are taken away first: what cannot be built leaves nothing of what was there.
 
         Raises:
-            RapidInError: one cannot be built.
-            OSError: one cannot be removed.
+            SpecError: one cannot be removed, or not be built.
         """
-        manifests = [self.remove(name)[1] for name in index_folders(self.folder)]
+        try:
+            manifests = [self.remove(name)[1] for name in index_folders(self.folder)]
+        except OSError as error:
+            raise SpecError(
+                f"the indexes in {self.folder} cannot be removed, and may hold what is gone: {error}; see to it, and "
+                "run the purge again"
+            ) from error
         for manifest in manifests:
             if manifest is not None:
                 self._build_newest(newest, manifest.index_recipe)
@@ -185,7 +189,7 @@ class IndexKeeper:
         keys, missing = index.keys.difference(*snapshot.row_keys())
         # What is mapped stays on disk; and memory has an end.
         mapped = index.recipe.residence != "resident" or bool(index.recipe.coarse_width)
-        if _much(index.keys, keys, missing) or (mapped and len(missing)):
+        if much_changed(index.keys, keys, missing) or (mapped and len(missing)):
             return None
         if 2 * snapshot.width * len(missing) > free_bytes("cpu") // 2:
             return None
@@ -282,7 +286,7 @@ class IndexKeeper:
             return None  # of a copy that went its own way, or of a version that is no longer kept
         before = load_keys(self.folder, manifest)
         keys, missing = before.difference(*snapshot.row_keys())
-        return None if _much(before, keys, missing) else (keys, missing)
+        return None if much_changed(before, keys, missing) else (keys, missing)
 
     def _say_what_coarse_finds(self, index: ShardedIndex) -> None:
         found = [known.recall for known in list_manifests(self.folder) if known.name == index.recipe.name]
@@ -291,8 +295,3 @@ class IndexKeeper:
                 "the index %s is not exact: it found %.1f %% of the best %d samples when it was built",
                 index.recipe.name, 100 * found[0]["recall"], found[0]["at"],
             )  # fmt: skip
-
-
-def _much(before: Keys, after: Keys, missing: np.ndarray) -> bool:
-    """Say whether making an index anew costs less than what an update leaves behind."""
-    return int((~after.alive).sum()) + len(missing) > _MOST_CHANGED * max(len(before), 1)

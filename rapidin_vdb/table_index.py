@@ -15,6 +15,9 @@ from rapidin_vdb.store import SAMPLES, TableVersion
 
 logger = logging.getLogger(__name__)
 
+# An index is written anew when more than this share of its rows went or came.
+_MOST_CHANGED = 0.3
+
 
 def of_table(snapshot: TableVersion, progress: Progress) -> ShardedIndex:
     """Return an index of the table itself: its rows in memory, or streamed from it where they do not fit."""
@@ -98,3 +101,8 @@ def info_of(manifest: Manifest, snapshot: TableVersion) -> IndexInfo:
         recall=manifest.recall,
         level="sample" if snapshot.name == SAMPLES else "token",
     )
+
+
+def much_changed(before: Keys, after: Keys, missing: np.ndarray) -> bool:
+    """Say whether making an index anew costs less than what an update leaves behind."""
+    return int((~after.alive).sum()) + len(missing) > _MOST_CHANGED * max(len(before), 1)
