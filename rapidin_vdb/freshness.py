@@ -32,7 +32,7 @@ from rapidin_vdb.table_index import (
     held_by,
     holds,
     info_of,
-    is_much,
+    much_changed,
     of_table,
     say_what_coarse_finds,
 )
@@ -143,10 +143,15 @@ class IndexKeeper:
         All are taken away first: what cannot be built leaves nothing of what was there.
 
         Raises:
-            RapidInError: one cannot be built.
-            OSError: one cannot be removed.
+            SpecError: one cannot be removed, or not be built.
         """
-        manifests = [self.remove(name)[1] for name in index_folders(self.folder)]
+        try:
+            manifests = [self.remove(name)[1] for name in index_folders(self.folder)]
+        except OSError as error:
+            raise SpecError(
+                f"the indexes in {self.folder} cannot be removed, and may hold what is gone: {error}; see to it, and "
+                "run the purge again"
+            ) from error
         for manifest in manifests:
             if manifest is not None:
                 self._build_newest(newest, manifest.index_recipe)
@@ -209,7 +214,7 @@ class IndexKeeper:
         keys, missing = index.keys.difference(*snapshot.row_keys())
         # What is mapped stays on disk; and memory has an end.
         mapped = index.recipe.residence != "resident" or bool(index.recipe.coarse_width)
-        if is_much(index.keys, keys, missing) or (mapped and len(missing)):
+        if much_changed(index.keys, keys, missing) or (mapped and len(missing)):
             return None
         if 2 * snapshot.width * len(missing) > free_bytes("cpu") // 2:
             return None

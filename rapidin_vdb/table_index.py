@@ -126,10 +126,10 @@ def difference(folder: Path, manifest: Manifest, snapshot: TableVersion) -> tupl
         return None  # of a copy that went its own way, or of a version that is no longer kept
     before = load_keys(folder, manifest)
     keys, missing = before.difference(*snapshot.row_keys())
-    return None if is_much(before, keys, missing) else (keys, missing)
+    return None if much_changed(before, keys, missing) else (keys, missing)
 
 
-def is_much(before: Keys, after: Keys, missing: np.ndarray) -> bool:
+def much_changed(before: Keys, after: Keys, missing: np.ndarray) -> bool:
     """Say whether making an index anew costs less than what an update leaves behind."""
     return int((~after.alive).sum()) + len(missing) > _MOST_CHANGED * max(len(before), 1)
 

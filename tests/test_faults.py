@@ -16,7 +16,6 @@ import pytest
 import torch
 from children import Running, check, content
 from conftest import toy_records, write_jsonl
-from test_cli import call
 
 import rapidin_vdb
 from rapidin_vdb.errors import TableNotFoundError
@@ -68,57 +67,100 @@ def free_of(folder: Path) -> int:
     return found.f_bavail * found.f_frsize
 
 
-def states_of(commands, place, folder, run) -> tuple[dict, dict]:
-    """Run the life of a database once, undisturbed: what it is after each command, and what it holds then."""
+def here(arguments, handles=None) -> tuple[int, str]:
+    """Run a command in this process, with so many free numbers for open files; return its exit code and what it says."""
+    from rapidin_vdb.cli import main
+
+    sys.argv = ["rapidin-vdb", *map(str, arguments)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+            if handles is not None:
+                # The limit is one of numbers, some of which are free below it.
+                opened = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
+                free = [number for number in range(10_000) if number not in opened]
+                resource.setrlimit(resource.RLIMIT_NOFILE, (free[handles], hard))
+            main()
+    except SystemExit as stop:
+        return stop.code or 0, said.getvalue()
+    except BaseException:
+        return 99, said.getvalue() + traceback.format_exc()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    raise AssertionError("main ends by SystemExit")
+
+
+def starve(commands, folder, disk, sizes, answers) -> None:
+    """In a process of its own: run every command with too little of something, and once more; send what happened.
+
+    With a disk, that is so many KiB of room on it; else, so many handles of files.
+    """
+    import_module("rapidin_vdb.ingest")._COMMIT_BYTES = 8192
+    torch.set_num_threads(1)
     states, wanted = {}, {}
-    for name, arguments in commands(place).items():
-        assert run(arguments)[0] == 0
+    for name, arguments in commands(folder / "whole").items():
+        assert here(arguments)[0] == 0
         states[name] = folder / f"after-{name}"
-        shutil.copytree(place, states[name])
+        shutil.copytree(folder / "whole", states[name])
         wanted[name] = content(states[name])
-    return states, wanted
-
-
-@pytest.mark.slow
-def test_a_full_disk(tmp_path, disk, commands, tally, capsys, monkeypatch):
-    """Every command with room for a part of what it writes: it says so, and with more room the same command ends."""
-    monkeypatch.setattr("rapidin_vdb.ingest._COMMIT_BYTES", 8192)
-
-    def run(arguments) -> tuple[int, str]:
-        code, _, err = call(capsys, *arguments)
-        return code, err
-
-    folder, rooms = disk("size=64m"), (0, 16, 64, 384)
-    states, wanted = states_of(commands, tmp_path / "whole", tmp_path, run)
-    refused, before = dict.fromkeys(states, 0), None
+    root = disk or folder
+    place, filling, before = root / "db", root / "filling", None
     for name in states:
-        for kilobytes in rooms:
-            place = folder / "db"
+        for size in sizes:
             shutil.rmtree(place, ignore_errors=True)
             if before is not None:
                 shutil.copytree(states[before], place)
-            filling = folder / "filling"
-            filling.write_bytes(b"\0" * max(0, free_of(folder) - (kilobytes << 10)))
-            code, err = run(commands(place)[name])
-            if code:
-                refused[name] += 1
-                assert code == 1 and err.splitlines()[-1].startswith("error: "), (name, kilobytes, err)
-                assert "No space left" in err or "os error 28" in err, (name, kilobytes, err)
-                # Looked at while it is full.
-                try:
+            if disk is not None:
+                filling.write_bytes(b"\0" * max(0, free_of(disk) - (size << 10)))
+            code, err = here(commands(place)[name], None if disk else size)
+            problems = []
+            try:
+                if code:
+                    # Looked at while the disk is full.
                     check(place)
                     allowed = wanted[name] if before is None else wanted[before] | wanted[name]
-                    assert all(allowed[key] == row for key, row in content(place).items()), (name, kilobytes)
-                except TableNotFoundError:
-                    assert name == "init"
-                filling.unlink()
-                again = run(commands(place)[name])
-                assert again[0] == 0, (name, kilobytes, again)
+                    if not all(allowed[key] == row for key, row in content(place).items()):
+                        problems.append("rows that nobody wrote")
+            except TableNotFoundError:
+                if name != "init":
+                    problems.append("the table is gone")
+            except Exception as error:
+                problems.append(repr(error))
             filling.unlink(missing_ok=True)
-            check(place)
-            assert content(place) == wanted[name], (name, kilobytes)
-        assert not code, f"{name} with room"
+            if code and (again := here(commands(place)[name]))[0]:
+                problems.append(f"not to be had later: {again}")
+            if not problems:
+                check(place)
+                if content(place) != wanted[name]:
+                    problems.append("another table")
+            answers.send((name, size, code, err, problems))
         before = name
+    answers.send(None)
+
+
+def starved(context, arguments, said: tuple[str, ...]) -> dict[str, int]:
+    """Return how often each command was refused, having seen that it said why, and that nothing was damaged."""
+    mine, theirs = context.Pipe()
+    child = context.Process(target=starve, args=(*arguments, theirs))
+    child.start()
+    theirs.close()
+    found = list(iter(mine.recv, None))
+    child.join(60)
+    for name, size, code, err, problems in found:
+        assert not problems, (name, size, code, err, problems)
+        if code:
+            assert code == 1 and err.splitlines()[-1].startswith("error: "), (name, size, err)
+            assert any(text in err for text in said), (name, size, err)
+        assert size < arguments[-1][-1] or not code, (name, err)
+    return {name: sum(bool(answer[2]) for answer in found if answer[0] == name) for name, *_ in found}
+
+
+@pytest.mark.slow
+def test_a_full_disk(context, tmp_path, disk, commands, tally):
+    """Every command with room for a part of what it writes: it says so, and with more room the same command ends."""
+    rooms = (0, 8, 16, 32, 64, 96, 128, 192, 512)
+    refused = starved(context, (commands, tmp_path, disk("size=64m"), rooms), ("No space left", "os error 28"))
     assert refused["query"] == 0, "an index that cannot be kept is used all the same"
     assert all(count for name, count in refused.items() if name != "query"), refused
     for name, count in refused.items():
@@ -127,6 +169,19 @@ def test_a_full_disk(tmp_path, disk, commands, tally, capsys, monkeypatch):
             f"{count} times an error that says so, the table as it was or with whole commits; with room, the same command ends as an "
             "undisturbed run",
         )  # fmt: skip
+
+
+@pytest.mark.slow
+def test_too_few_file_handles(context, tmp_path, commands, tally):
+    """From none to enough: an answer or an error, and a sound table."""
+    handles = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32, 200)
+    refused = starved(context, (commands, tmp_path, None, handles), ("oo many open files", "os error 24"))
+    assert all(refused.values()), refused
+    tally(
+        "too few file handles", f"{handles[0]} to {handles[-1]} free ones once the libraries are loaded; every command",
+        len(handles) * len(refused),
+        f"{sum(refused.values())} times an error that says so, the table sound; with enough, the same command ends as an undisturbed run",
+    )  # fmt: skip
 
 
 READING = ("info", "show", "query", "verify")
@@ -221,89 +276,6 @@ def test_folders_without_permission(database, tmp_path, tally):
     tally(
         "folders without permission to write, or to read", "modes 555 and 000, root's privileges dropped; every command", 16,
         "reading goes on where it may; else an error that says so, nothing changed",
-    )  # fmt: skip
-
-
-HANDLES = (0, 1, 2, 4, 8, 16, 32, 200)
-
-
-def few_handles(commands, folder, answers) -> None:
-    """Run every command with so many handles more than are open already; send what happened."""
-    from rapidin_vdb.cli import main
-
-    def run(arguments, handles=None) -> tuple[int, str]:
-        sys.argv = ["rapidin-vdb", *map(str, arguments)]
-        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-        said = io.StringIO()
-        try:
-            with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
-                if handles is not None:
-                    # The limit is one of numbers, some of which are free below it.
-                    opened = {int(path.name) for path in Path("/proc/self/fd").iterdir()}
-                    free = [number for number in range(10_000) if number not in opened]
-                    resource.setrlimit(resource.RLIMIT_NOFILE, (free[handles], hard))
-                main()
-        except SystemExit as stop:
-            return stop.code or 0, said.getvalue()
-        except BaseException:
-            return 99, said.getvalue() + traceback.format_exc()
-        finally:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-        raise AssertionError("main ends by SystemExit")
-
-    import_module("rapidin_vdb.ingest")._COMMIT_BYTES = 8192
-    torch.set_num_threads(1)
-    states, wanted = states_of(commands, folder / "whole", folder, run)
-    place, before = folder / "db", None
-    for name in states:
-        for handles in HANDLES:
-            shutil.rmtree(place, ignore_errors=True)
-            if before is not None:
-                shutil.copytree(states[before], place)
-            code, err = run(commands(place)[name], handles)
-            problems = []
-            try:
-                if code:
-                    check(place)
-                    allowed = wanted[name] if before is None else wanted[before] | wanted[name]
-                    if not all(allowed[key] == row for key, row in content(place).items()):
-                        problems.append("rows that nobody wrote")
-            except TableNotFoundError:
-                if name != "init":
-                    problems.append("the table is gone")
-            except Exception as error:
-                problems.append(repr(error))
-            if code and (again := run(commands(place)[name]))[0]:
-                problems.append(f"not to be had later: {again}")
-            if not problems and content(place) != wanted[name]:
-                problems.append("another table")
-            answers.send((name, handles, code, err, problems))
-        before = name
-    answers.send(None)
-
-
-@pytest.mark.slow
-def test_too_few_file_handles(context, tmp_path, commands, tally):
-    """From too few to open anything up to enough: an answer or an error, and a sound table."""
-    mine, theirs = context.Pipe()
-    child = context.Process(target=few_handles, args=(commands, tmp_path, theirs))
-    child.start()
-    theirs.close()
-    found = []
-    while (answer := mine.recv()) is not None:
-        found.append(answer)
-    child.join(60)
-    refused = [answer for answer in found if answer[2]]
-    for name, handles, code, err, problems in found:
-        assert not problems, (name, handles, code, err, problems)
-        if code:
-            assert code == 1 and err.splitlines()[-1].startswith("error: "), (name, handles, err)
-            assert "oo many open files" in err or "os error 24" in err, (name, handles, err)
-        assert handles < HANDLES[-1] or not code, (name, err)
-    assert {name for name, *_ in refused} >= {"init", "ingest", "index", "delete", "purge"}
-    tally(
-        "too few file handles", f"{HANDLES[0]} to {HANDLES[-1]} more than are open once the libraries are loaded; every command",
-        len(found), f"{len(refused)} times an error that says so, the table sound; with enough, the same command ends as an undisturbed run",
     )  # fmt: skip
 
 
