@@ -281,8 +281,9 @@ def test_a_late_answer_replaces_nothing(visit):
 
 def test_records_are_text(visit):
     page = visit()
-    ask(page, HOSTILE, HOSTILE, top_k=3)
-    assert cards(page)[0] == "<b>hostile</b>"
+    ask(page, HOSTILE, HOSTILE[:40], where="stars = 9")
+    assert page.locator("#generation").text_content() == HOSTILE[:40]
+    assert cards(page) == ["<b>hostile</b>"]
     assert page.locator("article").first.locator(".text").all_text_contents() == [HOSTILE, HOSTILE]
     page.get_by_role("link", name="<b>hostile</b>").click()
     page.locator("#nearest article").first.wait_for()
