@@ -39,8 +39,7 @@ from rapidin_vdb.table_index import (
 
 logger = logging.getLogger(__name__)
 
-# An index is written anew by the next `index` when it lies in so many parts (queries go on adding parts: each is only a
-# file more to open).
+# An index in so many parts is written anew by the next `index`; queries go on adding some, each a file more to open.
 _MOST_PARTS = 64
 _MOST_PARTS_AT_ALL = 512
 
