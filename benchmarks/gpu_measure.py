@@ -133,7 +133,7 @@ def measure(
     batch_tokens = batch_tokens or default_batch_tokens(loaded.model.config, dtype=loaded.dtype, device=device)
     pairs, said["lengths"] = make_samples(samples, vocabulary=SHAPES[shape]["vocabulary"])
     while True:
-        batches = make_batches(pairs, batch_tokens)
+        batches = make_batches(pairs, batch_tokens, width)
         order = stratified(batches)
         # The largest first, for what does not fit; then the one of the most samples, for compiling, and the checks.
         largest, most = max(batches, key=padded_tokens), max(batches, key=len)

@@ -164,13 +164,13 @@ def make_samples(count: int, *, vocabulary: int) -> tuple[list[tuple[Any, Any]],
     return pairs, source
 
 
-def make_batches(pairs: list[tuple[Any, Any]], batch_tokens: int) -> list[list[tuple[Any, Any]]]:
+def make_batches(pairs: list[tuple[Any, Any]], batch_tokens: int, width: int) -> list[list[tuple[Any, Any]]]:
     """Return the batches that an ingest forms: from windows of 1,024 samples, sorted by length."""
     from rapidin_vdb.batches import planned_batches
 
     windows = [pairs[first : first + 1024] for first in range(0, len(pairs), 1024)]
     todo = {sample.sample_id: sample.content_hash for sample, _ in pairs}
-    return [batch for window in windows for batch in planned_batches(window, todo, batch_tokens)]
+    return [batch for window in windows for batch in planned_batches(window, todo, batch_tokens, width=width)]
 
 
 def padded_tokens(batch: list[tuple[Any, Any]]) -> int:

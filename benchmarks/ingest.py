@@ -71,7 +71,9 @@ def batches_of(database, corpus: Path, batch_tokens: int) -> list:
     )
     todo = {sample.sample_id: sample.content_hash for window in windows for sample, _ in window}
     return [
-        [encoded for _, encoded in batch] for window in windows for batch in planned_batches(window, todo, batch_tokens)
+        [encoded for _, encoded in batch]
+        for window in windows
+        for batch in planned_batches(window, todo, batch_tokens, width=database.fingerprint.sketch.width)
     ]
 
 

@@ -8,31 +8,38 @@ from rapidin_vdb.records import Encoded, Sample
 Pair = tuple[Sample, Encoded]
 
 
+# What the RapidGrads of a batch may take, in single precision and in half beside it.
+_RAPIDGRAD_BYTES = 1 << 30
+
+
 def planned_batches(
-    window: Sequence[Pair | CorpusError], todo: dict[str, str], batch_tokens: int
+    window: Sequence[Pair | CorpusError], todo: dict[str, str], batch_tokens: int, *, width: int
 ) -> Iterator[list[Pair]]:
     """Yield the planned samples of a window in batches of like length, taking them off the plan.
+
+    A batch has at most `batch_tokens` tokens, and no more samples than RapidGrads of that width fit 1 GiB.
 
     Batches are cut from all samples of the window and then lose those that are stored: so a run that goes on after
     another was killed forms the same batches as if it had not been. Batches that lost some samples are cut anew.
     """
     pairs = [entry for entry in window if not isinstance(entry, CorpusError)]
     rest: list[Pair] = []
-    for batch in _cut(pairs, batch_tokens):
+    most = max(1, _RAPIDGRAD_BYTES // (6 * width))
+    for batch in _cut(pairs, batch_tokens, most):
         wanted = _wanted(batch, todo)
         if len(wanted) == len(batch):
             yield batch
         else:
             rest += wanted
-    yield from _cut(rest, batch_tokens)
+    yield from _cut(rest, batch_tokens, most)
 
 
-def _cut(pairs: Sequence[Pair], batch_tokens: int) -> Iterator[list[Pair]]:
-    """Yield batches of like length, of at most `batch_tokens` tokens with their padding, but one sample at least."""
+def _cut(pairs: Sequence[Pair], batch_tokens: int, most: int) -> Iterator[list[Pair]]:
+    """Yield batches of like length: at most `most` samples, and `batch_tokens` tokens with padding; or one sample."""
     batch: list[Pair] = []
     for pair in sorted(pairs, key=lambda pair: (len(pair[1].input_ids), pair[1].sample_id)):
         # Sorted: the newest is the longest.
-        if batch and len(pair[1].input_ids) * (len(batch) + 1) > batch_tokens:
+        if batch and (len(batch) == most or len(pair[1].input_ids) * (len(batch) + 1) > batch_tokens):
             yield batch
             batch = []
         batch.append(pair)

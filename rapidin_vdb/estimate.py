@@ -37,7 +37,7 @@ def estimate(
     Raises:
         CorpusError: a record cannot be stored, where the options do not allow it.
     """
-    max_tokens = table.fingerprint.max_tokens
+    max_tokens, width = table.fingerprint.max_tokens, table.fingerprint.sketch.width
 
     def windows() -> Iterator[list[Pair | CorpusError]]:
         return encoded_windows(corpus, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
@@ -53,7 +53,7 @@ def estimate(
     tokens = text = samples = single = 0
     todo = dict(plan.todo)
     for window in windows():
-        for batch in planned_batches(window, todo, batch_tokens):
+        for batch in planned_batches(window, todo, batch_tokens, width=width):
             sizes.append((len(batch), _work([encoded for _, encoded in batch], token_width is not None)))
             samples += len(batch)
             tokens += sum(len(encoded.input_ids) for _, encoded in batch)
@@ -63,7 +63,7 @@ def estimate(
     seconds = 0.0
     if sizes:
         timed = _spread(sizes)
-        chosen = _pick(windows(), dict(plan.todo), batch_tokens, timed)
+        chosen = _pick(windows(), dict(plan.todo), batch_tokens, width, timed)
         list(compute(iter(chosen[:1])))  # once for what happens once: compiling, the self-check
         started = time.monotonic()
         list(compute(iter(chosen)))
@@ -75,11 +75,9 @@ def estimate(
         batches=len(sizes),
         token_gradients=single,
         # RapidGrads in half precision, token ids, and the text.
-        bytes=(samples - len(plan.tokens_only)) * 2 * table.fingerprint.sketch.width
-        + 2 * single * (token_width or 0)
-        + 4 * tokens
-        + text,
-        peak_memory=max(peak_bytes(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10),
+        bytes=(samples - len(plan.tokens_only)) * 2 * width + 2 * single * (token_width or 0) + 4 * tokens + text,
+        # Each worker is a process that holds the model for itself.
+        peak_memory=workers * max(peak_bytes(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10),
         seconds=seconds,
         bad=tuple(plan.bad),
     )
@@ -100,8 +98,8 @@ def _spread(sizes: Sequence[tuple[int, int]]) -> set[int]:
 
 
 def _pick(
-    windows: Iterator[list[Pair | CorpusError]], todo: dict[str, str], batch_tokens: int, numbers: set[int]
+    windows: Iterator[list[Pair | CorpusError]], todo: dict[str, str], batch_tokens: int, width: int, numbers: set[int]
 ) -> list[list[Encoded]]:
-    batches = (batch for window in windows for batch in planned_batches(window, todo, batch_tokens))
+    batches = (batch for window in windows for batch in planned_batches(window, todo, batch_tokens, width=width))
     chosen = [batch for number, batch in enumerate(islice(batches, max(numbers) + 1)) if number in numbers]
     return [[encoded for _, encoded in batch] for batch in chosen]

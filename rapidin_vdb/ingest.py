@@ -68,7 +68,7 @@ def ingest(
 
     def batches() -> Iterator[list[Encoded]]:
         for window in windows():
-            for batch in planned_batches(window, plan.todo, batch_tokens):
+            for batch in planned_batches(window, plan.todo, batch_tokens, width=table.fingerprint.sketch.width):
                 in_flight.update({pair[1].sample_id: pair for pair in batch})
                 yield [encoded for _, encoded in batch]
 
@@ -90,6 +90,7 @@ def ingest(
             # Between batches only: a run that was killed has whole batches in the table, and forms the same again.
             writer.commit_if_due()
             progress("ingest", done, total)
+            progress("tokens", tokens, max(plan.tokens, tokens))
     finally:
         # On an error or Ctrl-C too: what has been computed is not lost.
         writer.commit()

@@ -51,6 +51,8 @@ class Plan:
     """Those of them whose id is in the table, with other content."""
     unchanged: int = 0
     """Samples that are there already."""
+    tokens: int = 0
+    """How many tokens go through the model for them, padding aside."""
     seen: int = 0
     """The table's version that the plan was made for."""
     kept: int = 0
@@ -130,13 +132,23 @@ def make_plan(
                 if lacking and stored.get(sample.sample_id) == sample.content_hash:
                     plan.tokens_only.add(sample.sample_id)
                     plan.todo[sample.sample_id] = sample.content_hash
+                    plan.tokens += len(entry[1].input_ids)
             if wanted and sample.sample_id in plan.tokens_only:
                 # What was there without tokens is replaced by a later record of these files.
                 plan.tokens_only.remove(sample.sample_id)
                 plan.replaced.add(sample.sample_id)
             if wanted:
                 plan.todo[sample.sample_id] = sample.content_hash
+                plan.tokens += len(entry[1].input_ids)
                 plan.kinds = merge_kinds(plan.kinds, sample.metadata)
+    for name in [name for name in plan.replaced if plan.todo[name] == stored[name]]:
+        # Of several records of one id, the last is what is there.
+        plan.replaced.remove(name)
+        plan.unchanged += 1
+        if token_gradients and (name, stored[name]) not in having:
+            plan.tokens_only.add(name)
+        else:
+            del plan.todo[name]
     return plan
 
 

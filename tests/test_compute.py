@@ -21,16 +21,33 @@ def assert_alike(first, second):
         np.testing.assert_allclose(a, b, rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize(("width", "most"), [(64, 24), (1 << 24, 10), (1 << 30, 1)])
+def test_a_batch_has_no_more_rapidgrads_than_fit(width, most):
+    from rapidin_vdb.batches import planned_batches
+    from rapidin_vdb.records import Encoded, Sample
+
+    pairs = [
+        (
+            Sample(sample_id=str(n), prompt=None, response="", split="s", source=None, content_hash="c"),
+            Encoded(sample_id=str(n), input_ids=(1,) * (3 + n % 2), offsets=(), truncated=False),
+        )
+        for n in range(24)
+    ]
+    cut = list(planned_batches(pairs, {str(n): "c" for n in range(24)}, 1000, width=width))
+    assert max(map(len, cut)) == most and sorted(s.sample_id for b in cut for s, _ in b) == sorted(map(str, range(24)))
+
+
 def test_two_workers_write_what_one_process_writes(tmp_path, models, adapters):
     lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(40))
     alone, together = (make(tmp_path / name, models, adapters) for name in ("alone", "together"))
     alone.ingest(lines, batch_tokens=900)
     seen = []
-    report = together.ingest(
-        lines, batch_tokens=900, workers_per_device=2, progress=lambda stage, done, total: seen.append((done, total))
-    )
+    report = together.ingest(lines, batch_tokens=900, workers_per_device=2, progress=lambda *told: seen.append(told))
     assert (report.added, report.unchanged, report.bad) == (40, 0, ())
-    assert seen[0] == (0, 40) and seen[-1] == (40, 40)
+    assert seen[0] == ("ingest", 0, 40) and seen[-2] == ("ingest", 40, 40)
+    # Tokens beside samples, all of which were known before.
+    tokens = [(done, total) for stage, done, total in seen if stage == "tokens"]
+    assert tokens[-1] == (report.tokens, report.tokens) and {total for _, total in tokens} == {report.tokens}
     assert_alike(together, alone)
     assert together.ingest(lines, workers_per_device=2).unchanged == 40
 

@@ -253,7 +253,7 @@ def test_both_ends_and_groups(database, tmp_path):
     assert {group.value: group.score for group in mean.groups} == {
         value: pytest.approx(np.mean(scores), abs=1e-6) for value, scores in sums.items()
     }
-    assert len(ranking.to_rows()) == 8
+    assert [row["end"] for row in ranking.to_rows()] == ["helpful"] * 4 + ["harmful"] * 4
     json.dumps(ranking.to_dict())
     (nobody,) = database.query(*ASKED, both=True, group_by="source", where="stars > 1000")
     assert (nobody.results, nobody.harmful, nobody.groups) == ((), (), ())

@@ -334,10 +334,13 @@ def test_json_has_the_fixed_fields(database):
     assert list(result["tokens"][0]) == ["text", "start", "end", "score"]
     (ranking,) = database.query(PROMPT, GENERATION, top_k=2, matrix=True)
     table = ranking.to_arrow()
+    spans = json.loads(table.schema.metadata[b"generation_tokens"])
+    assert spans == json.loads(json.dumps(ranking.to_dict()))["generation_tokens"]
     assert np.array(table["matrix"].to_pylist()[0]).shape == (
         len(ranking.results[0].tokens or ranking.results[0].matrix),
-        8,
+        len(spans),
     )
+    assert "".join(span["text"] for span in spans) == GENERATION
 
 
 def test_a_later_record_of_the_same_files_replaces_what_had_no_tokens(database, tmp_path):

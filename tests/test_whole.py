@@ -242,6 +242,8 @@ def test_two_records_of_one_id_in_the_same_files(database, tmp_path):
     assert (report.added, report.kept, report.unchanged, database.show("d").response) == (1, 1, 1, "one")
     report = database.ingest(write_jsonl(tmp_path / "last.jsonl", [first, second]), on_duplicate="replace")
     assert (report.added, report.replaced, report.unchanged, database.show("d").response) == (0, 1, 1, "two")
+    again = database.ingest(tmp_path / "last.jsonl", on_duplicate="replace")
+    assert (again.replaced, again.unchanged, again.table_version) == (0, 1, report.table_version), "the last is there"
 
 
 def test_a_gradient_that_is_not_finite_is_named_and_not_stored(tmp_path, models):

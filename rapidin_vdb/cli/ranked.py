@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import typer
 
-from rapidin_vdb.cli.text import cut, printable
+from rapidin_vdb.cli.text import cut, printable, token_label
 from rapidin_vdb.pieces import pieces_of
 from rapidin_vdb.records import Focus
 from rapidin_vdb.results import RankedSample, RankedToken, Ranking
@@ -63,7 +63,7 @@ def _in_context(token: RankedToken, room: int) -> str:
     """Return a token in brackets, with what stands around it."""
     if not token.text:
         return "[end of text]"
-    inside = cut(token.text, room - 2)
+    inside = token_label(token.text, room - 2)
     around = max((room - len(inside) - 2) // 2, 0)
     before = printable(" ".join(token.response[: token.start].split(" ")))
     after = printable(" ".join(token.response[token.end :].split(" ")))
@@ -84,7 +84,7 @@ def _token_lines(result: RankedSample, most: float) -> None:
         text.append(printable(piece.text, lines=True), style=_style(score, most, few=few) if piece.tokens else "")
     console.print(Padding(text, (0, 0, 0, 6)))
     strongest = sorted(result.tokens, key=lambda token: (-abs(token.score), token.start))[:_SHOWN]
-    named = ", ".join(f"{cut(token.text, 16) or '(end)'} {token.score:+.3g}" for token in strongest)
+    named = ", ".join(f"{token_label(token.text, 16)} {token.score:+.3g}" for token in strongest)
     typer.echo(f"      strongest: {named}")
 
 

@@ -53,7 +53,8 @@ def ingested(report: IngestReport | IngestEstimate) -> None:
     parts += [f"{report.token_gradients:,} token gradients"] if report.token_gradients else []
     written = report.added + report.replaced
     rate, what = (written, "samples") if written else (report.token_gradients, "token gradients")
-    typer.echo(f"{', '.join(parts)}, in {report.seconds:.1f} s ({rate / report.seconds:,.1f} {what}/s)", err=True)
+    speed = f"{rate / report.seconds:,.1f} {what}/s, {report.tokens / report.seconds:,.0f} tokens/s"
+    typer.echo(f"{', '.join(parts)}, in {report.seconds:.1f} s ({speed})", err=True)
     for message in report.bad:
         typer.echo(f"skipped: {shown(message)}", err=True)
 

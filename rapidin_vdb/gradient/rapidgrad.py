@@ -50,7 +50,7 @@ class RapidGradMaker:
         self.normalize = normalize
         self._sketch = Sketch(spec, [shape.count for shape in loaded.shapes], device=loaded.device)
         self._gradients = BatchedGradients(loaded)
-        self._checked = 0  # with a sample alone, 1; with several, which may disturb one another, 2
+        self._checked = 0  # with what kind of batch, see `_kind`
 
     def save_memory(self) -> bool:
         """Compute layers twice instead of keeping their activations, from now on; return False where that is done."""
@@ -112,7 +112,7 @@ class RapidGradMaker:
 
         A sample whose loss is not finite has a loss of NaN. The first batch is checked, as `make_batch` says.
         """
-        if self._checked < min(len(batch), 2):
+        if self._checked < _kind(batch):
             self._check(batch)
         return self._stream(batch, receiver)
 
@@ -158,7 +158,7 @@ class RapidGradMaker:
             self._add_alone(alone, batch[place])
         except GradientError:
             return  # not a sample to compare with; the next batch will do
-        self._checked = min(len(batch), 2)
+        self._checked = _kind(batch)
         if self._agrees(batch, place, alone):
             return
         self._give_up_wrong_tensors(batch, place)
@@ -258,3 +258,9 @@ def _objection(loss: float, largest: float, rounded: float) -> str | None:
             "make the database with --normalize layer"
         )
     return None
+
+
+def _kind(batch: Sequence[Encoded]) -> int:
+    """Return 1 for a sample alone, 2 for several, which may disturb one another, 3 where padding may too."""
+    lengths = {len(sample.input_ids) for sample in batch}
+    return 3 if len(lengths) > 1 else min(len(batch), 2)

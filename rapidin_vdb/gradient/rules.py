@@ -82,6 +82,9 @@ def _rms_norm_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Ten
 def _embedding_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
     assert isinstance(module, torch.nn.Embedding)
     read = reads[0]
+    if read.is_floating_point():
+        # A subclass that makes its ids itself, as OPT's positions of a mask.
+        raise NoRuleError(f"an embedding ({type(module).__name__}) that is not given ids")
     if read.dim() != 2 or read.shape[0] != batch or delta.shape[0] != batch:
         raise NoRuleError(f"an embedding of ids of shape {tuple(read.shape)}, for a batch of {batch}")
     ids = read if module.padding_idx is None else read.masked_fill(read == module.padding_idx, -1)

@@ -1,6 +1,7 @@
 """Rankings of samples and of single tokens; each prints itself as plain values."""
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -184,19 +185,33 @@ class Ranking:
         )
 
     def to_rows(self) -> list[dict[str, Any]]:
-        """Return one flat dict a result, with the query's id, for tables; where both ends were asked for, both."""
+        """Return one flat dict a result, with the query's id, for tables; where both ends were asked for, both.
+
+        A column `end` then says which: `helpful` or `harmful`.
+        """
+        ends = [({"end": "helpful"} if self.harmful is not None else {}, self.results)]
+        ends += [] if self.harmful is None else [({"end": "harmful"}, self.harmful)]
         return [
             {"query_id": self.query_id}
+            | end
             | {k: v for k, v in result.to_dict().items() if k != "metadata"}
-            | {name: value for name, value in result.metadata.items()}
-            for result in (*self.results, *(self.harmful or ()))
+            | {name: value for name, value in result.metadata.items() if name not in ("query_id", "end")}
+            for end, results in ends
+            for result in results
         ]
 
     def to_arrow(self) -> Any:
-        """Return a pyarrow.Table, one row a result."""
+        """Return a pyarrow.Table, one row a result.
+
+        What names the columns of a `matrix`, the tokens of the generation, is in the schema's metadata, as JSON.
+        """
         import pyarrow
 
-        return pyarrow.Table.from_pylist(self.to_rows())
+        table = pyarrow.Table.from_pylist(self.to_rows())
+        if self.generation_tokens is None:
+            return table
+        spans = json.dumps([dataclasses.asdict(span) for span in self.generation_tokens])
+        return table.replace_schema_metadata({"generation_tokens": spans})
 
     def to_pandas(self) -> Any:
         """Return a pandas.DataFrame, one row a result; needs the extra `[pandas]`."""

@@ -1,0 +1,53 @@
+"""Batched gradients of many architectures against plain autograd, one sample at a time; tiny models with random weights."""
+
+import logging
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from test_batch import SKETCH, loaded_from, samples, slow
+
+from rapidin_vdb.gradient import RapidGradMaker
+
+_LLAMA = {
+    "vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+_SHORT = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
+ARCHITECTURES = {
+    "Bloom": {"vocab_size": 259, "hidden_size": 16, "n_layer": 2, "n_head": 4},
+    "Cohere": _LLAMA,
+    "Falcon": _SHORT | {"alibi": False},
+    "GPTJ": {"vocab_size": 259, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
+    "GPTNeoX": _SHORT | {"intermediate_size": 24, "max_position_embeddings": 64},
+    "Gemma": _LLAMA | {"head_dim": 4, "pad_token_id": 0},
+    "Gemma2": _LLAMA | {"head_dim": 4, "sliding_window": 8},
+    "Granite": _LLAMA,
+    "Mamba": {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 2, "state_size": 4},
+    "Mistral": _LLAMA | {"sliding_window": 6},
+    "Olmo2": _LLAMA,
+    "Phi": _LLAMA,
+    "Phi3": _LLAMA | {"pad_token_id": 0},
+    "Qwen3": _LLAMA | {"head_dim": 4},
+    "StableLm": _LLAMA,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_gradients_are_those_of_autograd(name, caplog):
+    caplog.set_level(logging.ERROR, logger="transformers")
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**ARCHITECTURES[name])
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for tensor in model.parameters():
+            if tensor.dim() == 1:  # norms and biases begin as ones and zeros, which hide mistakes
+                tensor.add_(0.1 * torch.randn_like(tensor))
+    loaded = loaded_from(model)
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    batch = samples()
+    for sample, (vector, _) in zip(batch, maker.make_batch(batch), strict=True):
+        expected = slow(loaded, sample)
+        assert np.linalg.norm(vector - expected) <= 2e-5 * np.linalg.norm(expected)
