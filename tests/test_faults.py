@@ -44,9 +44,9 @@ def disk(tmp_path):
 @pytest.fixture
 def commands(tmp_path, models, adapters):
     """The life of a database, command by command, and what it holds after each."""
-    corpus = write_jsonl(tmp_path / "toy.jsonl", toy_records(40))
+    corpus = write_jsonl(tmp_path / "toy.jsonl", toy_records(16))
     ids = tmp_path / "ids.txt"
-    ids.write_text("\n".join(f"toy-{number:03d}" for number in range(0, 40, 2)))
+    ids.write_text("\n".join(f"toy-{number:03d}" for number in range(0, 16, 2)))
 
     return partial(whole_life, models["llama"], adapters["llama"], corpus, ids)
 
@@ -96,7 +96,7 @@ def starve(commands, folder, disk, sizes, answers) -> None:
 
     With a disk, that is so many KiB of room on it; else, so many handles of files.
     """
-    import_module("rapidin_vdb.ingest")._COMMIT_BYTES = 8192
+    import_module("rapidin_vdb.ingest")._COMMIT_BYTES = 4096
     torch.set_num_threads(1)
     states, wanted = {}, {}
     for name, arguments in commands(folder / "whole").items():
@@ -159,7 +159,7 @@ def starved(context, arguments, said: tuple[str, ...]) -> dict[str, int]:
 @pytest.mark.slow
 def test_a_full_disk(context, tmp_path, disk, commands, tally):
     """Every command with room for a part of what it writes: it says so, and with more room the same command ends."""
-    rooms = (0, 8, 16, 32, 64, 96, 128, 192, 512)
+    rooms = (0, 8, 16, 32, 64, 128, 512)
     refused = starved(context, (commands, tmp_path, disk("size=64m"), rooms), ("No space left", "os error 28"))
     assert refused["query"] == 0, "an index that cannot be kept is used all the same"
     assert all(count for name, count in refused.items() if name != "query"), refused
@@ -174,7 +174,7 @@ def test_a_full_disk(context, tmp_path, disk, commands, tally):
 @pytest.mark.slow
 def test_too_few_file_handles(context, tmp_path, commands, tally):
     """From none to enough: an answer or an error, and a sound table."""
-    handles = (0, 1, 2, 3, 4, 6, 8, 12, 16, 32, 200)
+    handles = (0, 1, 2, 4, 8, 16, 200)
     refused = starved(context, (commands, tmp_path, None, handles), ("oo many open files", "os error 24"))
     assert all(refused.values()), refused
     tally(

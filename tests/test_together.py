@@ -196,15 +196,20 @@ def _hold(path: str, ready) -> None:
 def test_who_waits_says_for_whom(context, database, busy):
     """After a second, and only then: which process holds the lock, and since when it runs."""
     database.index("cpu")
+    database.delete(where="stars = 3")
     mine, theirs = context.Pipe()
     lock = Path(database.path, busy, ".lock" if busy else ".commit.lock")
-    holder = context.Process(target=_hold_file, args=(str(lock), theirs))
+    holder = context.Process(target=_hold_file, args=(str(lock), theirs), daemon=True)
     holder.start()
     mine.recv()
     waiting = Running(
         context, ["index" if busy else "delete", database.path, *([] if busy else ["--where", "stars = 1"])]
     )
-    waiting.process.join(8)
+    said = Path(waiting._folder.name, "err")
+    for _ in range(600):
+        if not waiting.process.is_alive() or "waiting for " in said.read_text("utf-8"):
+            break
+        time.sleep(0.1)
     assert waiting.process.is_alive()
     holder.kill()
     ended = waiting.end()
