@@ -47,8 +47,8 @@ in one process beside the server. `query` is `POST /api/query` with the defaults
 
 {rates}
 
-Searches that wait together are answered by one search: CPU seconds a request fall with more clients where that is what costs. Gradients and token
-scores are computed query by query.
+Few requests fitted into a round: p99 is extrapolated from the slowest of them, and the CPU seconds are rough. Searches that wait together are answered by
+one search, which is what 32 clients gain; gradients and token scores are computed query by query, so that those who ask for tokens wait in line.
 
 ## The page with {many["samples"]:,} samples
 
@@ -56,7 +56,8 @@ The same database with drawn samples beside, in headless Chromium: seconds from 
 
 {steps}
 
-*Ask, the first time* includes what happens once in a process: reading the index, compiling loops.
+*Ask* is with the influence of each word of ten samples on each of the generation's words, as the page asks unless told otherwise, *ask, without* without it;
+*the first time* includes what happens once in a process: reading the index, compiling loops. The cleaned file has all samples but one.
 """,
         "utf-8",
     )

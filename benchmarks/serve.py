@@ -180,7 +180,11 @@ def main() -> None:
     options = parser.parse_args()
     queries = [json.loads(line) for line in (options.demo / "queries.jsonl").read_text("utf-8").splitlines()]
     queries = [{"prompt": query["prompt"], "generation": query["generation"]} for query in queries]
-    result: dict = {"command": f"scripts/bench serve --demo {options.demo.name}", "machine": machine(), "rounds": []}
+    result: dict = {
+        "command": f"scripts/bench serve --demo {options.demo.name} --seconds {options.seconds:g}",
+        "machine": machine(),
+        "rounds": [],
+    }
     with server(options.demo / "db") as (address, pid):
         result["samples"] = ask(address, "/api/info")["samples"]
         for name, asked in (("query", {}), ("query with tokens", {"tokens": True})):

@@ -19,7 +19,7 @@ def focus_of(query: Sample, given: Sequence[Focus]) -> tuple[Focus, ...]:
         return tuple(given)
     entries = [own] if isinstance(own, str) else own
     if not isinstance(entries, list | tuple) or not all(isinstance(entry, str) or _is_span(entry) for entry in entries):
-        raise CorpusError(f"{query.location}: focus is {own!r}; wanted a text, or a list of texts and [start, end]")
+        raise CorpusError(f"{query.location}: focus is {own!r}; wanted a text or a list of texts, or of [start, end]")
     return tuple(entry if isinstance(entry, str) else (entry[0], entry[1]) for entry in entries)
 
 

@@ -203,7 +203,7 @@ def test_what_is_refused_or_fails_is_counted_and_streams_are_timed_whole(served,
         text = client.get("/metrics").text
     assert counted(text, "other", 421) == counted(text, "/api/samples", 500) == counted(text, "/api/query", 200) == 1
     seconds = re.search(r'^rapidin_request_seconds_sum{route="/api/query"} (\S+)$', text, re.M)
-    assert 0.5 * taken < float(seconds[1]) <= taken
+    assert 0.3 * taken < float(seconds[1]) <= taken
 
 
 def test_links_lead_to_the_page(served):
@@ -301,7 +301,7 @@ def test_a_focus_may_be_a_span(tmp_path, served):
             assert client.post("/api/query", json={"generation": text, "focus": focus}).status_code == 422
     path = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Say 5", "generation": text, "focus": [[0, 4], "35"]}])
     assert served.query(file=path)[0].focus == ((0, 4), "35")
-    with pytest.raises(CorpusError, match="wanted a text, or a list of texts"):
+    with pytest.raises(CorpusError, match="wanted a text or a list of texts"):
         served.query(file=write_jsonl(path, [{"prompt": "x", "generation": text, "focus": [[True, 2]]}]))
 
 
