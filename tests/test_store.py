@@ -136,10 +136,10 @@ def test_what_lance_raises_is_told(table, tmp_path):
         list(table.snapshot().vectors())
 
 
-def test_places_on_object_stores_are_for_later(tmp_path, table):
+def test_a_folder_may_be_named_by_a_uri_and_other_schemes_are_refused(table):
     assert SampleTable(f"file://{table.uri}").snapshot().count() == 3
-    with pytest.raises(TableError, match="s3://bucket/db: databases on s3:// are not supported yet"):
-        SampleTable("s3://bucket/db")
+    with pytest.raises(TableError, match="ftp://host/db: databases on ftp:// are not supported"):
+        SampleTable("ftp://host/db")
 
 
 def test_copies_that_went_their_own_ways_have_other_digests(table, tmp_path):
