@@ -115,7 +115,7 @@ def test_a_lost_node_and_a_killed_driver_lose_nothing(cluster, pair, small_commi
     driver = Running(
         context, ["ingest", there.path, corpus, "--cluster", cluster.address, "--batch-tokens", 150, "--device", "cpu"]
     )
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 600
     while not there.count() and time.monotonic() < deadline:
         time.sleep(0.05)
     assert driver.end(after=0).code == -signal.SIGKILL
