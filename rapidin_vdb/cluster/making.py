@@ -5,6 +5,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any
 
 from rapidin_vdb.cluster.connection import connect, nodes_of
@@ -55,9 +56,9 @@ class Layout:
 def layout_of(nodes: list[dict[str, float]], *, device: str, workers_per_device: int) -> Layout:
     """Return how workers are spread: so many a GPU, or, where there are none, so many a node.
 
-    >>> layout_of([{"CPU": 8, "GPU": 2}, {"CPU": 8, "GPU": 2}], device="auto", workers_per_device=2)
+    >>> layout_of([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}], device="auto", workers_per_device=2)
     Layout(workers=8, device='cuda', cpus=1.0, gpus=0.5)
-    >>> layout_of([{"CPU": 8}, {"CPU": 4}], device="auto", workers_per_device=2)
+    >>> layout_of([{"CPU": 8.0}, {"CPU": 4.0}], device="auto", workers_per_device=2)
     Layout(workers=4, device='cpu', cpus=2.0, gpus=0.0)
 
     Raises:
@@ -132,9 +133,12 @@ def compute_on_cluster(ray: Any, spec: WorkerSpec, layout: Layout) -> Compute:
     """
 
     def compute(batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
+        first = next(batches, None)
+        if first is None:
+            return  # no worker need be started
         crew = _Crew(ray, spec, layout)
         try:
-            yield from crew.share(batches)
+            yield from crew.share(chain([first], batches))
         finally:
             crew.end()
 

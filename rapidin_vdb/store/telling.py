@@ -90,7 +90,7 @@ def first_line(error: BaseException) -> str:
     """Return what Lance says, without the place in its source where it says so."""
     text = " ".join(str(error).split())
     # Lance ends its messages with the place in its own source.
-    for mark in (", /root/", ", /home/", ", rust/", " Rust backtrace", ", C:\\"):
+    for mark in (" Debug source:", ", /root/", ", /home/", ", rust/", " Rust backtrace", ", C:\\"):
         text = text.split(mark)[0]
     # An address may end with a signature.
     return re.sub(r"\?[^\s)]*", "", text)[:300] if "://" in text else text[:300]
