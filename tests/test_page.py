@@ -146,6 +146,18 @@ def test_what_was_asked_about_is_marked(opened):
     assert page.complaints == []
 
 
+def test_what_is_behind_a_cut_and_what_overlaps_is_marked(opened):
+    page = opened()
+    drawn = """(ends) => [...Heat.coloured([['a', [0]], [' ', []], ['b', [1]], [' tail', []]], ends, [1, 2, 3], 3).children]
+        .filter((piece) => piece.classList.contains('cut')).map((piece) => piece.textContent)"""
+    assert page.evaluate(drawn, []) == [" tail"], "a sample without an end was cut"
+    assert page.evaluate(drawn, [2]) == []
+    asked = """(text) => [...Heat.generation([['ban', [0]], ['an', [1]], ['a', [2]], ['s', [3]]], [], [text], {}).children]
+        .filter((piece) => piece.classList.contains('focused')).map((piece) => piece.textContent)"""
+    assert page.evaluate(asked, "ana") == ["ban", "an", "a"], "twice, of which the second begins in the first"
+    assert page.evaluate(asked, "s") == ["s"]
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1200])
 def test_it_fits_and_can_be_read(opened, scheme, width):

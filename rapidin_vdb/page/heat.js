@@ -37,9 +37,12 @@ const Heat = (() => {
         piece.dataset.tokens = tokens.join(" ");
       }
       if (kind) piece.classList.add(kind);
+      if (kind === "cut") piece.title = "cut off: behind the largest number of tokens of a sample";
       block.append(piece);
     };
-    for (const [text, tokens] of pieces) add(text, tokens, /^\s*\n/.test(text) ? "newline" : "");
+    // A sample that was cut to its limit of tokens has no end, and a text behind its last token.
+    const last = ends.length ? pieces.length : pieces.findLastIndex(([, tokens]) => tokens.length);
+    pieces.forEach(([text, tokens], place) => add(text, tokens, place > last ? "cut" : /^\s*\n/.test(text) ? "newline" : ""));
     for (const token of ends) add("", [token], "end");
     return enter(block);
   }
@@ -86,7 +89,7 @@ const Heat = (() => {
     for (const entry of entries) {
       // A span counts code points, and this language what they are written with.
       if (typeof entry !== "string") spans.push(entry.map((end) => points.slice(0, end).join("").length));
-      else for (let at = text.indexOf(entry); entry && at >= 0; at = text.indexOf(entry, at + entry.length)) spans.push([at, at + entry.length]);
+      else for (let at = text.indexOf(entry); entry && at >= 0; at = text.indexOf(entry, at + 1)) spans.push([at, at + entry.length]);
     }
     let start = 0;
     return pieces.map(([piece]) => {
