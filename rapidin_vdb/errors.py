@@ -17,7 +17,7 @@ RapidInError
 import re
 
 # With one slash it is an address that was taken for a path.
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/\S+")
+_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/\S*[^\s:;,.]")
 
 
 class RapidInError(Exception):

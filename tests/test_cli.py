@@ -207,7 +207,7 @@ def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch, tmp_path)
         (["info", "s3://KEY:se/cr@et@host/db?token=hush"], "error: s3://***@host/db?***: databases on s3:// are not"),
         (["init", "{db}2", "--model", "s3://KEY:se/cret@host"], "error: no model at s3://***@host: no such folder"),
         (["ingest", "{db}", "s3://KEY:se/cret@host/x.jsonl"], "s3:/***@host/x.jsonl: no such file"),
-        (["show", "{db}", "https://KEY:secret@host"], "no sample 'https://***@host in"),
+        (["show", "{db}", "https://KEY:secret@host"], "no sample 'https://***@host' in"),
         (["show", "{db}", "x", "https://KEY:secret@host"], "***@host"),
         (["query", "{db}", "--generation", "x", "--where", "split = '\x1b]0;'"], None),
         (["serve", "{db}", "--token", "\x1b[2J"], "error: "),

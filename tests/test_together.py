@@ -228,7 +228,8 @@ def test_who_holds_a_lock_as_far_as_known(tmp_path):
 
 
 def _hold_file(path: str, ready) -> None:
-    FileLock(path).acquire()
+    lock = FileLock(path)
+    lock.acquire()
     ready.send(True)
     time.sleep(600)
 

@@ -209,7 +209,9 @@ def test_scalar_indices_that_are_gone_are_made_anew(database):
 
 def test_a_scalar_index_is_not_made_anew_from_damaged_rows(database):
     database.index("cpu")
-    rewrite(database, source="other")
+    for path in Path(database.path, "samples.lance", "_indices").rglob("*.lance"):
+        path.write_bytes(path.read_bytes().replace(b"odd", b"odf"))
+    rewrite(database, split="x")
     report = rapidin_vdb.open(database.path).verify()
     assert len(report.findings) == 1 and report.mended == ()
 
