@@ -152,6 +152,7 @@ def make_api(service: Service) -> APIRouter:
 
     @api.post(
         "/api/export", summary="Training data without some samples, as JSON lines", response_model=None,
+        response_class=StreamingResponse,
         responses=documented(None, content=JSON_LINES) | refusals(400, 413, 415, 504),
     )  # fmt: skip
     async def export(asked: shapes.ExportRequest) -> Response:
