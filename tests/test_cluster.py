@@ -158,7 +158,7 @@ def test_a_query_on_a_cluster_is_that_of_one_machine(cluster, pair, caplog):
     os.kill(pids[0], signal.SIGKILL)
     assert answers(top_k=100, cluster=cluster.address) == answers(top_k=100)
     assert "a share of the index was lost" in caplog.text
-    assert answers(top_k=3, as_of=2, cluster=cluster.address) == answers(top_k=3, as_of=2)
+    assert answers(top_k=3, as_of=3, cluster=cluster.address) == answers(top_k=3, as_of=3)
     with pytest.raises(SpecError, match="--index names an index of this machine"):
         answers(index="cpu", cluster=cluster.address)
 
