@@ -12,6 +12,7 @@ from filelock import FileLock
 import rapidin_vdb
 from rapidin_vdb.errors import FilterError, PurgedError, TableError
 from rapidin_vdb.index import list_manifests
+from rapidin_vdb.recipe import read_recipe
 from rapidin_vdb.store import Snapshot, size_of
 
 ASKED = ("Say 5", "blue 35")
@@ -119,14 +120,15 @@ def test_a_build_does_not_keep_what_a_purge_that_died_had_removed(database, paus
     """It was killed between the tables and the indexes: nobody comes for the index any more."""
     begun, goes_on = paused
     vector = vector_of(database, "toy-005")
-    building, results = in_thread(rapidin_vdb.open(database.path).index, "cpu")
+    keeper, snapshot = rapidin_vdb.open(database.path)._indexes["sample"], database._table.snapshot()
+    building, results = in_thread(keeper.build, snapshot, read_recipe("cpu"))
     assert begun.wait(60)
     other = rapidin_vdb.open(database.path)
     other.delete(ids=["toy-005"])
     other._table.purge()
     goes_on.set()
     building.join(60)
-    assert (results[0].fresh, results[0].samples) == (True, 23)
+    assert isinstance(results[0], PurgedError)
     assert holding(database.path, vector) == []
 
 
