@@ -85,7 +85,7 @@ class IndexKeeper:
                     )
             except OSError as error:
                 raise SpecError(
-                    f"the index {recipe.name} cannot be written to {self.folder}: {error}; the database is as it was"
+                    f"the index {recipe.name} cannot be written to {self.folder}: {error}; the tables need none"
                 ) from error
             index = self._loaded_after(extended)
             if recipe.coarse_width and index.samples:
