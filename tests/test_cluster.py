@@ -165,13 +165,13 @@ def test_a_query_on_a_cluster_is_that_of_one_machine(cluster, pair, caplog):
 
 @needs_ray
 @pytest.mark.slow
-def test_another_model_on_a_node_is_refused(cluster, pair, adapters):
+def test_another_model_on_a_node_is_refused(cluster, pair, models):
     """Every worker checks the fingerprint."""
     from rapidin_vdb.errors import FingerprintError
 
     corpus, _, there = pair
-    with pytest.raises(FingerprintError, match="on the node .*adapter_hash is"):
-        there.ingest(corpus, cluster=cluster.address, adapter=str(adapters["qwen2"]), **OPTIONS)
+    with pytest.raises(FingerprintError, match="on the node .*model_hash is"):
+        there.ingest(corpus, cluster=cluster.address, model=str(models["qwen2"]), **OPTIONS)
     assert there.count() == 0
 
 
