@@ -204,7 +204,7 @@ def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch, tmp_path)
     [
         (["ingest", "db\x1b[31m", "x.jsonl"], "error: no database at db\\x1b[31m; make one with"),
         (["info", "a\nerror: b\udcff"], "error: no database at a\\nerror: b\\udcff; make"),
-        (["info", "s3://KEY:se/cr@et@host/db?token=hush"], "error: s3://***@host/db?***: databases on s3:// are not"),
+        (["info", "s3://KEY:se/cr@et@host/db?token=hush"], "error: s3://***@host/db?***: give credentials in"),
         (["init", "{db}2", "--model", "s3://KEY:se/cret@host"], "error: no model at s3://***@host: no such folder"),
         (["ingest", "{db}", "s3://KEY:se/cret@host/x.jsonl"], "s3:/***@host/x.jsonl: no such file"),
         (["show", "{db}", "https://KEY:secret@host"], "no sample 'https://***@host' in"),

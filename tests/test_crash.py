@@ -14,7 +14,7 @@ from conftest import toy_records, write_jsonl
 from rapidin_vdb.errors import TableNotFoundError
 
 # How often each command is killed; the issue of a whole night may be asked for from outside.
-KILLS = int(os.environ.get("RAPIDIN_KILLS", "4"))
+KILLS = int(os.environ.get("RAPIDIN_KILLS", "1"))
 
 
 def replacing(record: dict) -> dict:
