@@ -152,7 +152,7 @@ def test_a_writer_that_was_killed_blocks_nobody_for_long(bucket, tmp_path, model
         assert child.stdout.readline() == "held\n"
         child.send_signal(signal.SIGKILL)
     late = far._table.place.open_table("samples")
-    monkeypatch.setattr(far._table._lock, "_seconds", 1.0)
+    monkeypatch.setattr(far._table.place.lock, "_seconds", 1.0)
     started = time.monotonic()
     assert far.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(4))).added == 4
     assert 1.0 < time.monotonic() - started < module.LEASE_SECONDS

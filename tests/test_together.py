@@ -187,7 +187,7 @@ def test_other_pairs(context, tmp_path, database, others, tally):
 
 
 def _hold(path: str, ready) -> None:
-    rapidin_vdb.open(path)._table._lock.acquire()
+    rapidin_vdb.open(path)._table.place.lock.__enter__()
     ready.send(True)
     time.sleep(600)
 
