@@ -48,7 +48,9 @@ def life(place, models, adapters, *prefix) -> dict[str, object]:
             capture_output=True, text=True, timeout=300, env=environment, cwd=place,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
-        said[name] = re.sub(r"[0-9.,]+ (s|samples/s|tokens/s)\b", "", (done.stdout + done.stderr).replace(str(place), ""))
+        said[name] = re.sub(
+            r"[0-9.,]+ (s|samples/s|tokens/s)\b", "", (done.stdout + done.stderr).replace(str(place), "")
+        )
         if name == "query":
             said[name] = json.loads(done.stdout)["results"]
     return said
