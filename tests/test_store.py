@@ -270,6 +270,20 @@ def test_columns_grow_and_widen_but_never_change_their_meaning(table):
     assert SampleTable(table.uri).fingerprint == FINGERPRINT, "a new column keeps the fingerprint"
 
 
+@pytest.mark.parametrize(
+    ("value", "fits"), [(1 << 53, True), (-(1 << 53), True), ((1 << 53) + 1, False), (-(1 << 62), False)]
+)
+def test_whole_numbers_that_floating_point_cannot_hold_are_not_widened(table, value, fits):
+    table.ensure_columns({"huge": "int"})
+    table.append([row("f", huge=value)], seen=0)
+    if fits:
+        table.ensure_columns({"huge": "float"})
+    else:
+        with pytest.raises(TableError, match="the column huge holds whole numbers beyond 9007199254740992"):
+            table.ensure_columns({"huge": "float"})
+    assert table.snapshot().samples(["f"])["f"].metadata == {"huge": value}
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 @pytest.mark.parametrize("writer", ["columns", "append", "replace", "delete", "ids", "purge", "indices"])
 def test_a_widening_that_was_cut_short_is_finished(table, dropped, writer):

@@ -45,7 +45,7 @@ def answers(path, engine) -> list:
     database = rapidin_vdb.open(path)
     database._engine = engine
     return [
-        [(result.sample_id, result.score, result.prompt, result.response) for result in ranking.results]
+        [(r.sample_id, r.score, r.prompt, r.response, sorted(r.metadata.items())) for r in ranking.results]
         for options in ({}, {"where": "stars > 1"}, {"level": "token"})
         for ranking in database.query(*ASKED, top_k=9, **options)
     ] + [database.count(where) if where.startswith("stars") else ids_of(database, where) for where in FILTERS]
@@ -82,6 +82,7 @@ def rewrite(database, **columns):
         ({"split": "test"}, ["toy-003: its row is not what was written"]),
         ({"response": "x"}, ["toy-003: its token offsets are not inside", "toy-003: its row is not"]),
         ({"loss": -1.0}, ["toy-003: its loss is not a finite", "toy-003: its row is not"]),
+        ({"stars": 17}, ["toy-003: its row is not what was written"]),
         ({"sample_id": "toy-004"}, ["toy-004: the id stands twice", "toy-004: its row is not"]),
     ],
 )
@@ -89,6 +90,28 @@ def test_what_is_wrong_with_a_sample_is_told(database, columns, wanted):
     rewrite(database, **columns)
     found = findings(database)
     assert len(found) == len(wanted) and all(one.startswith(other) for one, other in zip(found, wanted, strict=True))
+
+
+def test_columns_that_come_later_or_are_widened_change_no_checksum(database, tmp_path):
+    later = toy_records(26)[24:]
+    later[0] |= {"stars": 2.5, "lang": "日本", "seen": True}
+    database.ingest(write_jsonl(tmp_path / "later.jsonl", later))
+    assert (findings(database), database.info().samples) == ([], 26)
+    assert "stars (double)" in database._table.snapshot().columns
+    for column, value in (("stars", 2.25), ("lang", "'日木'"), ("seen", False), ("lang", "NULL")):
+        database._table._table.update(where="sample_id = 'toy-024'", values_sql={column: str(value)})
+        assert findings(database) == ["toy-024: its row is not what was written"], column
+        database._table._table.restore(database._table._table.version - 1)
+        assert findings(database) == []
+
+
+def test_rows_written_before_further_fields_had_a_checksum_are_sound(database):
+    database._table._table.update(values_sql={"checksum": "checksum % 4294967296"})
+    assert findings(database) == []
+    rewrite(database, stars=17)
+    assert findings(database) == []
+    rewrite(database, loss=0.25)
+    assert findings(database) == ["toy-003: its row is not what was written"]
 
 
 @pytest.mark.parametrize("value", [0.0, np.inf, np.nan])

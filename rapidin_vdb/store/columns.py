@@ -13,6 +13,7 @@ from rapidin_vdb.errors import TableError
 from rapidin_vdb.store.rows import OWN_NAMES, ColumnKind, column_field, column_kind
 
 _WIDENED = "_widened_"
+_EXACT = 1 << 53
 
 
 def check_out(table: Any, version: int) -> None:
@@ -45,6 +46,11 @@ def ensure_columns(table: Any, kinds: dict[str, ColumnKind]) -> None:
         if field is None:
             missing.append(column_field(name, kind))
         elif column_kind(field) == "int" and kind == "float":
+            if table.count_rows(f"`{field.name}` > {_EXACT} OR `{field.name}` < -{_EXACT}"):
+                raise TableError(
+                    f"the records' field {name} is floating point, but the column {field.name} holds whole numbers "
+                    f"beyond {_EXACT}, which would lose digits; rename the field or write it as whole numbers"
+                )
             widened.append(field.name)
         elif not _holds(column_kind(field), kind):
             raise TableError(

@@ -1,6 +1,6 @@
 """The columns of the table `samples`, and rows on their way into it."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,7 +10,7 @@ import pyarrow as pa
 from rapidin_vdb.errors import TableError
 from rapidin_vdb.records import Encoded, Sample, Scalar
 from rapidin_vdb.results import StoredSample
-from rapidin_vdb.store.checksum import row_checksum
+from rapidin_vdb.store.checksum import covers_fields, row_checksum, with_fields
 
 ColumnKind = Literal["bool", "int", "float", "str"]
 
@@ -122,17 +122,26 @@ def arrow_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
         "truncated": pa.array([row.encoded.truncated for row in rows], pa.bool_()),
         "loss": pa.array([row.loss for row in rows], pa.float32()),
         "content_hash": pa.array([row.sample.content_hash for row in rows], pa.string()),
-        # Not in tables that were made before there was one.
-        "checksum": pa.array([_checksum(row) for row in rows], pa.int64()),
         "vector": pa.FixedSizeListArray.from_arrays(
             pa.array(np.stack([row.vector for row in rows]).astype(np.float16, copy=False).reshape(-1)),
             type=schema.field("vector").type,
         ),
     }
     fields = [{name.lower(): value for name, value in row.sample.metadata.items()} for row in rows]
-    for field in schema:
-        if field.name not in OWN_NAMES:
-            arrays[field.name] = _column(field, [metadata.get(field.name.lower()) for metadata in fields])
+    further = {field.name: field for field in schema if field.name not in OWN_NAMES}
+    stored = {
+        name: [_converted(metadata.get(name.lower()), column_kind(field)) for metadata in fields]
+        for name, field in further.items()
+    }
+    arrays |= {name: _column(field, stored[name]) for name, field in further.items()}
+    # Not in tables that were made before there was one.
+    arrays["checksum"] = pa.array(
+        [
+            with_fields(_checksum(row), {name: values[number] for name, values in stored.items()})
+            for number, row in enumerate(rows)
+        ],
+        pa.int64(),
+    )
     return pa.Table.from_arrays([arrays[field.name] for field in schema], schema=schema)
 
 
@@ -152,14 +161,15 @@ def stored_checksum(row: Mapping[str, Any], vector: np.ndarray) -> int:
     """Return what the checksum of a row of the table should be."""
     names = ("sample_id", "split", "source", "prompt", "response", "tokens", "truncated", "loss", "content_hash")
     offsets = [place for span in row["token_offsets"] for place in (span["start"], span["end"])]
-    return row_checksum([row[name] for name in names], (row["input_ids"], offsets), vector)
+    checksum = row_checksum([row[name] for name in names], (row["input_ids"], offsets), vector)
+    if not covers_fields(row["checksum"]):
+        return checksum
+    return with_fields(checksum, {name: value for name, value in row.items() if name not in OWN_NAMES})
 
 
-def _column(field: pa.Field, values: Iterable[Scalar]) -> pa.Array:
-    kind = column_kind(field)
-    converted = [_converted(value, kind) for value in values]
+def _column(field: pa.Field, values: Sequence[Scalar]) -> pa.Array:
     try:
-        return pa.array(converted, field.type)
+        return pa.array(values, field.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise TableError(f"a record's field {field.name} does not fit its column of {field.type}: {error}") from error
 

@@ -13,7 +13,7 @@ from rapidin_vdb.results import StoredSample
 from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint
 from rapidin_vdb.store.place import Place
-from rapidin_vdb.store.rows import stored_checksum, stored_sample
+from rapidin_vdb.store.rows import OWN_NAMES, stored_checksum, stored_sample
 from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, TableVersion, batches, int64
 
 SAMPLES = "samples"
@@ -135,6 +135,9 @@ class Snapshot(TableVersion):
         """Return the number of response tokens of every sample, by id."""
         table = self._select(["sample_id", "tokens"], None)
         return dict(zip(table["sample_id"].to_pylist(), table["tokens"].to_pylist(), strict=True))
+
+    def _further(self) -> list[str]:
+        return [name for name in self.schema.names if name not in OWN_NAMES]
 
     def _checksum(self, row: dict[str, Any], vector: np.ndarray) -> int:
         return stored_checksum(row, vector)

@@ -47,7 +47,7 @@ class TableVersion:
     KEY: tuple[str, ...] = ("sample_id",)
     """The columns that name a row."""
     PLAIN: tuple[str, ...] = ()
-    """The columns that a row's checksum covers, besides the vector."""
+    """The columns that every row's checksum covers, besides the vector."""
 
     def __init__(self, table: Any, place: Place, name: str) -> None:
         self._table = table
@@ -170,7 +170,7 @@ class TableVersion:
             TableError: the table cannot be read.
         """
         summed = "checksum" in self.schema.names
-        columns = [*self.PLAIN, "vector", *(["checksum"] if summed else [])]
+        columns = [*self.PLAIN, *self._further(), "vector", *(["checksum"] if summed else [])]
         size = max(1, BATCH_BYTES // (2 * self.width))
         with self._reading(f"the table {self.name} of {self._place} cannot be read"):
             for batch in self._table.search().select(columns).to_batches(size):
@@ -184,6 +184,10 @@ class TableVersion:
     def _checksum(self, row: dict[str, Any], vector: np.ndarray) -> int:
         """Return what the checksum of a row should be."""
         raise NotImplementedError
+
+    def _further(self) -> list[str]:
+        """Return the columns of records' fields."""
+        return []
 
     def _keys(self, rows: Any) -> list[str]:
         """Return what names each row of a table or batch."""
