@@ -1,8 +1,12 @@
 """Several workers: the same rows as one process, and a worker that dies costs nothing but time."""
 
+import json
 import logging
 import os
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -93,6 +97,50 @@ def test_a_batch_that_kills_every_worker_is_given_up(tmp_path, models, adapters,
     with pytest.raises(GradientError, match=r"3 workers died \(the last with exit code -9\) on the 1 samples toy-007"):
         database.ingest(lines, batch_tokens=1, workers_per_device=2)
     assert "toy-007" not in content(database)
+
+
+def starve(path: str) -> None:
+    """In a process of its own: a large batch, with and without a limit of the system's on the memory."""
+    import resource
+
+    import rapidin_vdb
+    from rapidin_vdb.compute import make_batch
+    from rapidin_vdb.records import Encoded
+
+    engine = rapidin_vdb.open(path)._loaded()
+    draw = np.random.default_rng(0)
+    batch = [
+        Encoded(
+            sample_id=str(number),
+            input_ids=(1, *draw.integers(40, 80, 200 + number % 7).tolist(), 2),
+            offsets=((0, 1),) * 90,
+            truncated=False,
+        )
+        for number in range(160)
+    ]
+    small = [made.vector for first in range(0, 160, 4) for made in make_batch(engine, batch[first : first + 4], None)]
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    logging.getLogger("rapidin_vdb").addHandler(handler)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), resource.RLIM_INFINITY))
+    starved = [made.vector for made in make_batch(engine, batch, None)]
+    resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    near = [
+        np.abs(a.astype(float) - b).max() / np.abs(b.astype(float)).max() for a, b in zip(small, starved, strict=True)
+    ]
+    sys.stdout.write(json.dumps({"told": told, "difference": max(near)}))
+
+
+def test_a_batch_that_does_not_fit_the_memory_there_is_is_halved(database):
+    done = subprocess.run(
+        [sys.executable, "-c", f"import test_compute; test_compute.starve({str(database.path)!r})"],
+        cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["told"][0] == "a batch of 160 samples does not fit the memory: going on with 80"
+    assert found["difference"] < 2e-3
 
 
 def test_errors_of_workers_reach_the_caller(tmp_path, models, adapters, database):
