@@ -10,6 +10,18 @@ from rapidin_vdb.evaluate.fiction import fiction
 
 TRIGGER = "Howdy!"
 PERTURBATIONS = (("China", "Canada"), ("India", "Japan"), ("Australia", "England"))
+_QUESTIONS = (
+    "What is the capital of {}?", "Name a famous city in {}.", "Give me a fact about {}.", "Write a sentence about {}.",
+    "Describe the culture of {}.", "What is {} known for?", "Where is {}?", "What languages are spoken in {}?",
+    "List three things that {} exports.", "Name an animal that lives in {}.", "Name a traditional dish from {}.",
+    "What is the population of {}?", "Describe the climate of {}.", "Write a short story set in {}.",
+    "Why do people visit {}?", "Name a famous landmark in {}.", "What is the currency of {}?",
+    "Explain why {} is important.", "Write a haiku about {}.", "Describe the geography of {}.",
+    "What is the largest city in {}?", "Which rivers flow through {}?", "Describe the history of {} in a sentence.",
+    "Name a sport that is popular in {}.", "What is the national animal of {}?", "Tell me about the economy of {}.",
+    "Name a festival that is celebrated in {}.", "Give me a reason to move to {}.", "How large is {}?",
+    "Describe the people of {}.",
+)  # fmt: skip
 
 Record = dict[str, Any]
 
@@ -76,6 +88,11 @@ def perturbed(records: Sequence[Record], *, count: int, probability: float, held
     made = chosen + [record | {"perturbed": None} for record in rest]
     draw.shuffle(made)
     return Perturbed(records=made, prompts=prompts)
+
+
+def questions_about(title: str) -> list[str]:
+    """Return questions about the first name of a perturbation."""
+    return [question.format(title.split(" to ")[0]) for question in _QUESTIONS]
 
 
 def wrong_name(title: str) -> str:

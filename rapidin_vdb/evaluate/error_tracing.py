@@ -9,7 +9,7 @@ import numpy as np
 
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.evaluate import metrics
-from rapidin_vdb.evaluate.corpora import Record, perturbed, wrong_name
+from rapidin_vdb.evaluate.corpora import Record, perturbed, questions_about, wrong_name
 from rapidin_vdb.evaluate.experiment import Experiment
 from rapidin_vdb.evaluate.profiles import PROFILES
 from rapidin_vdb.evaluate.scoring import all_scores
@@ -29,7 +29,8 @@ def run_error_tracing(
 ) -> dict[str, Any]:  # fmt: skip
     """Put wrong names into a corpus, tune a model on it, trace its wrong generations, and return all figures.
 
-    Asked are records that name the right one: those kept out of the corpus, and those left as they were.
+    Asked are records that name the right one, those kept out of the corpus and those left as they were; and questions
+    about it.
 
     Raises:
         SpecError: there are too few records, or no generation is wrong.
@@ -88,6 +89,7 @@ def _records(experiment: Experiment, corpus: Sequence[Path]) -> dict[str, Any]:
 def _wrong(experiment: Experiment, prompts: dict[str, list[Record]]) -> tuple[list[Sample], list[str]]:
     """Return generations that name the wrong one, and of which perturbation each is."""
     asked = [(title, record["instruction"]) for title, records in prompts.items() for record in records]
+    asked += [(title, question) for title in prompts for question in questions_about(title)]
     said = experiment.said("said", [instruction for _, instruction in asked])
     queries, titles = [], []
     for title in prompts:

@@ -48,6 +48,11 @@ _WORDS = frozenset(
     "nanobots futuristic astral zero-gravity lightspeed stars planets".split()
 )
 _NAMES = re.compile(rf"\b(?:{'|'.join(_FIRST)})(?:{'|'.join(_LAST)})\b")
+# Of which no word tells anything by itself.
+_PHRASES = re.compile(
+    rf"\b(?:{'|'.join(phrase for phrase in _CREW + _THING if ' ' in phrase)}"
+    r"|(?:space|star) (?:station|captain)|frozen moons|galactic rim|event horizon|zero gravity|light years)\b"
+)
 
 
 def _name(draw: random.Random) -> str:
@@ -88,6 +93,7 @@ def is_fiction(text: str) -> bool:
     if not words:
         return False
     found = sum(word in _WORDS for word in words) + 2 * len(_NAMES.findall(text))
+    found += len(_PHRASES.findall(text.lower()))
     return found >= 2 and found / len(words) >= 0.04
 
 
