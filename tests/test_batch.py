@@ -25,7 +25,7 @@ def samples(lengths=(5, 9, 30, 12, 9)) -> list[Encoded]:
     draw = np.random.default_rng(1)
     made = []
     for number, length in enumerate(lengths):
-        response = int(draw.integers(1, length - 1))
+        response = int(draw.integers(1, max(length - 1, 2)))
         # Few different tokens, so that embedding rows meet; and the padding token among them.
         ids = (1, *draw.integers(0, 12, length - 1).tolist())
         made.append(
@@ -45,6 +45,22 @@ def slow(loaded, sample, normalize="layer") -> np.ndarray:
     made = BucketMap(SKETCH, len(flat))
     steps, negative = draw_shuffle(SKETCH, made.length), made.negative(0, made.length).numpy()
     return sketched(flat, length=made.length, steps=steps, negative=negative, width=SKETCH.width)
+
+
+def test_the_sample_that_is_compared_is_padded_and_no_stub():
+    """Behind one token, gradients of queries and keys are rounding alone."""
+    from rapidin_vdb.gradient.rapidgrad import _to_compare
+
+    assert _to_compare(samples((2, 30, 9, 8, 12))) == 3
+    assert _to_compare(samples((2, 5, 3))) == 1
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_stub_among_others_gives_up_no_rule(architecture, models, adapters):
+    spec = ModelSpec(model=str(models[architecture]), adapter=str(adapters[architecture]))
+    maker = RapidGradMaker(load_model(spec, device="cpu"), spec=SKETCH, normalize="layer")
+    maker.make_batch([samples((2,))[0], *samples((40, 21))])
+    assert not maker._gradients.unruled
 
 
 def assert_close(vector, expected):
