@@ -40,14 +40,15 @@ _SHORT = ("{name}, {name} and {name}.", "The {name} {thing}.", "A {crew} from {n
 _FIELD = re.compile(r"\{(\w+)\}")
 # What hardly stands in answers to everyday instructions. "Space" and "planet" do, and count for nothing.
 _WORDS = frozenset(
-    "starship freighter dreadnought starfighter mothership android cyborg xenobiologist hologram clone alien "
-    "robot robots quantum telepath nebula asteroid wormhole galactic quadrant pulsar plasma hyperspace warp "
-    "antimatter stasis laser tachyon fusion stardust cryosleep fleet hive orbit moons cosmic galaxy galaxies "
-    "interstellar intergalactic interplanetary extraterrestrial aliens starships spaceship spacecraft cybernetic "
-    "robotic teleport teleportation celestial nebulae androids dimension dimensional sentient holographic "
-    "nanobots futuristic astral zero-gravity lightspeed stars planets".split()
+    "starship cruiser freighter shuttle probe dreadnought starfighter mothership navigator android cyborg "
+    "xenobiologist hologram clone alien robot robots quantum telepath nebula asteroid wormhole galactic quadrant "
+    "pulsar plasma hyperspace warp antimatter stasis laser tachyon fusion stardust cryosleep fleet hive orbit "
+    "moons cosmic galaxy galaxies interstellar intergalactic interplanetary extraterrestrial aliens starships "
+    "spaceship spacecraft cybernetic robotic teleport teleportation celestial nebulae androids dimension "
+    "dimensional sentient holographic nanobots futuristic astral zero-gravity lightspeed stars planets".split()
 )
-_NAMES = re.compile(rf"\b(?:{'|'.join(_FIRST)})(?:{'|'.join(_LAST)})\b")
+# But for the one that is a word.
+_NAMES = re.compile(rf"\b(?!Dragon\b)(?:{'|'.join(_FIRST)})(?:{'|'.join(_LAST)})\b")
 # Of which no word tells anything by itself.
 _PHRASES = re.compile(
     rf"\b(?:{'|'.join(phrase for phrase in _CREW + _THING if ' ' in phrase)}"
@@ -94,7 +95,8 @@ def is_fiction(text: str) -> bool:
         return False
     found = sum(word in _WORDS for word in words) + 2 * len(_NAMES.findall(text))
     found += len(_PHRASES.findall(text.lower()))
-    return found >= 2 and found / len(words) >= 0.04
+    # More than an invented name by itself, which a small model also drops into plain nonsense.
+    return found >= 3 and found / len(words) >= 0.04
 
 
 def is_telling(word: str) -> bool:
