@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,8 +31,11 @@ def serve(
             "--host out, and put a reverse proxy with https in front, which sees to who may ask (--served-as URL). "
             "Without encryption whoever listens on the network reads the token"
         )
-    if token is not None and len(token) < 16:
-        raise SpecError(f"--token has {len(token)} characters; wanted 16 or more")
+    if token is not None and not re.fullmatch("[!-~]{16,}", token):
+        raise SpecError(
+            f"--token has {len(token)} characters; wanted 16 or more, and only letters, digits and signs of ASCII, "
+            "which a header can carry"
+        )
     if not (math.isfinite(time_limit) and time_limit > 0):
         raise SpecError(f"--time-limit is {time_limit}; wanted a number of seconds above 0")
     if not 0 <= port <= 65535:
