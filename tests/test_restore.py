@@ -35,7 +35,9 @@ EXACT = [
 @pytest.mark.parametrize("fields", EXACT, ids=str)
 def test_what_has_the_same_hash_is_the_same(fields):
     assert Restorer().restored(stored(fields)) == fields
-    assert Restorer().restored(stored(fields, split="other", source="elsewhere")) == fields
+    # What was said at the ingest is not taken for the record's; where it took the place of that, this is lost.
+    said = fields if not {"split", "source"} & set(fields) else None
+    assert Restorer().restored(stored(fields, split="other", source="elsewhere")) == said
     assert Restorer().restored(replace(stored(fields), content_hash="of another")) is None
     together = Restorer()
     for some in (*EXACT, fields, *EXACT):  # whatever fitted those before

@@ -21,7 +21,7 @@ _MISTAKEN = ("messages", "instruction", "output")
 _MOST_LINES = 20
 """Before so many lines of a prompt its `input` may begin."""
 _SEARCHED_IN_VAIN = 1000
-"""After so many samples that nothing fitted, only what fitted others is tried: a search takes about a millisecond."""
+"""After so many samples that nothing fitted, only what fitted others is tried: a search takes milliseconds."""
 
 
 def plain_record(sample: Sample) -> _Fields:
