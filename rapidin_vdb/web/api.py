@@ -42,8 +42,8 @@ class Service:
     """Where requests wait for the model, while the server runs."""
     writable: bool
     """Whether records may be added."""
-    reads: Reads
-    """Who reads what needs no model."""
+    reads: Callable[[], Reads]
+    """Who reads what needs no model, likewise."""
 
 
 def make_api(service: Service) -> APIRouter:
@@ -59,7 +59,7 @@ def make_api(service: Service) -> APIRouter:
         return await answered(request, service.desk(), submit, shape)
 
     async def read(request: Request, work: Callable[[], Any]) -> Response:
-        return await service.reads.read(request, lambda check: Json(work()))
+        return await service.reads().read(request, lambda check: Json(work()))
 
     @api.post(
         "/api/query", summary="Rank the samples by their influence on a generation", response_model=None,
@@ -159,7 +159,7 @@ def make_api(service: Service) -> APIRouter:
         responses=EXPORTED | refusals(400, 408, 413, 415, 503, 504),
     )  # fmt: skip
     async def export(request: Request, asked: shapes.ExportRequest) -> Response:
-        return await service.reads.read(request, lambda check: exported(database, asked, check))
+        return await service.reads().read(request, lambda check: exported(database, asked, check))
 
     return api
 

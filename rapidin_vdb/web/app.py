@@ -39,14 +39,15 @@ def make_app(
     `body_seconds`.
     """
     desks: list[Desk] = []
-    reads = Reads(seconds=time_limit)
+    readers: list[Reads] = []
     metrics = Metrics(samples=lambda: _count(database), waiting=lambda: sum(desk.waiting for desk in desks))
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         desks.append(Desk(database, seconds=time_limit, most_waiting=most_waiting, observe=metrics.worked))
+        readers.append(Reads(seconds=time_limit))
         yield
-        reads.close()
+        readers.pop().close()
         await asyncio.to_thread(desks.pop().close)
 
     app = FastAPI(
@@ -59,7 +60,7 @@ def make_app(
         openapi_url="/api/openapi.json",
         default_response_class=Json,
     )
-    service = Service(database=database, desk=lambda: desks[0], writable=writable, reads=reads)
+    service = Service(database=database, desk=lambda: desks[0], writable=writable, reads=lambda: readers[0])
     app.include_router(make_api(service))
     _add_errors(app)
 

@@ -193,7 +193,7 @@ async function route() {
   for (const tab of document.querySelectorAll(".tab")) tab.setAttribute("aria-pressed", String(tab.dataset.view === (form || "browse")));
   for (const one of document.querySelectorAll("[data-in]")) one.hidden = one.dataset.in !== form;
   try {
-    if (opened === null) say("opening", "busy");
+    if (!ready) say("opening", "busy");
     await (opened = opened || opening());
   } catch (error) {
     opened = null;
@@ -212,7 +212,7 @@ async function route() {
   }
 }
 // What every view needs, asked for once; whatever is pressed meanwhile waits for it.
-let opened = null;
+let opened = null, ready = false;
 async function opening() {
   const [about, columns] = await Promise.all([read("api/info"), read("api/columns")]);
   kept.keepFor(about.identity);
@@ -224,6 +224,7 @@ async function opening() {
   // Where there are sources, their influence is of interest; and what is to be cleaned is what was trained on.
   if (several.some((one) => one.name === "source")) id("group_by").value = "source";
   if (splits.includes("train")) fill(id("clean-where"), "`split` = 'train'");
+  ready = true;
 }
 
 // ---- what is pressed
@@ -269,7 +270,7 @@ id("generate").addEventListener("click", () => during("the model answers", async
 window.addEventListener("hashchange", route);
 window.addEventListener("storage", () => {
   count();
-  if (view === "marked" && opened !== null) markedView(page);
+  if (view === "marked" && ready) markedView(page);
 });
 
 await route();
