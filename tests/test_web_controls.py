@@ -204,7 +204,7 @@ def test_influence_by_values_is_that_of_the_api(visit, made):
 
 def test_every_button_of_a_sample_says_whether_it_is_marked(visit):
     page = visit()
-    ask(page, "Say 5", "blue 35", top_k=28)
+    ask(page, "Say 5", "blue 35", where="sample_id IN ('toy-001', 'toy-007', 'toy-008')")
     page.click("#compare")
     ask(page, "Say 7", "blue 49")
     page.locator("[data-side='1'] article").first.wait_for()
@@ -340,6 +340,8 @@ def test_an_export_that_breaks_off_is_said(visit):
 def test_ones_own_file_is_cleaned_byte_for_byte(visit, tmp_path):
     page = visit()
     page.click('[data-view="browse"]')
+    page.fill("#browse-where", "sample_id IN ('toy-003', 'toy-005', 'toy-007')")
+    page.get_by_role("button", name="Show").click()
     for name in ("toy-003", "toy-005", "toy-007"):
         page.locator(f'article[data-sample="{name}"] [data-does=mark]').click()
     page.get_by_role("button", name="Marked 3").click()
@@ -429,7 +431,7 @@ def test_what_has_no_value_can_be_asked_for(visit, mixed):
     assert page.input_value("#browse-where") == "`note` IS NULL AND `source` IS NULL"
     page.get_by_role("button", name="Show").click()
     page.get_by_text("1 to 2 of 2").wait_for()
-    assert cards(page) == ["plain", "listed"]
+    assert set(cards(page)) == {"plain", "listed"}
     page.reload()
     page.get_by_text("1 to 2 of 2").wait_for()
     assert chosen(page, "source", place="browse-filters") == "(none)"

@@ -273,4 +273,4 @@ window.addEventListener("storage", () => {
   if (view === "marked" && ready) markedView(page);
 });
 
-await route();
+route();
