@@ -33,8 +33,8 @@ def plain_record(sample: Sample) -> _Fields:
     texts = (
         {"text": sample.response} if sample.prompt is None else {"prompt": sample.prompt, "response": sample.response}
     )
-    record = {"id": sample.sample_id, "split": sample.split} | texts
-    record |= {} if sample.source is None else {"source": sample.source}
+    source = {} if sample.source is None else {"source": sample.source}
+    record: _Fields = {"id": sample.sample_id, "split": sample.split} | texts | source
     for name, value in sample.metadata.items():
         own = _own_name(name)
         if own not in _MISTAKEN:

@@ -60,6 +60,7 @@ def make_app(
         openapi_url="/api/openapi.json",
         default_response_class=Json,
     )
+    app.state.stop = lambda: [desk.stop() for desk in desks]
     service = Service(database=database, desk=lambda: desks[0], writable=writable, reads=lambda: readers[0])
     app.include_router(make_api(service))
     _add_errors(app)

@@ -83,6 +83,10 @@ class Guard:
 
         try:
             await self._app(scope, again, sent)
+        except asyncio.CancelledError:
+            # The server is stopping, and this took too long: the connection ends, without a traceback.
+            if not begun:
+                await _answer(sent, 503, "the server is stopping")
         except Exception:
             # Whatever went wrong, its traceback is for the log, and the answer has the headers of all others.
             if not begun:
