@@ -262,7 +262,8 @@ def test_the_export_is_training_data_again(tmp_path, served, client, models, ada
     assert client.post("/api/export", json={"where": "nosuch"}).status_code == 400
     assert (answer.headers["x-records"], answer.headers["x-inexact-records"]) == (str(len(wanted)), "0")
     records = {record["id"]: record for record in toy_records(24)}
-    assert [json.loads(line) for line in answer.text.splitlines()] == [records[name] for name in wanted]
+    written = {record["id"]: record for record in map(json.loads, answer.text.splitlines())}
+    assert written == {name: records[name] for name in wanted}
 
 
 def test_an_export_says_what_it_cannot_restore(tmp_path, served, models, adapters):
@@ -279,7 +280,7 @@ def test_an_export_says_what_it_cannot_restore(tmp_path, served, models, adapter
         answer = client.post("/api/export", json={"without": ["gone"]})
     assert (answer.headers["x-records"], answer.headers["x-inexact-records"]) == ("2", "1")
     assert int(answer.headers["content-length"]) == len(answer.content)
-    exact, listed = map(json.loads, answer.text.splitlines())
+    exact, listed = sorted(map(json.loads, answer.text.splitlines()), key=lambda record: record["id"])
     assert exact == records[0]
     assert listed == {"id": "listed", "split": "train", "prompt": "Say 2", "response": "blue 14", "note": "kept"}
     # What was restored exactly is known to be there already.

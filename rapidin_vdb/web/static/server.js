@@ -6,7 +6,9 @@ export class Refused extends Error {}
 let secret = storedSecret(), asking = null;
 
 // What a header can carry; a browser may forbid to keep anything.
-const sendable = (text) => /^[\x20-\x7e]*$/.test(text);
+function sendable(text) {
+  return /^[\x20-\x7e]*$/.test(text);
+}
 function storedSecret() {
   try {
     const text = sessionStorage.getItem("rapidin.token");
