@@ -50,6 +50,10 @@ def make_app(
         readers.pop().close()
         await asyncio.to_thread(desks.pop().close)
 
+    def stop() -> None:
+        for desk in desks:
+            desk.stop()
+
     app = FastAPI(
         title="rapidin-vdb",
         version=rapidin_vdb.__version__,
@@ -60,7 +64,7 @@ def make_app(
         openapi_url="/api/openapi.json",
         default_response_class=Json,
     )
-    app.state.stop = lambda: [desk.stop() for desk in desks]
+    app.state.stop = stop
     service = Service(database=database, desk=lambda: desks[0], writable=writable, reads=lambda: readers[0])
     app.include_router(make_api(service))
     _add_errors(app)
