@@ -14,7 +14,8 @@ _Span = Annotated[list[Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]], 
 
 
 class _Shape(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # Strict: true is no number, nor is a text of digits, as the document says.
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Search(_Shape):
