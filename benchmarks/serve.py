@@ -83,7 +83,8 @@ def load(address: str, pid: int, queries: list[dict], *, clients: int, seconds: 
     cut = statistics.quantiles(latencies, n=100, method="inclusive")
     return {
         "clients": clients, "requests": len(latencies), "per_second": len(latencies) / wall,
-        "p50_seconds": cut[49], "p99_seconds": cut[98], "cpu_seconds_a_request": used / len(latencies),
+        "p50_seconds": cut[49], "p99_seconds": cut[98], "longest_seconds": max(latencies),
+        "cpu_seconds_a_request": used / len(latencies),
         "load_average": os.getloadavg()[0],
     }  # fmt: skip
 

@@ -1,9 +1,11 @@
 """The samples of a database, for reading: what needs neither a model nor an index."""
 
 from collections.abc import Iterator
+from typing import Any
 
+from rapidin_vdb.corpus import Restorer, plain_record
 from rapidin_vdb.errors import SampleNotFoundError, SpecError
-from rapidin_vdb.records import Fingerprint, Scalar
+from rapidin_vdb.records import Fingerprint, Sample, Scalar
 from rapidin_vdb.results import StoredSample
 from rapidin_vdb.store import SampleTable, undisturbed
 
@@ -66,16 +68,31 @@ class SampleReader:
         """
         return self._table.snapshot().count(where)
 
-    def each_sample(self, *, where: str | None = None) -> Iterator[StoredSample]:
-        """Yield the samples that match a filter, in the table's order, all of one committed version.
+    def each_record(self, *, where: str | None = None) -> Iterator[tuple[str, dict[str, Any], bool]]:
+        """Yield id and record of the samples that match a filter, in the table's order, all of one committed version.
+
+        A third value says whether it is the very record that was read, but for the order of its fields: lists, objects
+        and whatever else was not kept may be missing.
 
         Raises:
             FilterError: the filter cannot be understood.
             PurgedError: a purge removed that version before all of it was read.
         """
         snapshot, size, offset = self._table.snapshot(), 1000, 0
+        restorer, hashes = Restorer(), snapshot.content_hashes(where)
         while page := snapshot.page(where, offset=offset, limit=size):
-            yield from page
+            for stored in page:
+                sample = Sample(
+                    sample_id=stored.sample_id,
+                    prompt=stored.prompt,
+                    response=stored.response,
+                    split=stored.split,
+                    source=stored.source,
+                    metadata=stored.metadata,
+                    content_hash=hashes[stored.sample_id],
+                )
+                record = restorer.restored(sample)
+                yield stored.sample_id, plain_record(sample) if record is None else record, record is not None
             offset += size
 
     @undisturbed

@@ -7,6 +7,9 @@ import sys
 import pytest
 from conftest import toy_records, write_jsonl
 
+from rapidin_vdb.cli import show
+from rapidin_vdb.errors import SpecError
+
 
 def run(*arguments, check=None):
     """Run the real program, as a user does."""
@@ -115,6 +118,20 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters):
     assert run("delete", db, "--where", "source = 'odd'", check=0).stderr == "4 samples deleted\n"
     again = run("query", db, "--prompt", "Say 5", "--generation", "blue 35", check=0)
     assert "toy-005" not in again.stdout and again.stdout.startswith("query: 5 of 5 samples\n")
+
+
+def test_ids_are_plain_lines_or_those_that_the_page_saves(tmp_path):
+    path = tmp_path / "ids"
+    path.write_text('toy-001\r\n\n  {toy-002}\n{"id": "toy-\u2028 003 "}\n{"id": 4, "why": "x"}', "utf-8")
+    assert show.read_ids(path) == ["toy-001", "{toy-002}", "toy-\u2028 003 ", "4"]
+    for line, message in (
+        ('{"name": "toy-001"}', "line 2: neither a plain id nor JSON with one"),
+        ('{"id": "toy-001"', "line 2: neither a plain id nor JSON with one"),
+        ('{"id": null}', "line 2: its id is no text and no whole number"),
+    ):
+        path.write_text(f"toy-001\n{line}\n")
+        with pytest.raises(SpecError, match=message):
+            show.read_ids(path)
 
 
 def test_tables_fit_a_terminal_and_hide_control_characters(capsys, database, tmp_path):

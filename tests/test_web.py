@@ -141,6 +141,9 @@ def test_the_model_answers_the_same_with_the_same_seed(served, client):
         (ASKED | {"index": "none"}, 400, "no index none is built"),
         (ASKED | {"generation": "\ud800"}, 422, "unicode string"),
         (ASKED | {"top_k": 0}, 422, "greater than or equal to 1"),
+        (ASKED | {"top_k": True}, 422, "valid integer"),
+        (ASKED | {"top_k": "3"}, 422, "valid integer"),
+        (ASKED | {"both": 1}, 422, "valid boolean"),
         (ASKED | {"topk": 3}, 422, "Extra inputs are not permitted"),
         ({"prompt": "x"}, 422, "Field required"),
     ],
@@ -260,6 +263,33 @@ def test_the_export_is_training_data_again(tmp_path, served, client, models, ada
     for name in wanted:
         assert again.show(name) == served.show(name)
     assert client.post("/api/export", json={"where": "nosuch"}).status_code == 400
+    assert (answer.headers["x-records"], answer.headers["x-inexact-records"]) == (str(len(wanted)), "0")
+    records = {record["id"]: record for record in toy_records(24)}
+    written = {record["id"]: record for record in map(json.loads, answer.text.splitlines())}
+    assert written == {name: records[name] for name in wanted}
+
+
+def test_an_export_says_what_it_cannot_restore(tmp_path, served, models, adapters):
+    records = [
+        {"id": "exact", "instruction": "Say 1", "input": "", "output": "red 7", "tokens": 3},
+        {"id": "listed", "instruction": "Say 2", "output": "blue 14", "tags": ["a"], "note": "kept"},
+        {"id": "gone", "instruction": "Say 3", "output": "red 21", "tags": []},
+    ]
+    made = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    made._engine = served._engine
+    path = tmp_path / "cleaned.jsonl"
+    made.ingest(write_jsonl(path, records))
+    with TestClient(make_app(made), base_url="http://127.0.0.1") as client:
+        answer = client.post("/api/export", json={"without": ["gone"]})
+    assert (answer.headers["x-records"], answer.headers["x-inexact-records"]) == ("2", "1")
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    exact, listed = sorted(map(json.loads, answer.text.splitlines()), key=lambda record: record["id"])
+    assert exact == records[0]
+    assert listed == {"id": "listed", "split": "train", "prompt": "Say 2", "response": "blue 14", "note": "kept"}
+    # What was restored exactly is known to be there already.
+    path.write_text(json.dumps(exact))
+    report = made.ingest(path)
+    assert (report.added, report.unchanged) == (0, 1)
 
 
 def test_counters_count(client):

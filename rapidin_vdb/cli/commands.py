@@ -221,7 +221,7 @@ def info(db: DB, as_json: AsJson = False) -> None:
 def delete(
     db: DB,
     where: Annotated[str | None, typer.Option(help="SQL filter: what matches is deleted.")] = None,
-    ids: Annotated[Path | None, typer.Option(help="File with one sample id a line.")] = None,
+    ids: Annotated[Path | None, typer.Option(help="File with one sample id a line, or JSON lines with an id.")] = None,
     purge: Annotated[
         bool, typer.Option("--purge", help="Leave nothing of what is deleted in any file; older versions go too.")
     ] = False,

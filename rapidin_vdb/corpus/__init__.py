@@ -2,7 +2,19 @@
 
 from rapidin_vdb.corpus.encode import Tokenizer, encode
 from rapidin_vdb.corpus.files import Record, read_records
+from rapidin_vdb.corpus.restore import Restorer, plain_record
 from rapidin_vdb.corpus.samples import read_corpus, sample_from
 from rapidin_vdb.corpus.template import Template, load_template
 
-__all__ = ["Record", "Template", "Tokenizer", "encode", "load_template", "read_corpus", "read_records", "sample_from"]
+__all__ = [
+    "Record",
+    "Restorer",
+    "Template",
+    "Tokenizer",
+    "encode",
+    "load_template",
+    "plain_record",
+    "read_corpus",
+    "read_records",
+    "sample_from",
+]

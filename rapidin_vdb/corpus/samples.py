@@ -13,8 +13,9 @@ from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import Message, Sample, Scalar
 
 _SHAPES = "instruction/input/output, prompt/response (or completion), messages, or text"
-_RESPONSES = ("output", "response", "completion", "generation")
-_OWN_COLUMNS = frozenset(
+RESPONSES = ("output", "response", "completion", "generation")
+"""Names of a response; the first that is there counts."""
+OWN_COLUMNS = frozenset(
     "sample_id split source prompt response input_ids token_offsets tokens truncated loss content_hash checksum vector "
     "rank score exact_score query_id".split()
 )
@@ -50,7 +51,7 @@ def sample_from(record: Record, *, split: str | None = None, source: str | None 
     """
     fields, location = record.fields, record.location
     try:
-        text = json.dumps(fields, sort_keys=True, ensure_ascii=False, default=str)
+        text = text_of(fields)
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise CorpusError(f"{location}: holds text that is not valid Unicode: {error.reason}") from error
@@ -63,7 +64,6 @@ def sample_from(record: Record, *, split: str | None = None, source: str | None 
         raise CorpusError(f"{location}: no field {id_field!r}, which --id-field names; found {_names(fields)}")
     sample_id = _sample_id(fields, id_field, text, location)
     metadata = _metadata(fields, used | {id_field, "id", "split", "source"}, location)
-    identity = json.dumps([text, split, source], ensure_ascii=False)
     return Sample(
         sample_id=sample_id,
         prompt=_prompt_text(messages),
@@ -73,16 +73,27 @@ def sample_from(record: Record, *, split: str | None = None, source: str | None 
         metadata=metadata,
         messages=messages,
         fields=fields,
-        content_hash=hashlib.sha256(identity.encode("utf-8")).hexdigest()[:32],
+        content_hash=hash_of(text, split, source),
         location=location,
     )
+
+
+def text_of(fields: dict[str, Any]) -> str:
+    """Return a record as text, whatever the order of its fields."""
+    return json.dumps(fields, sort_keys=True, ensure_ascii=False, default=str)
+
+
+def hash_of(text: str, split: str, source: str | None) -> str:
+    """Return what tells a record, as text, from others of the same id."""
+    identity = json.dumps([text, split, source], ensure_ascii=False)
+    return hashlib.sha256(identity.encode("utf-8")).hexdigest()[:32]
 
 
 def _conversation(fields: dict[str, Any], location: str) -> tuple[tuple[Message, ...], str, set[str]]:
     """Return the turns before the response, the response, and the names of the fields they came from."""
     if fields.get("messages") is not None:
         return *_turns(fields["messages"], location), {"messages"}
-    response_name = next((name for name in _RESPONSES if fields.get(name) is not None), None)
+    response_name = next((name for name in RESPONSES if fields.get(name) is not None), None)
     prompt_name = next((name for name in ("instruction", "prompt") if fields.get(name) is not None), None)
     if response_name and prompt_name:
         used = {prompt_name, response_name, "input"} if prompt_name == "instruction" else {prompt_name, response_name}
@@ -150,7 +161,7 @@ def _metadata(fields: dict[str, Any], used: set[str], location: str) -> dict[str
         # Lance reads a dot as a path into a struct, and SQL has its own ideas of quotes and backticks; a column of no
         # name is what pandas writes for its index.
         column = re.sub(r"[^\w -]", "_", str(name)).strip() or "unnamed"
-        if column.lower() in _OWN_COLUMNS or column.startswith("_"):
+        if column.lower() in OWN_COLUMNS or column.startswith("_"):
             column = f"record_{column.lstrip('_')}"
         if any(column.lower() == other.lower() for other in metadata):
             raise CorpusError(f"{location}: two fields would both be the column {column!r}; rename one of them")

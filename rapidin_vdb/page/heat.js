@@ -23,6 +23,12 @@ const Heat = (() => {
     element.style.setProperty("--level", share.toFixed(4));
   }
 
+  const CUT = "cut off: behind the largest number of tokens of a sample";
+  // A text that was cut to the limit of tokens has no end, and a rest behind its last token.
+  const lastOf = (pieces, ends) => (ends.length ? pieces.length : pieces.findLastIndex(([, tokens]) => tokens.length));
+  // How much of a generation was looked at, in words.
+  const extent = (pieces, ends) => (lastOf(pieces, ends) < pieces.length - 1 ? "generation up to the largest number of tokens" : "whole generation");
+
   // A response: pieces of text with the tokens that they belong to, coloured by these tokens' scores.
   // With `choose`, a piece can be pressed, and `chosen` says whether a token is.
   function coloured(pieces, ends, scores, most, { choose, chosen, name } = {}) {
@@ -37,11 +43,10 @@ const Heat = (() => {
         piece.dataset.tokens = tokens.join(" ");
       }
       if (kind) piece.classList.add(kind);
-      if (kind === "cut") piece.title = "cut off: behind the largest number of tokens of a sample";
+      if (kind === "cut") piece.title = CUT;
       block.append(piece);
     };
-    // A sample that was cut to its limit of tokens has no end, and a text behind its last token.
-    const last = ends.length ? pieces.length : pieces.findLastIndex(([, tokens]) => tokens.length);
+    const last = lastOf(pieces, ends);
     pieces.forEach(([text, tokens], place) => add(text, tokens, place > last ? "cut" : /^\s*\n/.test(text) ? "newline" : ""));
     for (const token of ends) add("", [token], "end");
     return enter(block);
@@ -108,17 +113,18 @@ const Heat = (() => {
     const block = press ? pressables("generation") : make("div", { class: "text", dir: "auto" });
     block.id = "generation";
     const asked = focused(pieces, texts);
+    const last = lastOf(pieces, ends);
     const add = (text, tokens, kind) => {
-      if (!tokens.length || !press) return block.append(make("span", { class: kind }, text));
+      if (!tokens.length || !press) return block.append(make("span", { class: kind, title: kind === "cut" ? CUT : null }, text));
       const options = pressable(tokens, tokens.every((token) => chosen.has(token)), press);
       options.class += " " + kind;
       if (kind === "end") options["aria-label"] = "end of text";
       block.append(make("span", options, text));
     };
-    pieces.forEach(([text, tokens], place) => add(text, tokens, (/^\s*\n/.test(text) ? "newline" : "") + (asked[place] ? " focused" : "")));
+    pieces.forEach(([text, tokens], place) => add(text, tokens, place > last ? "cut" : (/^\s*\n/.test(text) ? "newline" : "") + (asked[place] ? " focused" : "")));
     for (const token of ends) add("", [token], "end");
     return enter(block);
   }
 
-  return { make, show, sum, largest, coloured, generation, named };
+  return { make, show, sum, largest, coloured, generation, named, extent };
 })();

@@ -50,7 +50,7 @@
     const longest = largest(results.map((result) => result.score));
     const chosen = ranking.generation.filter(([, tokens]) => tokens.some((token) => state.chosen.has(token))).map(([text]) => text.trim());
     const about = state.chosen.size ? "influence on " + (chosen.filter(Boolean).join(" ") || "the end of text")
-      : ranking.focus.length ? "influence on " + Heat.named(ranking.generation.map(([text]) => text).join(""), ranking.focus) : "influence on the whole generation";
+      : ranking.focus.length ? "influence on " + Heat.named(ranking.generation.map(([text]) => text).join(""), ranking.focus) : "influence on the " + Heat.extent(ranking.generation, ranking.ends);
     const each = make("input", { type: "checkbox", id: "each", onchange: (event) => { state.each = event.target.checked; render(); } });
     each.checked = state.each;
     const top = make("section", { class: "card sticky" },

@@ -34,7 +34,7 @@ async def answered(
     if "text/event-stream" in request.headers.get("accept", ""):
         return StreamingResponse(_events(desk, submit, shape), media_type="text/event-stream")
     job = submit(silent)
-    future, gone = asyncio.wrap_future(job.future), asyncio.create_task(_gone(request))
+    future, gone = asyncio.wrap_future(job.future), asyncio.create_task(gone_away(request))
     try:
         await asyncio.wait({future, gone}, timeout=job.seconds_left, return_when=asyncio.FIRST_COMPLETED)
         if not future.done():
@@ -45,18 +45,6 @@ async def answered(
         desk.give_up(job, CancelledError())  # of no effect where it is done; else the server is stopping
     # Not on the event loop: a large answer takes its time to write out.
     return await asyncio.to_thread(lambda: Json(shape(result)))
-
-
-async def within(seconds: float, work: Callable[[], Any]) -> Response:
-    """Answer with what a read of the table gives, in a thread of its own.
-
-    Raises:
-        LateError: it took longer than is allowed.
-    """
-    try:
-        return await asyncio.wait_for(asyncio.to_thread(lambda: Json(work())), seconds)
-    except TimeoutError:
-        raise LateError from None
 
 
 def status_of(error: Exception) -> int:
@@ -71,7 +59,7 @@ def client_of(request: Request) -> Client:
     return Client(address, request.headers.get("x-client", "")[:64] or str(port))
 
 
-async def _gone(request: Request) -> None:
+async def gone_away(request: Request) -> None:
     """Wait until whoever asked has gone."""
     while (await request.receive())["type"] != "http.disconnect":
         pass

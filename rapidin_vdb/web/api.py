@@ -1,11 +1,9 @@
 """The JSON API: what is asked on which path, and what is answered."""
 
 import dataclasses
-import itertools
 import json
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -20,10 +18,12 @@ from rapidin_vdb.query import query_from
 from rapidin_vdb.records import Scalar
 from rapidin_vdb.results import IngestReport, Ranking, StoredSample
 from rapidin_vdb.web import shapes
-from rapidin_vdb.web.answers import Json, answered, client_of, within
+from rapidin_vdb.web.answers import Json, answered, client_of
 from rapidin_vdb.web.desk import Desk
-from rapidin_vdb.web.document import EVENTS, JSON_LINES, documented, refusals
-from rapidin_vdb.web.lines import Job, LateError
+from rapidin_vdb.web.document import EVENTS, EXPORTED, documented, refusals
+from rapidin_vdb.web.export import exported
+from rapidin_vdb.web.lines import Job
+from rapidin_vdb.web.reads import Reads
 
 _TYPES = {"string": "text", "bool": "truth", "int64": "whole", "int32": "whole", "double": "number", "float": "number"}
 _Pieces = Annotated[bool, Query(description="Add to each text its pieces: what a page colours.")]
@@ -42,8 +42,8 @@ class Service:
     """Where requests wait for the model, while the server runs."""
     writable: bool
     """Whether records may be added."""
-    time_limit: float
-    """Seconds that a request may take."""
+    reads: Callable[[], Reads]
+    """Who reads what needs no model, likewise."""
 
 
 def make_api(service: Service) -> APIRouter:
@@ -58,9 +58,12 @@ def make_api(service: Service) -> APIRouter:
 
         return await answered(request, service.desk(), submit, shape)
 
+    async def read(request: Request, work: Callable[[], Any]) -> Response:
+        return await service.reads().read(request, lambda check: Json(work()))
+
     @api.post(
         "/api/query", summary="Rank the samples by their influence on a generation", response_model=None,
-        responses=documented(Ranking, "ranking", EVENTS) | refusals(400, 413, 415, 503, 504),
+        responses=documented(shapes.RankingInPieces, "ranking", EVENTS) | refusals(400, 408, 413, 415, 503, 504),
     )  # fmt: skip
     async def query(request: Request, asked: shapes.QueryRequest, pieces: _Pieces = False) -> Response:
         sample, question = query_from(asked.prompt, asked.generation), asked.question()
@@ -72,7 +75,7 @@ def make_api(service: Service) -> APIRouter:
 
     @api.post(
         "/api/generate", summary="What the model says to a prompt", response_model=None,
-        responses=documented(shapes.Generated, "generated", EVENTS) | refusals(400, 413, 415, 503, 504),
+        responses=documented(shapes.Generated, "generated", EVENTS) | refusals(400, 408, 413, 415, 503, 504),
     )  # fmt: skip
     async def generate(request: Request, asked: shapes.GenerateRequest) -> Response:
         options = asked.model_dump(exclude={"prompt"})
@@ -97,44 +100,44 @@ def make_api(service: Service) -> APIRouter:
 
     @api.get(
         "/api/samples", summary="Browse the samples", response_model=None,
-        responses=documented(shapes.Page, "page") | refusals(400, 504),
+        responses=documented(shapes.Page, "page") | refusals(400, 503, 504),
     )  # fmt: skip
     async def samples(
-        where: _Where = None, offset: Annotated[int, Query(ge=0, le=2**40)] = 0,
+        request: Request, where: _Where = None, offset: Annotated[int, Query(ge=0, le=2**40)] = 0,
         limit: Annotated[int, Query(ge=0, le=1000)] = 50,
     ) -> Response:  # fmt: skip
-        def read() -> dict[str, Any]:
+        def page() -> dict[str, Any]:
             found, total = database.samples(where=where, offset=offset, limit=limit)
             return {"samples": [s.to_dict() for s in found], "total": total, "offset": offset, "limit": limit}
 
-        return await within(service.time_limit, read)
+        return await read(request, page)
 
     @api.get(
         "/api/samples/{sample_id:path}", summary="One sample as it is stored", response_model=None,
-        responses=documented(StoredSample, "sample") | refusals(404, 504),
+        responses=documented(shapes.SampleInPieces, "sample") | refusals(404, 503, 504),
     )  # fmt: skip
-    async def sample(sample_id: str, pieces: _Pieces = False) -> Response:
+    async def sample(request: Request, sample_id: str, pieces: _Pieces = False) -> Response:
         shape = sample_pieces if pieces else StoredSample.to_dict
-        return await within(service.time_limit, lambda: shape(database.show(sample_id)))
+        return await read(request, lambda: shape(database.show(sample_id)))
 
     @api.get(
         "/api/columns", summary="What a filter may use", response_model=None,
-        responses=documented(list[shapes.Column], "columns") | refusals(504),
+        responses=documented(list[shapes.Column], "columns") | refusals(503, 504),
     )  # fmt: skip
-    async def columns() -> Response:
-        return await within(service.time_limit, lambda: [_column(database, text) for text in database.info().columns])
+    async def columns(request: Request) -> Response:
+        return await read(request, lambda: [_column(database, text) for text in database.info().columns])
 
     @api.get(
         "/api/info", summary="What the database holds", response_model=None,
-        responses=documented(dict[str, Any], "info") | refusals(504),
+        responses=documented(shapes.Info, "info") | refusals(503, 504),
     )  # fmt: skip
-    async def info() -> Response:
+    async def info(request: Request) -> Response:
         own = {"writable": service.writable, "path": Path(database.path).name, "identity": database.identity}
-        return await within(service.time_limit, lambda: database.info().to_dict() | own)
+        return await read(request, lambda: database.info().to_dict() | own)
 
     @api.post(
         "/api/ingest", summary="Add records (only where the server was started with --writable)", response_model=None,
-        responses=documented(IngestReport, "ingested", EVENTS) | refusals(400, 413, 415, 503),
+        responses=documented(IngestReport, "ingested", EVENTS) | refusals(400, 408, 413, 415, 503),
     )  # fmt: skip
     async def ingest(request: Request, asked: shapes.IngestRequest) -> Response:
         if not service.writable:
@@ -153,14 +156,10 @@ def make_api(service: Service) -> APIRouter:
     @api.post(
         "/api/export", summary="Training data without some samples, as JSON lines", response_model=None,
         response_class=StreamingResponse,
-        responses=documented(None, content=JSON_LINES) | refusals(400, 413, 415, 504),
+        responses=EXPORTED | refusals(400, 408, 413, 415, 503, 504),
     )  # fmt: skip
-    async def export(asked: shapes.ExportRequest) -> Response:
-        if asked.where is not None:
-            # So that a bad filter is said before anything is sent.
-            await within(service.time_limit, lambda: database.count(asked.where))
-        lines = _lines(database, asked, time.monotonic() + service.time_limit)
-        return StreamingResponse(lines, media_type="application/x-ndjson")
+    async def export(request: Request, asked: shapes.ExportRequest) -> Response:
+        return await service.reads().read(request, lambda check: exported(database, asked, check))
 
     return api
 
@@ -171,21 +170,3 @@ def _column(database: Database, text: str) -> dict[str, Any]:
     many = name in ("sample_id", "prompt", "response", "tokens", "loss", "truncated")
     values: list[Scalar] | None = None if many else database.values_of(name)
     return {"name": name, "type": known, "values": values}
-
-
-def _lines(database: Database, asked: shapes.ExportRequest, deadline: float) -> Iterator[str]:
-    without, samples = set(asked.without), database.each_sample(where=asked.where)
-    while some := list(itertools.islice(samples, 500)):
-        if time.monotonic() > deadline:
-            raise LateError  # which breaks the connection off: half a file must not look like a whole one
-        kept = (_record(sample) for sample in some if sample.sample_id not in without)
-        yield "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in kept)
-
-
-def _record(sample: StoredSample) -> dict[str, Any]:
-    """Return a sample as a record that `ingest` takes."""
-    texts = (
-        {"text": sample.response} if sample.prompt is None else {"prompt": sample.prompt, "response": sample.response}
-    )
-    record = {"id": sample.sample_id, "split": sample.split} | texts | dict(sample.metadata)
-    return record if sample.source is None else record | {"source": sample.source}

@@ -1,6 +1,7 @@
 """The application: the API, the page over it, and what guards and counts them."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -18,30 +19,40 @@ from rapidin_vdb.web import shapes
 from rapidin_vdb.web.answers import Json, status_of
 from rapidin_vdb.web.api import Service, make_api
 from rapidin_vdb.web.desk import BusyError, Desk, DeskError
-from rapidin_vdb.web.document import documented, refusals
+from rapidin_vdb.web.document import add_security, documented, refusals
 from rapidin_vdb.web.guard import LOOPBACK, Guard
 from rapidin_vdb.web.metrics import Counted, Metrics
+from rapidin_vdb.web.reads import Reads
 
 _STATIC = Path(__file__).parent / "static"
 
 
 def make_app(
     database: Database, *, writable: bool = False, token: str | None = None, hosts: frozenset[str] = LOOPBACK,
-    served_as: str | None = None, time_limit: float = 300.0, most_bytes: int = 8 << 20, most_waiting: int = 256,
+    served_as: str | None = None, time_limit: float = 300.0, most_bytes: int = 8 << 20, body_seconds: float = 60.0,
+    most_waiting: int = 256,
 ) -> FastAPI:  # fmt: skip
     """Return the application of one database.
 
     With a `token`, nothing of the database is answered without it. `hosts` are the names under which it may be asked,
-    and `served_as` is the origin under which a reverse proxy serves it.
+    and `served_as` is the origin under which a reverse proxy serves it. A request's body must arrive within
+    `body_seconds`.
     """
     desks: list[Desk] = []
-    metrics = Metrics(samples=lambda: database.count(), waiting=lambda: sum(desk.waiting for desk in desks))
+    readers: list[Reads] = []
+    metrics = Metrics(samples=lambda: _count(database), waiting=lambda: sum(desk.waiting for desk in desks))
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         desks.append(Desk(database, seconds=time_limit, most_waiting=most_waiting, observe=metrics.worked))
+        readers.append(Reads(seconds=time_limit))
         yield
+        readers.pop().close()
         await asyncio.to_thread(desks.pop().close)
+
+    def stop() -> None:
+        for desk in desks:
+            desk.stop()
 
     app = FastAPI(
         title="rapidin-vdb",
@@ -53,7 +64,8 @@ def make_app(
         openapi_url="/api/openapi.json",
         default_response_class=Json,
     )
-    service = Service(database=database, desk=lambda: desks[0], writable=writable, time_limit=time_limit)
+    app.state.stop = stop
+    service = Service(database=database, desk=lambda: desks[0], writable=writable, reads=lambda: readers[0])
     app.include_router(make_api(service))
     _add_errors(app)
 
@@ -80,9 +92,20 @@ def make_app(
         return Json({"status": "ready" if ready else "not ready"}, status_code=200 if ready else 503)
 
     _add_page(app)
-    app.add_middleware(Guard, hosts=hosts, token=token, most_bytes=most_bytes, served_as=served_as)
+    written = app.openapi
+    app.openapi = lambda: add_security(written(), asked_for=token is not None)  # type: ignore[method-assign]
+    app.add_middleware(
+        Guard, hosts=hosts, token=token, most_bytes=most_bytes, body_seconds=body_seconds, served_as=served_as
+    )
     app.add_middleware(Counted, metrics=metrics)  # outside of the guard, so that refusals count too
     return app
+
+
+def _count(database: Database) -> float:
+    try:
+        return database.count()
+    except RapidInError:
+        return math.nan  # the other counters count all the same
 
 
 def _add_errors(app: FastAPI) -> None:

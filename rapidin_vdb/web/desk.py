@@ -20,6 +20,10 @@ class _FewerError(Exception):
     """Some of those who were to be answered together have gone."""
 
 
+def _stopping() -> BusyError:
+    return BusyError("the server is stopping")
+
+
 class Desk:
     """One thread that alone uses the model; all who ask get their turn, and an ingest makes way between its batches."""
 
@@ -36,6 +40,7 @@ class Desk:
         self._seconds = seconds
         self._observe = observe
         self._lines = Lines()
+        self._counted = 0.0  # seconds of work that were observed
         self._wake = threading.Condition()
         self._open = True
         self._thread = threading.Thread(target=self._run, name="desk", daemon=True)
@@ -79,17 +84,23 @@ class Desk:
         job.cancelled = True
         job.fail(error)
 
-    def close(self) -> None:
-        """Finish the step that is under way, and give up the rest."""
+    def stop(self) -> None:
+        """Give up whatever waits, and what is under way at its next step."""
         with self._wake:
             self._open = False
             self._wake.notify_all()
+
+    def close(self) -> None:
+        """Stop, and wait until that is done."""
+        self.stop()
         self._thread.join()
 
     def _put(self, job: Job) -> Job:
         with self._wake:
             waiting, own = len(self._lines), self._lines.of_address(job.client.address)
-            if not self._open or waiting >= self._most_waiting:
+            if not self._open:
+                raise _stopping()
+            if waiting >= self._most_waiting:
                 raise BusyError(f"{waiting} requests are waiting already; try again later")
             if own >= self._most_of_one:
                 raise BusyError(f"{own} requests from {job.client.address} are waiting already; try again later")
@@ -104,33 +115,47 @@ class Desk:
                     self._wake.wait()
                 if not self._open:
                     while (job := self._lines.take(lambda _: True)) is not None:
-                        job.fail(BusyError("the server is stopping"))
+                        job.fail(_stopping())
                     return
                 jobs = self._next(lambda _: True)
             self._timed(jobs)
 
     def _timed(self, jobs: list[Job]) -> None:
-        started = time.monotonic()
+        started, before = time.monotonic(), self._counted
         self._answer(jobs)
-        self._observe(len(jobs), time.monotonic() - started)
+        seconds = time.monotonic() - started
+        # What an ingest let in between was observed by itself.
+        self._observe(len(jobs), seconds - (self._counted - before))
+        self._counted = before + seconds
 
     def _next(self, fits: Callable[[Job], bool]) -> list[Job]:
-        """Take the job whose turn it is, and searches of the same kind that lead other lines."""
+        """Take the job whose turn it is, and searches of the same kind that lead other lines.
+
+        Where each is explained by itself, many together take as long as one after another: an address gets one of them
+        a turn, whatever the names that it gives itself.
+        """
         first = self._lines.take(fits)
         if first is None:
             return []
-        jobs, question = [first], first.search and first.search[0]
+        if first.search is None:
+            return [first]
+        jobs, question, served = [first], first.search[0], {first.client.address}
 
         def alike(job: Job) -> bool:
-            return job.search is not None and job.search[0] == question
+            alone = question.exact and job.client.address in served
+            return job.search is not None and job.search[0] == question and not alone
 
-        while first.search and len(jobs) < self._most_together and (job := self._lines.take(alike)) is not None:
+        while len(jobs) < self._most_together and (job := self._lines.take(alike)) is not None:
             jobs.append(job)
+            served.add(job.client.address)
         return jobs
 
     def _answer(self, jobs: list[Job]) -> None:
         jobs = [job for job in jobs if job.alive()]
-        if not jobs:
+        if not self._open:
+            for job in jobs:
+                job.fail(_stopping())
+        if not jobs or not self._open:
             return
         try:
             if jobs[0].search is None:
@@ -156,7 +181,7 @@ class Desk:
 
         def heard(stage: str, done: int, total: int) -> None:
             if not self._open:
-                raise BusyError("the server is stopping")
+                raise _stopping()
             job.check()
             job.progress(stage, done, total)
             if job.patient:
@@ -172,6 +197,8 @@ class Desk:
         left = deque(jobs)
 
         def heard(stage: str, done: int, total: int) -> None:
+            if not self._open:
+                raise _stopping()
             alive = [job for job in left if job.alive()]
             if not alive:
                 raise CancelledError

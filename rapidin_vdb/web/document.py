@@ -6,10 +6,25 @@ from rapidin_vdb.web import shapes
 
 Responses = dict[int | str, dict[str, Any]]
 
-JSON_LINES = {
-    "application/x-ndjson": {
-        "schema": {"type": "string"},
-        "example": '{"id": "demo-0001", "split": "train", "prompt": "Name a fruit.", "response": "A pear."}\n',
+EXPORTED: Responses = {
+    200: {
+        "description": "The records, in the table's order.",
+        "content": {
+            "application/x-ndjson": {
+                "schema": {"type": "string"},
+                "example": '{"id": "demo-0001", "split": "train", "prompt": "Name a fruit.", "response": "A pear."}\n',
+            }
+        },
+        "headers": {
+            "x-records": {"description": "How many there are.", "required": True, "schema": {"type": "integer"}},
+            "x-inexact-records": {
+                "description": "How many of them are not, for sure, what was ingested: a database keeps the "
+                "conversation as text and the simple fields, no lists or objects. The others have the same fields and "
+                "values, if in another order.",
+                "required": True,
+                "schema": {"type": "integer"},
+            },
+        },
     }
 }
 EVENTS = {
@@ -33,7 +48,7 @@ _RANKED = {
 EXAMPLES: dict[str, Any] = {
     "ranking": {
         "query_id": "query", "score_unit": "epochs * learning_rate * inner product of RapidGrads (Eq. 5)",
-        "searched": 1000, "where": "split = 'train'", 
+        "searched": 1000, "where": "split = 'train'",
         "seconds": {"gradient": 0.02, "search": 0.01, "tokens": 0.0, "total": 0.03},
         "results": [_RANKED],
     },
@@ -60,12 +75,16 @@ _REFUSALS = {
     401: "The token is missing or wrong.",
     403: "The request comes from another site's page, or the server is read-only.",
     404: "There is no such sample.",
+    408: "The body did not arrive in time.",
     413: "The request is too large.",
     415: "The request is not JSON.",
     421: "The host is not served here.",
-    503: "Too many requests are waiting.",
+    503: "Too many requests are waiting, or the server is stopping.",
     504: "The request took too long.",
 }
+
+
+_DETAIL = shapes.Detail.model_json_schema()
 
 
 def documented(shape: Any, example: str | None = None, content: dict[str, Any] | None = None) -> Responses:
@@ -76,4 +95,26 @@ def documented(shape: Any, example: str | None = None, content: dict[str, Any] |
 
 def refusals(*statuses: int) -> Responses:
     """Return the document of what is answered instead, besides what can happen to any request."""
-    return {status: {"model": shapes.Detail, "description": _REFUSALS[status]} for status in (401, 403, 421, *statuses)}
+    return {
+        # Their form is said, too: it is JSON whatever the answer would have been.
+        status: {"description": _REFUSALS[status], "content": {"application/json": {"schema": _DETAIL}}}
+        for status in (401, 403, 421, *statuses)
+    }
+
+
+def add_security(document: dict[str, Any], *, asked_for: bool) -> dict[str, Any]:
+    """Return the document with the token in it, as one that this server asks for, or does not."""
+    schemes = {"token": {"type": "http", "scheme": "bearer", "description": "The --token of the server."}}
+    paths = {
+        path: {
+            method: one | ({"security": [{"token": []}]} if asked_for and guarded(path) else {})
+            for method, one in operations.items()
+        }
+        for path, operations in document["paths"].items()
+    }
+    return document | {"paths": paths, "components": document["components"] | {"securitySchemes": schemes}}
+
+
+def guarded(path: str) -> bool:
+    """Say whether a path is answered only to who knows the token, where there is one."""
+    return path.startswith(("/api/", "/metrics"))

@@ -1,10 +1,13 @@
 """Who may ask, and what: hosts, origins, tokens, sizes; and the headers of every answer."""
 
+import asyncio
 import hmac
 import json
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
+
+from rapidin_vdb.web.document import guarded
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -34,14 +37,16 @@ class Guard:
     """
 
     def __init__(
-        self, app: Any, *, hosts: frozenset[str], token: str | None, most_bytes: int, served_as: str | None = None
-    ) -> None:
+        self, app: Any, *, hosts: frozenset[str], token: str | None, most_bytes: int, body_seconds: float,
+        served_as: str | None = None,
+    ) -> None:  # fmt: skip
         """Guard an application; `served_as` is the public origin of a reverse proxy in front of it."""
         self._app = app
         self._origin = served_as
         self._hosts = hosts if served_as is None else hosts | {_name_of(urlsplit(served_as).netloc)}
         self._token = token
         self._most_bytes = most_bytes
+        self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:  # noqa: D102
         if scope["type"] != "http":
@@ -64,7 +69,11 @@ class Guard:
         if refusal is not None:
             await _answer(sent, *refusal)
             return
-        messages = await self._read(receive)
+        try:
+            messages = await asyncio.wait_for(self._read(receive), self._body_seconds)
+        except TimeoutError:
+            await _answer(sent, 408, f"the request did not arrive whole within {self._body_seconds:g} seconds")
+            return
         if messages is None:
             await _answer(sent, 413, f"the request is larger than {self._most_bytes:,} bytes")
             return
@@ -74,6 +83,10 @@ class Guard:
 
         try:
             await self._app(scope, again, sent)
+        except asyncio.CancelledError:
+            # The server is stopping, and this took too long: the connection ends, without a traceback.
+            if not begun:
+                await _answer(sent, 503, "the server is stopping")
         except Exception:
             # Whatever went wrong, its traceback is for the log, and the answer has the headers of all others.
             if not begun:
@@ -112,7 +125,7 @@ class Guard:
         if not reading and headers.get("content-type", "").split(";")[0].strip().lower() != "application/json":
             # A page of another site can send forms without asking, but no JSON.
             return 415, "wanted content-type: application/json"
-        if self._token is not None and scope["path"].startswith(("/api/", "/metrics")):
+        if self._token is not None and guarded(scope["path"]):
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not hmac.compare_digest(given.encode(), self._token.encode()):
                 return (
@@ -147,6 +160,8 @@ def _name_of(host: str) -> str:
 async def _answer(send: Send, status: int, detail: str) -> None:
     body = json.dumps({"detail": detail}).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if status == 408:
+        headers.append((b"connection", b"close"))  # the rest may still come
     if status == 401:
         headers.append((b"www-authenticate", b"Bearer"))
     await send({"type": "http.response.start", "status": status, "headers": headers})

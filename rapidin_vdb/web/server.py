@@ -2,6 +2,7 @@
 
 import logging
 import math
+import re
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,8 +31,11 @@ def serve(
             "--host out, and put a reverse proxy with https in front, which sees to who may ask (--served-as URL). "
             "Without encryption whoever listens on the network reads the token"
         )
-    if token is not None and len(token) < 16:
-        raise SpecError(f"--token has {len(token)} characters; wanted 16 or more")
+    if token is not None and not re.fullmatch("[!-~]{16,}", token):
+        raise SpecError(
+            f"--token has {len(token)} characters; wanted 16 or more, and only letters, digits and signs of ASCII, "
+            "which a header can carry"
+        )
     if not (math.isfinite(time_limit) and time_limit > 0):
         raise SpecError(f"--time-limit is {time_limit}; wanted a number of seconds above 0")
     if not 0 <= port <= 65535:
@@ -56,7 +60,7 @@ def serve(
     if origin is not None and token is None:
         told += f"\nwhoever reaches {origin} can read this database: the proxy must see to who may (or give --token)"
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    _Server(config, ready=lambda: say(told)).run(sockets=[socket])
+    _Server(config, ready=lambda: say(told), stopping=app.state.stop).run(sockets=[socket])
 
 
 def origin_of(url: str) -> str:
@@ -83,14 +87,20 @@ def origin_of(url: str) -> str:
 
 
 class _Server(uvicorn.Server):
-    """Says that it answers once it does."""
+    """Says that it answers once it does, and lets those who wait know when it ends."""
 
-    def __init__(self, config: uvicorn.Config, *, ready: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, *, ready: Callable[[], None], stopping: Callable[[], object]) -> None:
         super().__init__(config)
         self._ready = ready
+        self._stopping = stopping
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
         """Begin to listen."""
         await super().startup(sockets=sockets)
         if self.started:
             self._ready()
+
+    async def shutdown(self, sockets: list[Any] | None = None) -> None:
+        """End: what is open gets a moment to be told."""
+        self._stopping()
+        await super().shutdown(sockets=sockets)

@@ -1,19 +1,21 @@
 """What requests and answers look like, for the OpenAPI document and for checking what comes in."""
 
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from rapidin_vdb.question import Question
 from rapidin_vdb.records import Aggregate, Level, OnBadRecord, OnDuplicate
-from rapidin_vdb.results import StoredSample
+from rapidin_vdb.results import IndexInfo, RankedSample, RankedToken, Ranking, StoredSample
 
 _Text = Annotated[str, Field(max_length=200_000)]
 _Span = Annotated[list[Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]], Field(min_length=2, max_length=2)]
 
 
 class _Shape(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    # Strict: true is no number, nor is a text of digits, as the document says.
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Search(_Shape):
@@ -125,6 +127,65 @@ class ExportRequest(_Shape):
 
     without: list[str] = Field(default=[], max_length=1_000_000, description="Ids of samples to leave out.")
     where: str | None = Field(default=None, max_length=10_000, description="SQL filter over those to write.")
+
+
+_Piece = tuple[str, list[int]]
+_Pieces = Annotated[
+    list[_Piece] | None,
+    Field(
+        description="Only with `pieces=true`: the text in pieces, each with the numbers of the tokens it belongs to."
+    ),
+]
+_Ends = Annotated[
+    list[int] | None, Field(description="Only with `pieces=true`: the tokens without any text, as the end of sequence.")
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleInPieces(StoredSample):
+    """A sample, and where that was asked for, the pieces of its response."""
+
+    pieces: _Pieces = None
+    ends: _Ends = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankedInPieces(RankedSample):
+    """One result, and where that was asked for, the pieces of its response."""
+
+    pieces: _Pieces = None
+    ends: _Ends = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankingInPieces(Ranking):
+    """A ranking, and where that was asked for, the pieces of its texts."""
+
+    results: tuple[RankedInPieces, ...] | tuple[RankedToken, ...]
+    harmful: tuple[RankedInPieces, ...] | tuple[RankedToken, ...] | None = None
+    pieces: _Pieces = None
+    ends: _Ends = None
+
+
+class Info(_Shape):
+    """What the database holds, and who serves it."""
+
+    samples: int = Field(description="How many samples it holds.")
+    tokens: int = Field(description="Response tokens of all samples.")
+    width: int = Field(description="Length of a RapidGrad.")
+    shuffles: int
+    seed: int
+    normalize: str = Field(description="layer or none")
+    model: str = Field(description="As given when the database was made.")
+    adapter: str | None
+    table_version: int = Field(description="Grows with every commit.")
+    indexes: list[IndexInfo] = Field(description="The built indexes.")
+    bytes: int = Field(description="Size on disk, indexes included.")
+    token_gradients: int | None = Field(default=None, description="Tokens that have RapidGrads, where there are any.")
+    token_width: int | None = Field(default=None, description="Length of those.")
+    writable: bool = Field(description="Whether records may be added.")
+    path: str = Field(description="Name of the database's folder.")
+    identity: str = Field(description="What tells it from other databases, also from one made anew at its place.")
 
 
 class Page(_Shape):

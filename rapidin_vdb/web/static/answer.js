@@ -104,25 +104,27 @@ function generation(answer, page, alone) {
     page.render();
   };
   const results = allOf(ranking), explained = results.some((result) => result.matrix), most = largest(results.flatMap((result) => scoresOf(result, chosen)));
-  let text;
+  let text, top = page.own ? null : most; // the legend's end
   if (!ranking.pieces) text = make("div", { class: "text", dir: "auto" }, values.generated);
   else if (driven) {
     const row = ranking.generation_tokens.map((_, column) => sum(answer.driven.tokens.map((token) => driven.matrix[token][column])));
-    text = Heat.coloured(ranking.pieces, ranking.ends, row, largest(row), { choose: press, chosen: () => false, name: "generation" });
+    top = largest(row); // the generation is coloured after this token alone
+    text = Heat.coloured(ranking.pieces, ranking.ends, row, top, { choose: press, chosen: () => false, name: "generation" });
   } else text = Heat.generation(ranking.pieces, ranking.ends, values.focus, { chosen, press: explained ? press : null });
   if (alone) text.id = driven ? "driven" : "generation";
   const words = (ranking.pieces || []).filter(([, tokens]) => tokens.some((token) => chosen.has(token))).map(([piece]) => piece.trim()).filter(Boolean);
   const about = driven ? "what the pressed training token drives" : chosen.size ? "influence on " + (words.join(" ") || "the end of the text")
-    : values.focus.length ? "influence on " + Heat.named(values.generated, values.focus) : "influence on the whole generation";
+    : values.focus.length ? "influence on " + Heat.named(values.generated, values.focus) : "influence on the " + Heat.extent(ranking.pieces || [], ranking.ends || []);
   const each = make("input", { type: "checkbox", "data-does": "each", onchange: (event) => { page.own = event.target.checked; page.render(); } });
   each.checked = page.own;
   const does = (name, text, act, off = false) => make("button", { type: "button", id: alone ? name : null, "data-does": name, disabled: off ? "" : null, onclick: act }, text);
   return make("section", { class: "card" + (alone ? " sticky" : "") },
     ...(values.prompt === "" ? [] : [make("div", { class: "label" }, "prompt"), make("div", { class: "text prompt", dir: "auto" }, values.prompt)]),
     make("div", { class: "label" }, "generation" + (explained ? " (press words to see what drove them)" : "")), text,
-    make("div", { class: "legend" }, ...(explained ? [make("span", { class: "number" }, page.own ? "less likely" : show(-most)),
+    make("div", { class: "legend" }, ...(explained ? [make("span", { class: "number" }, top === null ? "less likely" : show(-top)),
       make("span", { class: "scale", role: "img", "aria-label": "blue and dotted: made it less likely; red: made it more likely" }),
-      make("span", { class: "number" }, page.own ? "more likely" : "+" + show(most))] : []),
+      make("span", { class: "number" }, top === null ? "more likely" : "+" + show(top)),
+      driven ? make("span", { class: "soft" }, "here; in the samples " + (page.own ? "each its own" : "±" + show(most))) : null] : []),
       make("span", { class: "about", id: alone ? "about" : null, "aria-live": "polite" }, about)),
     make("div", { class: "tools" },
       ...(explained ? [does("refocus", "Rank by the pressed words", () => page.refocus(answer, spansOf(answer)), !chosen.size)] : []),

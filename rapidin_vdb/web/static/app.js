@@ -1,14 +1,14 @@
 // The views, and the way between them: what is shown follows from the address, so that links, back and forward work.
 import * as kept from "./kept.js";
-import { ask, during, follow, read, say, stop } from "./server.js";
-import { controls } from "./filters.js";
+import { during, follow, read, say, stop, wordsOf } from "./server.js";
+import { controls, fill } from "./filters.js";
 import { list } from "./answer.js";
 import { browsed, sampleView, pastView, markedView } from "./views.js";
 
 const { make } = Heat;
 const id = (name) => document.getElementById(name), main = id("main");
 const known = new Map(); // answers of late, so that back and forward need not ask again
-let columns = [], shown = null, beside = null, cleanSet = false, view = "";
+let shown = null, beside = null, last = null, view = "";
 
 // ---- what is shown, and where the keyboard is in it
 function keyOf(element) {
@@ -34,17 +34,12 @@ const page = {
   render: () => shown && put(...shown()),
   link: (sampleId) => make("a", { class: "id", href: "#sample=" + encodeURIComponent(JSON.stringify(sampleId)) }, sampleId),
   actions(sample, ...others) {
-    const button = make("button", { type: "button", "data-does": "mark", onclick: () => {
-      kept.mark(sample.sample_id, !kept.marked().has(sample.sample_id), sample.response);
-      told();
-    } });
-    const told = () => {
-      const on = kept.marked().has(sample.sample_id);
-      button.setAttribute("aria-pressed", String(on));
-      button.textContent = on ? "Marked" : "Mark";
+    const button = make("button", { type: "button", "data-does": "mark", "data-marks": sample.sample_id, onclick: () => {
+      // What is shown is what is meant, also where another tab has changed it meanwhile.
+      kept.mark(sample.sample_id, button.getAttribute("aria-pressed") !== "true", sample.response);
       count();
-    };
-    told();
+    } });
+    told(button, kept.marked());
     return make("div", { class: "actions" }, button, ...others);
   },
   count,
@@ -69,8 +64,16 @@ const page = {
     }
   },
 };
+function told(button, marked) {
+  const on = marked.has(button.dataset.marks);
+  button.setAttribute("aria-pressed", String(on));
+  button.textContent = on ? "Marked" : "Mark";
+}
+// A sample may stand on the page more than once.
 function count() {
-  id("marks").textContent = String(kept.marked().size);
+  const marked = kept.marked();
+  id("marks").textContent = String(marked.size);
+  for (const button of main.querySelectorAll("[data-marks]")) told(button, marked);
 }
 
 // ---- asking
@@ -81,8 +84,10 @@ function written() {
   return values;
 }
 function write(values) {
+  if (["prompt", "generated"].some((name) => id(name).value !== values[name])) id("sampled").textContent = "";
   for (const name of FIELDS) {
     if (id(name).type === "checkbox") id(name).checked = values[name];
+    else if (name === "where") fill(id(name), values[name]);
     else id(name).value = values[name];
   }
   if (values.where) id("among").open = true;
@@ -97,10 +102,13 @@ const requestOf = (values) => ({
   tokens: values.tokens, matrix: values.tokens, focus: values.focus, histogram: 60,
 });
 const keyFor = (values) => JSON.stringify(requestOf(values));
+let anew = null; // what is asked again though its answer is known: what was ingested since counts
 async function answerTo(values, signal) {
   const key = keyFor(values);
-  if (!known.has(key)) {
+  if (!known.has(key) || key === anew) {
+    anew = null;
     const started = performance.now(), ranking = await follow("api/query?pieces=true", requestOf(values), signal);
+    known.delete(key); // so that it is the youngest
     known.set(key, { values, ranking, seconds: (performance.now() - started) / 1000, chosen: new Set(), driven: null });
     if (known.size > 12) known.delete(known.keys().next().value);
   }
@@ -114,6 +122,11 @@ let sides = [];
 function showBeside() {
   id("beside").hidden = beside === null;
   if (beside !== null) id("beside-what").textContent = "Compared with: " + beside.generated.slice(0, 80) + (beside.generated.length > 80 ? "…" : "");
+}
+// What was asked before must not stand below a question that came to nothing.
+function cleared() {
+  shown = last = null;
+  put();
 }
 const nothing = () => [make("p", { class: "soft" }, "Paste what a model said, and ask which training samples made it say so.")];
 
@@ -131,9 +144,10 @@ async function openAsk(given) {
     const answer = await answerTo(values, signal);
     shown = () => list(answer, page);
     page.render();
+    last = { to: "ask", given: values, form: keyFor({ ...values, focus: [] }) };
     kept.remember("ask", values);
     say(answer.ranking.results.length + " of " + answer.ranking.searched.toLocaleString("en") + " samples, in " + answer.seconds.toFixed(2) + " s");
-  });
+  }, cleared);
 }
 async function openCompare(given) {
   if (!Array.isArray(given) || given.length !== 2) throw new Error("no comparison");
@@ -149,9 +163,10 @@ async function openCompare(given) {
     shown = () => [make("p", { class: "soft", id: "shared" }, shared + " of the " + places[0].size + " samples on the left are on the right too."),
       make("div", { class: "columns" }, ...sides.map((side, number) => make("div", { "data-side": String(number) }, ...list(side, page, places[1 - number]))))];
     page.render();
+    last = { to: "compare", given: both, form: keyFor({ ...both[1], focus: [] }) };
     kept.remember("compare", both);
     say("Two generations, side by side.");
-  });
+  }, cleared);
 }
 
 // ---- the way
@@ -160,15 +175,13 @@ const VIEWS = {
   compare: openCompare,
   browse: (given) => browsed(page, given || {}),
   sample: (given) => sampleView(page, String(given)),
-  marked() {
-    if (!cleanSet) id("clean-where").value = cleanAtFirst();
-    cleanSet = true;
-    markedView(page);
-  },
+  marked: () => markedView(page),
   history: () => pastView(page),
 };
 const FORMS = { compare: "ask", sample: "" };
+let routed = 0;
 async function route() {
+  const mine = (routed += 1);
   stop();
   say("");
   const [to, text] = location.hash.slice(1).split("=");
@@ -179,31 +192,59 @@ async function route() {
   shown = null;
   for (const tab of document.querySelectorAll(".tab")) tab.setAttribute("aria-pressed", String(tab.dataset.view === (form || "browse")));
   for (const one of document.querySelectorAll("[data-in]")) one.hidden = one.dataset.in !== form;
-  let given;
   try {
-    given = text ? JSON.parse(decodeURIComponent(text)) : undefined;
+    if (!ready) say("opening", "busy");
+    await (opened = opened || opening());
+  } catch (error) {
+    opened = null;
+    if (mine !== routed) return;
+    say(wordsOf(error), "error");
+    put(make("button", { type: "button", onclick: route }, "Try again"));
+    return;
+  }
+  if (mine !== routed) return; // another view was opened meanwhile
+  if (id("status").textContent === "opening") say("");
+  try {
+    const given = text ? JSON.parse(decodeURIComponent(text)) : undefined;
     await VIEWS[next](given);
   } catch {
     say("This link is damaged.", "error");
   }
 }
-// What was searched last, or what was trained on.
-function cleanAtFirst() {
-  const last = kept.past().find((one) => one.view === "ask"), splits = columns.find((column) => column.name === "split")?.values || [];
-  return last?.value.where || (splits.length > 1 && splits.includes("train") ? "split = 'train'" : "");
+// What every view needs, asked for once; whatever is pressed meanwhile waits for it.
+let opened = null, ready = false;
+async function opening() {
+  const [about, columns] = await Promise.all([read("api/info"), read("api/columns")]);
+  kept.keepFor(about.identity);
+  count();
+  id("name").textContent = about.path + ": " + about.samples.toLocaleString("en") + " samples";
+  for (const [filters, where] of [["filters", "where"], ["browse-filters", "browse-where"], ["clean-filters", "clean-where"]]) controls(id(filters), id(where), columns);
+  const several = columns.filter((one) => one.values && one.values.length > 1), splits = several.find((one) => one.name === "split")?.values || [];
+  id("group_by").replaceChildren(make("option", { value: "" }, "nothing"), ...several.map((one) => make("option", { value: one.name }, one.name)));
+  // Where there are sources, their influence is of interest; and what is to be cleaned is what was trained on.
+  if (several.some((one) => one.name === "source")) id("group_by").value = "source";
+  if (splits.includes("train")) fill(id("clean-where"), "`split` = 'train'");
+  ready = true;
 }
 
 // ---- what is pressed
-for (const tab of document.querySelectorAll(".tab")) tab.addEventListener("click", () => navigate(tab.dataset.view));
+for (const tab of document.querySelectorAll(".tab"))
+  tab.addEventListener("click", () => {
+    // The way back to the question leads to its answer, unless the question was changed.
+    const back = tab.dataset.view === "ask" && last !== null && keyFor(written()) === last.form && (last.to === "compare") === (beside !== null);
+    navigate(back ? last.to : tab.dataset.view, back ? last.given : undefined);
+  });
 id("ask").addEventListener("submit", (event) => {
   event.preventDefault();
   const values = written();
-  known.delete(keyFor(values)); // asked anew: what was ingested since counts
+  anew = keyFor(values);
   if (beside === null) navigate("ask", values);
   else navigate("compare", [beside, values]);
 });
-for (const name of ["prompt", "generated"])
+for (const name of ["prompt", "generated"]) {
+  id(name).addEventListener("input", () => (id("sampled").textContent = ""));
   id(name).addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) id("ask").requestSubmit(); });
+}
 id("alone").addEventListener("click", () => {
   beside = null;
   showBeside();
@@ -227,16 +268,9 @@ id("generate").addEventListener("click", () => during("the model answers", async
   say(found.generation ? "" : "The model said nothing.");
 }));
 window.addEventListener("hashchange", route);
-window.addEventListener("storage", count);
-
-await during("opening", async (signal) => {
-  const [about, found] = await Promise.all([read("api/info", signal), read("api/columns", signal)]);
-  columns = found;
-  kept.keepFor(about.identity);
+window.addEventListener("storage", () => {
   count();
-  id("name").textContent = about.path + ": " + about.samples.toLocaleString("en") + " samples";
-  for (const [filters, where] of [["filters", "where"], ["browse-filters", "browse-where"], ["clean-filters", "clean-where"]]) controls(id(filters), id(where), columns);
-  id("group_by").replaceChildren(make("option", { value: "" }, "nothing"), ...columns.filter((one) => one.values && one.values.length > 1).map((one) => make("option", { value: one.name }, one.name)));
-  // Where there are sources, their influence is of interest.
-  if (columns.some((one) => one.name === "source" && one.values && one.values.length > 1)) id("group_by").value = "source";
-}) && await route();
+  if (view === "marked" && ready) markedView(page);
+});
+
+route();

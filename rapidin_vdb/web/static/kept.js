@@ -31,6 +31,11 @@ export function mark(sampleId, on, text = "") {
   else all.delete(sampleId);
   keep("marked", [...all]);
 }
+export function unmark(sampleIds) {
+  const all = marked();
+  for (const sampleId of sampleIds) all.delete(sampleId);
+  keep("marked", [...all]);
+}
 export const past = () => kept("history", []);
 export function remember(view, value) {
   const same = JSON.stringify([view, value]);

@@ -3,7 +3,27 @@ const id = (name) => document.getElementById(name);
 const client = Math.random().toString(36).slice(2);
 
 export class Refused extends Error {}
-let secret = sessionStorage.getItem("rapidin.token"), asking = null;
+let secret = storedSecret(), asking = null;
+
+// What a header can carry; a browser may forbid to keep anything.
+function sendable(text) {
+  return /^[\x20-\x7e]*$/.test(text);
+}
+function storedSecret() {
+  try {
+    const text = sessionStorage.getItem("rapidin.token");
+    return text !== null && sendable(text) ? text : null;
+  } catch {
+    return null;
+  }
+}
+function keepSecret(text) {
+  try {
+    sessionStorage.setItem("rapidin.token", text);
+  } catch {
+    // It is asked for again when the page is loaded anew.
+  }
+}
 
 export async function ask(path, { body, signal, accept } = {}) {
   const used = secret, headers = { "x-client": client, accept: accept || "application/json" };
@@ -23,14 +43,27 @@ export async function ask(path, { body, signal, accept } = {}) {
       secret = await asking;
       asking = null;
       if (!secret) throw new Refused("The server asks for the token that it was started with.");
-      sessionStorage.setItem("rapidin.token", secret);
+      if (!sendable(secret)) {
+        secret = null;
+        throw new Refused("A token has only the letters, digits and signs of ASCII: this cannot be it.");
+      }
+      keepSecret(secret);
     }
     return ask(path, { body, signal, accept });
   }
   if (!answer.ok) throw new Refused(detailOf(await answer.json().catch(() => ({})), answer.status));
   return answer;
 }
-export const read = async (path, signal) => (await ask(path, { signal })).json();
+export const read = async (path, signal) => whole((await ask(path, { signal })).json());
+// The rest of an answer, which may break off.
+export async function whole(rest) {
+  try {
+    return await rest;
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new Refused("The server stopped in the middle of its answer.");
+  }
+}
 
 function askForSecret() {
   const dialog = id("secret");
@@ -87,12 +120,15 @@ export function say(text, kind = "") {
   id("status").className = kind;
 }
 
+export const wordsOf = (error) => (error instanceof Refused ? error.message : "Something went wrong in this page: " + error.message);
+
 let job = null;
 // What is under way belongs to what is shown: it ends where something else is asked, or another view opened.
 export function stop() {
   if (job) job.abort();
 }
-export async function during(what, work) {
+// `failed` hears in words why it came to nothing, unless something else took its place.
+export async function during(what, work, failed = () => {}) {
   stop();
   const mine = (job = new AbortController());
   say(what, "busy");
@@ -104,8 +140,9 @@ export async function during(what, work) {
     return true;
   } catch (error) {
     if (job !== mine) return false; // late, and of no interest any more
-    if (error.name === "AbortError") say("Stopped.");
-    else say(error instanceof Refused ? error.message : "Something went wrong in this page: " + error.message, "error");
+    const stopped = error.name === "AbortError", words = stopped ? "Stopped." : wordsOf(error);
+    say(words, stopped ? "" : "error");
+    failed(words);
     return false;
   } finally {
     if (job === mine) {

@@ -1,7 +1,9 @@
 // Browsing, one sample, marked samples, history.
 import * as kept from "./kept.js";
-import { ask, during, follow, read, say } from "./server.js";
+import { during, follow, read, say } from "./server.js";
 import { bar, body } from "./answer.js";
+import { fill } from "./filters.js";
+import { cleaned, exported, save } from "./training.js";
 
 const { make, show, largest } = Heat;
 const id = (name) => document.getElementById(name);
@@ -13,7 +15,7 @@ function card(page, sample, beside) {
 }
 
 export async function browsed(page, { where = "", offset = 0 }) {
-  id("browse-where").value = where;
+  fill(id("browse-where"), where);
   await during("reading", async (signal) => {
     const asked = new URLSearchParams({ offset, limit: STEP });
     if (where) asked.set("where", where);
@@ -24,11 +26,12 @@ export async function browsed(page, { where = "", offset = 0 }) {
     page.put(turns(), ...found.samples.map((sample) => card(page, sample, [make("span", { class: "soft" }, sample.tokens + " tokens, loss " + show(sample.loss))])),
       found.samples.length > 5 ? turns() : null);
     say(found.total.toLocaleString("en") + (found.total === 1 ? " sample" : " samples"));
-  });
+  }, () => page.put());
 }
 
 // A sample's text and tokens, and its nearest by influence.
 export async function sampleView(page, sampleId) {
+  let near = null;
   await during("reading", async (signal) => {
     const sample = await read("api/samples/" + encodeURIComponent(sampleId) + "?pieces=true", signal);
     const text = make("div", { class: "text tokens", dir: "auto" }, ...sample.pieces.map(([piece, tokens]) =>
@@ -37,7 +40,7 @@ export async function sampleView(page, sampleId) {
     const about = sample.tokens + " tokens" + (sample.truncated ? ", cut from the right" : "") + ", loss " + show(sample.loss) + " nats a token";
     const whole = make("article", { class: "card", id: "whole-sample" }, make("h2", {}, sample.sample_id), make("div", { class: "soft" }, about), ...body(sample, text),
       page.actions(sample, make("button", { type: "button", onclick: () => page.navigate("ask", { prompt: sample.prompt || "", generated: sample.response }) }, "Ask what drives such a response")));
-    const near = make("section", { id: "nearest" }, make("p", { class: "soft" }, "searching"));
+    near = make("section", { id: "nearest" }, make("p", { class: "soft" }, "searching"));
     page.put(whole, make("h2", {}, "Nearest samples by influence"), near);
     id("main").focus({ preventScroll: true });
     window.scrollTo(0, 0);
@@ -46,17 +49,9 @@ export async function sampleView(page, sampleId) {
     near.replaceChildren(...others.slice(0, 20).map((result) => card(page, result, [bar(result.score, longest), make("span", { class: "number" }, "score " + show(result.score))])),
       ...(others.length ? [] : [make("p", { class: "soft" }, "There is no other.")]));
     say("");
-  });
+  }, (words) => (near ? near.replaceChildren(make("p", { class: "soft" }, "Not found out: " + words)) : page.put()));
 }
 
-function save(name, part) {
-  const link = make("a", { download: name });
-  link.href = URL.createObjectURL(new Blob([part], { type: "application/x-ndjson" }));
-  document.body.append(link);
-  link.click();
-  link.remove();
-  setTimeout(() => URL.revokeObjectURL(link.href), 10000);
-}
 export function markedView(page) {
   const marked = kept.marked(), ids = [...marked.keys()];
   id("save-ids").disabled = id("unmark").disabled = !ids.length;
@@ -64,28 +59,27 @@ export function markedView(page) {
     page.count();
     markedView(page);
   };
+  // What is marked is read when a button is pressed: another tab may have changed it.
   id("save-ids").onclick = () => {
-    save("marked.jsonl", ids.map((name) => JSON.stringify({ id: name }) + "\n").join(""));
-    say("Saved marked.jsonl: " + ids.length + " ids.");
+    const names = [...kept.marked().keys()];
+    save("marked.jsonl", [names.map((name) => JSON.stringify({ id: name }) + "\n").join("")]);
+    say("Saved marked.jsonl: " + names.length + " ids.");
   };
   id("unmark").onclick = () => {
-    for (const name of ids) kept.mark(name, false);
+    kept.unmark(ids); // those that are shown
     again();
   };
   id("clean").onsubmit = (event) => {
     event.preventDefault();
-    during("writing the cleaned file", async (signal) => {
-      const where = id("clean-where").value.trim() || null;
-      const matching = await read("api/samples?" + new URLSearchParams({ limit: 0, ...(where ? { where } : {}) }), signal);
-      const bytes = new Uint8Array(await (await ask("api/export", { body: { without: ids, where }, signal })).arrayBuffer());
-      const lines = bytes.reduce((count, byte) => count + (byte === 10), 0);
-      save("cleaned.jsonl", bytes);
-      say("Saved cleaned.jsonl: " + lines.toLocaleString("en") + " samples. Of the " + matching.total.toLocaleString("en") + " that match, " + (matching.total - lines).toLocaleString("en") + " are marked and left out.");
-    });
+    exported(id("clean-where").value.trim() || null, [...kept.marked().keys()]);
   };
-  page.put(...(ids.length ? [] : [make("p", { class: "soft" }, "Nothing is marked. Mark samples where they are shown.")]),
+  id("own-file").onchange = () => {
+    if (id("own-file").files.length) cleaned(id("own-file").files[0], id("own-id").value, new Set(kept.marked().keys()));
+    id("own-file").value = ""; // the same file may be given again
+  };
+  page.put(make("div", { id: "to-save" }), ...(ids.length ? [] : [make("p", { class: "soft" }, "Nothing is marked. Mark samples where they are shown.")]),
     ...[...marked].map(([name, text]) => make("article", { class: "card", "data-sample": name }, make("div", { class: "head" }, page.link(name)), make("div", { class: "text", dir: "auto" }, text),
-      make("div", { class: "actions" }, make("button", { type: "button", onclick: () => { kept.mark(name, false); again(); } }, "Unmark")))));
+      make("div", { class: "actions" }, make("button", { type: "button", onclick: () => { kept.unmark([name]); again(); } }, "Unmark")))));
 }
 
 export function pastView(page) {

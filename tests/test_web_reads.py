@@ -1,0 +1,296 @@
+"""Who reads, sends and waits: reads have threads of their own, bodies must arrive, no address takes the turns of others."""
+
+import asyncio
+import http.client
+import json
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+
+import pytest
+from conftest import toy_records, write_jsonl
+
+import rapidin_vdb
+from rapidin_vdb.errors import SpecError
+from rapidin_vdb.query import query_from
+from rapidin_vdb.question import Question
+
+pytest.importorskip("fastapi")
+uvicorn = pytest.importorskip("uvicorn")
+from fastapi import Request  # noqa: E402
+from fastapi.testclient import TestClient  # noqa: E402
+
+from rapidin_vdb.web import make_app, serve  # noqa: E402
+from rapidin_vdb.web.desk import CancelledError, Client, Desk, LateError  # noqa: E402
+from rapidin_vdb.web.reads import Reads  # noqa: E402
+
+ASKED = {"prompt": "Say 5", "generation": "blue 35", "top_k": 3}
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, models, adapters):
+    folder = tmp_path_factory.mktemp("reads")
+    made = rapidin_vdb.init(folder / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    made.ingest(write_jsonl(folder / "toy.jsonl", toy_records(24)))
+    made.load()
+    made.query(**ASKED)
+    return made
+
+
+# Reads of the table.
+
+
+def asking(address: str, *, gone: bool = False) -> Request:
+    async def receive() -> dict:
+        if not gone:
+            await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    return Request({"type": "http", "client": (address, 1), "headers": []}, receive)
+
+
+def test_an_address_that_reads_leaves_threads_to_others():
+    hold = threading.Event()
+
+    async def all_at_once() -> list:
+        reads = Reads(seconds=10.0, threads=2)
+        many = [asyncio.create_task(reads.read(asking("greedy"), lambda check: hold.wait(10))) for _ in range(5)]
+        await asyncio.sleep(0.1)
+        found = [await asyncio.wait_for(reads.read(asking("other"), lambda check: 7), 5)]
+        assert not any(task.done() for task in many)
+        hold.set()
+        found += await asyncio.gather(*many)
+        reads.close()
+        return found
+
+    assert asyncio.run(all_at_once()) == [7] + [True] * 5
+
+
+def test_a_read_that_nobody_waits_for_keeps_its_place_until_it_ends():
+    hold, ended = threading.Event(), threading.Event()
+
+    def long(check):
+        try:
+            while not hold.wait(0.01):
+                check()
+        finally:
+            ended.set()
+
+    async def some() -> None:
+        reads = Reads(seconds=0.3, threads=2)
+        with pytest.raises(LateError, match="--time-limit"):
+            await reads.read(asking("a"), lambda check: hold.wait(10))
+        with pytest.raises(LateError):
+            await reads.read(asking("a"), lambda check: 7)  # the only place of its address is still taken
+        assert await reads.read(asking("b"), lambda check: 7) == 7
+        hold.set()
+        await asyncio.sleep(0.1)
+        assert await reads.read(asking("a"), lambda check: 7) == 7
+        hold.clear()
+        with pytest.raises(CancelledError):
+            await reads.read(asking("a", gone=True), long)
+        assert await asyncio.to_thread(ended.wait, 5), "what looks up now and then ends soon"
+        reads.close()
+
+    asyncio.run(some())
+
+
+def test_reads_and_exports_have_a_time_limit(served, monkeypatch):
+    ended = []
+
+    def slow(**options):
+        try:
+            for number in range(200):
+                time.sleep(0.02)
+                yield str(number), {"id": number}, True
+        finally:
+            ended.append(True)
+
+    monkeypatch.setattr(served, "samples", lambda **options: time.sleep(1))
+    monkeypatch.setattr(served, "each_record", slow)
+    with TestClient(make_app(served, time_limit=0.3), base_url="http://127.0.0.1") as client:
+        for answer in (client.get("/api/samples"), client.post("/api/export", json={})):
+            assert answer.status_code == 504 and "longer than is allowed" in answer.json()["detail"]
+        end = time.monotonic() + 2
+        while not ended:
+            assert time.monotonic() < end, "the export goes on for nobody"
+            time.sleep(0.02)
+
+
+# Bodies.
+
+
+def test_a_body_that_trickles_in_is_given_up(served):
+    config = uvicorn.Config(make_app(served, body_seconds=0.5), host="127.0.0.1", port=0, log_level="warning")
+    server, bound = uvicorn.Server(config), config.bind_socket()
+    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        with socket.create_connection(bound.getsockname(), timeout=20) as line:
+            line.sendall(
+                b"POST /api/query HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
+                b"Content-Length: 10000\r\n\r\n"
+            )
+            line.settimeout(0.05)
+            answer, end = b"", time.monotonic() + 20
+            while True:
+                assert time.monotonic() < end, "it is waited for"
+                try:
+                    part = line.recv(65536)
+                except TimeoutError:
+                    line.sendall(b" ")
+                    continue
+                if not part:
+                    break
+                answer += part
+        assert answer.startswith(b"HTTP/1.1 408 ") and b"did not arrive whole within 0.5 seconds" in answer
+        assert b"connection: close" in answer.lower()
+    finally:
+        server.should_exit = True
+        thread.join(30)
+        bound.close()
+
+
+# Turns.
+
+
+def test_names_get_no_more_explanations_than_their_address(served):
+    for question, wanted in ((Question(top_k=1, tokens=True), [1, 2, 1, 1, 1]), (Question(top_k=1), [1, 4, 1])):
+        together, order, hold = [], [], threading.Event()
+        desk = Desk(served, observe=lambda count, seconds, together=together: together.append(count))
+        first = desk.do(Client("x"), lambda progress, hold=hold: hold.wait(5))
+        time.sleep(0.1)
+        jobs = {
+            f"greedy {n}": desk.search(Client("greedy", str(n)), question, query_from("Say 5", f"blue {n}"))
+            for n in range(3)
+        }
+        jobs["other"] = desk.search(Client("other"), question, query_from("Say 7", "blue 49"))
+        jobs["third"] = desk.do(Client("third"), lambda progress: None)
+        for name, job in jobs.items():
+            job.future.add_done_callback(lambda _, name=name, order=order: order.append(name))
+        hold.set()
+        for job in (first, *jobs.values()):
+            job.future.result(30)
+        desk.close()
+        assert together == wanted
+        if question.exact:
+            assert order == ["greedy 0", "other", "third", "greedy 1", "greedy 2"]
+
+
+def test_seconds_of_work_are_counted_once(served):
+    seconds, begun, ready = [], threading.Event(), threading.Event()
+    desk, started = Desk(served, observe=lambda count, taken: seconds.append(taken)), time.monotonic()
+
+    def long(progress):
+        begun.set()
+        assert ready.wait(5)
+        progress("batches", 1, 1)  # between two batches: the other gets its turn
+
+    ingest = desk.do(Client("a"), long, patient=True)
+    assert begun.wait(5)
+    other = desk.do(Client("b"), lambda progress: time.sleep(0.5))
+    ready.set()
+    other.future.result(5)
+    ingest.future.result(5)
+    desk.close()
+    assert len(seconds) == 2 and seconds[0] >= 0.5
+    assert sum(seconds) <= time.monotonic() - started
+
+
+# The document.
+
+
+def test_the_document_says_who_needs_a_token_and_what_is_answered(served):
+    with TestClient(make_app(served, token="0123456789abcdef"), base_url="http://127.0.0.1") as client:
+        document = client.get("/api/openapi.json", headers={"authorization": "Bearer 0123456789abcdef"}).json()
+        refused = client.get("/metrics")
+    assert document["components"]["securitySchemes"]["token"]["scheme"] == "bearer"
+    for path, operations in document["paths"].items():
+        for operation in operations.values():
+            assert operation.get("security") == (None if path == "/health" else [{"token": []}]), path
+            for status, answer in operation["responses"].items():
+                if status not in ("200", "422", "503"):
+                    assert list(answer["content"]) == ["application/json"], (path, status)
+    assert refused.status_code == 401 and refused.headers["content-type"] == "application/json"
+    with TestClient(make_app(served), base_url="http://127.0.0.1") as client:
+        document = client.get("/api/openapi.json").json()
+        assert "security" not in document["paths"]["/api/info"]["get"], "there is none to be had"
+        schemas = document["components"]["schemas"]
+        assert schemas["Info"]["properties"]["samples"]["type"] == "integer"
+        for name, path, found in (
+            ("RankingInPieces", "/api/query", client.post("/api/query?pieces=true", json=ASKED | {"matrix": True})),
+            ("SampleInPieces", "/api/samples/{sample_id}", client.get("/api/samples/toy-001?pieces=true")),
+            ("Info", "/api/info", client.get("/api/info")),
+        ):
+            operation = next(iter(document["paths"][path].values()))
+            shape = operation["responses"]["200"]["content"]["application/json"]["schema"]
+            assert shape == {"$ref": f"#/components/schemas/{name}"}
+            assert set(found.json()) <= set(schemas[name]["properties"])
+            if name != "Info":
+                assert "pieces=true" in schemas[name]["properties"]["pieces"]["description"]
+
+
+def test_counters_are_told_where_the_table_cannot_be_read(served, monkeypatch):
+    def fails():
+        raise SpecError("gone")
+
+    with TestClient(make_app(served), base_url="http://127.0.0.1") as client:
+        monkeypatch.setattr(served, "count", fails)
+        assert "rapidin_samples NaN" in client.get("/metrics").text
+
+
+# The whole server.
+
+
+def test_a_token_is_what_a_header_can_carry(served):
+    for token in ("short", "0123456789abcde\n", "黄" * 16, "0123456789 abcdef"):
+        with pytest.raises(SpecError, match="wanted 16 or more, and only letters, digits and signs of ASCII"):
+            serve(served, say=print, token=token)
+
+
+def rest_of(stream) -> bytes:
+    with stream:
+        try:
+            return stream.read()
+        except (http.client.IncompleteRead, ConnectionError) as error:
+            return getattr(error, "partial", b"")
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT], ids=lambda how: how.name)
+def test_the_command_answers_and_stops_soon(served, how):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "rapidin_vdb", "serve", served.path, "--port", str(port)],
+        stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        assert f"on http://127.0.0.1:{port} " in server.stderr.readline()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=30) as answer:
+            assert json.load(answer) == {"status": "ready"}
+        streams = []
+        for number in range(8):  # more than it can answer meanwhile
+            body = json.dumps({"prompt": f"Say {number}", "max_tokens": 450}).encode()
+            headers = {"content-type": "application/json", "accept": "text/event-stream"}
+            asked = urllib.request.Request(f"http://127.0.0.1:{port}/api/generate", body, headers)
+            streams.append(urllib.request.urlopen(asked, timeout=60))
+        assert streams[0].readline().startswith(b"event: ")
+        started = time.monotonic()
+        server.send_signal(how)
+        assert server.wait(20) in (0, 130, -how)
+        assert time.monotonic() - started < 10
+        assert "Traceback" not in server.stderr.read()
+        ends = [rest_of(stream) for stream in streams]
+        assert any(b"the server is stopping" in end for end in ends), "they were open, and are told"
+        assert all(end.startswith(b"event: ") and end.endswith(b"\n\n") for end in ends[1:])
+    finally:
+        server.kill()
+        server.wait()
+        server.stderr.close()
