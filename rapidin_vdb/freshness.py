@@ -20,13 +20,15 @@ from rapidin_vdb.index import (
     with_recall,
     write_index,
 )
+from rapidin_vdb.index_cache import check_room, fits, note_use
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.sketch.memory import free_bytes
-from rapidin_vdb.store import TableVersion, cache_limit, touch, trim_cache, undisturbed
+from rapidin_vdb.store import TableVersion, undisturbed
 from rapidin_vdb.table_index import (
     batches_of,
+    check_coarse,
     counted,
     difference,
     held_by,
@@ -50,8 +52,7 @@ class IndexKeeper:
     def __init__(self, folder: Path, *, cached: bool = False) -> None:
         self.folder = folder
         """Where they are, each in a folder of its own."""
-        # The table is far away: an index of it is always kept here, and those used longest ago go.
-        self._cached = cached
+        self._cached = cached  # the table is far away: an index of it is kept here, where it fits
         # What is in memory, and the manifests that it was chosen from.
         self._resident: tuple[Held, ShardedIndex, list[Manifest]] | None = None
         self._lock = Lock()
@@ -62,15 +63,12 @@ class IndexKeeper:
         Where one was built before, only the difference is applied, unless that is most of the table.
 
         Raises:
-            SpecError: the recipe cannot be honoured for this table.
+            SpecError: the recipe cannot be honoured for this table, or the index would be larger than the cache may be.
             PurgedError: a purge removed the version meanwhile; nothing of it is left in the index.
         """
-        width = snapshot.width
-        if recipe.coarse_width >= width:
-            raise SpecError(
-                f"index recipe {recipe.name}: coarse_width is {recipe.coarse_width}, but the database's RapidGrads "
-                f"are only {width} wide; give a smaller one, or take a recipe without"
-            )
+        check_coarse(recipe, snapshot)
+        if self._cached:
+            check_room(recipe, width=snapshot.width, rows=snapshot.rows())
         with self._lock:
             manifest = next((known for known in list_manifests(self.folder) if known.name == recipe.name), None)
             extended = None
@@ -84,9 +82,8 @@ class IndexKeeper:
                         self.folder, recipe, held_by(snapshot), batches, count=count, check=snapshot.check_kept
                     )
             except OSError as error:
-                raise SpecError(
-                    f"the index {recipe.name} cannot be written to {self.folder}: {error}; the tables need none"
-                ) from error
+                text = f"the index {recipe.name} cannot be written to {self.folder}: {error}; the tables need none"
+                raise SpecError(text) from error
             index = self._loaded_after(extended)
             if recipe.coarse_width and index.samples:
                 extended = with_recall(self.folder, extended, measured_recall(index))
@@ -176,16 +173,14 @@ class IndexKeeper:
 
     def _fetch(self, snapshot: TableVersion, progress: Progress) -> None:
         """Build an index of a table that is far away, if it fits the cache, so that it is read once only."""
-        if 2 * snapshot.width * snapshot.rows() <= cache_limit():
-            try:
-                self.build(snapshot, read_recipe("cpu"), progress=progress)
-            except SpecError as error:
-                logger.warning("%s", error)
+        try:
+            self.build(snapshot, read_recipe("cpu"), progress=progress)
+        except SpecError as error:
+            logger.warning("%s", error)
 
     def _used(self, name: str) -> None:
         if self._cached:
-            touch(self.folder / name)
-            trim_cache(self.folder / name)
+            note_use(self.folder / name)
 
     def _chosen(self, name: str | None) -> list[Manifest]:
         manifests = list_manifests(self.folder)
@@ -293,6 +288,10 @@ class IndexKeeper:
         keys, missing = change
         if not wait and len(manifest.parts) >= _MOST_PARTS_AT_ALL:
             raise OSError(f"it lies in {len(manifest.parts)} parts; put them together with: rapidin-vdb index")
+        if self._cached and not fits(manifest.index_recipe, width=snapshot.width, rows=manifest.rows + len(missing)):
+            if wait:
+                return None
+            raise OSError("it would be larger than the cache may get (RAPIDIN_VDB_CACHE_GIB)")
         batches = counted(batches_of(snapshot, missing), len(missing), progress)
         return extend_index(
             self.folder, manifest, held_by(snapshot), keys, batches, count=len(missing), wait=wait,

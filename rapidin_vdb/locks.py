@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 logger = logging.getLogger(__name__)
 
 # Commits take less as a rule: whoever waits longer would like to know for what.
-_QUIET_SECONDS = 1.0
+QUIET_SECONDS = 1.0
 
 
 @contextmanager
@@ -28,7 +28,7 @@ def holding(lock: FileLock, what: str) -> Iterator[None]:
 
 def _acquire(lock: FileLock, what: str) -> None:
     try:
-        lock.acquire(timeout=_QUIET_SECONDS)
+        lock.acquire(timeout=QUIET_SECONDS)
     except Timeout:
         logger.warning("waiting for %s, which %s holds", what, holder_of(Path(lock.lock_file)))
         lock.acquire(timeout=-1)

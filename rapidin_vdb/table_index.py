@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index import (
     Batch,
     Held,
@@ -61,6 +62,19 @@ def _streamed(snapshot: TableVersion, recipe: IndexRecipe) -> ShardedIndex:
         numbers=(np.arange(len(sample_ids)),),
         largest_norm=None,
     )
+
+
+def check_coarse(recipe: IndexRecipe, snapshot: TableVersion) -> None:
+    """Refuse a recipe that cannot be honoured for a table.
+
+    Raises:
+        SpecError: its coarse vectors would not be narrower than the table's.
+    """
+    if recipe.coarse_width >= snapshot.width:
+        raise SpecError(
+            f"index recipe {recipe.name}: coarse_width is {recipe.coarse_width}, but the database's RapidGrads "
+            f"are only {snapshot.width} wide; give a smaller one, or take a recipe without"
+        )
 
 
 def batches_of(snapshot: TableVersion, row_ids: np.ndarray | None = None) -> Iterator[Batch]:

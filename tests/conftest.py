@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
+SECRET = "not-to-be-printed-0123456789"
 
 
 def pytest_addoption(parser):
@@ -199,3 +201,41 @@ def shared() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("RAPIDIN_SHARED names no folder of real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def server():
+    """An S3 server on the loopback address, in a process of its own."""
+    pytest.importorskip("moto.server", reason="moto is not installed: pip install 'rapidin-vdb[dev]'")
+    code = (
+        "from moto.server import ThreadedMotoServer\nimport sys, time\n"
+        "server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)\nserver.start()\n"
+        "print(*server.get_host_and_port(), flush=True)\nsys.stdin.read()\n"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        _, port = process.stdout.readline().split()
+        yield f"http://127.0.0.1:{port}"
+        process.stdin.close()
+
+
+@pytest.fixture
+def bucket(server, monkeypatch, tmp_path):
+    """A place in it, with credentials in the environment."""
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT", "AWS_REGION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a-key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("RAPIDIN_VDB_CACHE", str(tmp_path / "cache"))
+    name = f"bucket-{os.urandom(6).hex()}"
+    urllib.request.urlopen(urllib.request.Request(f"{server}/{name}", method="PUT")).read()
+    return f"s3://{name}/db"

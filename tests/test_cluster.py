@@ -1,22 +1,32 @@
 """Ingest and query on Ray: two nodes on this machine, workers and a node that are killed; all as on one machine."""
 
 import importlib.util
+import json
 import os
+import random
+import shutil
 import signal
+import subprocess
+import sys
 import time
+from dataclasses import replace
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from children import Running, check, content
-from conftest import toy_records, write_jsonl
+from conftest import SECRET, toy_records, write_jsonl
 
 import rapidin_vdb
-from rapidin_vdb.errors import SpecError
+from rapidin_vdb.errors import GradientError, PurgedError, SpecError, TableError
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install 'rapidin-vdb[cluster]'")
 pytestmark = pytest.mark.filterwarnings("ignore")  # Ray's own
 NODE = {"num_cpus": 1, "object_store_memory": 80 << 20}
 OPTIONS = {"batch_tokens": 150, "device": "cpu"}
+WORDS = ["--batch-tokens", "150", "--device", "cpu"]
+TOKENS = {"token_gradients": True, "token_width": 16}
 
 
 def started(start):
@@ -35,6 +45,8 @@ def cluster():
     # The last one keeps it there; read when Ray is loaded.
     os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
     os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    # The nodes' own credentials, for the test with an object store; where that is they are told.
+    os.environ |= {"AWS_ACCESS_KEY_ID": "a-key", "AWS_SECRET_ACCESS_KEY": SECRET}
     import ray
     from ray.cluster_utils import Cluster
 
@@ -45,6 +57,8 @@ def cluster():
     yield found
     ray.shutdown()
     found.shutdown()
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        del os.environ[name]
 
 
 @pytest.fixture
@@ -54,16 +68,30 @@ def small_commits(monkeypatch):
     monkeypatch.setattr(rapidin_vdb.ingest, "_COMMIT_BYTES", 1024)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, models, adapters):
+    """A corpus, and a database of it made in this process, with tokens."""
+    folder = tmp_path_factory.mktemp("whole")
+    corpus = write_jsonl(folder / "toy.jsonl", toy_records(80))
+    here = rapidin_vdb.init(folder / "here", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    here.ingest(corpus, **OPTIONS, **TOKENS)
+    return corpus, here
+
+
 @pytest.fixture
-def pair(tmp_path, models, adapters):
-    """A corpus, a database of it made in this process, and an empty one."""
-    corpus = write_jsonl(tmp_path / "toy.jsonl", toy_records(80))
-    here, there = (
-        rapidin_vdb.init(tmp_path / name, model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
-        for name in ("here", "there")
-    )
-    here.ingest(corpus, **OPTIONS)
+def pair(whole, tmp_path, models, adapters):
+    """The corpus, a copy of its database, and an empty one."""
+    corpus, made = whole
+    shutil.copytree(made.path, tmp_path / "here")
+    here = rapidin_vdb.open(tmp_path / "here")
+    here._engine = made._engine
+    there = rapidin_vdb.init(tmp_path / "there", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
     return corpus, here, there
+
+
+def samples_of(path):
+    """What `content` says, without the rows of tokens."""
+    return {key: row for key, row in content(path).items() if key[1] is None}
 
 
 def pids_of(name: str, cluster) -> list[int]:
@@ -79,44 +107,55 @@ def pids_of(name: str, cluster) -> list[int]:
     return found
 
 
-def once(at: int, act):
-    """A progress that acts when so much is done, once."""
-    acted = []
+@pytest.fixture
+def at_work(monkeypatch):
+    """A progress that acts once, as soon as every worker is at work on something, and not before."""
+    from rapidin_vdb.cluster import making
 
-    def progress(stage, done, total):
-        if stage == "ingest" and done >= at and not acted:
-            acted.append(done)
-            act()
+    crews, start = [], making._Crew.__init__
+    monkeypatch.setattr(making._Crew, "__init__", lambda crew, *more: (crews.append(crew), start(crew, *more))[1])
 
-    progress.acted = acted
-    return progress
+    def then(act):
+        def progress(stage, done, total):
+            if stage != "ingest" or not done or progress.acted:
+                return
+            crew = crews[-1]
+            if crew._starting:
+                # This process stands still meanwhile, and what it has handed out is soon done: so much else is left.
+                crew._ray.wait(list(crew._starting), num_returns=len(crew._starting), timeout=100)
+            elif len(crew._given) == crew._layout.workers and all(crew._given.values()):
+                progress.acted = True
+                act()
+
+        progress.acted = False
+        return progress
+
+    return then
 
 
 @needs_ray
 @pytest.mark.slow
-def test_an_ingest_on_a_cluster_is_that_of_one_machine(cluster, pair, small_commits, caplog):
+def test_an_ingest_on_a_cluster_is_that_of_one_machine(cluster, pair, small_commits, at_work, caplog):
     """A worker is killed in the middle, and every sample is there once, bit by bit."""
     corpus, here, there = pair
 
     def kill():
         os.kill(pids_of("GradientWorker", cluster)[0], signal.SIGKILL)
 
-    progress = once(10, kill)
-    report = there.ingest(corpus, cluster=cluster.address, progress=progress, **OPTIONS)
+    progress = at_work(kill)
+    report = there.ingest(corpus, cluster=cluster.address, progress=progress, **OPTIONS, **TOKENS)
     assert report.added == 80 and progress.acted
     assert "go back to the queue, and another is started" in caplog.text
     assert content(there.path) == content(here.path)
     check(there.path)
-    assert there.ingest(corpus, cluster=cluster.address, **OPTIONS).unchanged == 80
+    assert there.ingest(corpus, cluster=cluster.address, **OPTIONS, **TOKENS).unchanged == 80
 
 
 @needs_ray
 @pytest.mark.slow
-def test_a_lost_node_and_a_killed_driver_lose_nothing(cluster, pair, small_commits, context):
+def test_a_lost_node_and_a_killed_driver_lose_nothing(cluster, pair, small_commits, context, at_work, caplog):
     corpus, here, there = pair
-    driver = Running(
-        context, ["ingest", there.path, corpus, "--cluster", cluster.address, "--batch-tokens", 150, "--device", "cpu"]
-    )
+    driver = Running(context, ["ingest", there.path, corpus, "--cluster", cluster.address, *WORDS])
     deadline = time.monotonic() + 600
     while not there.count() and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -124,46 +163,140 @@ def test_a_lost_node_and_a_killed_driver_lose_nothing(cluster, pair, small_commi
     before = there.count()
     assert 0 < before < 80
     node = started(lambda: cluster.add_node(**NODE))
-    progress = once(10, lambda: cluster.remove_node(node, allow_graceful=False))
+    progress = at_work(lambda: cluster.remove_node(node, allow_graceful=False))
     report = there.ingest(corpus, cluster=cluster.address, progress=progress, **OPTIONS)
     assert report.added == 80 - before and progress.acted
-    assert content(there.path) == content(here.path)
+    # One worker a node: the one that is gone had some.
+    assert "go back to the queue, and another is started" in caplog.text
+    assert samples_of(there.path) == samples_of(here.path)
+
+
+def answers_of(database, **options):
+    """All that a ranking says, but for what rounding may change."""
+    found = database.query("Say 3", "黄 21", **options)[0]
+    ends = [*found.results, *(found.harmful or ())]
+    return (
+        [(one.sample_id, getattr(one, "token_index", None), one.score) for one in ends],
+        found.searched,
+        found.groups and [(group.value, group.samples, pytest.approx(group.score, rel=1e-5)) for group in found.groups],
+    )
 
 
 @needs_ray
 @pytest.mark.slow
-def test_a_query_on_a_cluster_is_that_of_one_machine(cluster, pair, caplog):
-    _, here, _ = pair
+def test_a_query_on_a_cluster_is_that_of_one_machine(cluster, pair, caplog, monkeypatch, tmp_path):
+    """Also of a folder that is given by where the caller stands, which is not where the nodes do."""
+    monkeypatch.chdir(tmp_path)
+    here = rapidin_vdb.open("here")
 
-    def answers(**options):
-        found = here.query("Say 3", "黄 21", **options)[0]
-        ends = [*found.results, *(found.harmful or ())]
-        return (
-            [(one.sample_id, one.score) for one in ends],
-            found.searched,
-            found.groups
-            and [(group.value, group.samples, pytest.approx(group.score, rel=1e-5)) for group in found.groups],
-        )
+    def assert_alike(**options):
+        assert answers_of(here, **options, cluster=cluster.address) == answers_of(here, **options)
 
-    questions = [
-        {"top_k": 7},
-        {"top_k": 100, "both": True},
-        {"where": "stars > 2 AND source = 'odd'", "group_by": "stars"},
-    ]
-    for question in questions:
-        assert answers(**question, cluster=cluster.address) == answers(**question)
+    assert_alike(top_k=7)
+    assert_alike(top_k=100, both=True)
+    assert_alike(where="stars > 2 AND source = 'odd'", group_by="stars")
+    assert_alike(top_k=30, level="token")
     # What comes and goes is seen at once; and a share that is lost is read again.
     here.delete(where="stars = 1")
-    assert answers(top_k=100, cluster=cluster.address) == answers(top_k=100)
+    assert_alike(top_k=100)
     pids = pids_of("ShardWorker", cluster)
     # More than nodes, where one is gone and nobody has noticed yet.
     assert len(pids) >= 2
     os.kill(pids[0], signal.SIGKILL)
-    assert answers(top_k=100, cluster=cluster.address) == answers(top_k=100)
+    assert_alike(top_k=100)
     assert "a share of the index was lost" in caplog.text
-    assert answers(top_k=3, as_of=3, cluster=cluster.address) == answers(top_k=3, as_of=3)
+    assert_alike(top_k=3, as_of=3)
     with pytest.raises(SpecError, match="--index names an index of this machine"):
-        answers(index="cpu", cluster=cluster.address)
+        answers_of(here, index="cpu", cluster=cluster.address)
+    with pytest.raises(SpecError, match="can be in one only; wanted local"):
+        answers_of(here, cluster="local")
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_node_that_is_lost_takes_no_part_of_an_answer(cluster, pair, caplog):
+    """Each node has a share, and one that goes takes its processes with it."""
+    import psutil
+
+    _, here, _ = pair
+    node = started(lambda: cluster.add_node(**NODE))
+    assert answers_of(here, top_k=100, cluster=cluster.address) == answers_of(here, top_k=100)
+    (keeper,) = here._clusters.values()
+    assert keeper._parts == 3
+    word = f"--raylet_socket_name={node.raylet_socket_name}"
+    found = pids_of("ShardWorker", cluster)
+    (theirs,) = [pid for pid in found if word in psutil.Process(pid).parent().cmdline()]
+    cluster.remove_node(node, allow_graceful=False)
+    if psutil.pid_exists(theirs):
+        os.kill(theirs, signal.SIGKILL)
+    assert answers_of(here, top_k=100, cluster=cluster.address) == answers_of(here, top_k=100)
+    assert "a share of the index was lost" in caplog.text
+
+
+@needs_ray
+@pytest.mark.slow
+def test_object_store_and_cluster_together(cluster, bucket, models, adapters, tmp_path, monkeypatch):
+    """The nodes have credentials, and are told where the store is; the model is given from where the caller stands."""
+    from rapidin_vdb.cluster import making
+
+    corpus = write_jsonl(tmp_path / "toy.jsonl", toy_records(24))
+    monkeypatch.chdir(models["llama"].parent)
+    far = rapidin_vdb.init(bucket, model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    # Batches are as large as fits; nobody has time to say how large that is, the first time.
+    with monkeypatch.context() as patch:
+        patch.setattr(making, "_ROOM_SECONDS", 0.0)
+        with pytest.raises(SpecError, match="no node of the cluster had room .*or say it: --batch-tokens N"):
+            far.ingest(corpus, cluster=cluster.address)
+    assert far.ingest(corpus, cluster=cluster.address, model="llama").added == 24
+    check(bucket)
+    assert answers_of(far, top_k=24, cluster=cluster.address) == answers_of(far, top_k=24)
+
+
+@needs_ray
+@pytest.mark.slow
+def test_a_cluster_of_this_machine_alone(pair, tmp_path):
+    """Both commands, in one process; it has no dashboard, and listens to nobody else."""
+    corpus, here, there = pair
+    code = (
+        "import json, sys, psutil\nfrom rapidin_vdb.cli import main\n"
+        "def run(*words):\n"
+        "    sys.argv = ['rapidin-vdb', *words]\n"
+        "    try:\n        main()\n    except SystemExit as stop:\n        assert not stop.code, stop.code\n"
+        f"run('ingest', {there.path!r}, {str(corpus)!r}, '--cluster', 'local', '--workers-per-device', '2', *{WORDS!r})\n"
+        f"run('query', {there.path!r}, '--prompt', 'Say 3', '--generation', '黄 21', '--json', '--cluster', 'local')\n"
+        "family = [psutil.Process(), *psutil.Process().children(recursive=True)]\n"
+        "heard = {one.laddr.ip for process in family for one in process.net_connections() if one.status == 'LISTEN'}\n"
+        "lines = [process.cmdline() for process in family]\n"
+        "shown = [line for line in lines if any('dashboard.py' in word for word in line) and '--disable-frontend' not in line]\n"
+        "print(json.dumps([[ip.removeprefix('::ffff:') for ip in sorted(heard)], shown]))\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600, cwd=tmp_path
+    )
+    assert done.returncode == 0, done.stderr
+    answer, (heard, shown) = [json.loads(line) for line in done.stdout.splitlines() if line[:1] in "[{"]
+    assert [result["sample_id"] for result in answer["results"]] == [name for name, *_ in answers_of(here, top_k=10)[0]]
+    assert set(heard) == {"127.0.0.1"} and shown == []
+    assert samples_of(there.path) == samples_of(here.path)
+
+
+@needs_ray
+def test_no_cluster_is_an_error_of_ours(database, monkeypatch):
+    """Ray itself takes half a minute to give up; what it says then is told."""
+    import ray
+
+    asked = []
+
+    def init(**options):
+        asked.append(options["address"])
+        raise ConnectionError("Could not find any running Ray instance.\n Please specify the one to connect to")
+
+    monkeypatch.setattr(ray, "init", init)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with pytest.raises(SpecError, match="no Ray cluster answers at auto: Could not find any .*or use --cluster local"):
+        database.query("Say 3", "黄 21", cluster="auto")
+    assert asked == ["auto"]
 
 
 @needs_ray
@@ -187,10 +320,156 @@ def test_layouts_that_cannot_be_are_refused():
         layout_of([{"CPU": 2.0}], device="cuda:1", workers_per_device=1)
 
 
+class Stand:
+    """In Ray's place: actors that do their batches in order, one at a time, and die on some."""
+
+    class exceptions:
+        RayActorError = type("RayActorError", (Exception,), {})
+        ObjectLostError = type("ObjectLostError", (Exception,), {})
+
+    def __init__(self, draw, deadly):
+        self.draw, self.deadly = draw, deadly
+        self.found, self.queues, self.dead = {}, {}, []
+
+    def remote(self, _):
+        return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda _: Handle(self)))
+
+    def task(self, actor, batch):
+        ref = object()
+        self.queues.setdefault(actor, []).append((ref, batch))
+        if actor in self.dead:
+            self.kill(actor)
+        return ref
+
+    def wait(self, refs, *, num_returns, timeout):
+        while not (ready := [ref for ref in refs if ref in self.found]) or self.draw.random() < 0.5:
+            busy = [actor for actor, queue in self.queues.items() if queue]
+            if not busy:
+                break
+            actor = self.draw.choice(busy)
+            ref, batch = self.queues[actor][0]
+            if batch is not None and self.deadly(batch):
+                self.kill(actor)
+            else:
+                self.queues[actor].pop(0)
+                self.found[ref] = batch and [GradientError(batch[0].sample_id)]
+        return [self.draw.choice(ready)], []
+
+    def get(self, ref):
+        if isinstance(self.found[ref], Exception):
+            raise self.found[ref]
+        return self.found[ref]
+
+    def kill(self, actor):
+        self.dead.append(actor)
+        for ref, _ in self.queues.pop(actor, ()):
+            self.found[ref] = self.exceptions.RayActorError("dead")
+
+
+class Handle:
+    def __init__(self, stand):
+        self.ready = SimpleNamespace(remote=lambda: stand.task(self, None))
+        self.make = SimpleNamespace(remote=lambda batch: stand.task(self, batch))
+
+
+def test_every_batch_is_done_once_whoever_dies(database):
+    """With two batches at a time a worker, whose death is blamed on the one that it was at."""
+    from rapidin_vdb.cluster.layout import Layout
+    from rapidin_vdb.cluster.making import _LIVES, _Crew
+    from rapidin_vdb.compute import WorkerSpec
+    from rapidin_vdb.records import Encoded
+
+    layout = Layout(workers=3, device="cpu", cpus=1.0, gpus=0.0)
+    spec = WorkerSpec(fingerprint=database.fingerprint, place="", model=None, adapter=None, device="cpu", threads=1)
+    batches = [[Encoded(sample_id=f"s{number}", input_ids=(1,), offsets=(), truncated=False)] for number in range(40)]
+    for seed in range(100):
+        draw = random.Random(seed)
+        lives: dict[str, int] = {}
+
+        def deadly(batch, draw=draw, lives=lives):
+            name = batch[0].sample_id
+            if lives.get(name, 0) < _LIVES - 1 and draw.random() < 0.2:
+                lives[name] = lives.get(name, 0) + 1
+                return True
+            return False
+
+        stand = Stand(draw, deadly)
+        done = [(batch[0].sample_id, str(made[0])) for batch, made in _Crew(stand, spec, layout).share(iter(batches))]
+        assert sorted(done) == sorted(2 * (batch[0].sample_id,) for batch in batches), seed
+        assert stand.dead, "nobody died"
+        with pytest.raises(GradientError, match=f"{_LIVES} workers died on the 1 samples s7 "):
+            list(_Crew(Stand(draw, lambda batch: batch[0].sample_id == "s7"), spec, layout).share(iter(batches)))
+
+
+def test_settings_of_a_store_are_told_and_secrets_are_not(monkeypatch):
+    from rapidin_vdb.store import store_settings
+
+    for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))]:
+        monkeypatch.delenv(name)
+    there = {"AWS_ENDPOINT_URL": "http://127.0.0.1:9000", "AWS_REGION": "us-east-1"}
+    secret = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": SECRET, "AWS_SESSION_TOKEN": SECRET}
+    hidden = {"AWS_ENDPOINT_URL_S3": f"http://user:{SECRET}@host"}
+    for name, value in (there | secret | hidden).items():
+        monkeypatch.setenv(name, value)
+    assert store_settings() == there
+
+
+@pytest.fixture
+def worker(database):
+    """A shard in this process, whose threads it leaves as they were."""
+    import torch
+
+    from rapidin_vdb.cluster.searching import ShardWorker
+
+    before = torch.get_num_threads()
+    yield ShardWorker(database.path, 0, 1, {})
+    torch.set_num_threads(before)
+
+
+@needs_ray
+def test_a_share_of_a_version_that_was_purged_says_so(database, worker):
+    """So that the question is asked again, of the newest."""
+    import torch
+
+    from rapidin_vdb.table_index import held_by
+
+    assert torch.get_num_threads() == os.cpu_count()
+    held = held_by(database._table.snapshot())
+    assert worker.ask(held, "count", (), None) == 24
+    database.delete(where="stars = 1", purge=True)
+    error = worker.ask(held, "count", (), None)
+    assert isinstance(error, PurgedError) and str(error).startswith("on the node "), error
+    assert worker.ask(held_by(database._table.snapshot()), "count", (), None) == 19
+    other = worker.ask(replace(held, version=held.version + 100), "count", (), None)
+    assert type(other) is TableError and "has no version" in str(other)
+
+
 def test_shares_make_up_the_table(database):
     from rapidin_vdb.store import Share
 
     whole = database._table.snapshot()
-    for parts in (1, 2, 3):
+    for parts in (1, 2, 3, 7):
         found = [key for part in range(parts) for batch in Share(whole, part, parts).vectors() for key in batch.keys]
         assert sorted(found) == sorted(whole.sample_ids())
+
+
+@pytest.mark.parametrize("parts", [1, 3, 6])
+def test_a_streamed_share_stays_right_when_rows_are_replaced(database, tmp_path, monkeypatch, parts):
+    """They lie behind others then, and keep their ids: whether a share is scanned or taken, its order is one."""
+    from rapidin_vdb.recipe import read_recipe
+    from rapidin_vdb.store import Share
+    from rapidin_vdb.table_index import _streamed
+
+    monkeypatch.setattr("rapidin_vdb.store.share._RUN", 2)
+    other = [record | {"output": "another"} for record in toy_records(24) if int(record["id"][-3:]) % 5 == 1]
+    assert database.ingest(write_jsonl(tmp_path / "other.jsonl", other), on_duplicate="replace").replaced == 5
+    whole = database._table.snapshot()
+    rows = {key: row for batch in whole.vectors() for key, row in zip(batch.keys, batch.vectors, strict=True)}
+    query = np.random.default_rng(0).standard_normal((1, 64)).astype(np.float32)
+    found = {}
+    for part in range(parts):
+        share = Share(whole, part, parts)
+        keys = [key for batch in share.vectors() for key in batch.keys]
+        assert keys == share.keys_in_order()[0]
+        found |= dict(_streamed(share, read_recipe("cpu")).search(query, 24)[0])
+    assert found == {key: pytest.approx(float(row.astype(float) @ query[0]), abs=1e-9) for key, row in rows.items()}

@@ -5,12 +5,15 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-import urllib.request
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import ClassVar
 
 import pytest
-from children import check, content
-from conftest import toy_records, write_jsonl
+from children import Running, check, content
+from conftest import SECRET, toy_records, write_jsonl
 from test_cli import call
 
 import rapidin_vdb
@@ -19,64 +22,23 @@ from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
 pytest.importorskip("moto.server", reason="moto is not installed: pip install 'rapidin-vdb[dev]'")
 pytest.importorskip("obstore", reason="obstore is not installed: pip install 'rapidin-vdb[cloud]'")
 
-SECRET = "not-to-be-printed-0123456789"
 
-
-@pytest.fixture(scope="module")
-def server():
-    """An S3 server in a process of its own."""
-    code = (
-        "from moto.server import ThreadedMotoServer\nimport sys, time\n"
-        "server = ThreadedMotoServer(ip_address='127.0.0.1', port=0, verbose=False)\nserver.start()\n"
-        "print(*server.get_host_and_port(), flush=True)\nsys.stdin.read()\n"
-    )
-    with subprocess.Popen(
-        [sys.executable, "-c", code],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.DEVNULL,
-        text=True,
-    ) as process:
-        _, port = process.stdout.readline().split()
-        yield f"http://127.0.0.1:{port}"
-        process.stdin.close()
-
-
-@pytest.fixture
-def bucket(server, monkeypatch, tmp_path):
-    """A place in it, with credentials in the environment."""
-    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT", "AWS_REGION"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a-key")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", SECRET)
-    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-    monkeypatch.setenv("AWS_ENDPOINT_URL", server)
-    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
-    monkeypatch.setenv("RAPIDIN_VDB_CACHE", str(tmp_path / "cache"))
-    name = f"bucket-{os.urandom(6).hex()}"
-    urllib.request.urlopen(urllib.request.Request(f"{server}/{name}", method="PUT")).read()
-    return f"s3://{name}/db"
-
-
-def made(uri, models, adapters, **options):
-    return rapidin_vdb.init(uri, model=str(models["llama"]), adapter=str(adapters["llama"]), width=64, **options)
-
-
-def command(*arguments) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-m", "rapidin_vdb", *map(str, arguments)], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-        text=True,
-    )  # fmt: skip
+def made(uri, models, adapters, width=64):
+    return rapidin_vdb.init(uri, model=str(models["llama"]), adapter=str(adapters["llama"]), width=width)
 
 
 def lease(uri):
     """A lease on a place of its own, which runs out soon, and who has fenced."""
-    from rapidin_vdb.store.lease import Lease
     from rapidin_vdb.store.place import place_of
 
+    return lease_in(place_of(uri)._store)
+
+
+def lease_in(store):
+    from rapidin_vdb.store.lease import Lease
+
     fenced = []
-    return Lease(place_of(uri)._store, "lease", place=uri, fence=lambda: fenced.append(1), seconds=0.6), fenced
+    return Lease(store, "lease", place="there", fence=lambda: fenced.append(1), seconds=0.6), fenced
 
 
 def test_a_database_in_a_bucket_is_that_of_a_folder(bucket, database, tmp_path, models, adapters):
@@ -114,28 +76,60 @@ def test_commands_take_the_uri_and_keep_secrets(bucket, tmp_path, models, adapte
     options = ["--model", models["llama"], "--adapter", adapters["llama"], "--width", 64]
     toy = write_jsonl(tmp_path / "toy.jsonl", toy_records(6))
     said = ""
-    for arguments in (["init", bucket, *options], ["ingest", bucket, toy], ["info", bucket, "--json"]):
+
+    def answer(*arguments):
+        nonlocal said
         code, out, err = call(capsys, *arguments)
         assert code == 0, err
         said += out + err
-    assert json.loads(out)["samples"] == 6
+        return [json.loads(line) for line in out.splitlines()] if "--json" in arguments else out + err
+
+    answer("init", bucket, *options)
+    answer("ingest", bucket, toy)
+    assert answer("info", bucket, "--json")[0]["samples"] == 6
+    assert "6 samples" in answer("index", bucket)
+    asked = ("query", bucket, "--prompt", "Say 3", "--generation", "黄 21", "--json")
+    assert answer(*asked)[0]["results"][0]["sample_id"] == "toy-003"
+    assert answer("show", bucket, "toy-003", "--json")[0]["response"] == "黄 21"
+    answer("delete", bucket, "--where", "source = 'odd'", "--purge")
+    (found,) = answer(*asked)
+    assert {result["sample_id"] for result in found["results"]} == {"toy-000", "toy-002", "toy-004"}
+    assert answer("verify", bucket, "--json")[0]["samples"] == 3
+    assert answer("info", bucket, "--json")[0]["samples"] == 3
     code, out, err = call(capsys, "info", bucket + "-not")
     assert code == 1 and "no database at s3://" in err
     assert SECRET not in said + out + err
 
 
 @pytest.mark.slow
-def test_two_writers_lose_nothing_and_write_nothing_twice(bucket, tmp_path, models, adapters):
-    made(bucket, models, adapters)
+def test_writers_that_contend_lose_nothing_and_write_nothing_twice(bucket, tmp_path, models, adapters, context):
+    """Two ingests with some samples in common, a commit for every two samples, and a deletion in their midst."""
+    far = made(bucket, models, adapters, width=256)
+    far.ingest(write_jsonl(tmp_path / "old.jsonl", toy_records(8, first=100)))
     files = [
         write_jsonl(tmp_path / f"{place}.jsonl", toy_records(16, first=first)) for place, first in enumerate((0, 8))
     ]
-    children = [command("ingest", bucket, file, "--batch-tokens", 200) for file in files]
+    environment = {name: value for name, value in os.environ.items() if name.startswith(("AWS_", "RAPIDIN_"))}
+    together = context.Barrier(3)
+    commands = [["ingest", bucket, file, "--batch-tokens", 200] for file in files]
+    commands.append(["delete", bucket, "--where", "sample_id >= 'toy-100'"])
+    children = [Running(context, command, before=partial(prepared, environment, together)) for command in commands]
     for child in children:
-        _, err = child.communicate(timeout=200)
-        assert child.returncode == 0, err
+        ended = child.end()
+        assert ended.code == 0, ended.err
+        assert SECRET not in ended.out + ended.err
     check(bucket)
     assert {name for name, _ in content(bucket)} == {f"toy-{number:03d}" for number in range(24)}
+    keys, _, versions = far._table.snapshot().keys_in_order()
+    came = dict(zip(keys, versions.tolist(), strict=True))
+    first, second = ([came[f"toy-{number:03d}"] for number in numbers] for numbers in (range(8), range(16, 24)))
+    assert min(first) < max(second) and min(second) < max(first), "one was done before the other began"
+
+
+def prepared(environment, together):
+    """In a child: the environment of the test, which whoever forks it does not have; and all begin at once."""
+    os.environ.update(environment)
+    together.wait(100)
 
 
 @pytest.mark.slow
@@ -177,9 +171,7 @@ def test_a_lease_is_held_by_one(bucket):
     assert fenced == [], "the second one fences, and only where the first had not let go"
 
 
-def test_a_lease_that_is_renewed_is_waited_for(bucket):
-    import threading
-
+def test_a_lease_that_is_renewed_is_waited_for(bucket, caplog):
     first, _ = lease(bucket)
     second, fenced = lease(bucket)
     order = []
@@ -191,10 +183,105 @@ def test_a_lease_that_is_renewed_is_waited_for(bucket):
     with first:
         thread = threading.Thread(target=wait)
         thread.start()
-        time.sleep(1.5)
+        time.sleep(2)
         order.append("first")
     thread.join(20)
     assert order == ["first", "second"] and fenced == []
+    said = [record.getMessage() for record in caplog.records]
+    assert said == ["waiting for the database there, to which another is writing; one that died is passed by after 1 s"]
+
+
+class Conditional(BaseHTTPRequestHandler):
+    """Objects as Google's and Azure's servers keep them, as far as puts go that name what they replace."""
+
+    protocol_version = "HTTP/1.1"
+    objects: ClassVar[dict] = {}
+    numbers = iter(range(1_700_000_000_000_000, 1_800_000_000_000_000))
+    one_by_one = threading.Lock()
+
+    def do_PUT(self):
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        with self.one_by_one:
+            number, tag, _ = self.objects.get(self.path, ("0", None, b""))
+            wanted, match = self.headers["x-goog-if-generation-match"], self.headers["If-Match"]
+            if wanted not in (None, number) or match not in (None, tag):
+                self.answer(412)
+            elif self.headers["If-None-Match"] == "*" and tag is not None:
+                self.answer(409)
+            else:
+                new = str(next(self.numbers))
+                self.objects[self.path] = new, f'"{new[::-1]}"', content
+                self.answer(201, b"", self.path)
+
+    def do_GET(self):
+        known = self.objects.get(self.path)
+        self.answer(404) if known is None else self.answer(200, known[2], self.path)
+
+    def do_DELETE(self):
+        self.answer(404 if self.objects.pop(self.path, None) is None else 204)
+
+    def do_POST(self):
+        """Azure's deletion of several; here it is always of one, which nobody misses."""
+        self.rfile.read(int(self.headers["Content-Length"]))
+        lines = [
+            "--one",
+            "Content-Type: application/http",
+            "Content-ID: 0",
+            "",
+            "HTTP/1.1 202 Accepted",
+            "",
+            "",
+            "--one--",
+            "",
+        ]
+        self.answer(202, "\r\n".join(lines).encode(), kind="multipart/mixed; boundary=one")
+
+    def answer(self, code, content=b"", path=None, kind="application/octet-stream"):
+        self.send_response(code)
+        self.send_header("Content-Type", kind)
+        if path is not None:
+            number, tag, _ = self.objects[path]
+            for name, value in (("ETag", tag), ("x-goog-generation", number)):
+                self.send_header(name, value)
+            self.send_header("Last-Modified", self.date_time_string())
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize("cloud", ["gs", "az"])
+def test_a_lease_goes_by_what_each_cloud_tells_versions_by(cloud):
+    """Google's by the number of a version, Azure's by the entity tag; against a server of ours, not against theirs."""
+    from obstore.store import from_url
+
+    from rapidin_vdb.store.lease import check_conditional_puts
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Conditional)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    key = {"gcs_base_url": address, "disable_oauth": True, "client_email": "", "private_key": "", "private_key_id": ""}
+    options = {
+        "gs": {"service_account_key": json.dumps(key)},
+        "az": {"account_name": "a", "endpoint": address, "skip_signature": True},
+    }
+    store = from_url(f"{cloud}://place-{cloud}/db", client_options={"allow_http": True}, **options[cloud])
+    check_conditional_puts(store, place=cloud)
+    first, fenced = lease_in(store)
+    second, passed = lease_in(store)
+    with first:
+        time.sleep(0.5)  # it renews
+        first.check()
+        first._stop_renewing()
+        with second, pytest.raises(TableError, match="another writer took over"):
+            first.check()
+    with first:
+        first.check()
+    assert (fenced, passed) == ([], [1])
+    server.shutdown()
+    server.server_close()
 
 
 def test_stores_in_which_both_would_win_are_refused(monkeypatch):
@@ -243,20 +330,107 @@ def test_credentials_from_files(bucket, monkeypatch, tmp_path, server):
         rapidin_vdb.open(bucket)
 
 
-def test_the_cache_keeps_to_its_limit(monkeypatch, tmp_path):
+def test_the_cache_keeps_to_its_limit(monkeypatch, tmp_path, caplog):
+    from filelock import FileLock
+
     from rapidin_vdb.errors import SpecError
-    from rapidin_vdb.store import trim_cache
+    from rapidin_vdb.index_cache import note_use
     from rapidin_vdb.store.cache import cache_folder, cache_limit
 
     monkeypatch.setenv("RAPIDIN_VDB_CACHE", str(tmp_path))
     monkeypatch.setenv("RAPIDIN_VDB_CACHE_GIB", str(2500 / 2**30))
     indexes = [cache_folder(f"s3://bucket/{number}") / "indexes" / "cpu" for number in range(4)]
-    for age, index in enumerate(indexes):
-        index.mkdir(parents=True)
-        (index / "rows").write_bytes(bytes(1000))
-        os.utime(index, (1000 + age, 1000 + age))
-    trim_cache(indexes[0])
-    assert [index.is_dir() for index in indexes] == [True, False, False, True], "the oldest go, but not the one in use"
+
+    def there(*sizes):
+        for age, (index, size) in enumerate(zip(indexes, sizes, strict=True)):
+            index.mkdir(parents=True, exist_ok=True)
+            (index / "rows").write_bytes(bytes(size))
+            os.utime(index, (1000 + age, 1000 + age))
+
+    def left():
+        return [(index / "rows").exists() for index in indexes]
+
+    there(1000, 1000, 1000, 1000)
+    note_use(indexes[0])
+    assert left() == [True, False, False, True], "the oldest go, but not the one in use"
+    there(1000, 1000, 1000, 1000)
+    lock = FileLock(indexes[1] / ".lock")
+    with lock:
+        note_use(indexes[0])
+    assert left() == [True, True, False, False], "nor one that somebody is writing"
+    there(700, 700, 700, 2600)
+    note_use(indexes[3])
+    assert left() == [True, True, True, False], "what does not fit alone is not kept, and no other goes for its sake"
+    assert "the index cpu takes 2.42e-06 GiB, but all cached indexes together may take 2.33e-06 GiB" in caplog.text
     monkeypatch.setenv("RAPIDIN_VDB_CACHE_GIB", "much")
     with pytest.raises(SpecError, match="RAPIDIN_VDB_CACHE_GIB is much; wanted a number above 0"):
         cache_limit()
+
+
+def test_an_index_that_does_not_fit_the_cache_is_refused(bucket, monkeypatch, tmp_path, models, adapters, caplog):
+    """When it is asked for, when a query would make it, and when the table grows; answers stay right."""
+    from rapidin_vdb.errors import SpecError
+
+    def size():
+        return sum(file.stat().st_size for file in (tmp_path / "cache").rglob("*") if file.is_file())
+
+    def best():
+        return far.query("Say 3", "黄 21", top_k=3)[0].results
+
+    far = made(bucket, models, adapters)
+    far.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(24)))
+    monkeypatch.setenv("RAPIDIN_VDB_CACHE_GIB", str(5000 / 2**30))
+    with pytest.raises(
+        SpecError, match="an index cpu of 24 rows takes some .*set RAPIDIN_VDB_CACHE_GIB to more, or go"
+    ):
+        far.index("cpu")
+    before = best()
+    assert before[0].sample_id == "toy-003" and size() == 0 and "an index cpu of 24 rows takes" in caplog.text
+    monkeypatch.setenv("RAPIDIN_VDB_CACHE_GIB", str(6000 / 2**30))
+    far = rapidin_vdb.open(bucket)
+    assert best() == before and 4000 < size() < 6000
+    far.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(4, first=24)))
+    far = rapidin_vdb.open(bucket)
+    assert best()[0] == before[0] and far.query("Say 3", "黄 21")[0].searched == 28
+    assert "cannot be brought up to date on disk: it would be larger than the cache may get" in caplog.text
+    assert 4000 < size() < 6000
+    with pytest.raises(SpecError, match="an index cpu of 28 rows takes"):
+        far.index("cpu")
+
+
+def test_a_purge_leaves_nothing_behind_and_nothing_out(bucket, tmp_path, models, adapters, monkeypatch):
+    """What dead writers left goes; what a successor writes stays, even where the purge stands still in the middle."""
+    import obstore
+
+    from rapidin_vdb.store.place import place_of
+
+    far = made(bucket, models, adapters)
+    far.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(8)))
+    far.index("cpu")  # scalar indices too
+    store, place = place_of(bucket)._store, far._table.place
+    left = [f"samples.lance/{name}" for name in ("data/left.lance", "_transactions/3-left.txn", "_indices/left/page")]
+    for path in left:
+        obstore.put(store, path, b"left")
+    monkeypatch.setattr("rapidin_vdb.store.lease.LEASE_SECONDS", 1.0)
+    successor, stood = rapidin_vdb.open(bucket), []
+    successor._table.place.lock._seconds = 1.0
+    real = obstore.delete
+
+    def delete(there, path):
+        if not stood and path in left:
+            stood.append(path)
+            place.lock._stop_renewing()
+            successor.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(4, first=8)))
+        real(there, path)
+
+    monkeypatch.setattr(obstore, "delete", delete)
+    with pytest.raises(TableError, match="another writer took over"):
+        far.delete(where="sample_id = 'toy-003'", purge=True)
+    assert stood
+    check(bucket)
+    assert {name for name, _ in content(bucket)} == {f"toy-{number:03d}" for number in range(12) if number != 3}
+    far.delete(purge=True)
+    names = place._below("samples.lance/")
+    assert not set(left) & set(names) and len([name for name in names if name.endswith(".manifest")]) == 1
+    check(bucket)
+    assert len(content(bucket)) == 11 and far.query("Say 3", "黄 21", where="source = 'odd'")[0].searched == 5

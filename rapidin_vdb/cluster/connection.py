@@ -2,12 +2,15 @@
 
 import logging
 import os
+from pathlib import Path
 from typing import Any
 
-from rapidin_vdb.errors import SpecError
+from rapidin_vdb.errors import RapidInError, SpecError
 
 # Of Ray's memory for objects: batches and RapidGrads on their way, and queries.
 _OBJECT_BYTES = 256 << 20
+# By the address of a cluster, as what it was asked for: a process can be in one only.
+_asked: dict[str, str] = {}
 
 
 def connect(address: str) -> Any:
@@ -16,7 +19,7 @@ def connect(address: str) -> Any:
     `auto` is the one of RAY_ADDRESS or of this machine, `local` is started here and ends with this process.
 
     Raises:
-        SpecError: there is none at that address, or Ray is not installed.
+        SpecError: there is none at that address, this process is in another, or Ray is not installed.
     """
     # Read when Ray is loaded: nothing is sent anywhere, and what it thinks aloud stays off the terminal.
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -30,6 +33,7 @@ def connect(address: str) -> Any:
     except ImportError as error:
         raise SpecError("--cluster needs Ray: pip install 'rapidin-vdb[cluster]'") from error
     if ray.is_initialized():
+        _check_same(ray, address)
         return ray
     options: dict[str, Any] = {"logging_level": logging.ERROR, "log_to_driver": False, "namespace": "rapidin-vdb"}
     if address == "local":
@@ -44,10 +48,45 @@ def connect(address: str) -> Any:
         raise SpecError(
             f"no Ray cluster answers at {address}: {text}. Start one with: ray start --head; or use --cluster local"
         ) from error
+    _asked[ray.get_runtime_context().gcs_address] = address
     return ray
 
 
-def nodes_of(ray: Any) -> list[dict[str, float]]:
-    """Return what each living node of the cluster has for us: CPUs and GPUs."""
-    found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return [resources for resources in found if resources.get("CPU", 0) > 0]
+def _check_same(ray: Any, address: str) -> None:
+    """Refuse another cluster than the one that this process is in."""
+    there = ray.get_runtime_context().gcs_address
+    # A program may have gone there by itself, before it asked us.
+    before = _asked.get(there, address if address in ("auto", "local") else there)
+    if address not in (there, before):
+        raise SpecError(
+            f"this process is in the Ray cluster at {there} (asked for as {before}), and can be in one only; wanted "
+            f"{address}: use another process, or call ray.shutdown() before"
+        )
+
+
+def nodes_of(ray: Any) -> dict[str, dict[str, float]]:
+    """Return what each living node of the cluster has for us, CPUs and GPUs, by the node's id."""
+    found = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+    return {name: resources for name, resources in found.items() if resources.get("CPU", 0) > 0}
+
+
+def from_anywhere(name: str) -> str:
+    """Return a path as it is understood on other nodes, whose working folder is another; URIs stay.
+
+    >>> from_anywhere("s3://bucket/db")
+    's3://bucket/db'
+    """
+    return name if "://" in name else str(Path(name).absolute())
+
+
+def model_from_anywhere(given: str | None, stored: str | None) -> str | None:
+    """Return the like for the model or adapter that was given, or else is stored; hub names stay as they are."""
+    name = given or stored
+    return from_anywhere(name) if name is not None and Path(name).is_dir() and from_anywhere(name) != name else given
+
+
+def told_from_here(error: RapidInError) -> RapidInError:
+    """Return an error that says on which node it arose."""
+    from ray.util import get_node_ip_address
+
+    return type(error)(f"on the node {get_node_ip_address()}: {error}")

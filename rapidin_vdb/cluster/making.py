@@ -4,11 +4,12 @@ import logging
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from rapidin_vdb.cluster.connection import connect, nodes_of
+from rapidin_vdb.cluster.connection import connect, model_from_anywhere, nodes_of, told_from_here
+from rapidin_vdb.cluster.layout import Layout, layout_of
 from rapidin_vdb.compute import (
     Batch,
     Compute,
@@ -29,54 +30,11 @@ logger = logging.getLogger(__name__)
 # A batch that has taken so many workers with it is not tried again; nor are more workers started in a row in vain.
 _LIVES = 3
 _STARTS = 5
+# Batches that a worker has at once: the next is there while the driver writes what came before.
+_AHEAD = 2
 # The cluster may be busy with other work.
 _ROOM_SECONDS = 600.0
 _LOOK_SECONDS = 5.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout:
-    """How workers are spread over a cluster."""
-
-    workers: int
-    """How many."""
-    device: str
-    """Where each computes, `cpu` or `cuda`."""
-    cpus: float
-    """What each takes of a node's CPUs."""
-    gpus: float
-    """What each takes of a node's GPUs."""
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """The same in Ray's words."""
-        return {"num_cpus": self.cpus, "num_gpus": self.gpus, "scheduling_strategy": "SPREAD"}
-
-
-def layout_of(nodes: list[dict[str, float]], *, device: str, workers_per_device: int) -> Layout:
-    """Return how workers are spread: so many a GPU, or, where there are none, so many a node.
-
-    >>> layout_of([{"CPU": 8.0, "GPU": 2.0}, {"CPU": 8.0, "GPU": 2.0}], device="auto", workers_per_device=2)
-    Layout(workers=8, device='cuda', cpus=1.0, gpus=0.5)
-    >>> layout_of([{"CPU": 8.0}, {"CPU": 4.0}], device="auto", workers_per_device=2)
-    Layout(workers=4, device='cpu', cpus=2.0, gpus=0.0)
-
-    Raises:
-        SpecError: there is no such device in the cluster.
-    """
-    if device not in ("auto", "cpu", "cuda"):
-        raise SpecError(f"--device is {device}; with --cluster, wanted auto, cpu or cuda: Ray deals out the GPUs")
-    gpus = int(sum(node.get("GPU", 0) for node in nodes))
-    if device == "cuda" and not gpus:
-        raise SpecError("the cluster has no GPU; leave --device out")
-    if gpus and device != "cpu":
-        return Layout(workers=gpus * workers_per_device, device="cuda", cpus=1.0, gpus=1 / workers_per_device)
-    if not nodes:
-        raise SpecError("the cluster has no node with CPUs")
-    share = min(node["CPU"] for node in nodes) / workers_per_device
-    return Layout(
-        workers=len(nodes) * workers_per_device, device="cpu", cpus=share if share < 1 else float(int(share)), gpus=0.0
-    )
 
 
 class GradientWorker:
@@ -97,9 +55,7 @@ class GradientWorker:
             if self._engine is None:
                 self._engine = load_of(self._spec)
         except RapidInError as error:
-            from ray.util import get_node_ip_address
-
-            return type(error)(f"on the node {get_node_ip_address()}: {error}")
+            return told_from_here(error)
         return make_batch(self._engine, batch, self._spec.token_width)
 
 
@@ -109,20 +65,42 @@ def road_on_cluster(
     """Return the road through a cluster's workers, and how many tokens a batch may have there.
 
     Raises:
-        SpecError: there is no such cluster, or no such device in it.
+        SpecError: there is no such cluster, no such device in it, or no room on it.
         ModelError: the model's tokenizer or configuration cannot be loaded here.
     """
     ray = connect(address)
-    layout = layout_of(nodes_of(ray), device=spec.device, workers_per_device=workers_per_device)
-    spec = replace(spec, device=layout.device, threads=max(1, int(layout.cpus)))
+    layout = layout_of(list(nodes_of(ray).values()), device=spec.device, workers_per_device=workers_per_device)
+    # As every node finds them; what the database says of itself stays.
+    spec = replace(
+        spec,
+        model=model_from_anywhere(spec.model, spec.fingerprint.model),
+        adapter=model_from_anywhere(spec.adapter, spec.fingerprint.adapter),
+        device=layout.device,
+        threads=max(1, int(layout.cpus)),
+    )
     road = road_without_model(spec, compute_on_cluster(ray, spec, layout))
     if batch_tokens is None:
-        free = ray.remote(default_batch_tokens).options(**layout.options)
-        batch_tokens = ray.get(
-            free.remote(road.config, dtype=spec.fingerprint.dtype, device=layout.device, workers=workers_per_device)
-        )
-    assert batch_tokens is not None
+        batch_tokens = _batch_tokens_there(ray, road, spec, layout, workers_per_device)
     return road, batch_tokens
+
+
+def _batch_tokens_there(ray: Any, road: Road, spec: WorkerSpec, layout: Layout, workers_per_device: int) -> int:
+    """Return how many tokens a batch may have, by the memory that is free where a worker may run.
+
+    Raises:
+        SpecError: no node had room to look.
+    """
+    # A look takes no CPU to speak of, but not none: nodes without are not for workers.
+    look = ray.remote(default_batch_tokens).options(num_cpus=min(0.01, layout.cpus), num_gpus=layout.gpus)
+    found = look.remote(road.config, dtype=spec.fingerprint.dtype, device=layout.device, workers=workers_per_device)
+    try:
+        return int(ray.get(found, timeout=_ROOM_SECONDS))
+    except ray.exceptions.GetTimeoutError as error:
+        ray.cancel(found, force=True)
+        raise SpecError(
+            f"no node of the cluster had room within {_ROOM_SECONDS:.0f} s to look how much memory a worker has there "
+            f"(which takes {layout.gpus:g} GPUs). Wait until other work is done, or say it: --batch-tokens N"
+        ) from error
 
 
 def compute_on_cluster(ray: Any, spec: WorkerSpec, layout: Layout) -> Compute:
@@ -150,9 +128,11 @@ class _Crew:
 
     def __init__(self, ray: Any, spec: WorkerSpec, layout: Layout) -> None:
         self._ray, self._spec, self._layout = ray, spec, layout
+        self._lost = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
         self._starting: dict[Any, Any] = {}
+        # What each actor that runs has been given, in the order in which it does it.
+        self._given: dict[Any, list[Any]] = {}
         self._busy: dict[Any, tuple[Any, Batch, int]] = {}
-        self._idle: list[Any] = []
         self._again: deque[tuple[Batch, int]] = deque()
         self._failed = 0
         for _ in range(layout.workers):
@@ -165,11 +145,12 @@ class _Crew:
     def share(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
         since = time.monotonic()
         while True:
-            while self._idle and self._give(batches):
+            while self._give(batches):
                 pass
-            if self._idle and not self._busy:
+            if self._given and not self._busy:
                 return  # nobody has anything to do
-            found, _ = self._ray.wait([*self._busy, *self._starting], num_returns=1, timeout=_LOOK_SECONDS)
+            # Of several that are ready Ray names the first: one that has started is not kept waiting by those at work.
+            found, _ = self._ray.wait([*self._starting, *self._busy], num_returns=1, timeout=_LOOK_SECONDS)
             if self._busy or found:
                 since = time.monotonic()
             elif time.monotonic() - since > _ROOM_SECONDS:
@@ -180,21 +161,26 @@ class _Crew:
             for ref in found:
                 if ref in self._starting:
                     self._started(ref)
-                elif (done := self._done(ref)) is not None:
+                    continue
+                for done in self._done(ref):
                     # The next one is on its way before this one is written.
                     self._give(batches)
                     yield done
 
     def _give(self, batches: Iterator[Batch]) -> bool:
-        """Give an idle worker the next batch; say whether there was one."""
+        """Give the next batch to the actor that has least to do; say whether it could be."""
+        actor = min(self._given, key=lambda actor: len(self._given[actor]), default=None)
+        if actor is None or len(self._given[actor]) >= _AHEAD:
+            return False
         task = self._again.popleft() if self._again else None
         if task is None:
             fresh = next(batches, None)
             if fresh is None:
                 return False
             task = fresh, 1
-        actor = self._idle.pop()
-        self._busy[actor.make.remote(task[0])] = (actor, *task)
+        ref = actor.make.remote(task[0])
+        self._given[actor].append(ref)
+        self._busy[ref] = (actor, *task)
         return True
 
     def _started(self, ref: Any) -> None:
@@ -208,20 +194,40 @@ class _Crew:
             self._start()
             return
         self._failed = 0
-        self._idle.append(actor)
+        self._given[actor] = []
 
-    def _done(self, ref: Any) -> tuple[Batch, list[Result]] | None:
-        actor, batch, attempt = self._busy.pop(ref)
+    def _done(self, ref: Any) -> list[tuple[Batch, list[Result]]]:
+        """Return what has become of a batch, or of all that an actor had which is lost."""
+        actor = self._busy[ref][0]
         try:
-            answer = self._ray.get(ref)
-        except (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError) as error:
-            self._ray.kill(actor)  # it may only be out of reach
-            self._bury(batch, attempt, error)
-            return None
+            answer = self._answer(ref)
+        except self._lost:
+            return self._parted(actor)
+        self._given[actor].remove(ref)
+        return [(self._busy.pop(ref)[1], answer)]
+
+    def _answer(self, ref: Any) -> list[Result]:
+        answer = self._ray.get(ref)
         if isinstance(answer, BaseException):
             raise answer
-        self._idle.append(actor)
-        return batch, answer
+        return answer
+
+    def _parted(self, actor: Any) -> list[tuple[Batch, list[Result]]]:
+        """Part with an actor that is lost: return what it has done, and put the rest back into the queue."""
+        self._ray.kill(actor)  # it may only be out of reach
+        done, blamed = [], False
+        for ref in self._given.pop(actor):
+            _, batch, attempt = self._busy.pop(ref)
+            try:
+                done.append((batch, self._answer(ref)))
+            except self._lost as error:
+                if blamed:
+                    self._again.append((batch, attempt))  # it had not begun
+                else:
+                    self._bury(batch, attempt, error)
+                blamed = True
+        self._start()
+        return done
 
     def _bury(self, batch: Batch, attempt: int, error: Exception) -> None:
         names = f"{batch[0].sample_id} to {batch[-1].sample_id}" if len(batch) > 1 else batch[0].sample_id
@@ -233,11 +239,10 @@ class _Crew:
         logger.warning("a worker died: its %d samples (%s) go back to the queue, and another is started",
                        len(batch), names)  # fmt: skip
         self._again.append((batch, attempt + 1))
-        self._start()
 
     def end(self) -> None:
         """Let all actors go."""
-        for actor in [*self._idle, *self._starting.values(), *(actor for actor, _, _ in self._busy.values())]:
+        for actor in [*self._given, *self._starting.values()]:
             self._ray.kill(actor)
 
 

@@ -1,18 +1,20 @@
 """An index spread over the nodes of a cluster: every actor holds a share of the rows, and all of them must answer."""
 
 import logging
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rapidin_vdb.cluster.connection import connect, nodes_of
-from rapidin_vdb.errors import RapidInError, SpecError, TableError
+from rapidin_vdb.cluster.connection import connect, from_anywhere, nodes_of, told_from_here
+from rapidin_vdb.compute import use_threads
+from rapidin_vdb.errors import PurgedError, RapidInError, SpecError, TableError
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.index import Held, Ranked
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.store import SAMPLES, SampleTable, Share, TableVersion
+from rapidin_vdb.store import SAMPLES, SampleTable, Share, TableVersion, store_settings
 from rapidin_vdb.table_index import held_by
 
 logger = logging.getLogger(__name__)
@@ -25,7 +27,11 @@ _LOOK_SECONDS = 30.0
 class ShardWorker:
     """Holds one share of a database's rows, at whatever version the last question was about."""
 
-    def __init__(self, uri: str, part: int, parts: int) -> None:
+    def __init__(self, uri: str, part: int, parts: int, settings: dict[str, str]) -> None:
+        """`settings` are those of the driver's environment that say where an object store is."""
+        os.environ.update(settings)
+        # To an actor that claims no CPU, Ray gives one thread.
+        use_threads(os.cpu_count() or 1)
         self._uri, self._part, self._parts = uri, part, parts
         self._table: SampleTable | None = None
         # In memory only: nothing is built under a name that does not exist.
@@ -34,15 +40,9 @@ class ShardWorker:
     def ask(self, held: Held, method: str, arguments: tuple[Any, ...], among: Any) -> Any:
         """Return what the share's index says at a version of a table, or why it cannot."""
         try:
-            if self._table is None:
-                self._table = SampleTable(self._uri)
-            version = (
-                self._table.snapshot(held.version)
-                if held.table == SAMPLES
-                else self._table.tokens.snapshot(held.version)
-            )
+            version = self._version(held)
             if version is None or held_by(version) != held:
-                raise TableError(f"version {held.version} of {self._uri} is another one on a node of the cluster")
+                raise TableError(f"version {held.version} of {self._uri} is another one here; is it the same place?")
             index = self._keepers[held.table].fresh(Share(version, self._part, self._parts))
             if method == "count":
                 return index.samples
@@ -50,7 +50,27 @@ class ShardWorker:
                 return index.group_sums(*arguments)
             return getattr(index, method)(*arguments, among=among)
         except RapidInError as error:
-            return error
+            return told_from_here(error)
+
+    def _version(self, held: Held) -> TableVersion | None:
+        """Return the version that is asked about.
+
+        Raises:
+            PurgedError: it is gone, since it was asked about.
+        """
+        if self._table is None:
+            self._table = SampleTable(self._uri)
+        table = self._table if held.table == SAMPLES else self._table.tokens
+        try:
+            return table.snapshot(held.version)
+        except TableError as error:
+            newest = table.snapshot()
+            # It was there a moment ago, for whoever asked.
+            if newest is not None and newest.version > held.version and newest.digest_of(held.version) is None:
+                raise PurgedError(
+                    f"version {held.version} of {self._uri} is gone: a purge removed it; run the same command again"
+                ) from error
+            raise
 
 
 class ClusterIndex:
@@ -100,17 +120,24 @@ class ClusterKeeper:
         """Ask for an actor a node.
 
         Raises:
-            SpecError: there is no such cluster.
+            SpecError: there is no such cluster, or no node in it has CPUs.
         """
         self._ray = connect(address)
-        self._uri = uri
+        self._uri = from_anywhere(uri)
         self._parts = max(1, len(nodes_of(self._ray)))
         self._actors = [self._start(part) for part in range(self._parts)]
 
     def _start(self, part: int) -> Any:
-        # No CPUs are claimed: where a node is lost, another takes its share besides its own.
-        options = {"num_cpus": 0, "scheduling_strategy": "SPREAD", "max_concurrency": 1}
-        return self._ray.remote(ShardWorker).options(**options).remote(self._uri, part, self._parts)
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        nodes = sorted(nodes_of(self._ray))
+        if not nodes:
+            raise SpecError("the cluster has no node with CPUs")
+        # A node each, if it lives. No CPUs are claimed: where a node is lost, another takes its share besides its own.
+        where = NodeAffinitySchedulingStrategy(nodes[part % len(nodes)], soft=True)
+        options = {"num_cpus": 0, "scheduling_strategy": where, "max_concurrency": 1}
+        worker = self._ray.remote(ShardWorker).options(**options)
+        return worker.remote(self._uri, part, self._parts, store_settings())
 
     def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> ClusterIndex:
         """Return an index of exactly this version of the table.

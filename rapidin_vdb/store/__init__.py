@@ -1,10 +1,11 @@
 """LanceDB tables, their fingerprint, and the filters that may be put to them."""
 
-from rapidin_vdb.store.cache import cache_limit, touch, trim_cache
+from rapidin_vdb.store.cache import cache_limit, cache_root
 from rapidin_vdb.store.fingerprint import check_fingerprint
 from rapidin_vdb.store.place import size_of
 from rapidin_vdb.store.rows import ColumnKind, Row, merge_kinds
 from rapidin_vdb.store.scalar import indexed_columns, make_scalar_index, wrong_lookup
+from rapidin_vdb.store.settings import store_settings
 from rapidin_vdb.store.share import Share
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
 from rapidin_vdb.store.table import SampleTable
@@ -24,14 +25,14 @@ __all__ = [
     "TokenSnapshot",
     "TokenTable",
     "cache_limit",
+    "cache_root",
     "check_fingerprint",
     "indexed_columns",
     "make_scalar_index",
     "merge_kinds",
     "size_of",
+    "store_settings",
     "token_of",
-    "touch",
-    "trim_cache",
     "undisturbed",
     "undisturbed_each",
     "wrong_lookup",

@@ -11,7 +11,9 @@ import pyarrow as pa
 
 from rapidin_vdb.errors import TableError, without_secrets
 from rapidin_vdb.store.cache import cache_folder
+from rapidin_vdb.store.leftovers import remove_versions, unnamed_files
 from rapidin_vdb.store.place import STABLE, manifest_name
+from rapidin_vdb.store.settings import ENDPOINTS, REGIONS, first_of
 
 _LEASE = ".commit.lease"
 _TABLES = ("samples", "tokens")
@@ -62,9 +64,8 @@ class Bucket:
 
     def create_table(self, name: str, schema: pa.Schema) -> None:
         """Make a table."""
-        self.lock.check()
-        for path in self._below(f"{name}.lance/"):
-            self._delete(path)
+        # It has no version, so that what lies there was left by who died.
+        self._remove([path for path in self._below(f"{name}.lance/") if "/_versions/" not in path])
         self._connection.create_table(name, schema=schema, storage_options=self._options | STABLE)
 
     def dataset(self, name: str) -> Any:
@@ -74,6 +75,18 @@ class Bucket:
         found = lance.dataset(f"{self.uri}/{name}.lance", storage_options=self._options)
         self.lock.check()
         return found
+
+    def remove_old(self, name: str) -> None:
+        """Remove what only older versions of a table need, and what writers that died have left of others.
+
+        Lance would take what another writes at the moment for the latter, and we may have lost the lease without
+        knowing it: so it is let remove only what older versions name.
+        """
+        newest = self.dataset(name)
+        remove_versions(newest, unnamed=False)
+        below = f"{name}.lance/"
+        listed = [path.removeprefix(below) for path in self._below(below)]
+        self._remove([below + path for path in unnamed_files(newest, listed)])
 
     def has_table(self, name: str) -> bool:
         """Say whether a table has a committed version."""
@@ -113,10 +126,17 @@ class Bucket:
 
         return [entry["path"] for batch in obstore.list(self._store, prefix) for entry in batch]
 
-    def _delete(self, path: str) -> None:
+    def _remove(self, listed: list[str]) -> None:
+        """Delete objects that were listed while committing.
+
+        Whoever takes the lease from us does so after this check, and writes under names that nobody had before: however
+        long we stand still from here on, nothing of theirs is in the list.
+        """
         import obstore
 
-        obstore.delete(self._store, path)
+        self.lock.check()
+        for path in listed:
+            obstore.delete(self._store, path)
 
     def _fence(self) -> None:
         """Let whatever a former writer is about to commit fail: Lance lets nothing pass a restore of a version."""
@@ -156,10 +176,7 @@ def _of_s3(uri: str) -> tuple[dict[str, str], Any]:
 
     The environment goes before the files of AWS (`~/.aws/config` and `credentials`, and AWS_PROFILE).
     """
-    names = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
-    endpoint = next((os.environ[name] for name in names if os.environ.get(name)), None)
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    provider = None
+    endpoint, region, provider = first_of(ENDPOINTS), first_of(REGIONS), None
     files = [
         Path(os.environ.get(name) or f"~/.aws/{file}").expanduser()
         for name, file in (("AWS_CONFIG_FILE", "config"), ("AWS_SHARED_CREDENTIALS_FILE", "credentials"))

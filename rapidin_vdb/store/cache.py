@@ -3,7 +3,6 @@
 import hashlib
 import os
 import re
-import shutil
 from pathlib import Path
 
 from rapidin_vdb.errors import SpecError
@@ -37,32 +36,3 @@ def cache_limit() -> int:
     if not gib > 0:
         raise SpecError(f"RAPIDIN_VDB_CACHE_GIB is {given}; wanted a number above 0")
     return int(gib * 2**30)
-
-
-def touch(index: Path) -> None:
-    """Note that an index was used now."""
-    try:
-        os.utime(index)
-    except OSError:
-        pass  # gone, or not ours: then it is not the least recently used for long
-
-
-def trim_cache(keep: Path) -> None:
-    """Remove the indexes that were used longest ago, but not `keep`, until all fit the limit.
-
-    A process that searches one of them goes on: its files are open.
-    """
-    limit, root = cache_limit(), cache_root()
-    known: list[tuple[float, int, Path]] = []
-    for index in (path for kind in ("indexes", "token_indexes") for path in root.glob(f"*/{kind}/*") if path.is_dir()):
-        try:
-            known.append((index.stat().st_mtime, sum(file.stat().st_size for file in index.iterdir()), index))
-        except OSError:
-            continue  # somebody else removes it
-    total = sum(size for _, size, _ in known)
-    for _, size, index in sorted(known):
-        if total <= limit:
-            return
-        if index != keep:
-            shutil.rmtree(index, ignore_errors=True)
-            total -= size

@@ -6,6 +6,7 @@ then made to fail by a `fence`, before the new one begins.
 """
 
 import json
+import logging
 import random
 import time
 from collections.abc import Callable
@@ -17,8 +18,16 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
 
 from rapidin_vdb.errors import TableError
+from rapidin_vdb.locks import QUIET_SECONDS
+
+logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 20.0
+Tag = dict[str, str]
+"""What tells one state of an object from another; empty for one that is not there.
+
+Amazon's and Azure's conditional puts go by entity tags, Google's by the number of the version: both are handed on.
+"""
 _LOST = (AlreadyExistsError, PreconditionError, NotFoundError)
 
 
@@ -32,7 +41,8 @@ class Lease:
         self._store, self._name, self._place = store, name, place
         self._fence, self._seconds = fence, seconds
         self._threads, self._depth = RLock(), 0
-        self._token, self._tag = "", ""
+        self._token = ""
+        self._tag: Tag = {}
         self._changing = RLock()
         self._stop: Event | None = None
 
@@ -77,13 +87,20 @@ class Lease:
             self._threads.release()
 
     def _take(self) -> None:
-        self._token, seen, since = uuid4().hex, "", time.monotonic()
+        self._token, begun = uuid4().hex, time.monotonic()
+        seen, since, quiet = Tag(), begun, True
         while True:
             holder, tag = self._read()
             if tag != seen:
                 seen, since = tag, time.monotonic()
             expired = bool(holder) and time.monotonic() - since > self._seconds
             if holder and not expired and holder != self._token:
+                if quiet and time.monotonic() - begun > QUIET_SECONDS:
+                    logger.warning(
+                        "waiting for the database %s, to which another is writing; one that died is passed by after "
+                        "%.0f s", self._place, self._seconds,
+                    )  # fmt: skip
+                    quiet = False
                 # Not all at the same moment.
                 time.sleep(random.uniform(0.2, 0.6) * min(1.0, self._seconds / 4))
                 continue
@@ -104,13 +121,13 @@ class Lease:
                     raise
             return
 
-    def _read(self) -> tuple[str, str]:
+    def _read(self) -> tuple[str, Tag]:
         """Return who holds it, nobody being "", and the tag of what was read."""
         try:
             found = obstore.get(self._store, self._name)
         except (NotFoundError, FileNotFoundError):
-            return "", ""
-        tag = str(found.meta["e_tag"] or found.meta["version"])
+            return "", {}
+        tag = _tag_of(found.meta)
         try:
             return str(json.loads(bytes(found.bytes()))["holder"]), tag
         except (ValueError, KeyError, TypeError):
@@ -124,13 +141,12 @@ class Lease:
                 self._tag = tag
             return holder == self._token
 
-    def _write(self, holder: str, tag: str) -> None:
+    def _write(self, holder: str, tag: Tag) -> None:
         # Never twice the same: an entity tag may be a hash of the content.
         content = json.dumps({"holder": holder, "written": uuid4().hex}).encode("ascii")
         with self._changing:
-            mode: Any = {"e_tag": tag} if tag else "create"
-            written = obstore.put(self._store, self._name, content, mode=mode)
-            self._tag = str(written["e_tag"] or written["version"])
+            mode: Any = tag or "create"
+            self._tag = _tag_of(obstore.put(self._store, self._name, content, mode=mode))
 
     def _renew(self) -> None:
         stop = self._stop = Event()
@@ -167,6 +183,11 @@ class Lease:
             pass  # taken by somebody else, or out of reach: then it runs out by itself
 
 
+def _tag_of(found: Any) -> Tag:
+    """Return the tag in what the store says of an object; it leaves out what the store does not have."""
+    return {name: str(found[name]) for name in ("e_tag", "version") if found[name]}
+
+
 def check_conditional_puts(store: Any, *, place: str) -> None:
     """Refuse a store in which two writers could both win.
 
@@ -174,17 +195,21 @@ def check_conditional_puts(store: Any, *, place: str) -> None:
         TableError: it does not honour conditional puts.
     """
     name = f".probe-{uuid4().hex}"
-    tag = obstore.put(store, name, b"1", mode="create")["e_tag"]
+    stale: Any = _tag_of(obstore.put(store, name, b"1", mode="create"))
     try:
         won: list[str] = []
-        stale = '"00000000000000000000000000000000"'
-        for what, mode in (("If-None-Match", "create"), ("If-Match", {"e_tag": stale})):
+        tries: list[tuple[str, Any]] = [("If-None-Match", "create")]
+        if stale:
+            # One that was true once: a store may refuse for its form what it never gave out.
+            obstore.put(store, name, b"2", mode=stale)
+            tries.append(("If-Match", stale))
+        for what, mode in tries:
             try:
-                obstore.put(store, name, b"2", mode=mode)  # type: ignore[arg-type]
+                obstore.put(store, name, b"3", mode=mode)
                 won.append(what)
             except _LOST:
                 continue
-        if won or not tag:
+        if won or not stale:
             raise TableError(
                 f"the object store of {place} does not honour conditional puts ({' and '.join(won) or 'no tags'}): two "
                 "writers could lose each other's work there. Use a store or a version of it that does"

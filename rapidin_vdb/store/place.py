@@ -12,6 +12,7 @@ from filelock import FileLock
 
 from rapidin_vdb.errors import TableError, without_secrets
 from rapidin_vdb.locks import NamedLock
+from rapidin_vdb.store.leftovers import remove_versions
 
 LOCK = ".commit.lock"
 CLOUDS = ("s3", "gs", "az")
@@ -42,6 +43,10 @@ class Place(Protocol):
 
     def dataset(self, name: str) -> Any:
         """Return a table as Lance knows it."""
+        ...
+
+    def remove_old(self, name: str) -> None:
+        """Remove what a table's newest version does not need; called while committing."""
         ...
 
     def has_table(self, name: str) -> bool:
@@ -100,6 +105,11 @@ class Folder:
         import lance
 
         return lance.dataset(str(Path(self.uri, f"{name}.lance")))
+
+    def remove_old(self, name: str) -> None:
+        """Remove what a table's newest version does not need."""
+        # Nobody else is writing: what no version names was left by who died.
+        remove_versions(self.dataset(name), unnamed=True)
 
     def has_table(self, name: str) -> bool:
         """Say whether a table has a committed version."""

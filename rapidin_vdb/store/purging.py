@@ -1,6 +1,6 @@
 """Nothing of deleted or replaced rows is left in a table's files."""
 
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from lancedb.index import Bitmap, BTree
 
@@ -25,9 +25,7 @@ def purge_table(place: Place, name: str) -> None:
         table.create_index(index.columns[0], config=config, replace=True)
     # The newest version says what made it, as a deletion's filter with its ids and texts: so it is made by this.
     place.dataset(name).update_metadata({_PURGED: datetime.now(UTC).isoformat()})
-    place.dataset(name).cleanup_old_versions(
-        older_than=timedelta(0), delete_unverified=True, error_if_tagged_old_versions=False
-    )
+    place.remove_old(name)
     # Lance passes over files that it may not delete.
     if len(left := place.dataset(name).versions()) > 1:
         raise TableError(

@@ -9,6 +9,8 @@ from rapidin_vdb.store.version import TableVersion, VectorBatch
 
 # Neighbouring rows lie together in the table, and are read together.
 _RUN = 16
+# With more parts than these, rows are taken one by one; with fewer, it is faster to pass over those of others.
+_SCANNED = 4
 
 
 class Share(TableVersion):
@@ -37,12 +39,20 @@ class Share(TableVersion):
     def keys_in_order(self) -> tuple[list[str], Int64[np.ndarray, " samples"], Int64[np.ndarray, " samples"]]:
         """Return key, row id and version of every row of this part, in the order of `vectors`."""
         keys, row_ids, versions = self._whole.keys_in_order()
-        mine = self._mine(row_ids)
-        return [key for key, wanted in zip(keys, mine, strict=True) if wanted], row_ids[mine], versions[mine]
+        mine = np.flatnonzero(self._mine(row_ids))
+        if self._parts > _SCANNED:
+            # A row that was replaced lies behind others in the table, and has kept its id.
+            mine = mine[np.argsort(row_ids[mine])]
+        return [keys[number] for number in mine], row_ids[mine], versions[mine]
 
     def vectors(self, row_ids: Int64[np.ndarray, " wanted"] | None = None) -> Iterator[VectorBatch]:
         """Yield the RapidGrads of this part, or of some rows of it."""
-        yield from self._whole.vectors(self.row_keys()[0] if row_ids is None else row_ids)
+        if row_ids is not None:
+            yield from self._whole.vectors(row_ids)
+        elif self._parts > _SCANNED:
+            yield from self._whole.taken(np.sort(self.row_keys()[0]))
+        else:
+            yield from self._whole.scanned(self._mine)
 
     def _mine(self, row_ids: np.ndarray) -> np.ndarray:
         return row_ids // _RUN % self._parts == self._part
