@@ -116,9 +116,9 @@ def starve(path: str) -> None:
             offsets=((0, 1),) * 90,
             truncated=False,
         )
-        for number in range(160)
+        for number in range(480)
     ]
-    small = [made.vector for first in range(0, 160, 4) for made in make_batch(engine, batch[first : first + 4], None)]
+    small = [made.vector for first in range(0, 480, 4) for made in make_batch(engine, batch[first : first + 4], None)]
     told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
@@ -139,7 +139,7 @@ def test_a_batch_that_does_not_fit_the_memory_there_is_is_halved(database):
         cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
     )  # fmt: skip
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["told"][0] == "a batch of 160 samples does not fit the memory: going on with 80"
+    assert found["told"][0] == "a batch of 480 samples does not fit the memory: going on with 240"
     assert found["difference"] < 2e-3
 
 
