@@ -267,7 +267,7 @@ def test_a_cluster_of_this_machine_alone(pair, tmp_path):
         "family = [psutil.Process(), *psutil.Process().children(recursive=True)]\n"
         "heard = {one.laddr.ip for process in family for one in process.net_connections() if one.status == 'LISTEN'}\n"
         "lines = [process.cmdline() for process in family]\n"
-        "shown = [line for line in lines if any('dashboard.py' in word for word in line) and '--disable-frontend' not in line]\n"
+        "shown = [line for line in lines if any(word.endswith('dashboard.py') for word in line) and '--disable-frontend' not in line]\n"
         "print(json.dumps([[ip.removeprefix('::ffff:') for ip in sorted(heard)], shown]))\n"
     )
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}

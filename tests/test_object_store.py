@@ -127,8 +127,15 @@ def test_writers_that_contend_lose_nothing_and_write_nothing_twice(bucket, tmp_p
 
 
 def prepared(environment, together):
-    """In a child: the environment of the test, which whoever forks it does not have; and all begin at once."""
+    """In a child: the environment of the test, which whoever forks it does not have; and all begin at once.
+
+    Computing takes longer than writing, as it does for real: who commits without a pause may keep others waiting.
+    """
+    import rapidin_vdb.ingest
+
     os.environ.update(environment)
+    commit = rapidin_vdb.ingest._Writer.commit
+    rapidin_vdb.ingest._Writer.commit = lambda writer: (commit(writer), time.sleep(1))[0]
     together.wait(100)
 
 
