@@ -80,7 +80,9 @@ def test_who_goes_away_is_not_waited_for(served, listening, accept):
     body = {"prompt": "Say 5", "max_tokens": 450}
     with served._engine.alone:  # nothing can be answered meanwhile
         lines = [send(listening, "/api/generate", body, accept=accept) for _ in range(6)]
+        end = time.monotonic() + 60
         while "rapidin_waiting 5.0" not in measured(listening):
+            assert time.monotonic() < end, "they never came to wait"
             time.sleep(0.02)
         for line in lines:
             line.close()

@@ -103,7 +103,7 @@ def make_app(
 
 def _count(database: Database) -> float:
     try:
-        return database.count()
+        return float(database.count())
     except RapidInError:
         return math.nan  # the other counters count all the same
 
