@@ -1,5 +1,6 @@
 """Exact token scores against one backward pass a token, by plain autograd in float64."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -45,8 +46,15 @@ def load(models, adapters, architecture: str, kind: str):
 
 def slow_matrix(loaded, sample: Encoded, query: Encoded, normalize: str) -> np.ndarray:
     """Eq. 8 from G and T separate backward passes, both sides with the norms of the whole."""
-    theirs = token_gradients(loaded.model, loaded.theta, list(sample.input_ids), sample.response_tokens)
-    ours = token_gradients(loaded.model, loaded.theta, list(query.input_ids), query.response_tokens)
+    model, theta = loaded.model, loaded.theta
+    if all(parameter.is_floating_point() for parameter in model.parameters()):
+        # A whole score is a sum that cancels: in single precision it is the reference that is wrong.
+        model, theta = copy.deepcopy((model, theta))
+        model.double()
+        if "Experts" in str(model):
+            model.set_experts_implementation("eager")  # the other knows no double precision
+    theirs = token_gradients(model, theta, list(sample.input_ids), sample.response_tokens)
+    ours = token_gradients(model, theta, list(query.input_ids), query.response_tokens)
     matrix = np.zeros((len(theirs), len(ours)))
     for layer in range(len(loaded.theta)):
         rows, columns = ([grads[layer].ravel() for grads in side] for side in (theirs, ours))
