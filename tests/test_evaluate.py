@@ -10,7 +10,7 @@ from conftest import write_jsonl
 from reference import normalized, sample_gradient
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.evaluate import gradients, metrics
+from rapidin_vdb.evaluate import gradients, hessian, metrics
 from rapidin_vdb.evaluate.corpora import TRIGGER, perturbed, poisoned
 from rapidin_vdb.evaluate.fiction import fiction, is_fiction
 from rapidin_vdb.gradient import RapidGradMaker, load_model
@@ -136,10 +136,10 @@ def test_datainf_equals_its_formula(maker):
     directions, _ = full.directions(QUERIES)
     products = full.products(directions)
     lengths = [shape.count for shape in maker.loaded.shapes]
-    weights, damping = gradients.datainf_weights(products.dots, products.norms, lengths)
+    weights, damping = hessian.datainf_weights(products.dots, products.norms, lengths)
     sums = gradients.WeightedSums(weights, full.shapes)
     full.run("sums", {"sums": sums})
-    found = gradients.datainf(products.dots, full.products(sums.sums).dots, damping)
+    found = hessian.datainf(products.dots, full.products(sums.sums).dots, damping)
     ours, theirs = dense(maker, QUERIES), dense(maker, SAMPLES)
     wanted = np.zeros_like(found)
     for layer, length in enumerate(lengths):
@@ -156,8 +156,8 @@ def test_lissa_goes_to_the_damped_inverse(maker):
     full = gradients.FullGradients(maker, SAMPLES, batch_tokens=40)
     directions, _ = full.directions(QUERIES)
     torch.manual_seed(0)
-    inverse = gradients.lissa(maker, SAMPLES, directions, depth=60, batch=len(SAMPLES), damping=0.5, seed=0)
-    found = full.products(inverse).dots.sum(2).T
+    solved = hessian.lissa(maker, SAMPLES, directions, depth=60, batch=len(SAMPLES), damping=0.5, seed=0)
+    found = full.products(solved).dots.sum(2).T
     from rapidin_vdb.gradient.sample import token_losses
 
     theta = list(maker.loaded.theta.values())
@@ -165,13 +165,13 @@ def test_lissa_goes_to_the_damped_inverse(maker):
         loss = torch.stack([token_losses(maker.loaded, sample).mean() for sample in SAMPLES]).mean()
         flat = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, theta, create_graph=True)])
         rows = [torch.cat([g.reshape(-1) for g in torch.autograd.grad(one, theta, retain_graph=True)]) for one in flat]
-    hessian = torch.stack(rows).double().numpy()
+    matrix = torch.stack(rows).double().numpy()
     ours, theirs = (np.stack([np.concatenate(grads) for grads in dense(maker, side)]) for side in (QUERIES, SAMPLES))
     # The scale is drawn from the largest eigenvalue; any is right for which the recursion holds, so it is solved for.
-    scales = np.linspace(1, 4, 601) * np.abs(np.linalg.eigvalsh((hessian + hessian.T) / 2)).max()
+    scales = np.linspace(1, 4, 601) * np.abs(np.linalg.eigvalsh((matrix + matrix.T) / 2)).max()
     errors = []
     for scale in scales:
-        wanted = ours @ np.linalg.inv(0.5 * np.eye(len(hessian)) + hessian / scale) @ theirs.T / scale
+        wanted = ours @ np.linalg.inv(0.5 * np.eye(len(matrix)) + matrix / scale) @ theirs.T / scale
         errors.append(np.abs(found - wanted).max() / np.abs(wanted).max())
     assert min(errors) < 1e-2
 
@@ -183,10 +183,15 @@ def test_sketches_of_all_widths_are_near_the_exact_scores(maker):
         gradients.Products(directions, full.shapes, 8),
         gradients.Sketches(maker, QUERIES, (16, 256), 8),
     )
+    sketches.ask("again", QUERIES[:1], [16])
     seconds = full.run("both", {"products": products, "sketches": sketches})
     assert all(value > 0 for value in seconds.values())
     exact = gradients.tracin_normalised(products.dots, products.norms, query_norms)
-    found = sketches.scores
+    found = {width: sketches.scores["", width] for width in (16, 256)}
+    ours, theirs = (np.stack([maker.make(one)[0] for one in side]) for side in (QUERIES, SAMPLES))
+    stored = theirs.astype(np.float16).astype(np.float64)
+    np.testing.assert_allclose(found[256], ours.astype(np.float64) @ stored.T, rtol=2e-3, atol=1e-3)
+    assert np.allclose(sketches.scores["again", 16], found[16][:1], rtol=1e-4, atol=1e-4)
     near = {width: metrics.agreement(scores, exact, top=3)["pearson"] for width, scores in found.items()}
     assert near[256] > 0.9 and near[256] > near[16]
 

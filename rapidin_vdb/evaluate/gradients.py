@@ -13,11 +13,10 @@ import numpy as np
 import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient import ExactInfluence, RapidGradMaker, norms_of
 from rapidin_vdb.gradient.batch import Receiver
-from rapidin_vdb.gradient.sample import token_losses
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, ParameterShape
 
@@ -91,10 +90,18 @@ class Sketches:
     """Scores of queries by RapidGrads of several widths, folds of the maker's, in half precision as they are stored."""
 
     def __init__(self, maker: RapidGradMaker, queries: Sequence[Encoded], widths: Sequence[int], samples: int) -> None:
-        self._maker = maker
-        self._queries = {width: _folded(_made(maker, queries), width).double() for width in widths}
-        self.scores = {width: np.zeros((len(queries), samples)) for width in widths}
-        """[queries, samples] for each width."""
+        self._maker, self._samples = maker, samples
+        self._queries: dict[tuple[str, int], Tensor] = {}
+        self.scores: dict[tuple[str, int], Scores] = {}
+        """[queries, samples] for each kind of queries, "" for those that it was made with, and width."""
+        self.ask("", queries, widths)
+
+    def ask(self, kind: str, queries: Sequence[Encoded], widths: Sequence[int]) -> None:
+        """Score other queries by the same RapidGrads too; before the first batch."""
+        made = _made(self._maker, queries)
+        for width in widths:
+            self._queries[kind, width] = _folded(made, width)
+            self.scores[kind, width] = np.zeros((len(queries), self._samples))
 
     def begin(self, numbers: Numbers) -> Receiver:
         """Return what receives the next batch."""
@@ -104,9 +111,11 @@ class Sketches:
 
     def end(self) -> None:
         """Keep the batch's scores."""
-        for width, queries in self._queries.items():
-            stored = _folded(self._sketcher.rapidgrads, width).half().double()
-            self.scores[width][:, self._numbers] = (queries @ stored.T).numpy()
+        stored: dict[int, Tensor] = {}
+        for (kind, width), queries in self._queries.items():
+            if width not in stored:
+                stored[width] = _folded(self._sketcher.rapidgrads, width).half().float()
+            self.scores[kind, width][:, self._numbers] = _inner(queries, stored[width])
 
 
 class FullGradients:
@@ -230,69 +239,23 @@ def tracin_normalised(dots: np.ndarray, norms: np.ndarray, query_norms: np.ndarr
     return np.divide(dots, scales, out=np.zeros(dots.shape), where=scales > 0).sum(2).T
 
 
-def datainf_weights(
-    dots: np.ndarray, norms: np.ndarray, lengths: Sequence[int]
-) -> tuple[Float64[np.ndarray, "samples queries tensors"], Float64[np.ndarray, " tensors"]]:
-    """Return the weights of the samples' gradients in DataInf's correction, and its damping.
-
-    DataInf (Kwon et al., ICLR 2024) takes the inverse of a layer's damped second moment as the mean of the inverses of
-    its rank-one parts: 1/lambda (v - 1/n sum_i <g_i, v> / (lambda + |g_i|^2) g_i), with lambda = 0.1 times the mean of
-    |g_i|^2 / d.
-    """
-    squares = norms**2
-    damping = np.maximum(0.1 * squares.mean(0) / np.asarray(lengths), 1e-30)
-    return dots / (damping + squares)[:, None, :] / len(norms), damping
-
-
-def datainf(dots: np.ndarray, again: np.ndarray, damping: np.ndarray) -> Scores:
-    """Return DataInf's closed form of the influence function; `again` are the products with the weighted sums."""
-    return ((dots - again) / damping).sum(2).T
-
-
-def lissa(
-    maker: RapidGradMaker, samples: Sequence[Encoded], directions: Directions, *, depth: int, batch: int,
-    damping: float, seed: int, progress: Progress = silent,
-) -> Directions:  # fmt: skip
-    """Return the inverse Hessian times each query's gradient, by LiSSA's recursion; times the samples', the scores.
-
-    v <- g + (1 - damping) v - H v / scale, with the Hessian H of the loss on a few samples, drawn anew each step, and a
-    scale above its largest eigenvalue.
-    """
-    draw = np.random.default_rng(seed)
-    theta = list(maker.loaded.theta.values())
-    current = {number: rows.clone() for number, rows in directions.items()}
-    queries = len(directions[0])
-
-    def products(vectors: Directions, count: int) -> Directions:
-        """Multiply the Hessian of the mean loss of some samples with each query's vector."""
-        chosen = [samples[number] for number in draw.choice(len(samples), batch, replace=False)]
-        with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-            loss = torch.stack([token_losses(maker.loaded, sample).mean() for sample in chosen]).mean()
-            grads = torch.autograd.grad(loss, theta, create_graph=True)
-            found: list[tuple[Tensor, ...]] = []
-            for query in range(count):
-                inner = torch.stack([(g.reshape(-1) * vectors[n][query]).sum() for n, g in enumerate(grads)]).sum()
-                found.append(torch.autograd.grad(inner, theta, retain_graph=True))
-        return {n: torch.stack([one[n].reshape(-1) for one in found]) for n in range(len(theta))}
-
-    probe = {number: torch.randn(1, rows.shape[1]) for number, rows in directions.items()}
-    largest = 0.0
-    for _ in range(8):
-        length = float(torch.sqrt(torch.stack([(rows**2).sum() for rows in probe.values()]).sum()))
-        probe = products({number: rows / length for number, rows in probe.items()}, 1)
-        largest = max(largest, float(torch.sqrt(torch.stack([(rows**2).sum() for rows in probe.values()]).sum())))
-    scale = 2 * largest
-    for step in range(depth):
-        progress("LiSSA", step, depth)
-        moved = products(current, queries)
-        current = {n: directions[n] + (1 - damping) * rows - moved[n] / scale for n, rows in current.items()}
-    progress("LiSSA", depth, depth)
-    return {number: rows / scale for number, rows in current.items()}
-
-
-def _made(maker: RapidGradMaker, queries: Sequence[Encoded]) -> Tensor:
-    return torch.from_numpy(np.stack([maker.make(query)[0] for query in queries]))
+def _made(maker: RapidGradMaker, queries: Sequence[Encoded], *, batch: int = 16) -> Tensor:
+    rows = torch.empty(len(queries), maker.spec.width)
+    for first in range(0, len(queries), batch):
+        for number, result in enumerate(maker.make_batch(queries[first : first + batch]), start=first):
+            if isinstance(result, GradientError):
+                raise result
+            rows[number] = torch.from_numpy(result[0])
+    return rows
 
 
 def _folded(vectors: Tensor, width: int) -> Tensor:
-    return vectors.unflatten(1, (width, -1)).sum(2)
+    return vectors if vectors.shape[1] == width else vectors.unflatten(1, (width, -1)).sum(2)
+
+
+def _inner(queries: Tensor, samples: Tensor, *, block: int = 1 << 12) -> np.ndarray:
+    """Return inner products, in single precision within blocks of coordinates and in double precision across them."""
+    found = torch.zeros(len(queries), len(samples), dtype=torch.float64)
+    for first in range(0, queries.shape[1], block):
+        found += queries[:, first : first + block] @ samples[:, first : first + block].T
+    return found.numpy()

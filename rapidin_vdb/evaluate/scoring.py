@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from rapidin_vdb.evaluate import gradients, methods
+from rapidin_vdb.evaluate import gradients, hessian, methods
 from rapidin_vdb.evaluate.corpora import Record
 from rapidin_vdb.evaluate.experiment import Experiment
 from rapidin_vdb.gradient import LoadedModel, RapidGradMaker, load_model
@@ -104,7 +104,7 @@ def _first_pass(
         str(shuffles): gradients.Sketches(maker, asked, profile.widths, full.samples)
         for shuffles, maker in makers.items()
     }
-    takers["token-wise"] = gradients.Sketches(makers[first], list(focused), [profile.width], full.samples)
+    takers[str(first)].ask("token-wise", list(focused), [profile.width])
     seconds = full.run("gradients", takers)
     products = takers["products"]
     with products_file.with_suffix(".new").open("wb") as file:
@@ -113,13 +113,8 @@ def _first_pass(
     experiment.keep("TracIn", gradients.tracin(products.dots), seconds["products"])
     experiment.keep(EXACT, gradients.tracin_normalised(products.dots, products.norms, query_norms), seconds["products"])
     for shuffles in makers:
-        for width, scores in takers[str(shuffles)].scores.items():
-            experiment.keep(rapidin(width, shuffles), scores, seconds[str(shuffles)])
-    experiment.keep(
-        rapidin(profile.width, first, token_wise=True),
-        takers["token-wise"].scores[profile.width],
-        seconds["token-wise"],
-    )
+        for (kind, width), scores in takers[str(shuffles)].scores.items():
+            experiment.keep(rapidin(width, shuffles, token_wise=bool(kind)), scores, seconds[str(shuffles)])
 
 
 def _influence(
@@ -128,13 +123,13 @@ def _influence(
 ) -> None:  # fmt: skip
     """Make the scores of both influence functions: a pass for DataInf's sums, LiSSA's recursion, a pass for both."""
     profile = experiment.profile
-    weights, damping = gradients.datainf_weights(dots, norms, lengths)
+    weights, damping = hessian.datainf_weights(dots, norms, lengths)
     sums = gradients.WeightedSums(weights, full.shapes)
     seconds = {DATAINF: full.run("DataInf", {"sums": sums})["sums"], LISSA: 0.0}
     vectors = sums.sums
     if profile.lissa_depth:
         started = time.monotonic()
-        inverse = gradients.lissa(
+        inverse = hessian.lissa(
             maker, samples, full.directions(asked)[0], depth=profile.lissa_depth, batch=profile.lissa_batch,
             damping=_DAMPING, seed=experiment.seed, progress=experiment.progress,
         )  # fmt: skip
@@ -143,6 +138,6 @@ def _influence(
     started = time.monotonic()
     again = full.products(vectors).dots
     shared, count = time.monotonic() - started, len(asked)
-    experiment.keep(DATAINF, gradients.datainf(dots, again[:, :count], damping), seconds[DATAINF] + shared)
+    experiment.keep(DATAINF, hessian.datainf(dots, again[:, :count], damping), seconds[DATAINF] + shared)
     if profile.lissa_depth:
         experiment.keep(LISSA, again[:, count:].sum(2).T.astype(np.float64), seconds[LISSA] + shared)
