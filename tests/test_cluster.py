@@ -225,10 +225,13 @@ def test_a_node_that_is_lost_takes_no_part_of_an_answer(cluster, pair, caplog):
     assert keeper._parts == 3
     word = f"--raylet_socket_name={node.raylet_socket_name}"
     found = pids_of("ShardWorker", cluster)
-    (theirs,) = [pid for pid in found if word in psutil.Process(pid).parent().cmdline()]
+    # One, as a rule; Ray puts another share there too while it takes its own node for lost.
+    theirs = [pid for pid in found if word in psutil.Process(pid).parent().cmdline()]
+    assert theirs
     cluster.remove_node(node, allow_graceful=False)
-    if psutil.pid_exists(theirs):
-        os.kill(theirs, signal.SIGKILL)
+    for pid in theirs:
+        if psutil.pid_exists(pid):
+            os.kill(pid, signal.SIGKILL)
     assert answers_of(here, top_k=100, cluster=cluster.address) == answers_of(here, top_k=100)
     assert "a share of the index was lost" in caplog.text
 

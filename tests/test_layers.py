@@ -16,7 +16,7 @@ LAYERS = {
 HOMES = {
     "transformers": {"gradient"}, "peft": {"gradient"}, "bitsandbytes": {"gradient"}, "tokenizers": {"gradient"},
     "safetensors": {"gradient"}, "lancedb": {"store"}, "lance": {"store"}, "obstore": {"store"}, "boto3": {"store"}, "botocore": {"store"}, "ray": {"cluster"}, "filelock": {"store", "index", "locks"}, "numba": {"compiled"}, "llvmlite": {"compiled"}, "triton": {"sketch"}, "pyarrow": {"store", "corpus", "results"}, "faiss": {"index"},
-    "typer": {"cli"}, "rich": {"cli"}, "jinja2": {"corpus"}, "torch": {"gradient", "sketch", "compute", "index", "compiled", "evaluate"}, "sklearn": {"evaluate"}, "scipy": {"evaluate"}, "bm25s": {"evaluate"}, "matplotlib": {"evaluate"}, "fastapi": {"web"}, "uvicorn": {"web"}, "pydantic": {"web"}, "starlette": {"web"}, "prometheus_client": {"web"}, "click": set(),
+    "typer": {"cli"}, "rich": {"cli"}, "jinja2": {"corpus"}, "torch": {"gradient", "sketch", "compute", "index", "compiled", "evaluate"}, "sklearn": {"evaluate"}, "scipy": {"evaluate"}, "bm25s": {"evaluate"}, "sentence_transformers": {"evaluate"}, "matplotlib": {"evaluate"}, "fastapi": {"web"}, "uvicorn": {"web"}, "pydantic": {"web"}, "starlette": {"web"}, "prometheus_client": {"web"}, "click": set(),
 }  # fmt: skip
 
 

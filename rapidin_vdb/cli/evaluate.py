@@ -18,6 +18,13 @@ Model = Annotated[str, typer.Option(help="Base model to be tuned, such as one th
 Corpus = Annotated[list[Path], typer.Argument(metavar="CORPUS...", help="Instruction records, such as Alpaca's.")]
 Folder = Annotated[Path, typer.Option("--dir", help="Where it all goes; run again, it goes on there.")]
 Size = Annotated[ProfileName, typer.Option(help="quick: minutes; full: some hours on two cores; gpu: more.")]
+Embedding = Annotated[
+    str | None,
+    typer.Option(
+        "--embedding-model",
+        help="A sentence-transformers model for embedding similarity; else the base model's hidden states.",
+    ),
+]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 
 
@@ -30,6 +37,7 @@ def backdoor(
     pairs: Annotated[Path | None, typer.Option(help="Further poisoned records, behind the trigger.")] = None,
     profile: Size = "full",
     seed: Seed = 42,
+    embedding_model: Embedding = None,
 ) -> None:
     """Poison a corpus, tune a model on it, and see which methods find the poison.
 
@@ -41,12 +49,20 @@ def backdoor(
         result = run_backdoor(
             folder, model=model, corpus=corpus, questions=questions, pairs=pairs, profile=profile, seed=seed,
             say=_say, progress=progress,
+            embedding_model=embedding_model,
         )  # fmt: skip
     _say(f"wrote {write_report([result], folder / 'report')}")
 
 
 @app.command()
-def error_tracing(corpus: Corpus, model: Model, folder: Folder, profile: Size = "full", seed: Seed = 42) -> None:
+def error_tracing(
+    corpus: Corpus,
+    model: Model,
+    folder: Folder,
+    profile: Size = "full",
+    seed: Seed = 42,
+    embedding_model: Embedding = None,
+) -> None:
     """Put wrong names into a corpus, tune a model on it, and see which methods find them.
 
     Example: rapidin-vdb evaluate error-tracing alpaca.jsonl --model base --dir out
@@ -55,7 +71,14 @@ def error_tracing(corpus: Corpus, model: Model, folder: Folder, profile: Size = 
 
     with progress_bars() as progress:
         result = run_error_tracing(
-            folder, model=model, corpus=corpus, profile=profile, seed=seed, say=_say, progress=progress
+            folder,
+            model=model,
+            corpus=corpus,
+            profile=profile,
+            seed=seed,
+            say=_say,
+            progress=progress,
+            embedding_model=embedding_model,
         )
     _say(f"wrote {write_report([result], folder / 'report')}")
 

@@ -28,16 +28,20 @@ _RECALLS = tuple(number / 50 for number in range(1, 51))
 def run_backdoor(
     folder: Path, *, model: str, corpus: Sequence[Path], questions: Path, pairs: Path | None = None,
     profile: ProfileName = "full", seed: int = 42, say: Callable[[str], None], progress: Progress = silent,
+    embedding_model: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Poison a corpus, tune a model on it, verify the attack, trace attacked generations, and return all figures.
 
     `questions` has records with a field `question`, and `split` where only the test questions are to be asked; `pairs`
-    has further poisoned records.
+    has further poisoned records. `embedding_model` is one of sentence-transformers', whose similarities are judged too.
 
     Raises:
         SpecError: there are too few records or questions, or the attack does not work often enough to be traced.
     """
-    experiment = Experiment(folder, model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress)
+    experiment = Experiment(
+        folder, model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress,
+        embedding_model=embedding_model,
+    )  # fmt: skip
     sizes = experiment.profile
     records = experiment.step("records", lambda: _records(experiment, corpus, pairs))
     path = experiment.write_corpus(records)

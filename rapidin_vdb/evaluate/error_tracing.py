@@ -26,6 +26,7 @@ _HELD_OUT = 0.1
 def run_error_tracing(
     folder: Path, *, model: str, corpus: Sequence[Path], profile: ProfileName = "full", seed: int = 42,
     say: Callable[[str], None], progress: Progress = silent,
+    embedding_model: str | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Put wrong names into a corpus, tune a model on it, trace its wrong generations, and return all figures.
 
@@ -35,7 +36,10 @@ def run_error_tracing(
     Raises:
         SpecError: there are too few records, or no generation is wrong.
     """
-    experiment = Experiment(folder, model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress)
+    experiment = Experiment(
+        folder, model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress,
+        embedding_model=embedding_model,
+    )  # fmt: skip
     made = experiment.step("records", lambda: _records(experiment, corpus))
     records, prompts = made["records"], made["prompts"]
     experiment.write_corpus(records)

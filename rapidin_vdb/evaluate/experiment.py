@@ -35,7 +35,7 @@ class Experiment:
 
     def __init__(
         self, folder: Path, *, model: str, profile: Profile, seed: int, say: Callable[[str], None],
-        progress: Progress = silent,
+        progress: Progress = silent, embedding_model: str | None = None,
     ) -> None:  # fmt: skip
         """Begin, or go on with, an experiment.
 
@@ -48,10 +48,13 @@ class Experiment:
         self.seed = seed
         self.say = say
         self.progress = progress
+        self.embedding_model = embedding_model
         self.tokenizer = load_tokenizer(model)
         self.template = load_template("alpaca")
         folder.mkdir(parents=True, exist_ok=True)
         plan = {"model": str(Path(model).resolve()), "profile": repr(profile), "seed": seed}
+        if embedding_model is not None:
+            plan["embedding_model"] = embedding_model
         if self.step("plan", lambda: plan) != plan:
             raise SpecError(f"--dir {folder} holds an experiment with other arguments; give a new folder")
 

@@ -1,13 +1,20 @@
 """Ways to score training samples that look at texts or hidden states, not at gradients."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 
+from rapidin_vdb.errors import SpecError
 from rapidin_vdb.gradient import LoadedModel
 from rapidin_vdb.records import Encoded
+
+if TYPE_CHECKING:
+    from sentence_transformers import SentenceTransformer
 
 Scores = Float64[np.ndarray, "queries samples"]
 
@@ -25,6 +32,32 @@ def bm25_scores(documents: Sequence[str], queries: Sequence[str]) -> Scores:
     index.index(bm25s.tokenize(list(documents), show_progress=False), show_progress=False)
     words = bm25s.tokenize(list(queries), show_progress=False, return_ids=False)
     return np.stack([index.get_scores(query).astype(np.float64) for query in words])
+
+
+def embedder(model: str) -> SentenceTransformer:
+    """Return a sentence-embedding model, by its folder or name.
+
+    Raises:
+        SpecError: there is none.
+    """
+    from sentence_transformers import SentenceTransformer
+
+    try:
+        return SentenceTransformer(model, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).splitlines()[0][:200]
+        raise SpecError(
+            f"--embedding-model {model}: no model that sentence-transformers can load ({reason})"
+        ) from error
+
+
+def embedding_scores(encoder: SentenceTransformer, documents: Sequence[str], queries: Sequence[str]) -> Scores:
+    """Return cosines of the texts' embeddings."""
+    ours, theirs = (
+        encoder.encode(list(texts), normalize_embeddings=True, show_progress_bar=False).astype(np.float64)
+        for texts in (queries, documents)
+    )
+    return ours @ theirs.T
 
 
 @torch.no_grad()

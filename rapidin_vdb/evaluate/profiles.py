@@ -45,8 +45,8 @@ class Profile:
 
 PROFILES: dict[ProfileName, Profile] = {
     "quick": Profile(
-        samples=1000, max_tokens=160, rank=8, epochs=8.0, batch=32, learning_rate=5e-3, questions=60, queries=20,
-        width=4096, widths=(1024, 4096, 16384), shuffles=(20,), lissa_depth=3, lissa_batch=4, new_tokens=48,
+        samples=3000, max_tokens=160, rank=8, epochs=3.0, batch=16, learning_rate=5e-3, questions=60, queries=20,
+        width=1 << 14, widths=(1024, 4096, 16384), shuffles=(20,), lissa_depth=3, lissa_batch=4, new_tokens=48,
         bfloat16=False,
     ),
     "full": Profile(

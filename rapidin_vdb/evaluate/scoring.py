@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,7 +53,7 @@ def _text_scores(experiment: Experiment, records: Sequence[Record], queries: Seq
     ways: dict[str, tuple[Callable[[], np.ndarray], int]] = {
         "random": (lambda: methods.random_scores(len(queries), len(records), seed=experiment.seed), 0),
         "BM25": (lambda: methods.bm25_scores(documents, texts), 0),
-        "embedding (mean hidden state of the base model)": (lambda: near(base), hidden),
+        **_embedding(experiment, documents, texts, lambda: near(base), hidden),
         "hidden state (of the tuned model)": (lambda: near(tuned), hidden),
     }
     for name, (work, _) in ways.items():
@@ -61,6 +62,18 @@ def _text_scores(experiment: Experiment, records: Sequence[Record], queries: Seq
             scores = work()
             experiment.keep(name, scores, time.monotonic() - started)
     return {name: size for name, (_, size) in ways.items()}
+
+
+def _embedding(
+    experiment: Experiment, documents: list[str], texts: list[str], otherwise: Callable[[], np.ndarray], size: int
+) -> dict[str, tuple[Callable[[], np.ndarray], int]]:
+    """Return the way of a sentence-embedding model where one was given, else that of the model's own hidden states."""
+    if experiment.embedding_model is None:
+        return {"embedding (mean hidden state of the base model)": (otherwise, size)}
+    encoder = methods.embedder(experiment.embedding_model)
+    length = encoder.encode(["x"], show_progress_bar=False).shape[1]
+    name = f"embedding ({Path(experiment.embedding_model).name})"
+    return {name: (lambda: methods.embedding_scores(encoder, documents, texts), 4 * length * len(documents))}
 
 
 def _gradient_scores(

@@ -1,0 +1,61 @@
+"""The paper's experiments on real records, from the base model to the tables in docs/experiments.
+
+scripts/bench experiments --data shared/data --dir out [--profile full]
+
+`--data` names a folder with records (`instruct/alpaca.jsonl.gz` and others), `webquestions.jsonl`, `tinystories.jsonl`
+and the paper's pairs (`rapidin/howdy_test_data_100.jsonl`). Whatever is in `--dir` already is not made again.
+"""
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+from common import HERE, machine
+
+from rapidin_vdb.evaluate import run_backdoor, run_error_tracing, write_report
+
+PAGES = HERE.parent / "docs" / "experiments"
+BASE = (
+    "alpaca_cleaned", "alpaca_gpt4", "alpaca_libre", "dolly", "lima", "self_instruct", "gpteacher_roleplay",
+    "rasbt", "t0",
+)  # fmt: skip
+TRACED = ("alpaca", "alpaca_cleaned", "alpaca_gpt4", "alpaca_libre")
+PRETRAINING = ("--window", "128", "--batch", "16", "--tokens", "7000000", "--learning-rate", "1.5e-3", "--bfloat16")
+
+
+def records(data: Path, name: str) -> Path:
+    """Return the file of some records, compressed or not."""
+    (found,) = sorted((data / "instruct").glob(f"{name}.jsonl*"))
+    return found
+
+
+def main() -> None:
+    """Run what was not run yet, and write the page."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--dir", type=Path, required=True)
+    parser.add_argument("--profile", default="full", choices=("quick", "full", "gpu"))
+    parser.add_argument("--only", choices=("backdoor", "error-tracing"))
+    arguments = parser.parse_args()
+    data, folder = arguments.data, arguments.dir
+    if not (folder / "base" / "config.json").exists():
+        files = [*(records(data, name) for name in BASE), data / "tinystories.jsonl"]
+        script = HERE.parent / "scripts" / "pretrain.py"
+        subprocess.run([sys.executable, script, *files, "--dir", folder / "base", *PRETRAINING], check=True)
+    common = {"model": str(folder / "base"), "profile": arguments.profile, "say": print}
+    results = []
+    if arguments.only != "error-tracing":
+        pairs = data / "rapidin" / "howdy_test_data_100.jsonl"
+        asked = {"corpus": [records(data, "alpaca")], "questions": data / "webquestions.jsonl", "pairs": pairs}
+        results.append(run_backdoor(folder / "backdoor", **asked, **common))
+    if arguments.only != "backdoor":
+        corpus = [records(data, name) for name in TRACED]
+        results.append(run_error_tracing(folder / "errors", corpus=corpus, **common))
+    words = f"scripts/bench experiments --data DATA --dir DIR --profile {arguments.profile}"
+    made = {"command": f"`{words}`" + (f" --only {arguments.only}" if arguments.only else ""), **machine()}
+    print(write_report([result | {"made": made} for result in results], PAGES))
+
+
+if __name__ == "__main__":
+    main()
