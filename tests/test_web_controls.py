@@ -56,6 +56,7 @@ def test_what_is_pressed_while_the_page_opens_waits(visit, act):
         assert page.evaluate("Object.keys(localStorage)") == [f"rapidin.{identity}.marked"]
     elif act == "ask":
         page.locator("#generation", has_text="blue 35").wait_for()
+        page.locator("h2", has_text="Influence by source").wait_for()
     assert len(held) == 1
     assert page.locator("#filters [data-column]").count() > 5 and page.locator("#group_by option").count() > 2
     assert "opening" not in settled(page)

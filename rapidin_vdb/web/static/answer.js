@@ -114,7 +114,7 @@ function generation(answer, page, alone) {
   if (alone) text.id = driven ? "driven" : "generation";
   const words = (ranking.pieces || []).filter(([, tokens]) => tokens.some((token) => chosen.has(token))).map(([piece]) => piece.trim()).filter(Boolean);
   const about = driven ? "what the pressed training token drives" : chosen.size ? "influence on " + (words.join(" ") || "the end of the text")
-    : values.focus.length ? "influence on " + Heat.named(values.generated, values.focus) : "influence on the " + Heat.extent(ranking.pieces || [], ranking.ends || []);
+    : values.focus.length ? "influence on " + Heat.named(values.generated, values.focus) : "influence on the " + (ranking.pieces ? Heat.extent(ranking.pieces, ranking.ends) : "generation");
   const each = make("input", { type: "checkbox", "data-does": "each", onchange: (event) => { page.own = event.target.checked; page.render(); } });
   each.checked = page.own;
   const does = (name, text, act, off = false) => make("button", { type: "button", id: alone ? name : null, "data-does": name, disabled: off ? "" : null, onclick: act }, text);

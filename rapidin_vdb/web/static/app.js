@@ -234,8 +234,10 @@ for (const tab of document.querySelectorAll(".tab"))
     const back = tab.dataset.view === "ask" && last !== null && keyFor(written()) === last.form && (last.to === "compare") === (beside !== null);
     navigate(back ? last.to : tab.dataset.view, back ? last.given : undefined);
   });
-id("ask").addEventListener("submit", (event) => {
+id("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
+  // Only then is it known by what influence can be added up; an opening that fails is told of where it is waited for.
+  if (!ready) await opened?.catch(() => {});
   const values = written();
   anew = keyFor(values);
   if (beside === null) navigate("ask", values);
