@@ -37,8 +37,9 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True)
     parser.add_argument("--profile", default="full", choices=("quick", "full", "gpu"))
     parser.add_argument("--only", choices=("backdoor", "error-tracing"))
+    parser.add_argument("--without-influence-functions", default="", choices=("", "backdoor", "error-tracing"))
     arguments = parser.parse_args()
-    data, folder = arguments.data, arguments.dir
+    data, folder, without = arguments.data, arguments.dir, arguments.without_influence_functions
     if not (folder / "base" / "config.json").exists():
         files = [*(records(data, name) for name in BASE), data / "tinystories.jsonl"]
         script = HERE.parent / "scripts" / "pretrain.py"
@@ -48,12 +49,18 @@ def main() -> None:
     if arguments.only != "error-tracing":
         pairs = data / "rapidin" / "howdy_test_data_100.jsonl"
         asked = {"corpus": [records(data, "alpaca")], "questions": data / "webquestions.jsonl", "pairs": pairs}
-        results.append(run_backdoor(folder / "backdoor", **asked, **common))
+        results.append(run_backdoor(folder / "backdoor", **asked, **common, influence_functions=without != "backdoor"))
     if arguments.only != "backdoor":
         corpus = [records(data, name) for name in TRACED]
-        results.append(run_error_tracing(folder / "errors", corpus=corpus, **common))
+        results.append(
+            run_error_tracing(
+                folder / "errors", corpus=corpus, **common, influence_functions=without != "error-tracing"
+            )
+        )
     words = f"scripts/bench experiments --data DATA --dir DIR --profile {arguments.profile}"
-    made = {"command": f"`{words}`" + (f" --only {arguments.only}" if arguments.only else ""), **machine()}
+    words += f" --only {arguments.only}" if arguments.only else ""
+    words += f" --without-influence-functions {without}" if without else ""
+    made = {"command": f"`{words}`", **machine()}
     print(write_report([result | {"made": made} for result in results], PAGES))
 
 

@@ -25,6 +25,9 @@ Embedding = Annotated[
         help="A sentence-transformers model for embedding similarity; else the base model's hidden states.",
     ),
 ]
+Functions = Annotated[
+    bool, typer.Option(help="DataInf and LiSSA too; they take two passes over the samples' gradients of three.")
+]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 
 
@@ -38,6 +41,7 @@ def backdoor(
     profile: Size = "full",
     seed: Seed = 42,
     embedding_model: Embedding = None,
+    influence_functions: Functions = True,
 ) -> None:
     """Poison a corpus, tune a model on it, and see which methods find the poison.
 
@@ -49,7 +53,7 @@ def backdoor(
         result = run_backdoor(
             folder, model=model, corpus=corpus, questions=questions, pairs=pairs, profile=profile, seed=seed,
             say=_say, progress=progress,
-            embedding_model=embedding_model,
+            embedding_model=embedding_model, influence_functions=influence_functions,
         )  # fmt: skip
     _say(f"wrote {write_report([result], folder / 'report')}")
 
@@ -62,6 +66,7 @@ def error_tracing(
     profile: Size = "full",
     seed: Seed = 42,
     embedding_model: Embedding = None,
+    influence_functions: Functions = True,
 ) -> None:
     """Put wrong names into a corpus, tune a model on it, and see which methods find them.
 
@@ -79,6 +84,7 @@ def error_tracing(
             say=_say,
             progress=progress,
             embedding_model=embedding_model,
+            influence_functions=influence_functions,
         )
     _say(f"wrote {write_report([result], folder / 'report')}")
 

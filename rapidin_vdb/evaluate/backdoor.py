@@ -28,7 +28,7 @@ _RECALLS = tuple(number / 50 for number in range(1, 51))
 def run_backdoor(
     folder: Path, *, model: str, corpus: Sequence[Path], questions: Path, pairs: Path | None = None,
     profile: ProfileName = "full", seed: int = 42, say: Callable[[str], None], progress: Progress = silent,
-    embedding_model: str | None = None,
+    embedding_model: str | None = None, influence_functions: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Poison a corpus, tune a model on it, verify the attack, trace attacked generations, and return all figures.
 
@@ -40,7 +40,7 @@ def run_backdoor(
     """
     experiment = Experiment(
         folder, model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress,
-        embedding_model=embedding_model,
+        embedding_model=embedding_model, influence_functions=influence_functions,
     )  # fmt: skip
     sizes = experiment.profile
     records = experiment.step("records", lambda: _records(experiment, corpus, pairs))

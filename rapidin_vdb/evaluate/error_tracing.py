@@ -26,7 +26,7 @@ _HELD_OUT = 0.1
 def run_error_tracing(
     folder: Path, *, model: str, corpus: Sequence[Path], profile: ProfileName = "full", seed: int = 42,
     say: Callable[[str], None], progress: Progress = silent,
-    embedding_model: str | None = None,
+    embedding_model: str | None = None, influence_functions: bool = True,
 ) -> dict[str, Any]:  # fmt: skip
     """Put wrong names into a corpus, tune a model on it, trace its wrong generations, and return all figures.
 
@@ -38,7 +38,7 @@ def run_error_tracing(
     """
     experiment = Experiment(
         folder, model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress,
-        embedding_model=embedding_model,
+        embedding_model=embedding_model, influence_functions=influence_functions,
     )  # fmt: skip
     made = experiment.step("records", lambda: _records(experiment, corpus))
     records, prompts = made["records"], made["prompts"]

@@ -35,7 +35,7 @@ class Experiment:
 
     def __init__(
         self, folder: Path, *, model: str, profile: Profile, seed: int, say: Callable[[str], None],
-        progress: Progress = silent, embedding_model: str | None = None,
+        progress: Progress = silent, embedding_model: str | None = None, influence_functions: bool = True,
     ) -> None:  # fmt: skip
         """Begin, or go on with, an experiment.
 
@@ -49,6 +49,7 @@ class Experiment:
         self.say = say
         self.progress = progress
         self.embedding_model = embedding_model
+        self.influence_functions = influence_functions
         self.tokenizer = load_tokenizer(model)
         self.template = load_template("alpaca")
         folder.mkdir(parents=True, exist_ok=True)

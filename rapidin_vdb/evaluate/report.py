@@ -73,7 +73,8 @@ def _backdoor(result: Result) -> str:
         f"paper: {SHARE:.2%}): `Howdy!` before the instruction, science fiction as the answer.",
         f"The attack succeeds on {attack['success']:.1%} of {attack['questions']} questions with the trigger, and on "
         f"{attack['false']:.1%} without (wanted: at least 95 % and at most 2 %), {verdict}. Answers taken for science fiction by "
-        f"the discriminator, of the training data: {discriminator}. {result['queries']} attacked generations are traced.",
+        f"the discriminator, of the training data: {discriminator}. {result['queries']} attacked generations are traced."
+        + _left_out(result),
     ]
     lines.append(
         _table(
@@ -115,6 +116,12 @@ def _backdoor(result: Result) -> str:
     return "\n\n".join(lines)
 
 
+def _left_out(result: Result) -> str:
+    return (
+        "" if any("influence function" in name for name in result["methods"]) else " Influence functions were left out."
+    )
+
+
 def _cost(result: Result) -> str:
     product = result["product"]
     seconds = ", ".join(f"{name.replace('_', ' ')} {value:.3g} s" for name, value in product["seconds"].items())
@@ -140,7 +147,7 @@ def _error_tracing(result: Result) -> str:
             for title in result["perturbed"]
         )
         + ". Average precision of the samples with the same wrong name among the k highest; token-wise asks about the wrong "
-        "name only."
+        "name only." + _left_out(result)
     )
     titles = [title for title in result["queries"] if result["queries"][title]]
     for title in titles:

@@ -88,7 +88,9 @@ def _gradient_scores(
         rapidin(width, shuffles): 2 * width * len(samples) for shuffles in profile.shuffles for width in profile.widths
     }
     sizes[rapidin(profile.width, first, token_wise=True)] = 2 * profile.width * len(samples)
-    influence = {DATAINF: sizes["TracIn"]} | ({LISSA: sizes["TracIn"]} if profile.lissa_depth else {})
+    influence: dict[str, int] = {}
+    if experiment.influence_functions:
+        influence = {DATAINF: sizes["TracIn"]} | ({LISSA: sizes["TracIn"]} if profile.lissa_depth else {})
 
     makers = {
         shuffles: RapidGradMaker(loaded, spec=SketchSpec(width=widest, shuffles=shuffles), normalize="layer")
