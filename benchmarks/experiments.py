@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--profile", default="full", choices=("quick", "full", "gpu"))
     parser.add_argument("--only", choices=("backdoor", "error-tracing"))
     parser.add_argument("--without-influence-functions", default="", choices=("", "backdoor", "error-tracing"))
+    parser.add_argument("--remark", default="The machine was shared.")
     arguments = parser.parse_args()
     data, folder, without = arguments.data, arguments.dir, arguments.without_influence_functions
     if not (folder / "base" / "config.json").exists():
@@ -60,7 +61,7 @@ def main() -> None:
     words = f"scripts/bench experiments --data DATA --dir DIR --profile {arguments.profile}"
     words += f" --only {arguments.only}" if arguments.only else ""
     words += f" --without-influence-functions {without}" if without else ""
-    made = {"command": f"`{words}`", **machine()}
+    made = {"command": f"`{words}`", **machine(), "remark": arguments.remark}
     print(write_report([result | {"made": made} for result in results], PAGES))
 
 

@@ -31,9 +31,9 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
 
 def _about(result: Result) -> str:
     made = result.get("made", {})
-    where = "; ".join(f"{name} {value}" for name, value in made.items())
+    about = [f"profile `{result['profile']}`", f"seed {result['seed']}", *(f"{name} {made[name]}" for name in made)]
     return (
-        f"Profile `{result['profile']}`, seed {result['seed']}. {where}\n\nEvery figure is a mean over generations with its "
+        f"Made with {'; '.join(about)}.\n\nEvery figure is a mean over generations with its "
         "95 % bootstrap interval over generations in brackets; one model and one seed, so that what another training run "
         "would change is not in the intervals."
     )
@@ -130,8 +130,9 @@ def _cost(result: Result) -> str:
         [[name, f"{entry['seconds']:,.1f}", f"{entry['bytes']:,}"] for name, entry in result["methods"].items()],
     )
     return (
-        "### Cost (the paper's Tables 1, 4 and 5)\n\nSeconds for all generations and all samples, gradients of the samples included; "
-        "scores that come from the same pass are counted with the first of them. Bytes are what has to be kept to answer another "
+        "### Cost (the paper's Tables 1, 4 and 5)\n\nSeconds for all generations and all samples. Methods that share a pass over the "
+        "samples are each charged with its gradients and with their own arithmetic; all widths of one lambda are made at once, for the "
+        "seconds of one. The influence functions begin from TracIn's pass, whose seconds come on top. Bytes are what has to be kept to answer another "
         f"generation without that pass.\n\n{table}\n\nThrough a database: {seconds}; {product['bytes']:,} bytes on disk. For scale, the paper's "
         f"caching: {_PAPER_HOURS}; retrieval: {_PAPER_SEARCH}. Its models are some 700 times as large, its hardware is not "
         "comparable with a CPU, and its other numbers are not repeated here."
@@ -173,10 +174,11 @@ def _plot(result: Result, folder: Path) -> None:
     options: dict[str, Any] = {"metadata": {"Date": None}, "bbox_inches": "tight"}
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    for name, curve in result["curves"].items():
-        axes.plot(result["recalls"], curve, label=name, linewidth=1.2)
+    # As many looks as methods: ten colours, and a dash for the second ten.
+    for number, (name, curve) in enumerate(result["curves"].items()):
+        axes.plot(result["recalls"], curve, label=name, color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
     axes.set(xlabel="recall of poisoned samples", ylabel="precision", ylim=(0, 1.02), xlim=(0, 1))
-    axes.legend(fontsize=6, loc="lower left")
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(folder / "precision-recall.svg", **options)
 
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
@@ -193,7 +195,9 @@ def _plot(result: Result, folder: Path) -> None:
         width, shuffles = name.split("K = ")[1].rstrip(")").split(", lambda = ")
         lines.setdefault(shuffles, []).append((int(width.replace(",", "")), max(1 - entry["pearson"], 1e-9)))
     for shuffles, points in lines.items():
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=f"lambda = {shuffles}")
+        # They all but coincide.
+        style = ("o-", "s--")[len(axes.lines) % 2]
+        axes.plot(*zip(*sorted(points), strict=True), style, label=f"lambda = {shuffles}")
     axes.set(xlabel="K", ylabel="1 - Pearson's correlation", xscale="log", yscale="log")
     axes.set_xscale("log", base=2)
     axes.legend()
