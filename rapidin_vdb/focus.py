@@ -52,8 +52,8 @@ def _why_none(query: Sample, encoded: Encoded, spans: Sequence[tuple[int, int]])
     generation, first, last = f"the generation of {_named(query)}", encoded.offsets[0][0], encoded.offsets[-1][1]
     if encoded.truncated and all(start >= last for start, _ in spans):
         return (
-            f" is in {generation} only behind its first {len(encoded.offsets)} tokens, where it was cut to the database's "
-            "--max-tokens"
+            f" is in {generation} only behind its first {len(encoded.offsets)} tokens, where it was cut to the "
+            "database's --max-tokens"
         )
     if not any(start < min(first, end) for start, end in spans):
         return f": no token of {generation} stands there"
@@ -64,8 +64,8 @@ def _why_none(query: Sample, encoded: Encoded, spans: Sequence[tuple[int, int]])
         else "one that begins in the prompt"
     )
     return (
-        f" belongs to a token of {generation} that has no loss of its own: {where}. The first token with a loss begins at "
-        f"character {first} of: {query.response!r}"
+        f" belongs to a token of {generation} that has no loss of its own: {where}. The first token with a loss "
+        f"begins at character {first} of: {query.response!r}"
     )
 
 
@@ -91,12 +91,12 @@ def _seen_otherwise(entry: str, text: str) -> str:
     for form in ("NFC", "NFD", "NFKC", "NFKD"):
         other = unicodedata.normalize(form, entry)
         if other != entry and other in text:
-            return f". It is there in another Unicode form, {form}: {ascii(other)} instead of {ascii(entry)}"
+            return f". It is there in another Unicode form, {form}: {other!a} instead of {entry!a}"
     found = re.search(re.escape(entry), text, re.IGNORECASE)
     if found:
         return f". It is there with other letter case: {found[0]!r}"
     if _folded(entry) in _folded(text):
-        return f". It is there in another Unicode form or letter case than {ascii(entry)}: copy it from there"
+        return f". It is there in another Unicode form or letter case than {entry!a}: copy it from there"
     return ""
 
 

@@ -56,8 +56,8 @@ def _note(without: int, matching: int) -> str | None:
     if not without:
         return None
     return (
-        f"{without:,} of the {matching:,} samples that match have no RapidGrads of their tokens, which are left out here; "
-        "make them with: rapidin-vdb ingest DB FILE --token-gradients"
+        f"{without:,} of the {matching:,} samples that match have no RapidGrads of their tokens, which are left out "
+        "here; make them with: rapidin-vdb ingest DB FILE --token-gradients"
     )
 
 

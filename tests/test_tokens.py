@@ -474,11 +474,39 @@ def test_batches_that_do_not_fit_are_halved(database, monkeypatch, caplog):
         assert [t.score for t in one.tokens] == pytest.approx([t.score for t in other.tokens], rel=1e-4, abs=1e-6)
 
 
+def luminance(colour) -> float:
+    linear = [
+        value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in (c / 255 for c in colour)
+    ]
+    return sum(part * value for part, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_colours_can_be_read_on_dark_and_on_light_and_grow_with_the_score():
+    from rich.style import Style
+
+    from rapidin_vdb.cli.coloured import style_of
+
+    for sign in (1, -1):
+        styles = [Style.parse(style_of(sign * share / 100, 1.0)) for share in range(101)]
+        assert not any(styles[:10]) and all(styles[10:]), "weak tokens are left as they are"
+        assert {bool(style.underline) for style in styles[10:]} == {sign < 0}, "the sign without colours"
+        shades = [style.bgcolor or style.color for style in styles[10:]]
+        assert all(style.color.name == "black" for style in styles[10:] if style.bgcolor)
+        assert [bool(style.bgcolor) for style in styles[10:]] == [False] * 30 + [True] * 61
+        colours = [shade.get_truecolor() for shade in shades]
+        strengths = [max(colour) - min(colour) for colour in colours]
+        assert strengths == sorted(strengths) and strengths[-1] > strengths[0] + 100
+        for colour in colours:
+            bright = luminance(colour)
+            assert (bright + 0.05) / 0.05 >= 4.5 and 1.05 / (bright + 0.05) >= 4.5
+    assert style_of(1.0, 1.0) != style_of(-1.0, 1.0) and style_of(0.0, 0.0) == ""
+
+
 def test_a_terminal_of_few_colours_tells_red_from_blue():
     """Shades of both would be rounded to the same white there."""
-    from rapidin_vdb.cli.ranked import _style
+    from rapidin_vdb.cli.coloured import style_of as _style
 
     assert [_style(score, 1.0, few=True) for score in (0.1, 0.2, -0.2, 0.5, -0.5, 0.9, -1.0)] == [
-        "", "red", "blue", "bold red", "bold blue", "bold white on red", "bold white on blue"
+        "", "red", "underline blue", "bold red", "underline bold blue", "bold white on red", "underline bold white on blue"
     ]  # fmt: skip
     assert _style(1.0, 1.0) != _style(-1.0, 1.0) and _style(0.5, 1.0) != _style(1.0, 1.0) and _style(0.0, 0.0) == ""

@@ -7,7 +7,7 @@ import typer
 
 from rapidin_vdb.cli import show
 from rapidin_vdb.cli.interrupted import interruptible
-from rapidin_vdb.cli.pages import check_writable, write_page
+from rapidin_vdb.cli.pages import check_matrix, check_writable, write_page
 from rapidin_vdb.cli.progress import progress_bars
 from rapidin_vdb.cli.serve import serve
 from rapidin_vdb.records import Aggregate, DType, Level, Normalize, OnBadRecord, OnDuplicate, Quantization
@@ -149,7 +149,7 @@ def query(
         bool, typer.Option("--tokens", help="Give every token of the results its exact influence.")
     ] = False,
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="The same on each token of the generation, in --json.")
+        bool, typer.Option("--matrix", help="The same on each token of the generation; with --json or --html.")
     ] = False,
     refine: Annotated[int, typer.Option(help="Rank this many of the first results again, by exact influence.")] = 0,
     group_by: Annotated[
@@ -179,6 +179,7 @@ def query(
 
     if (generation is None) == (file is None) or (prompt is not None and file is not None):
         raise typer.BadParameter("give --generation (and --prompt), or --file QUERIES.jsonl")
+    check_matrix(matrix, as_json=as_json, html=html)
     if html is not None:
         check_writable(html, level)
     database = rapidin_vdb.open(db)

@@ -129,8 +129,7 @@ _KINDS: dict[Level, type[RankedSample] | type[RankedToken]] = {"sample": RankedS
 # Which of both ends a row is of. A token's `end` is where it stops.
 _WHICH_END: dict[Level, str] = {"sample": "end", "token": "side"}
 COMPUTED = (
-    {field.name for kind in _KINDS.values() for field in dataclasses.fields(kind)}
-    | {"query_id", *_WHICH_END.values()}
+    {field.name for kind in _KINDS.values() for field in dataclasses.fields(kind)} | {"query_id", *_WHICH_END.values()}
 ) - {"metadata"}
 """All columns of rankings that hold no fields of records, whatever was asked."""
 

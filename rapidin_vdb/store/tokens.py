@@ -65,7 +65,7 @@ class TokenSnapshot(TableVersion):
         super().__init__(table, place, TOKENS)
 
     def matching(self, content_hashes: Mapping[str, str]) -> tuple[Int64[np.ndarray, " matching"], int]:
-        """Return the row ids of the tokens of samples that are given by id and content hash; and of how many of them."""
+        """Return the row ids of the tokens of samples that are given by id and content hash, and of how many."""
         table = self._select([ROW_ID, "sample_id", "content_hash"], None)
         known = pa.array([f"{sample_id}\0{content}" for sample_id, content in content_hashes.items()], pa.string())
         named = pc.binary_join_element_wise(table["sample_id"], table["content_hash"], "\0")
