@@ -140,7 +140,7 @@ def query(
     harmful: Annotated[bool, typer.Option("--harmful", help="Rank the most negative influence first.")] = False,
     both: Annotated[bool, typer.Option("--both", help="Both ends: most positive, and most negative.")] = False,
     level: Annotated[
-        Level, typer.Option(help="What to rank: samples, or single training tokens (after --token-gradients).")
+        Level, typer.Option(help="What to rank: samples, or single tokens of those with --token-gradients.")
     ] = "sample",
     focus: Annotated[
         list[str] | None, typer.Option(help="Ask only about this text of the generation; may be given several times.")

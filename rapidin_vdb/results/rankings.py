@@ -76,7 +76,10 @@ class RankedSample:
     tokens: tuple[TokenScore, ...] | None
     """Token scores (Eq. 6), which sum to `exact_score`, where they were asked for."""
     matrix: Any = dataclasses.field(default=None, compare=False)
-    """Influence of each token on each of the ranking's `generation_tokens` (Eq. 8), float32 [tokens, generated]."""
+    """Influence of each token on each of the ranking's `generation_tokens` (Eq. 8), float32 [tokens, generated].
+
+    Rows sum to token scores on the whole generation; columns are parts of that, by its norms, not each a focus.
+    """
     difference: float | None = None
     """`score` less `exact_score`, where that is known: the error of the sketch."""
     truncated: bool = False
