@@ -57,7 +57,7 @@ def opened(rankings, tmp_path_factory):
     nobody = replace(rankings[0], results=(), harmful=())
     mixed = [
         replace(result, score=1.0, exact_score=exact)
-        for result, exact in zip(rankings[0].results, (2, -1, 0), strict=True)
+        for result, exact in zip(rankings[0].results, (2.0, -1.0, 0.0), strict=True)
     ]
     few = replace(rankings[0], results=tuple(mixed), harmful=None)
     below = tuple(replace(result, score=-1.0, exact_score=-1.0) for result in rankings[0].harmful)
