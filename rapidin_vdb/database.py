@@ -166,10 +166,11 @@ class Database(SampleReader):
         most negative come beside the most positive, from one pass. With the level `token`, single training tokens are
         ranked. `focus` names texts of the generation, or spans of its code points, whose tokens alone are asked about
         (Eq. 7); a query of a file may have its own. `tokens` gives each result's tokens scores (Eq. 6), and `matrix`
-        their influence on each token of the generation (Eq. 8), both exact; `refine` ranks so many of the first results
-        again by exact score. `group_by` names a column, by whose values the influence of all samples is added up or
-        averaged; `histogram` counts all scores in so many bins. `index` names the built index to use, and `as_of` an
-        older version of the table. `model`, `adapter` and `device` are as for `load`, where nothing is loaded yet.
+        their influence on each token of the generation as a part of the whole (Eq. 8), both exact; `refine` ranks so
+        many of the first results again by exact score. `group_by` names a column, by whose values the influence of all
+        samples is added up or averaged; `histogram` counts all scores in so many bins. `index` names the built index to
+        use, and `as_of` an older version of the table. `model`, `adapter` and `device` are as for `load`, where nothing
+        is loaded yet.
         `cluster`, the address of a Ray cluster, `auto` or `local`, searches on its nodes, a share of the rows on each.
 
         Raises:

@@ -107,6 +107,7 @@ class _Explanation:
             )
         return dataclasses.replace(
             ranking,
+            score_unit=ranking.score_unit + self._again_unit(),
             results=filled[0],
             harmful=None if ranking.harmful is None else filled[1],
             prompt=self._sample.prompt if question.matrix else None,
@@ -119,6 +120,11 @@ class _Explanation:
         first, rest = results[: self._question.refine], results[self._question.refine :]
         sign = -1.0 if descending else 1.0
         return sorted(first, key=lambda result: (sign * self._score(result.sample_id), result.sample_id)) + rest
+
+    def _again_unit(self) -> str:
+        if not self._question.refine:
+            return ""
+        return f"; the first {self._question.refine} are ranked by exact_score, the inner product of full gradients"
 
     def _score(self, sample_id: str) -> float:
         return float(self._known[sample_id].exact.scores[0]) * self._factor
@@ -183,8 +189,9 @@ class _Explanation:
                 TokenScore(text=result.response[start:end], start=start, end=end, score=float(score))
                 for (start, end), score in zip(known.encoded.offsets, known.tokens, strict=True)
             )
+        exact = self._score(result.sample_id)
         return dataclasses.replace(
-            result, rank=rank, exact_score=self._score(result.sample_id), tokens=tokens, matrix=known.matrix
+            result, rank=rank, exact_score=exact, difference=result.score - exact, tokens=tokens, matrix=known.matrix
         )
 
 

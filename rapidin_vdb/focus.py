@@ -1,6 +1,8 @@
 """Which tokens of a generation a question is about (the paper's Gamma(E), section 3.4)."""
 
 import dataclasses
+import re
+import unicodedata
 from collections.abc import Sequence
 from typing import Any
 
@@ -30,22 +32,41 @@ def focused(query: Sample, encoded: Encoded, entries: Sequence[Focus]) -> Encode
     character with one counts. An empty span stands for the tokens of no text there, as the end of the sequence.
 
     Raises:
-        SpecError: a text is not in the generation, a span goes beyond it, or it is only behind where it was cut.
+        SpecError: a text is not in the generation, a span goes beyond it, or no token that carries a loss stands there:
+            because the generation was cut before, or because a token that begins in the prompt has it.
     """
     if not entries:
         return encoded
     chosen: set[int] = set()
     for entry in entries:
-        found = _tokens_of(_spans_of(query, entry), encoded)
+        spans = _spans_of(query, entry)
+        found = _tokens_of(spans, encoded)
         if not found:
-            raise SpecError(
-                f"--focus {_said(entry)} is in the generation of {query.sample_id} only behind its first "
-                f"{len(encoded.offsets)} tokens, where it was cut to the database's --max-tokens"
-                if isinstance(entry, str) or encoded.truncated
-                else f"--focus {_said(entry)}: no token of the generation of {query.sample_id} stands there"
-            )
+            raise SpecError(f"--focus {_said(entry)}{_why_none(query, encoded, spans)}")
         chosen |= found
     return dataclasses.replace(encoded, focus=tuple(sorted(chosen)))
+
+
+def _why_none(query: Sample, encoded: Encoded, spans: Sequence[tuple[int, int]]) -> str:
+    """Say why none of a generation's tokens stands at some spans of it."""
+    generation, first, last = f"the generation of {_named(query)}", encoded.offsets[0][0], encoded.offsets[-1][1]
+    if encoded.truncated and all(start >= last for start, _ in spans):
+        return (
+            f" is in {generation} only behind its first {len(encoded.offsets)} tokens, where it was cut to the "
+            "database's --max-tokens"
+        )
+    if not any(start < min(first, end) for start, end in spans):
+        return f": no token of {generation} stands there"
+    # The first of all ids is predicted from nothing; else it is the prompt's last that goes on into the generation.
+    where = (
+        "the very first of all, which nothing predicts"
+        if len(encoded.input_ids) == len(encoded.offsets) + 1
+        else "one that begins in the prompt"
+    )
+    return (
+        f" belongs to a token of {generation} that has no loss of its own: {where}. The first token with a loss "
+        f"begins at character {first} of: {query.response!r}"
+    )
 
 
 def _spans_of(query: Sample, entry: Focus) -> list[tuple[int, int]]:
@@ -53,15 +74,39 @@ def _spans_of(query: Sample, entry: Focus) -> list[tuple[int, int]]:
         spans = occurrences(query.response, entry)
         if not spans:
             raise SpecError(
-                f"--focus {entry!r} is not in the generation of {query.sample_id}, which is: {query.response!r}"
+                f"--focus {entry!r} is not in the generation of {_named(query)}, which is: {query.response!r}"
+                f"{_seen_otherwise(entry, query.response)}"
             )
         return spans
     if not 0 <= entry[0] <= entry[1] <= len(query.response):
         raise SpecError(
-            f"--focus {_said(entry)} is no span of the generation of {query.sample_id}, which has "
+            f"--focus {_said(entry)} is no span of the generation of {_named(query)}, which has "
             f"{len(query.response)} characters"
         )
     return [entry]
+
+
+def _seen_otherwise(entry: str, text: str) -> str:
+    """Say what in a text looks like one that is not in it."""
+    for form in ("NFC", "NFD", "NFKC", "NFKD"):
+        other = unicodedata.normalize(form, entry)
+        if other != entry and other in text:
+            return f". It is there in another Unicode form, {form}: {other!a} instead of {entry!a}"
+    found = re.search(re.escape(entry), text, re.IGNORECASE)
+    if found:
+        return f". It is there with other letter case: {found[0]!r}"
+    if _folded(entry) in _folded(text):
+        return f". It is there in another Unicode form or letter case than {entry!a}: copy it from there"
+    return ""
+
+
+def _folded(text: str) -> str:
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+
+
+def _named(query: Sample) -> str:
+    """Name a query, and where it was read."""
+    return f"{query.sample_id} ({query.location})" if query.location not in ("", query.sample_id) else query.sample_id
 
 
 def _tokens_of(spans: Sequence[tuple[int, int]], encoded: Encoded) -> set[int]:

@@ -96,6 +96,7 @@ def _results(
                 response=sample.response,
                 metadata=sample.metadata,
                 tokens=None,
+                truncated=sample.truncated,
             )
         )
     return tuple(results)

@@ -14,6 +14,12 @@ Aggregate = Literal["sum", "mean"]
 Level = Literal["sample", "token"]
 ProfileName = Literal["quick", "full", "gpu"]
 
+OWN_COLUMNS = frozenset(
+    "sample_id split source prompt response input_ids token_offsets tokens truncated loss content_hash checksum vector "
+    "rank score exact_score query_id".split()
+)
+"""Names that mean something of ours; a record's field of that name is stored as `record_NAME`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Message:

@@ -20,13 +20,14 @@ def rank_tokens(
 ) -> list[Ranking]:
     """Return each query's training tokens of largest influence, or of most negative influence, or both.
 
-    Those of samples that a filter lets through, and that have RapidGrads of their tokens.
+    Those of samples that a filter lets through, and that have RapidGrads of their tokens; how many have none is said.
 
     Raises:
         FilterError: the filter cannot be understood.
     """
     started = time.monotonic()
-    among = tokens.matching(snapshot.content_hashes(question.where))
+    matching = snapshot.content_hashes(question.where)
+    among, having = tokens.matching(matching)
     factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
     vectors = np.ascontiguousarray(sketched.vectors.reshape(len(sketched.vectors), tokens.width, -1).sum(2))
     restricted = among if len(among) < tokens.rows() else None
@@ -43,9 +44,21 @@ def rank_tokens(
             results=_results(ends[0][number], samples, factor),
             harmful=_results(ends[1][number], samples, factor) if question.both else None,
             focus=sketched.focus[number] or None,
+            matching=len(matching),
+            without_tokens=len(matching) - having,
+            note=_note(len(matching) - having, len(matching)),
         )
         for number, query_id in enumerate(sketched.query_ids)
     ]
+
+
+def _note(without: int, matching: int) -> str | None:
+    if not without:
+        return None
+    return (
+        f"{without:,} of the {matching:,} samples that match have no RapidGrads of their tokens, which are left out "
+        "here; make them with: rapidin-vdb ingest DB FILE --token-gradients"
+    )
 
 
 def _results(

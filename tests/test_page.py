@@ -54,7 +54,15 @@ def opened(rankings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     file = folder / "page.html"
     focused = replace(rankings[0], focus=("d 2", (6, 7), "nowhere"))
-    file.write_text(render_page([*rankings, focused], title="db"), "utf-8")
+    nobody = replace(rankings[0], results=(), harmful=())
+    mixed = [
+        replace(result, score=1.0, exact_score=exact)
+        for result, exact in zip(rankings[0].results, (2.0, -1.0, 0.0), strict=True)
+    ]
+    few = replace(rankings[0], results=tuple(mixed), harmful=None)
+    below = tuple(replace(result, score=-1.0, exact_score=-1.0) for result in rankings[0].harmful)
+    ends = replace(rankings[0], harmful=below)
+    file.write_text(render_page([*rankings, focused, nobody, few, ends], title="db"), "utf-8")
     contexts = []
     with playwright.sync_playwright() as driver:
 
@@ -156,6 +164,50 @@ def test_what_is_behind_a_cut_and_what_overlaps_is_marked(opened):
         .filter((piece) => piece.classList.contains('focused')).map((piece) => piece.textContent)"""
     assert page.evaluate(asked, "ana") == ["ban", "an", "a"], "twice, of which the second begins in the first"
     assert page.evaluate(asked, "s") == ["s"]
+
+
+def test_headings_say_what_is_below_them(opened, rankings):
+    page = opened()
+    headings = lambda: page.locator("h2").all_text_contents()  # noqa: E731
+    signs = ": above zero made it more likely, below zero less likely"
+    assert min(result.score for result in rankings[0].harmful) > 0, "of so few samples, none made it less likely"
+    assert headings() == ["Training samples that made it more likely", f"Training samples at the other end{signs}"]
+    page.locator("#query").select_option("5")
+    assert headings() == [f"Training samples that made it {word} likely" for word in ("more", "less")]
+    page.locator("#query").select_option("3")
+    assert headings() == [] and page.get_by_text("no sample matches").count() == 1
+    page.locator("#query").select_option("4")
+    # One of them is negative by its exact score: they were fewer that match than were asked for.
+    assert headings() == [f"Training samples by influence{signs}"]
+    asked = "(scores) => Heat.heading(scores.map((score) => ({ score, exact_score: null })))"
+    assert page.evaluate(asked, [-1, -2]) == "Training samples that made it less likely"
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_signs_can_be_told_without_colours_and_texts_be_read_on_them(opened, scheme):
+    page = opened(scheme=scheme)
+    assert (
+        "blue, underlined with dots from a tenth of the largest on: less likely" in page.locator("#legend").inner_text()
+    )
+    drawn = page.evaluate(
+        """() => {
+            const pieces = [['up', [0]], ['down', [1]], ['little', [2]], [' rest', []]];
+            const text = Heat.coloured(pieces, [], [1, -1, -0.09], 1);
+            document.querySelector('article').append(text);
+            const light = (colour) => colour.map((v) => (v /= 255) <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+                .reduce((sum, v, place) => sum + v * [0.2126, 0.7152, 0.0722][place], 0);
+            const numbers = (text) => text.match(/[\\d.]+/g).map(Number);
+            const paper = numbers(getComputedStyle(document.querySelector('article')).backgroundColor);
+            return [...text.children].map((piece) => {
+                const style = getComputedStyle(piece), [r, g, b, alpha = 1] = numbers(style.backgroundColor);
+                const back = light([r, g, b].map((v, place) => v * alpha + paper[place] * (1 - alpha)));
+                const ink = light(numbers(style.color).slice(0, 3));
+                return [style.textDecorationLine, (Math.max(ink, back) + 0.05) / (Math.min(ink, back) + 0.05), style.opacity];
+            });
+        }"""
+    )
+    assert [line for line, _, _ in drawn] == ["none", "underline", "none", "none"], "what is cut off is no negative"
+    assert min(contrast for _, contrast, _ in drawn) >= 4.5 and {opacity for _, _, opacity in drawn} == {"1"}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -136,6 +136,9 @@ def test_refine_ranks_again_by_exact_score(database):
     assert [r.rank for r in refined.results] == [1, 2, 3, 4, 5]
     assert [r.exact_score for r in refined.results] == pytest.approx([r.exact_score for r in wanted[:5]], rel=1e-4)
     assert all(result.tokens is None for result in refined.results)
+    assert refined.score_unit == all_exact.score_unit + (
+        "; the first 24 are ranked by exact_score, the inner product of full gradients"
+    )
     (harmful,) = database.query(PROMPT, GENERATION, top_k=5, refine=24, harmful=True)
     assert [r.sample_id for r in harmful.results] == [r.sample_id for r in wanted[::-1][:5]]
     (few,) = database.query(PROMPT, GENERATION, top_k=5, refine=2)
@@ -329,7 +332,7 @@ def test_json_has_the_fixed_fields(database):
     assert list(printed) == ["query_id", "score_unit", "searched", "where", "seconds", "results"]
     (result,) = printed["results"]
     assert list(result) == [
-        "rank", "sample_id", "score", "exact_score", "split", "source", "prompt", "response", "metadata", "tokens",
+        "rank", "sample_id", "score", "exact_score", "split", "source", "prompt", "response", "metadata", "tokens", "difference",
     ]  # fmt: skip
     assert list(result["tokens"][0]) == ["text", "start", "end", "score"]
     (ranking,) = database.query(PROMPT, GENERATION, top_k=2, matrix=True)
@@ -341,6 +344,62 @@ def test_json_has_the_fixed_fields(database):
         len(spans),
     )
     assert "".join(span["text"] for span in spans) == GENERATION
+
+
+def test_samples_without_tokens_are_counted(database, tmp_path):
+    database.ingest(tmp_path / "toy.jsonl", token_gradients=True, token_width=16, limit=10)
+    for where, matching, without in (
+        (None, 24, 14), ("source = 'odd'", 12, 7), ("sample_id < 'toy-010'", 10, 0), ("sample_id >= 'toy-010'", 14, 14),
+        ("stars > 99", 0, 0),
+    ):  # fmt: skip
+        (ranking,) = database.query(PROMPT, GENERATION, level="token", where=where, top_k=1000)
+        assert (ranking.matching, ranking.without_tokens) == (matching, without)
+        assert len({result.sample_id for result in ranking.results}) == matching - without
+        printed = ranking.to_dict()
+        assert (printed["matching"], printed["without_tokens"]) == (matching, without)
+        assert printed.get("note") == ranking.note
+        assert ranking.note == (
+            f"{without} of the {matching} samples that match have no RapidGrads of their tokens, which are left out here; "
+            "make them with: rapidin-vdb ingest DB FILE --token-gradients"
+            if without
+            else None
+        )
+        assert ranking.level == "token"
+    (plain,) = database.query(PROMPT, GENERATION)
+    assert not {"matching", "without_tokens", "note"} & set(plain.to_dict()) and plain.level == "sample"
+
+
+def test_a_sample_that_was_cut_says_so(tmp_path, models, adapters):
+    made = rapidin_vdb.init(
+        tmp_path / "cut", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64, template="text",
+        max_tokens=9,
+    )  # fmt: skip
+    texts = ("short", "too long for it")
+    made.ingest(write_jsonl(tmp_path / "cut.jsonl", [{"id": text, "text": text} for text in texts]))
+    (ranking,) = made.query(None, "blue", tokens=True)
+    for result in ranking.results:
+        assert result.truncated == (result.sample_id == texts[1])
+        assert result.to_dict().get("truncated") == (True if result.truncated else None)
+        assert "".join(token.text for token in result.tokens) == result.response[:8]
+
+
+@pytest.mark.parametrize("normalize", ["layer", "none"])
+def test_what_rows_and_columns_of_a_matrix_sum_to(tmp_path, models, adapters, normalize):
+    """Rows: token scores on the whole generation. Columns: a focus on the token, by 1/G, where nothing has norms."""
+    made = rapidin_vdb.init(
+        tmp_path / "sums", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64, normalize=normalize
+    )
+    made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(6)))
+    (whole,) = made.query(PROMPT, GENERATION, tokens=True, matrix=True)
+    (focused,) = made.query(PROMPT, GENERATION, tokens=True, focus=[(5, 6)])
+    exact = {result.sample_id: result.exact_score for result in focused.results}
+    differ = []
+    for result in whole.results:
+        scale = float(np.abs(result.matrix).max())
+        np.testing.assert_allclose(result.matrix.sum(1), [token.score for token in result.tokens], atol=1e-4 * scale)
+        assert result.matrix.sum() == pytest.approx(result.exact_score, abs=1e-4 * scale)
+        differ.append(abs(result.matrix[:, 5].sum() * len(whole.generation_tokens) - exact[result.sample_id]) / scale)
+    assert (max(differ) < 1e-3) == (normalize == "none"), differ
 
 
 def test_a_later_record_of_the_same_files_replaces_what_had_no_tokens(database, tmp_path):
@@ -415,11 +474,39 @@ def test_batches_that_do_not_fit_are_halved(database, monkeypatch, caplog):
         assert [t.score for t in one.tokens] == pytest.approx([t.score for t in other.tokens], rel=1e-4, abs=1e-6)
 
 
+def luminance(colour) -> float:
+    linear = [
+        value / 12.92 if value <= 0.04045 else ((value + 0.055) / 1.055) ** 2.4 for value in (c / 255 for c in colour)
+    ]
+    return sum(part * value for part, value in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def test_colours_can_be_read_on_dark_and_on_light_and_grow_with_the_score():
+    from rich.style import Style
+
+    from rapidin_vdb.cli.coloured import style_of
+
+    for sign in (1, -1):
+        styles = [Style.parse(style_of(sign * share / 100, 1.0)) for share in range(101)]
+        assert not any(styles[:10]) and all(styles[10:]), "weak tokens are left as they are"
+        assert {bool(style.underline) for style in styles[10:]} == {sign < 0}, "the sign without colours"
+        shades = [style.bgcolor or style.color for style in styles[10:]]
+        assert all(style.color.name == "black" for style in styles[10:] if style.bgcolor)
+        assert [bool(style.bgcolor) for style in styles[10:]] == [False] * 30 + [True] * 61
+        colours = [shade.get_truecolor() for shade in shades]
+        strengths = [max(colour) - min(colour) for colour in colours]
+        assert strengths == sorted(strengths) and strengths[-1] > strengths[0] + 100
+        for colour in colours:
+            bright = luminance(colour)
+            assert (bright + 0.05) / 0.05 >= 4.5 and 1.05 / (bright + 0.05) >= 4.5
+    assert style_of(1.0, 1.0) != style_of(-1.0, 1.0) and style_of(0.0, 0.0) == ""
+
+
 def test_a_terminal_of_few_colours_tells_red_from_blue():
     """Shades of both would be rounded to the same white there."""
-    from rapidin_vdb.cli.ranked import _style
+    from rapidin_vdb.cli.coloured import style_of as _style
 
     assert [_style(score, 1.0, few=True) for score in (0.1, 0.2, -0.2, 0.5, -0.5, 0.9, -1.0)] == [
-        "", "red", "blue", "bold red", "bold blue", "bold white on red", "bold white on blue"
+        "", "red", "underline blue", "bold red", "underline bold blue", "bold white on red", "underline bold white on blue"
     ]  # fmt: skip
     assert _style(1.0, 1.0) != _style(-1.0, 1.0) and _style(0.5, 1.0) != _style(1.0, 1.0) and _style(0.0, 0.0) == ""

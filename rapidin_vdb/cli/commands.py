@@ -7,7 +7,7 @@ import typer
 
 from rapidin_vdb.cli import show
 from rapidin_vdb.cli.interrupted import interruptible
-from rapidin_vdb.cli.pages import check_writable, write_page
+from rapidin_vdb.cli.pages import check_matrix, check_writable, write_page
 from rapidin_vdb.cli.progress import progress_bars
 from rapidin_vdb.cli.serve import serve
 from rapidin_vdb.records import Aggregate, DType, Level, Normalize, OnBadRecord, OnDuplicate, Quantization
@@ -140,7 +140,7 @@ def query(
     harmful: Annotated[bool, typer.Option("--harmful", help="Rank the most negative influence first.")] = False,
     both: Annotated[bool, typer.Option("--both", help="Both ends: most positive, and most negative.")] = False,
     level: Annotated[
-        Level, typer.Option(help="What to rank: samples, or single training tokens (after --token-gradients).")
+        Level, typer.Option(help="What to rank: samples, or single tokens of those with --token-gradients.")
     ] = "sample",
     focus: Annotated[
         list[str] | None, typer.Option(help="Ask only about this text of the generation; may be given several times.")
@@ -149,7 +149,7 @@ def query(
         bool, typer.Option("--tokens", help="Give every token of the results its exact influence.")
     ] = False,
     matrix: Annotated[
-        bool, typer.Option("--matrix", help="The same on each token of the generation, in --json.")
+        bool, typer.Option("--matrix", help="The same on each token of the generation; with --json or --html.")
     ] = False,
     refine: Annotated[int, typer.Option(help="Rank this many of the first results again, by exact influence.")] = 0,
     group_by: Annotated[
@@ -179,6 +179,7 @@ def query(
 
     if (generation is None) == (file is None) or (prompt is not None and file is not None):
         raise typer.BadParameter("give --generation (and --prompt), or --file QUERIES.jsonl")
+    check_matrix(matrix, as_json=as_json, html=html)
     if html is not None:
         check_writable(html, level)
     database = rapidin_vdb.open(db)

@@ -11,6 +11,16 @@ from rapidin_vdb.records import Level
 from rapidin_vdb.results import Ranking
 
 
+def check_matrix(matrix: bool, *, as_json: bool, html: Path | None) -> None:
+    """Refuse a matrix that nothing would show, before it is computed.
+
+    Raises:
+        SpecError: neither JSON nor a page is asked for.
+    """
+    if matrix and not as_json and html is None:
+        raise SpecError("--matrix is shown by --json and --html FILE only; add one of them, or leave it out")
+
+
 def check_writable(path: Path, level: Level) -> None:
     """Refuse a page that could not be written, before anything is computed for it.
 

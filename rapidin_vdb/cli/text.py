@@ -2,6 +2,8 @@
 
 import unicodedata
 
+from rapidin_vdb.pieces import pieces_of
+
 
 def printable(text: str | None, *, lines: bool = False) -> str:
     """Show control characters instead of sending them to the terminal: a record may hold escape sequences."""
@@ -24,10 +26,41 @@ def token_label(text: str, length: int) -> str:
     """
     if text.strip():
         return cut(text, length)
-    return printable(text.replace(" ", "␣"))[:length] or "(end)"
+    return fitted(text.replace(" ", "␣"), length) or "(end)"
 
 
 def cut(text: str, length: int) -> str:
-    """Return a text on one line, cut to a length."""
-    text = printable(" ".join(text.split()))
-    return text if len(text) <= length else text[: length - 1] + "…"
+    """Return a text on one line, cut to a number of columns."""
+    text = " ".join(text.split())
+    shown = printable(text)
+    return shown if columns(shown) <= length else fitted(text, length - 1) + "…"
+
+
+def fitted(text: str, length: int, *, last: bool = False) -> str:
+    """Return as much of the beginning of a text, or of its end, as some columns hold: no character in part.
+
+    >>> fitted("a\\x1b[0m", 3), fitted("a\\x1b[0m", 5), fitted("a\\x1b[0m", 6, last=True)
+    ('a', 'a\\\\x1b', '[0m')
+    """
+    some = text[-4 * length :] if last else text[: 4 * length]
+    characters = [piece.text for piece in pieces_of(some, [(place, place + 1) for place in range(len(some))])]
+    kept: list[str] = []
+    for character in reversed(characters) if last else characters:
+        shown = printable(character)
+        length -= columns(shown)
+        if length < 0:
+            break
+        kept.append(shown)
+    return "".join(reversed(kept) if last else kept)
+
+
+def columns(text: str) -> int:
+    """Return how many columns a text takes at the most: terminals do not agree on what is joined."""
+    from rich.cells import cell_len
+
+    return max(len(text), cell_len(text))
+
+
+def padded(text: str, length: int) -> str:
+    """Return a text with spaces up to a number of columns."""
+    return text + " " * (length - columns(text))

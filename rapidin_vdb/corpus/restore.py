@@ -9,8 +9,8 @@ from collections.abc import Callable, Iterator
 from itertools import combinations, product
 from typing import Any
 
-from rapidin_vdb.corpus.samples import OWN_COLUMNS, RESPONSES, hash_of, text_of
-from rapidin_vdb.records import Sample
+from rapidin_vdb.corpus.samples import RESPONSES, hash_of, text_of
+from rapidin_vdb.records import OWN_COLUMNS, Sample
 
 _Fields = dict[str, Any]
 _Shape = Callable[[Sample], list[_Fields]]

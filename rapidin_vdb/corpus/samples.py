@@ -10,16 +10,11 @@ from typing import Any
 
 from rapidin_vdb.corpus.files import Record, read_records
 from rapidin_vdb.errors import CorpusError
-from rapidin_vdb.records import Message, Sample, Scalar
+from rapidin_vdb.records import OWN_COLUMNS, Message, Sample, Scalar
 
 _SHAPES = "instruction/input/output, prompt/response (or completion), messages, or text"
 RESPONSES = ("output", "response", "completion", "generation")
 """Names of a response; the first that is there counts."""
-OWN_COLUMNS = frozenset(
-    "sample_id split source prompt response input_ids token_offsets tokens truncated loss content_hash checksum vector "
-    "rank score exact_score query_id".split()
-)
-"""Names that mean something of ours; a record's field of that name is stored as `record_NAME`."""
 
 
 def read_corpus(

@@ -23,6 +23,16 @@ const Heat = (() => {
     element.style.setProperty("--level", share.toFixed(4));
   }
 
+  const LEGEND = "red: more likely; blue, underlined with dots from a tenth of the largest on: less likely";
+  // What stands above some results: by their signs, for a filter may leave few that made it more likely.
+  // `other` are those of the most negative influence beside the others.
+  function heading(results, other = false) {
+    const scores = results.flatMap((result) => [result.score, result.exact_score ?? result.score]);
+    if (scores.every((score) => score <= 0)) return "Training samples that made it less likely";
+    if (!other && scores.every((score) => score >= 0)) return "Training samples that made it more likely";
+    return "Training samples " + (other ? "at the other end" : "by influence") + ": above zero made it more likely, below zero less likely";
+  }
+
   const CUT = "cut off: behind the largest number of tokens of a sample";
   // A text that was cut to the limit of tokens has no end, and a rest behind its last token.
   const lastOf = (pieces, ends) => (ends.length ? pieces.length : pieces.findLastIndex(([, tokens]) => tokens.length));
@@ -126,5 +136,5 @@ const Heat = (() => {
     return enter(block);
   }
 
-  return { make, show, sum, largest, coloured, generation, named, extent };
+  return { LEGEND, heading, make, show, sum, largest, coloured, generation, named, extent };
 })();

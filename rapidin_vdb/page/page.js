@@ -62,15 +62,13 @@
         make("span", { class: "number", id: "lowest" }, state.each ? "less likely" : show(-most)),
         make("span", { class: "scale", role: "img", "aria-label": "blue and dotted: made it less likely; red: made it more likely" }),
         make("span", { class: "number", id: "highest" }, state.each ? "more likely" : "+" + show(most)),
-        make("span", { id: "about", "aria-live": "polite" }, about)),
+        make("span", { id: "about", "aria-live": "polite" }, about),
+        make("span", { class: "signs" }, Heat.LEGEND)),
       make("div", { class: "tools" },
         make("button", { type: "button", id: "whole", onclick: () => { state.chosen.clear(); render(); } }, ranking.focus.length ? "what was asked" : "whole generation"),
         make("label", { for: "each" }, each, " scale each sample by itself")));
-    const parts = [top, make("h2", {}, "Training samples that made it more likely"), ...ranking.results.map((result) => card(result, most, longest))];
-    if (!ranking.harmful.length && ranking.results.length && ranking.results[0].score < 0) parts[1].textContent = "Training samples that made it less likely";
-    if (!ranking.results.length) parts.push(make("p", { class: "soft" }, "no sample matches"));
-    if (ranking.harmful.length) parts.push(make("h2", {}, "Training samples that made it less likely"), ...ranking.harmful.map((result) => card(result, most, longest)));
-    main.replaceChildren(...parts);
+    const part = (some) => (some.length ? [make("h2", {}, Heat.heading(some, some === ranking.harmful)), ...some.map((result) => card(result, most, longest))] : []);
+    main.replaceChildren(top, ...(results.length ? [] : [make("p", { class: "soft" }, "no sample matches")]), ...part(ranking.results), ...part(ranking.harmful));
     if (focus !== undefined) {
       const again = [...main.querySelectorAll("#generation .choice")].find((button) => button.dataset.tokens === focus);
       if (again) again.focus({ preventScroll: true });

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rapidin_vdb.records import Focus, Scalar
+from rapidin_vdb.records import Focus, Level, Scalar
+from rapidin_vdb.results.tables import arrow_table, column_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,14 +76,22 @@ class RankedSample:
     tokens: tuple[TokenScore, ...] | None
     """Token scores (Eq. 6), which sum to `exact_score`, where they were asked for."""
     matrix: Any = dataclasses.field(default=None, compare=False)
-    """Influence of each token on each of the ranking's `generation_tokens` (Eq. 8), float32 [tokens, generated]."""
+    """Influence of each token on each of the ranking's `generation_tokens` (Eq. 8), float32 [tokens, generated].
+
+    Rows sum to token scores on the whole generation; columns are parts of that, by its norms, not each a focus.
+    """
+    difference: float | None = None
+    """`score` less `exact_score`, where that is known: the error of the sketch."""
+    truncated: bool = False
+    """Whether the sample was cut to `max_tokens`: what stands behind its last token has no score."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values; `matrix` only where it was asked for."""
+        """Return plain values; `matrix` and `difference` only where they are known, `truncated` only where it is so."""
         values = dataclasses.asdict(dataclasses.replace(self, matrix=None))
         # Seven digits are what single precision knows.
         rounded = None if self.matrix is None else [[float(f"{value:.7g}") for value in row] for row in self.matrix]
-        return _without(values | {"matrix": rounded}, ("matrix",))
+        values |= {"matrix": rounded, "truncated": self.truncated or None}
+        return _without(values, ("matrix", "difference", "truncated"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,6 +126,15 @@ class RankedToken:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values."""
         return dataclasses.asdict(self)
+
+
+_KINDS: dict[Level, type[RankedSample] | type[RankedToken]] = {"sample": RankedSample, "token": RankedToken}
+# Which of both ends a row is of. A token's `end` is where it stops.
+_WHICH_END: dict[Level, str] = {"sample": "end", "token": "side"}
+COMPUTED = (
+    {field.name for kind in _KINDS.values() for field in dataclasses.fields(kind)} | {"query_id", *_WHICH_END.values()}
+) - {"metadata"}
+"""All columns of rankings that hold no fields of records, whatever was asked."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +189,12 @@ class Ranking:
     """What it said, likewise."""
     generation_tokens: tuple[Span, ...] | None = None
     """The columns of the results' matrices, where these were asked for."""
+    matching: int | None = None
+    """Where tokens are ranked, how many samples the filter let through."""
+    without_tokens: int | None = None
+    """How many of these have no RapidGrads of their tokens, so that none of their tokens is in the ranking."""
+    note: str | None = None
+    """What the ranking leaves out, in words, and what to do about it."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that `query --json` prints; what was not asked for is left out."""
@@ -180,34 +205,49 @@ class Ranking:
         values["histogram"] = None if self.histogram is None else dataclasses.asdict(self.histogram)
         for name in ("groups", "generation_tokens"):
             values[name] = None if values[name] is None else [dataclasses.asdict(value) for value in values[name]]
-        return _without(
-            values, ("harmful", "groups", "histogram", "focus", "prompt", "generation", "generation_tokens")
-        )
+        return _without(values, tuple(field.name for field in dataclasses.fields(self) if field.default is None))
+
+    @property
+    def level(self) -> Level:
+        """What is ranked."""
+        single = self.without_tokens is not None or any(isinstance(result, RankedToken) for result in self.results)
+        return "token" if single else "sample"
 
     def to_rows(self) -> list[dict[str, Any]]:
         """Return one flat dict a result, with the query's id, for tables; where both ends were asked for, both.
 
-        A column `end` then says which: `helpful` or `harmful`.
+        A column `end` then says which, `helpful` or `harmful`; it is called `side` where tokens are ranked, whose `end`
+        is a place. The further fields of records are columns, too; one that is named like any column that is computed
+        for any ranking is called `record_NAME`.
         """
-        ends = [({"end": "helpful"} if self.harmful is not None else {}, self.results)]
-        ends += [] if self.harmful is None else [({"end": "harmful"}, self.harmful)]
-        return [
-            {"query_id": self.query_id}
-            | end
-            | {k: v for k, v in result.to_dict().items() if k != "metadata"}
-            | {name: value for name, value in result.metadata.items() if name not in ("query_id", "end")}
-            for end, results in ends
-            for result in results
-        ]
+        names = self._computed_columns()
+        ends = [("helpful", self.results)] + ([] if self.harmful is None else [("harmful", self.harmful)])
+        rows = []
+        for end, results in ends:
+            for result in results:
+                known = result.to_dict() | {"query_id": self.query_id, _WHICH_END[self.level]: end}
+                known |= {"truncated": result.truncated} if isinstance(result, RankedSample) else {}
+                further = {column_of(name, COMPUTED): value for name, value in result.metadata.items()}
+                rows.append({name: known.get(name) for name in names} | further)
+        return rows
+
+    def _computed_columns(self) -> dict[str, Any]:
+        """Return the columns that hold no fields of records, with the annotations of their values."""
+        names: dict[str, Any] = {"query_id": str}
+        names |= {} if self.harmful is None else {_WHICH_END[self.level]: str}
+        names |= typing.get_type_hints(_KINDS[self.level]) | {"matrix": tuple[tuple[float, ...], ...]}
+        shown = any(getattr(result, "matrix", None) is not None for result in (*self.results, *(self.harmful or ())))
+        unknown = {"metadata"} | (set() if shown or self.generation_tokens is not None else {"matrix"})
+        return {name: kind for name, kind in names.items() if name not in unknown}
 
     def to_arrow(self) -> Any:
-        """Return a pyarrow.Table, one row a result.
+        """Return a pyarrow.Table, one row a result, of the columns of `to_rows`; without results, too.
 
-        What names the columns of a `matrix`, the tokens of the generation, is in the schema's metadata, as JSON.
+        A record that has not a field has null there. Where a field's values have no type in common, as a number and a
+        list, they are JSON. What names the columns of a `matrix`, the tokens of the generation, is in the schema's
+        metadata, as JSON.
         """
-        import pyarrow
-
-        table = pyarrow.Table.from_pylist(self.to_rows())
+        table = arrow_table(self.to_rows(), self._computed_columns())
         if self.generation_tokens is None:
             return table
         spans = json.dumps([dataclasses.asdict(span) for span in self.generation_tokens])

@@ -64,12 +64,13 @@ class TokenSnapshot(TableVersion):
     def __init__(self, table: Any, place: Place) -> None:
         super().__init__(table, place, TOKENS)
 
-    def matching(self, content_hashes: Mapping[str, str]) -> Int64[np.ndarray, " matching"]:
-        """Return the row ids of the tokens of samples that are given by id and content hash."""
+    def matching(self, content_hashes: Mapping[str, str]) -> tuple[Int64[np.ndarray, " matching"], int]:
+        """Return the row ids of the tokens of samples that are given by id and content hash, and of how many."""
         table = self._select([ROW_ID, "sample_id", "content_hash"], None)
         known = pa.array([f"{sample_id}\0{content}" for sample_id, content in content_hashes.items()], pa.string())
         named = pc.binary_join_element_wise(table["sample_id"], table["content_hash"], "\0")
-        return int64(table[ROW_ID].filter(pc.is_in(named, known)))
+        mine = pc.is_in(named, known)
+        return int64(table[ROW_ID].filter(mine)), pc.count_distinct(named.filter(mine)).as_py()
 
     def content_hashes(self) -> set[tuple[str, str]]:
         """Return id and content hash of every sample that has tokens here."""

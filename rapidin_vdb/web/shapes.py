@@ -33,7 +33,9 @@ class Search(_Shape):
         "points (Eq. 7); an empty span stands for the end of the sequence.",
     )
     tokens: bool = Field(default=False, description="Give every token of the results its exact influence (Eq. 6).")
-    matrix: bool = Field(default=False, description="The same on each token of the generation (Eq. 8).")
+    matrix: bool = Field(
+        default=False, description="The same on each token of the generation (Eq. 8), as parts of the whole."
+    )
     refine: int = Field(default=0, ge=0, le=1000, description="Rank so many of the first again, by exact influence.")
     group_by: str | None = Field(default=None, max_length=200, description="Influence by the values of this column.")
     aggregate: Aggregate = Field(default="sum", description="Whether groups are added up or averaged.")

@@ -125,7 +125,8 @@ function generation(answer, page, alone) {
       make("span", { class: "scale", role: "img", "aria-label": "blue and dotted: made it less likely; red: made it more likely" }),
       make("span", { class: "number" }, top === null ? "more likely" : "+" + show(top)),
       driven ? make("span", { class: "soft" }, "here; in the samples " + (page.own ? "each its own" : "±" + show(most))) : null] : []),
-      make("span", { class: "about", id: alone ? "about" : null, "aria-live": "polite" }, about)),
+      make("span", { class: "about", id: alone ? "about" : null, "aria-live": "polite" }, about),
+      explained ? make("span", { class: "signs" }, Heat.LEGEND) : null),
     make("div", { class: "tools" },
       ...(explained ? [does("refocus", "Rank by the pressed words", () => page.refocus(answer, spansOf(answer)), !chosen.size)] : []),
       does("whole", "Whole generation", () => {
@@ -146,8 +147,7 @@ export function list(answer, page, elsewhere = null) {
   const cards = (some) => some.map((result) => card(answer, result, most, longest, { page, elsewhere }));
   return [
     generation(answer, page, elsewhere === null), ...(ranking.histogram ? [histogram(ranking)] : []), ...(ranking.groups ? [groups(ranking, values.group_by)] : []),
-    make("h2", {}, "Training samples that made it " + (values.ends === "harmful" ? "less" : "more") + " likely"), ...cards(ranking.results),
-    ...(ranking.results.length ? [] : [make("p", { class: "soft" }, "No sample matches.")]),
-    ...(ranking.harmful ? [make("h2", {}, "Training samples that made it less likely"), ...cards(ranking.harmful)] : []),
+    ...(results.length ? [] : [make("p", { class: "soft" }, "No sample matches.")]),
+    ...[ranking.results, ranking.harmful || []].flatMap((some) => (some.length ? [make("h2", {}, Heat.heading(some, some === ranking.harmful)), ...cards(some)] : [])),
   ];
 }

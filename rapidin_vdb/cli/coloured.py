@@ -1,0 +1,102 @@
+"""Texts whose tokens carry scores, in the colours of a terminal, dark or light, and without."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import typer
+
+from rapidin_vdb.cli.text import printable, token_label
+from rapidin_vdb.pieces import pieces_of
+from rapidin_vdb.results import RankedSample
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+# Of one luminance, at which letters in them can be read on black and on white, and black letters on them: so what is
+# stronger is more saturated on any terminal, and never only brighter.
+_GREY, _RED, _BLUE = (117, 117, 117), (236, 0, 0), (30, 111, 238)
+_PLAIN, _BLOCK = 0.1, 0.4
+_SHOWN = 5
+
+
+def largest_score(results: Sequence[object]) -> float:
+    """Return the largest score of a token of some results, as to its size: what the deepest colours stand for."""
+    scores = [
+        abs(token.score) for result in results if isinstance(result, RankedSample) for token in result.tokens or ()
+    ]
+    return max(scores, default=0.0)
+
+
+def legend_line(most: float) -> None:
+    """Print what the colours stand for."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    console = _console()
+    text = Text()
+    for score, meaning in ((most, " more likely; "), (-most, " less likely, underlined; ")):
+        text.append(f" {score:+.4g} ", style=style_of(score, most, few=_few(console))).append(meaning)
+    console.print(Padding(text.append("↵ new line"), (0, 0, 0, 6)))
+
+
+def token_lines(result: RankedSample, most: float) -> None:
+    """Print a response in colours, and its strongest tokens in numbers."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    assert result.tokens is not None
+    console, text, place = _console(), Text(), 0
+    scored = max((token.end for token in result.tokens), default=0)
+    for piece in pieces_of(result.response, [(token.start, token.end) for token in result.tokens]):
+        shown = printable(piece.text, lines=True).replace("\n", "↵\n")
+        if result.truncated and place >= scored:
+            text.append(" (cut off:) ", style="italic").append(shown, style="dim")
+        else:
+            score = sum(result.tokens[number].score for number in piece.tokens)
+            text.append(shown, style=style_of(score, most, few=_few(console)) if piece.tokens else "")
+        place += len(piece.text)
+    console.print(Padding(text, (0, 0, 0, 6)))
+    if result.truncated:
+        typer.echo(
+            f"      cut to --max-tokens: the first {len(result.tokens):,} tokens have scores, nothing behind them"
+        )
+    strongest = sorted(result.tokens, key=lambda token: (-abs(token.score), token.start))[:_SHOWN]
+    named = ", ".join(f"{token_label(token.text, 16)} {token.score:+.3g}" for token in strongest)
+    typer.echo(f"      strongest: {named}")
+
+
+def style_of(score: float, most: float, *, few: bool = False) -> str:
+    """Return the style of a score: a shade of red or blue; in steps where a terminal has few colours, and no shades.
+
+    Negative ones are underlined.
+    """
+    share = min(abs(score) / most, 1.0) if most else 0.0
+    line = "underline " if score < 0 else ""
+    if few:
+        name = "red" if score > 0 else "blue"
+        steps = ((0.15, ""), (0.4, f"{line}{name}"), (0.7, f"{line}bold {name}"))
+        return next((style for end, style in steps if share < end), f"{line}bold white on {name}")
+    if share < _PLAIN:
+        return ""
+    red, green, blue = mixed(_RED if score > 0 else _BLUE, share**0.5)
+    shade = f"rgb({red},{green},{blue})"
+    return f"{line}{shade}" if share < _BLOCK else f"{line}black on {shade}"
+
+
+def mixed(colour: tuple[int, int, int], share: float) -> tuple[int, int, int]:
+    """Return a colour mixed with grey of its luminance, as light mixes."""
+    red, green, blue = (
+        round(255 * ((one / 255) ** 2.2 * share + (grey / 255) ** 2.2 * (1 - share)) ** (1 / 2.2))
+        for one, grey in zip(colour, _GREY, strict=True)
+    )
+    return red, green, blue
+
+
+def _console() -> "Console":
+    from rich.console import Console
+
+    return Console(highlight=False, soft_wrap=False)
+
+
+def _few(console: "Console") -> bool:
+    return console.color_system not in ("256", "truecolor")

@@ -1,0 +1,168 @@
+"""Rankings in the terminal: lines of tokens, in colours and in brackets, with what a terminal must not be sent."""
+
+import dataclasses
+import re
+
+import pytest
+from conftest import toy_records, write_jsonl
+from test_cli import call
+
+import rapidin_vdb
+from rapidin_vdb.cli.ranked import ranking_table
+from rapidin_vdb.results import RankedSample, RankedToken, Ranking, Seconds, TokenScore
+
+SECONDS = Seconds(gradient=0.0, search=0.0, tokens=0.0, total=0.0)
+HOSTILE = "a\x1b[31mb é👍🏽\nc"
+
+
+def ranking_of(*results, **more) -> Ranking:
+    return Ranking(
+        query_id="query", score_unit="", searched=9, where=None, seconds=SECONDS, results=tuple(results), **more
+    )
+
+
+def sample_of(response: str, scores, *, truncated=False, **more) -> RankedSample:
+    spans = [(place, place + 1) for place in range(len(scores))]
+    tokens = tuple(
+        TokenScore(text=response[start:end], start=start, end=end, score=score)
+        for (start, end), score in zip(spans, scores, strict=True)
+    )
+    values = {"rank": 1, "sample_id": "s1", "score": 1.0, "exact_score": sum(scores), "split": "train", "source": None}
+    return RankedSample(
+        **values
+        | {"prompt": None, "response": response, "metadata": {}, "tokens": tokens, "truncated": truncated}
+        | more
+    )
+
+
+def token_of(response: str, start: int, end: int, *, number=0, sample_id="s1") -> RankedToken:
+    return RankedToken(
+        rank=1, sample_id=sample_id, token_index=number, text=response[start:end], start=start, end=end, score=1.0,
+        split="train", source=None, prompt=None, response=response, metadata={},
+    )  # fmt: skip
+
+
+def drawn(capsys, monkeypatch, ranking, *, colours="") -> str:
+    """What a terminal of 80 columns is sent; without colours, what a file is."""
+    for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("COLUMNS", "80")
+    if colours:
+        monkeypatch.setenv("FORCE_COLOR", "1")
+        monkeypatch.setenv("TERM", "xterm-256color")
+        monkeypatch.setenv("COLORTERM", colours)
+    ranking_table(ranking)
+    return "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
+
+
+def test_tokens_with_their_scale_and_without_colours(capsys, monkeypatch):
+    ranking = ranking_of(sample_of("a\nb\x1b[2J", [0.5, 0.0, -0.25, 0.01, 0.0, 0.0, 0.0]))
+    assert drawn(capsys, monkeypatch, ranking) == (
+        "query: 1 of 9 samples\n"
+        "       +0.5  more likely;  -0.5  less likely, underlined; ↵ new line\n"
+        "rank       score       exact   differs  sample_id  text\n"
+        "   1           1        0.26            s1         a b\\x1b[2J\n"
+        "      a↵\n"
+        "      b\\x1b[2J\n"
+        "      strongest: a +0.5, b -0.25, \\x1b +0.01, \\n +0, [ +0"
+    )
+    known = dataclasses.replace(ranking.results[0], difference=1.0 - 0.26)
+    assert "        0.26   +284.6%  s1 " in drawn(capsys, monkeypatch, ranking_of(known))
+
+
+def test_tokens_in_colours(capsys, monkeypatch):
+    ranking = ranking_of(sample_of("abcd", [1.0, -1.0, -0.2, 0.05]))
+    out = drawn(capsys, monkeypatch, ranking, colours="truecolor")
+    assert "\x1b[30;48;2;236;0;0ma\x1b[0m\x1b[4;30;48;2;30;111;238mb\x1b[0m\x1b[4;38;2;" in out
+    assert out.split("mc\x1b[0m")[1].startswith("d"), "a weak token is left as it is"
+    legend = out.splitlines()[1]
+    assert "\x1b[30;48;2;236;0;0m +1 \x1b[0m" in legend and "\x1b[4;30;48;2;30;111;238m -1 \x1b[0m" in legend
+    monkeypatch.setenv("NO_COLOR", "1")
+    ranking_table(ranking)
+
+
+def test_a_sample_that_was_cut_shows_where(capsys, monkeypatch):
+    ranking = ranking_of(sample_of("abcdef", [1.0, -1.0], truncated=True))
+    out = drawn(capsys, monkeypatch, ranking)
+    assert "      ab (cut off:) cdef\n      cut to --max-tokens: the first 2 tokens have scores, nothing behind" in out
+    assert "\x1b[2mcdef\x1b[0m" in drawn(capsys, monkeypatch, ranking, colours="truecolor")
+    assert "cut" not in drawn(capsys, monkeypatch, ranking_of(sample_of("ab", [1.0, -1.0])))
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "shown"),
+    [
+        (0, 1, r"[a]\x1b[31mb é👍🏽\nc"),
+        (1, 2, r"a[\x1b][31mb é👍🏽\nc"),
+        (8, 9, r"a\x1b[31mb [é]👍🏽\nc"),
+        (9, 10, r"a\x1b[31mb é[👍🏽]\nc"),
+        (10, 11, r"a\x1b[31mb é[👍🏽]\nc"),
+        (11, 12, r"a\x1b[31mb é👍🏽[\n]c"),
+        (13, 13, r"a\x1b[31mb é👍🏽\nc[end of text]"),
+    ],
+)
+def test_a_token_in_brackets_is_what_is_seen(capsys, monkeypatch, start, end, shown):
+    assert len(HOSTILE) == 13
+    response = HOSTILE
+    out = drawn(capsys, monkeypatch, ranking_of(token_of(response, start, end, number=5), matching=1, without_tokens=0))
+    assert out == (
+        f"query: 1 of 9 tokens\nrank       score  sample_id  token  text\n   1           1  s1             5  {shown}"
+    )
+
+
+def test_context_begins_and_ends_with_whole_characters(capsys, monkeypatch):
+    """Whatever the room: no escape, and no letter, in part; and all lines fit."""
+    for filler in ("\x1b", "e\u0301", "👍🏽", "黄"):
+        for more in range(12):
+            text = filler * 30 + "X" + filler * 30
+            token = token_of(text, len(filler) * 30, len(filler) * 30 + 1, sample_id="s" * (more + 3))
+            line = drawn(capsys, monkeypatch, ranking_of(token, matching=1, without_tokens=0)).splitlines()[-1]
+            before, after = line.split("  ")[-1].strip().split("[X]")
+            whole = filler.replace("\x1b", "\\x1b")
+            assert before == whole * (len(before) // len(whole)) != "" and after == whole * (len(after) // len(whole))
+            assert len(line) <= 80
+
+
+def test_rankings_of_tokens_say_what_they_leave_out(capsys, database, tmp_path):
+    database.ingest(tmp_path / "toy.jsonl", token_gradients=True, token_width=16, limit=10)
+    asked = ("query", database.path, "--prompt", "Say 5", "--generation", "blue 35", "--level", "token", "--where")
+    code, out, _ = call(capsys, *asked, "source = 'odd'")
+    assert code == 0 and out.splitlines()[0].startswith("query: 10 of ")
+    assert out.splitlines()[1:3] == [
+        "  7 of the 12 samples that match have no RapidGrads of their tokens, which are",
+        "  left out here; make them with: rapidin-vdb ingest DB FILE --token-gradients",
+    ]
+    lines = out.splitlines()[4:]
+    assert len(lines) == 10 == len({re.sub(r"^ *\d+ +\S+", "", line) for line in lines}), "no two lines are the same"
+    code, out, _ = call(capsys, *asked, "sample_id > 'toy-010'")
+    assert out.splitlines()[0] == "query: 0 of 0 tokens that match sample_id > 'toy-010'"
+    assert "13 of the 13 samples" in out and "no sample matches" not in out
+    code, out, _ = call(capsys, *asked, "stars > 99")
+    assert out == "query: 0 of 0 tokens that match stars > 99\n  no sample matches\n"
+
+
+def test_a_matrix_that_nobody_would_see_is_refused(capsys, database, tmp_path):
+    asked = ("query", database.path, "--prompt", "Say 5", "--generation", "blue 35", "--matrix")
+    code, out, err = call(capsys, *asked)
+    assert (code, out) == (1, "")
+    assert err == "error: --matrix is shown by --json and --html FILE only; add one of them, or leave it out\n"
+    assert call(capsys, *asked, "--json", "--top-k", 1)[0] == 0
+    assert call(capsys, *asked, "--html", tmp_path / "page.html", "--top-k", 1)[0] == 0
+
+
+def test_a_difference_is_shown_beside_an_exact_score(capsys, tmp_path, models, adapters):
+    made = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(5)))
+    asked = ("query", made.path, "--prompt", "Say 5", "--generation", "blue 35")
+    _, out, _ = call(capsys, *asked, "--refine", 3)
+    (ranking,) = made.query("Say 5", "blue 35", refine=3)
+    assert out.splitlines()[1].split() == ["rank", "score", "exact", "differs", "sample_id", "text"]
+    for line, result in zip(out.splitlines()[2:], ranking.results, strict=True):
+        if result.exact_score is None:
+            assert line.split()[2] == result.sample_id
+        else:
+            shown = float(line.split()[3].removesuffix("%"))
+            assert shown == pytest.approx(
+                100 * (result.score / result.exact_score - 1) * (1 if result.exact_score > 0 else -1), abs=0.06
+            )
+    assert "differs" not in call(capsys, *asked)[1]
