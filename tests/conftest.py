@@ -37,23 +37,8 @@ def pytest_configure(config):
     settings.load_profile("rapidin")
 
 
-# Their modules' fixtures take long (a cluster, an experiment, a browser): not once for every process of the tests.
-TOGETHER = {
-    "test_cluster",
-    "test_evaluate",
-    "test_page",
-    "test_web",
-    "test_web_limits",
-    "test_web_page",
-    "test_web_reads",
-}
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the marks
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if item.path.stem in TOGETHER:
-            item.add_marker(pytest.mark.xdist_group(item.path.stem))
         if "slow" in item.keywords and not config.getoption("--slow"):
             item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
