@@ -9,6 +9,16 @@ from common import RESULTS
 from report import DOCS, table
 
 
+def _company(found: dict) -> str:
+    """Return what else ran meanwhile, by the load average; the server and its clients make two of it."""
+    if max(one["load_average"] for one in (*found["rounds"], found["many"])) < 3:
+        return "Nothing else ran (see the load average of each round; 2 is full)."
+    return (
+        "**The machine was shared while this ran**: other work kept more processes busy than it has cores (see the load average of each\n"
+        "round; 2 is full). So latencies and rates are worse than those of a quiet machine by some unknown factor of several."
+    )
+
+
 def main() -> None:
     """Write the page."""
     found = json.loads((RESULTS / "serve.json").read_text())
@@ -37,9 +47,7 @@ def main() -> None:
 Written by `benchmarks/report_serve.py` from one run of `{found["command"]}` at commit {machine["commit"]} on {machine["date"]}:
 {machine["processor"]}, {machine["threads"]} thread{"s" if machine["threads"] != "1" else ""} a process, torch {machine["torch"]}, two cores, no GPU.
 
-**The machine was shared while this ran**: other work kept more processes busy than it has cores (see the load average of each round; 2 would be full), and rounds
-were kept short. So latencies and rates are worse than those of a quiet machine by some unknown factor of several; what the server used of the
-processor for a request, which other work changes less, stands beside.
+{_company(found)} What the server used of the processor for a request, which other work changes least, stands beside.
 
 ## The demo's database
 
