@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,10 @@ def connect(address: str) -> Any:
     else:
         options["address"] = address
     try:
-        ray.init(**options)
+        with warnings.catch_warnings():
+            # Ray forks to start its own programs, which touch nothing of what LanceDB warns about.
+            warnings.filterwarnings("ignore", message="lancedb fork support")
+            ray.init(**options)
     except Exception as error:  # Ray raises plain ones too
         text = " ".join(str(error).split())[:200]
         raise SpecError(
