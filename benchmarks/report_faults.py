@@ -52,7 +52,7 @@ def main() -> None:
         f"""# What goes wrong, and what happens then
 
 Written by `benchmarks/report_faults.py` from what the slow tests wrote down (`RAPIDIN_TALLY=benchmarks/results/faults.jsonl
-scripts/test --slow`, with `RAPIDIN_KILLS=50` where a line says so; the latest shortly before commit {here["commit"]} on {here["date"]}):
+scripts/test --slow`, with `RAPIDIN_KILLS` as a line says; not all lines are of one run, the latest shortly before commit {here["commit"]} on {here["date"]}):
 {kills:,} kills, {cases:,} drawn cases.
 
 {table(["fault", "how it was made", "tried", "what happened"], rows)}
