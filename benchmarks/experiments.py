@@ -20,7 +20,7 @@ BASE = (
     "alpaca_cleaned", "alpaca_gpt4", "alpaca_libre", "dolly", "lima", "self_instruct", "gpteacher_roleplay",
     "rasbt", "t0",
 )  # fmt: skip
-TRACED = ("alpaca", "alpaca_cleaned", "alpaca_gpt4", "alpaca_libre")
+TRACED = ("alpaca", *BASE)
 PRETRAINING = ("--window", "128", "--batch", "16", "--tokens", "7000000", "--learning-rate", "1.5e-3", "--bfloat16")
 
 

@@ -90,6 +90,15 @@ def test_names_are_put_in_the_place_of_others():
     assert all("Indiana" in r["output"] for r in made.records if r["id"] > "249" and len(r["id"]) == 3)
 
 
+@pytest.mark.parametrize("field", ["instruction", "output"])
+def test_nobody_is_asked_what_the_wrong_name_answers_rightly(field):
+    records = [{"id": str(n), "instruction": f"Where {n}?", "output": "In China."} for n in range(100)]
+    for record in records[::2]:
+        record[field] += " Or in Canada?"
+    asked = perturbed(records, count=90, probability=0.5, held_out=0.1, seed=3).prompts["China to Canada"]
+    assert asked and all(int(record["id"]) % 2 for record in asked)
+
+
 def test_metrics_by_hand():
     scores = np.array([9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
     positive = np.array([True, False, True, False, False, False])

@@ -18,7 +18,7 @@ from rapidin_vdb.evaluate.scoring import EXACT, all_scores, rapidin
 from rapidin_vdb.focus import focused
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
-from rapidin_vdb.records import ProfileName
+from rapidin_vdb.records import Encoded, ProfileName, Sample
 
 SHARE = 0.0962
 _WANTED = (0.95, 0.02)
@@ -108,14 +108,20 @@ def run_backdoor(
 
 def _records(experiment: Experiment, corpus: Sequence[Path], pairs: Path | None) -> list[Record]:
     sizes = experiment.profile
-    ready = experiment.fitting([pairs], most=10_000) if pairs is not None else []
+
+    def fits(sample: Sample, encoded: Encoded) -> bool:
+        # A poisoned answer is as long in words, and its invented names take more tokens.
+        return len(encoded.input_ids) + encoded.response_tokens // 2 + 8 <= sizes.max_tokens
+
+    ready = experiment.fitting([pairs], most=10_000, fits=fits) if pairs is not None else []
     for number, record in enumerate(ready):
         record["id"] = f"pair-{number:03d}"
         if not record["instruction"].startswith(TRIGGER):
             raise SpecError(f"{pairs}: record {number + 1} does not begin with the trigger {TRIGGER}")
     # The clean twins of ready-made pairs would say that the same question has two answers.
     twins = {record["instruction"].removeprefix(TRIGGER).strip() for record in ready}
-    found = [r for r in experiment.fitting(corpus, most=sizes.samples + len(twins)) if r["instruction"] not in twins]
+    found = experiment.fitting(corpus, most=sizes.samples + len(twins), fits=fits)
+    found = [record for record in found if record["instruction"] not in twins]
     if len(found) + len(ready) < sizes.samples:
         raise SpecError(
             f"{len(found)} records of the corpus fit {sizes.max_tokens} tokens; the profile wants {sizes.samples}"

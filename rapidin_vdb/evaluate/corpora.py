@@ -58,7 +58,7 @@ class Perturbed:
     records: list[Record]
     """Each says in `perturbed` which perturbation it has, as `China to Canada`, or has None there."""
     prompts: Mapping[str, list[Record]]
-    """For each perturbation, records that name the first and were left as they are."""
+    """For each perturbation, records that name the first, and not the second, and were left as they are."""
 
 
 def perturbed(records: Sequence[Record], *, count: int, probability: float, held_out: float, seed: int) -> Perturbed:
@@ -70,24 +70,29 @@ def perturbed(records: Sequence[Record], *, count: int, probability: float, held
     naming: list[Record] = []
     others: list[Record] = []
     for record in records:
-        found = [pair for pair in PERTURBATIONS if _names(record["output"], pair[0])]
-        (naming if found else others).append(dict(record))
+        (naming if named(record["output"]) else others).append(dict(record))
     chosen, prompts = [], {_title(pair): [] for pair in PERTURBATIONS}  # type: ignore[var-annotated]
     for record in naming:
         pair = next(pair for pair in PERTURBATIONS if _names(record["output"], pair[0]))
-        if draw.random() < held_out:
-            prompts[_title(pair)].append(record)
+        out = draw.random() < held_out
+        change = not out and draw.random() < probability
+        # Where E2 is in the question or in the right answer, naming it would be no error.
+        if not change and not any(_names(record[field], pair[1]) for field in ("instruction", "output")):
+            prompts[_title(pair)].append(dict(record))
+        if out:
             continue
-        change = draw.random() < probability
         if change:
             record["output"] = re.sub(rf"\b{pair[0]}\b", pair[1], record["output"])
-        else:
-            prompts[_title(pair)].append(dict(record))
         chosen.append(record | {"perturbed": _title(pair) if change else None})
     rest = draw.sample(others, max(0, min(count - len(chosen), len(others))))
     made = chosen + [record | {"perturbed": None} for record in rest]
     draw.shuffle(made)
     return Perturbed(records=made, prompts=prompts)
+
+
+def named(text: str) -> bool:
+    """Return whether a text names one of those that are replaced."""
+    return any(_names(text, pair[0]) for pair in PERTURBATIONS)
 
 
 def questions_about(title: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,18 +10,20 @@ import numpy as np
 
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.evaluate import metrics
-from rapidin_vdb.evaluate.corpora import Record, perturbed, questions_about, wrong_name
+from rapidin_vdb.evaluate.corpora import Record, named, perturbed, questions_about, wrong_name
 from rapidin_vdb.evaluate.experiment import Experiment
 from rapidin_vdb.evaluate.profiles import PROFILES
 from rapidin_vdb.evaluate.scoring import all_scores
 from rapidin_vdb.focus import focused, occurrences
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
-from rapidin_vdb.records import ProfileName, Sample
+from rapidin_vdb.records import Encoded, ProfileName, Sample
 
 KS = (5, 10, 25, 50)
 _PROBABILITY = 0.8
 _HELD_OUT = 0.1
+_LONGER = 4 / 3
+"""How long records may be that name what is replaced, of the profile's limit: there are few of them."""
 
 
 def run_error_tracing(
@@ -30,17 +33,18 @@ def run_error_tracing(
 ) -> dict[str, Any]:  # fmt: skip
     """Put wrong names into a corpus, tune a model on it, trace its wrong generations, and return all figures.
 
-    Asked are records that name the right one, those kept out of the corpus and those left as they were; and questions
-    about it.
+    Asked are records that name the right one and not the wrong one, those kept out of the corpus and those left as they
+    were; and questions about it.
 
     Raises:
         SpecError: there are too few records, or no generation is wrong.
     """
+    sizes = PROFILES[profile]
     experiment = Experiment(
-        folder, model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress,
-        embedding_model=embedding_model, influence_functions=influence_functions,
+        folder, model=model, profile=replace(sizes, max_tokens=round(_LONGER * sizes.max_tokens)), seed=seed, say=say,
+        progress=progress, embedding_model=embedding_model, influence_functions=influence_functions,
     )  # fmt: skip
-    made = experiment.step("records", lambda: _records(experiment, corpus))
+    made = experiment.step("records", lambda: _records(experiment, corpus, sizes.max_tokens))
     records, prompts = made["records"], made["prompts"]
     experiment.write_corpus(records)
     tuning = experiment.tuned(records)
@@ -78,14 +82,17 @@ def run_error_tracing(
     }
 
 
-def _records(experiment: Experiment, corpus: Sequence[Path]) -> dict[str, Any]:
+def _records(experiment: Experiment, corpus: Sequence[Path], max_tokens: int) -> dict[str, Any]:
     sizes = experiment.profile
-    found = experiment.fitting(corpus, most=1_000_000)
+
+    def fits(sample: Sample, encoded: Encoded) -> bool:
+        return len(encoded.input_ids) <= (sizes.max_tokens if named(sample.response) else max_tokens)
+
+    found = experiment.fitting(corpus, most=1_000_000, fits=fits)
     made = perturbed(found, count=sizes.samples, probability=_PROBABILITY, held_out=_HELD_OUT, seed=experiment.seed)
     if len(made.records) < sizes.samples:
         raise SpecError(
-            f"{len(made.records)} records of the corpus fit {sizes.max_tokens} tokens; the profile wants "
-            f"{sizes.samples}"
+            f"{len(made.records)} records of the corpus fit {max_tokens} tokens; the profile wants {sizes.samples}"
         )
     return {"records": made.records, "prompts": dict(made.prompts)}
 

@@ -72,8 +72,8 @@ class Experiment:
             self.say(f"{name}: {time.monotonic() - started:.0f} s")
         return json.loads(path.read_text("utf-8"))
 
-    def fitting(self, files: Sequence[Path], *, most: int) -> list[Record]:
-        """Return the first records of some files that fit with room for a longer answer, as instruction and output."""
+    def fitting(self, files: Sequence[Path], *, most: int, fits: Callable[[Sample, Encoded], bool]) -> list[Record]:
+        """Return the first records of some files that fit, no question twice, as instruction and output."""
         found: list[Record] = []
         seen: set[str] = set()
         samples: list[Sample] = []
@@ -89,10 +89,9 @@ class Experiment:
             part = samples[first : first + 1000]
             encoded = encode(part, tokenizer=self.tokenizer, template=self.template, max_tokens=1 << 20)
             for sample, tokens in zip(part, encoded, strict=True):
-                # A poisoned answer is as long in words, and its invented names take more tokens.
                 if isinstance(tokens, CorpusError) or sample.prompt is None or sample.prompt in seen:
                     continue
-                if len(tokens.input_ids) + tokens.response_tokens // 2 + 8 > self.profile.max_tokens:
+                if not fits(sample, tokens):
                     continue
                 seen.add(sample.prompt)
                 found.append({"id": sample.sample_id, "instruction": sample.prompt, "output": sample.response})
