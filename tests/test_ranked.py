@@ -9,9 +9,11 @@ from test_cli import call
 
 import rapidin_vdb
 from rapidin_vdb.cli.ranked import ranking_table
+from rapidin_vdb.query import query_from
 from rapidin_vdb.results import RankedSample, RankedToken, Ranking, Seconds, TokenScore
 
 SECONDS = Seconds(gradient=0.0, search=0.0, tokens=0.0, total=0.0)
+QUERY = query_from("Name a fruit.", "A comet.")
 HOSTILE = "a\x1b[31mb é👍🏽\nc"
 
 
@@ -42,7 +44,7 @@ def token_of(response: str, start: int, end: int, *, number=0, sample_id="s1") -
     )  # fmt: skip
 
 
-def drawn(capsys, monkeypatch, ranking, *, colours="") -> str:
+def drawn(capsys, monkeypatch, ranking, *, colours="", query=QUERY) -> str:
     """What a terminal of 80 columns is sent; without colours, what a file is."""
     for name in ("NO_COLOR", "FORCE_COLOR", "COLORTERM"):
         monkeypatch.delenv(name, raising=False)
@@ -51,7 +53,7 @@ def drawn(capsys, monkeypatch, ranking, *, colours="") -> str:
         monkeypatch.setenv("FORCE_COLOR", "1")
         monkeypatch.setenv("TERM", "xterm-256color")
         monkeypatch.setenv("COLORTERM", colours)
-    ranking_table(ranking)
+    ranking_table(ranking, query)
     return "\n".join(line.rstrip() for line in capsys.readouterr().out.splitlines())
 
 
@@ -59,6 +61,8 @@ def test_tokens_with_their_scale_and_without_colours(capsys, monkeypatch):
     ranking = ranking_of(sample_of("a\nb\x1b[2J", [0.5, 0.0, -0.25, 0.01, 0.0, 0.0, 0.0]))
     assert drawn(capsys, monkeypatch, ranking) == (
         "query: 1 of 9 samples\n"
+        "      prompt:     Name a fruit.\n"
+        "      generation: A comet.\n"
         "       +0.5  more likely;  -0.5  less likely, underlined; ↵ new line\n"
         "rank       score       exact   differs  sample_id  text\n"
         "   1           1        0.26            s1         a b\\x1b[2J\n"
@@ -70,15 +74,30 @@ def test_tokens_with_their_scale_and_without_colours(capsys, monkeypatch):
     assert "        0.26   +284.6%  s1 " in drawn(capsys, monkeypatch, ranking_of(known))
 
 
+def test_what_was_asked_and_said_is_above_the_tokens_and_as_harmless(capsys, monkeypatch):
+    ranking, long = ranking_of(sample_of("a", [1.0])), "word " * 15 + "end"
+    shown = drawn(capsys, monkeypatch, ranking, query=query_from("[red]" + HOSTILE, long)).splitlines()[1:5]
+    assert shown == [
+        "      prompt:     [red]a\\x1b[31mb é👍🏽↵",
+        "                  c",
+        "      generation: " + "word " * 11 + "word",
+        "                  word word word end",
+    ]
+    alone = drawn(capsys, monkeypatch, ranking, query=query_from(None, "A comet."))
+    assert "prompt:" not in alone and "      generation: A comet." in alone.splitlines()
+    plain = ranking_of(dataclasses.replace(ranking.results[0], tokens=None))
+    assert "generation:" not in drawn(capsys, monkeypatch, plain)
+
+
 def test_tokens_in_colours(capsys, monkeypatch):
     ranking = ranking_of(sample_of("abcd", [1.0, -1.0, -0.2, 0.05]))
     out = drawn(capsys, monkeypatch, ranking, colours="truecolor")
     assert "\x1b[30;48;2;236;0;0ma\x1b[0m\x1b[4;30;48;2;30;111;238mb\x1b[0m\x1b[4;38;2;" in out
     assert out.split("mc\x1b[0m")[1].startswith("d"), "a weak token is left as it is"
-    legend = out.splitlines()[1]
+    legend = out.splitlines()[3]
     assert "\x1b[30;48;2;236;0;0m +1 \x1b[0m" in legend and "\x1b[4;30;48;2;30;111;238m -1 \x1b[0m" in legend
     monkeypatch.setenv("NO_COLOR", "1")
-    ranking_table(ranking)
+    ranking_table(ranking, QUERY)
 
 
 def test_a_sample_that_was_cut_shows_where(capsys, monkeypatch):

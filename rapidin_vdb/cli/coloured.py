@@ -7,6 +7,7 @@ import typer
 
 from rapidin_vdb.cli.text import printable, token_label
 from rapidin_vdb.pieces import pieces_of
+from rapidin_vdb.records import Sample
 from rapidin_vdb.results import RankedSample
 
 if TYPE_CHECKING:
@@ -25,6 +26,20 @@ def largest_score(results: Sequence[object]) -> float:
         abs(token.score) for result in results if isinstance(result, RankedSample) for token in result.tokens or ()
     ]
     return max(scores, default=0.0)
+
+
+def asked_lines(query: Sample) -> None:
+    """Print what the model was asked, and what it said, each beside its name."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 1))
+    grid.add_column(no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, text in (("prompt:", query.prompt), ("generation:", query.response)):
+        if text is not None:
+            grid.add_row(f"      {name}", Text(_lines_of(text)))
+    _console().print(grid)
 
 
 def legend_line(most: float) -> None:
@@ -48,7 +63,7 @@ def token_lines(result: RankedSample, most: float) -> None:
     console, text, place = _console(), Text(), 0
     scored = max((token.end for token in result.tokens), default=0)
     for piece in pieces_of(result.response, [(token.start, token.end) for token in result.tokens]):
-        shown = printable(piece.text, lines=True).replace("\n", "↵\n")
+        shown = _lines_of(piece.text)
         if result.truncated and place >= scored:
             text.append(" (cut off:) ", style="italic").append(shown, style="dim")
         else:
@@ -63,6 +78,10 @@ def token_lines(result: RankedSample, most: float) -> None:
     strongest = sorted(result.tokens, key=lambda token: (-abs(token.score), token.start))[:_SHOWN]
     named = ", ".join(f"{token_label(token.text, 16)} {token.score:+.3g}" for token in strongest)
     typer.echo(f"      strongest: {named}")
+
+
+def _lines_of(text: str) -> str:
+    return printable(text, lines=True).replace("\n", "↵\n")
 
 
 def style_of(score: float, most: float, *, few: bool = False) -> str:

@@ -176,6 +176,7 @@ def query(
     Example: rapidin-vdb query db --prompt "Name a fruit." --generation "A comet." --where "split = 'train'"
     """
     import rapidin_vdb
+    from rapidin_vdb.query import query_from, read_queries
 
     if (generation is None) == (file is None) or (prompt is not None and file is not None):
         raise typer.BadParameter("give --generation (and --prompt), or --file QUERIES.jsonl")
@@ -183,16 +184,17 @@ def query(
     if html is not None:
         check_writable(html, level)
     database = rapidin_vdb.open(db)
+    asked = read_queries(file) if file is not None else [query_from(prompt, generation or "")]
     with progress_bars() as progress:
         rankings = database.query(
-            prompt, generation, file=file, top_k=top_k, where=where, harmful=harmful, both=both, level=level,
+            queries=asked, top_k=top_k, where=where, harmful=harmful, both=both, level=level,
             focus=focus or (), tokens=tokens or html is not None, matrix=matrix or html is not None, refine=refine,
             group_by=group_by, aggregate=aggregate, index=index_name, as_of=as_of, progress=progress, device=device,
             cluster=cluster, model=model, adapter=adapter,
         )  # fmt: skip
     if html is not None:
         write_page(html, rankings, title=db)
-    show.ranked(rankings, as_json=as_json)
+    show.ranked(rankings, asked, as_json=as_json)
 
 
 def show_sample(

@@ -5,15 +5,15 @@ from collections.abc import Sequence
 
 import typer
 
-from rapidin_vdb.cli.coloured import largest_score, legend_line, token_lines
+from rapidin_vdb.cli.coloured import asked_lines, largest_score, legend_line, token_lines
 from rapidin_vdb.cli.text import columns, cut, fitted, padded, printable, token_label
 from rapidin_vdb.pieces import pieces_of
-from rapidin_vdb.records import Focus
+from rapidin_vdb.records import Focus, Sample
 from rapidin_vdb.results import RankedSample, RankedToken, Ranking
 
 
-def ranking_table(ranking: Ranking) -> None:
-    """Print one ranking."""
+def ranking_table(ranking: Ranking, query: Sample) -> None:
+    """Print one ranking; where tokens are shown, what the model was asked and what it said above them."""
     matching = f" that match {printable(ranking.where)}" if ranking.where is not None else ""
     focus = f", on {', '.join(map(_named, ranking.focus))}" if ranking.focus else ""
     what = f"{len(ranking.results)} of {ranking.searched:,} {ranking.level}s{matching}"
@@ -27,6 +27,7 @@ def ranking_table(ranking: Ranking) -> None:
     results = (*ranking.results, *(ranking.harmful or ()))
     most = largest_score(results)
     if any(isinstance(result, RankedSample) and result.tokens is not None for result in results):
+        asked_lines(query)
         legend_line(most)
     _result_lines(ranking.results, most)
     if ranking.harmful is not None:

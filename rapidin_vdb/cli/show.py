@@ -11,6 +11,7 @@ import typer
 from rapidin_vdb.cli.ranked import ranking_table
 from rapidin_vdb.cli.text import cut, printable
 from rapidin_vdb.errors import SpecError, shown
+from rapidin_vdb.records import Sample
 from rapidin_vdb.results import (
     DatabaseInfo,
     IndexInfo,
@@ -87,15 +88,15 @@ def _recalled(built: IndexInfo) -> str:
     )
 
 
-def ranked(rankings: Sequence[Ranking], *, as_json: bool) -> None:
+def ranked(rankings: Sequence[Ranking], queries: Sequence[Sample], *, as_json: bool) -> None:
     """Print rankings as tables, or one JSON object a query."""
-    for number, ranking in enumerate(rankings):
+    for number, (ranking, query) in enumerate(zip(rankings, queries, strict=True)):
         if as_json:
             json_line(ranking.to_dict())
         else:
             if number:
                 typer.echo("")
-            ranking_table(ranking)
+            ranking_table(ranking, query)
 
 
 def sample(stored: StoredSample, *, as_json: bool) -> None:
