@@ -14,6 +14,7 @@ RapidInError
   SpecError              a sketch spec, an index recipe or an argument cannot be honoured
 """
 
+import errno
 import re
 
 # With one slash it is an address that was taken for a path.
@@ -66,6 +67,15 @@ class PurgedError(TableError):
 
 class SpecError(RapidInError):
     """A sketch spec, an index recipe or an argument cannot be honoured."""
+
+
+def out_of_handles(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it came of, is that no more files can be opened."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def without_secrets(uri: str) -> str:

@@ -184,6 +184,32 @@ def test_too_few_file_handles(context, tmp_path, commands, tally):
     )  # fmt: skip
 
 
+@pytest.mark.slow
+def test_too_few_file_handles_from_the_start(tmp_path, commands, tally):
+    """In processes that begin with few: wherever it happens, an error that says so; never that a table is damaged."""
+    every = commands(tmp_path / "db")
+    for name in ("init", "ingest"):
+        assert here(every[name])[0] == 0
+    program, refused = str(Path(sys.executable).with_name("rapidin-vdb")), 0
+    limits = range(8, 28, 4)
+    for limit in limits:
+        done = subprocess.run(
+            [program, *map(str, every["query"])], capture_output=True, text=True,
+            preexec_fn=lambda limit=limit: resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit)),
+        )  # fmt: skip
+        if done.returncode:
+            refused += 1
+            last = done.stderr.splitlines()[-1]
+            assert done.returncode == 1 and last.startswith("error: ") and "oo many open files" in last, done.stderr
+            assert "damaged" not in last
+    assert 0 < refused < len(limits)
+    check(tmp_path / "db")
+    tally(
+        "too few file handles from the start", f"`query` in processes with {limits[0]} to {limits[-1]} of them", len(limits),
+        f"{refused} times an error that says so, else an answer",
+    )  # fmt: skip
+
+
 READING = ("info", "show", "query", "verify")
 
 

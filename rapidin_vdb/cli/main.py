@@ -6,7 +6,7 @@ import sys
 import typer
 
 from rapidin_vdb.cli import commands, evaluate
-from rapidin_vdb.errors import RapidInError, shown
+from rapidin_vdb.errors import RapidInError, out_of_handles, shown
 
 app = typer.Typer(
     name="rapidin-vdb",
@@ -50,4 +50,10 @@ def main() -> None:
         sys.exit(1)
     except RapidInError as error:
         typer.echo(f"error: {shown(str(error))}", err=True)
+        sys.exit(1)
+    except Exception as error:
+        # Wherever it happens, in the libraries' own imports too.
+        if not out_of_handles(error):
+            raise
+        typer.echo("error: too many open files; raise the limit (`ulimit -n 4096`) and run the same again", err=True)
         sys.exit(1)

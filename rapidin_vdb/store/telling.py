@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 
-from rapidin_vdb.errors import PurgedError, TableError
+from rapidin_vdb.errors import PurgedError, TableError, out_of_handles
 from rapidin_vdb.store.columns import check_out
 from rapidin_vdb.store.place import Place
 
@@ -30,7 +30,8 @@ def told(what: str) -> Iterator[None]:
             raise TableError(f"{what}: {first_line(error)}") from error
         if not is_panic(error):
             raise
-        raise TableError(f"{what}: it is damaged: {first_line(error)}") from error
+        why = first_line(error) if out_of_handles(error) else f"it is damaged: {first_line(error)}"
+        raise TableError(f"{what}: {why}") from error
 
 
 def is_panic(error: BaseException) -> bool:
