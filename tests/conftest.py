@@ -21,6 +21,7 @@ SECRET = "not-to-be-printed-0123456789"
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that need minutes")
+    parser.addoption("--experiments", action="store_true", help="of these, run the quick experiments only")
 
 
 def pytest_configure(config):
@@ -38,9 +39,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
+    everything, experiments = config.getoption("--slow"), config.getoption("--experiments")
     for item in items:
-        if "slow" in item.keywords and not config.getoption("--slow"):
+        if "slow" in item.keywords and not everything:
             item.add_marker(pytest.mark.skip(reason="slow; run with --slow"))
+        if "experiment" in item.keywords and not everything and not experiments:
+            item.add_marker(pytest.mark.skip(reason="slow; run with --experiments or --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 

@@ -329,7 +329,7 @@ def auprc(result, k: int) -> dict[str, float]:
 RAPIDIN = "RapidIn (K = 16,384, lambda = 20)"
 
 
-@pytest.mark.slow
+@pytest.mark.experiment
 def test_the_quick_backdoor_finds_its_poison(quick):
     result, _, _ = quick
     assert result["attack"]["success"] >= 0.9 and result["attack"]["false"] <= 0.1, result["attack"]
@@ -343,7 +343,7 @@ def test_the_quick_backdoor_finds_its_poison(quick):
     assert result["agreement"][RAPIDIN]["pearson"] > 0.9
 
 
-@pytest.mark.slow
+@pytest.mark.experiment
 def test_an_experiment_is_reported_and_not_done_again(quick, tmp_path):
     from rapidin_vdb.evaluate import run_backdoor, write_report
 
@@ -356,7 +356,7 @@ def test_an_experiment_is_reported_and_not_done_again(quick, tmp_path):
     assert [line for line in said if "scores of" in line or "tuning" in line] == []
 
 
-@pytest.mark.slow
+@pytest.mark.experiment
 def test_the_quick_error_tracing_runs(base, tmp_path):
     from rapidin_vdb.evaluate import run_error_tracing, write_report
 
