@@ -114,6 +114,7 @@ def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, nargs="+", default=[100_000, 300_000, 1_000_000])
+    parser.add_argument("--remark", default="The machine was shared.")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -123,6 +124,7 @@ def main() -> None:
     entries = [measure(rows) for rows in options.rows]
     if options.rows == parser.get_default("rows"):
         result = {"command": "scripts/bench load", "machine": machine(), "width": WIDTH, "entries": entries}
+        result["remark"] = options.remark
         (RESULTS / "load.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 
 

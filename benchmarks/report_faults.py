@@ -9,6 +9,11 @@ from common import RESULTS, machine
 from report import DOCS, table
 
 
+def rows_of(entry: dict) -> int:
+    """Return how many rows a measurement was of."""
+    return entry["rows"]
+
+
 def _load() -> str:
     """Return the section on many rows; nothing before scripts/bench load was run."""
     if not (RESULTS / "load.json").exists():
@@ -21,7 +26,7 @@ def _load() -> str:
             [
                 name,
                 *[
-                    f"{e['steps'][name]['seconds']:.1f} s, {e['steps'][name]['mebibytes']:,.0f} MiB"
+                    f"{e['steps'][name]['seconds']:.1f} s ({e['steps'][name]['cpu_seconds']:.1f}), {e['steps'][name]['mebibytes']:,.0f} MiB"
                     for e in load["entries"]
                 ],
             ]
@@ -29,12 +34,17 @@ def _load() -> str:
         ]
         + [["on disk", *[f"{entry['bytes'] / 2**20:,.0f} MiB" for entry in load["entries"]]]],
     )
+    least, most = (min(load["entries"], key=rows_of), max(load["entries"], key=rows_of))
+    grown = most["steps"]["ingest"]["mebibytes"] - least["steps"]["ingest"]["mebibytes"]
+    a_row = grown * 2**20 / (most["rows"] - least["rows"])
     return f"""
 ## A million rows
 
 Written from `{load["command"]}` at commit {load["machine"]["commit"]} on {load["machine"]["date"]}: {load["machine"]["processor"]},
 {load["machine"]["threads"]} threads. RapidGrads of width {load["width"]} drawn at random, everything else the product's own; each command in a
-process of its own, with its peak of memory ("start" only opens the database and loads the model). "again" is the same ingest a second time.
+process of its own: seconds, CPU seconds in brackets, and its peak of memory ("start" only opens the database and loads the model). "again" is the same
+ingest a second time. {load["remark"]} CPU seconds tell how work grows with rows. An ingest holds the ids and content hashes of all its samples: its
+peak grew by {a_row:,.0f} bytes a row from the fewest to the most.
 
 {loads}
 """
