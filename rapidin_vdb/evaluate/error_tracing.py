@@ -22,6 +22,7 @@ from rapidin_vdb.records import Encoded, ProfileName, Sample
 KS = (5, 10, 25, 50)
 _PROBABILITY = 0.8
 _HELD_OUT = 0.1
+_DRAWS, _TEMPERATURE = 16, 0.6
 _LONGER = 4 / 3
 """How long records may be that name what is replaced, of the profile's limit: there are few of them."""
 
@@ -34,7 +35,7 @@ def run_error_tracing(
     """Put wrong names into a corpus, tune a model on it, trace its wrong generations, and return all figures.
 
     Asked are records that name the right one and not the wrong one, those kept out of the corpus and those left as they
-    were; and questions about it.
+    were; and questions about it. Where too few of the most likely answers are wrong, answers are drawn.
 
     Raises:
         SpecError: there are too few records, or no generation is wrong.
@@ -48,7 +49,7 @@ def run_error_tracing(
     records, prompts = made["records"], made["prompts"]
     experiment.write_corpus(records)
     tuning = experiment.tuned(records)
-    queries, titles = _wrong(experiment, prompts)
+    queries, titles, looked = _wrong(experiment, prompts)
     say(", ".join(f"{title}: {titles.count(title)} wrong generations" for title in prompts))
     if not queries:
         raise SpecError("no generation names the wrong one; tune longer")
@@ -65,8 +66,14 @@ def run_error_tracing(
         "samples": len(records),
         "perturbed": {title: int((kinds == title).sum()) for title in prompts},
         "queries": {title: titles.count(title) for title in prompts},
+        "looked_at": looked,
+        "temperature": _TEMPERATURE,
         "tuning": tuning,
-        "examples": [{"prompt": q.prompt, "generation": q.response} for q in queries[:6]],
+        "examples": [
+            {"prompt": query.prompt, "generation": query.response}
+            for title in prompts
+            for query in [query for query, other in zip(queries, titles, strict=True) if other == title][:2]
+        ],
         "methods": {
             name: {
                 "at": {
@@ -97,22 +104,33 @@ def _records(experiment: Experiment, corpus: Sequence[Path], max_tokens: int) ->
     return {"records": made.records, "prompts": dict(made.prompts)}
 
 
-def _wrong(experiment: Experiment, prompts: dict[str, list[Record]]) -> tuple[list[Sample], list[str]]:
-    """Return generations that name the wrong one, and of which perturbation each is."""
-    asked = [(title, record["instruction"]) for title, records in prompts.items() for record in records]
-    asked += [(title, question) for title in prompts for question in questions_about(title)]
-    said = experiment.said("said", [instruction for _, instruction in asked])
-    queries, titles = [], []
-    for title in prompts:
-        wrong = [
-            query_from(instruction, text, query_id=f"{title} {number}")
-            for number, ((kind, instruction), text) in enumerate(zip(asked, said, strict=True))
-            if kind == title and occurrences(text, wrong_name(title))
-        ]
-        random.Random(experiment.seed).shuffle(wrong)
-        queries += wrong[: experiment.profile.queries // 3]
-        titles += [title] * len(wrong[: experiment.profile.queries // 3])
-    return queries, titles
+def _wrong(experiment: Experiment, prompts: dict[str, list[Record]]) -> tuple[list[Sample], list[str], dict[str, int]]:
+    """Return generations that name the wrong one, of which perturbation each is, and how many were looked at.
+
+    First the most likely answers; where too few of them are wrong, others are drawn.
+    """
+    asked = {title: [r["instruction"] for r in records] + questions_about(title) for title, records in prompts.items()}
+    wanted, found = experiment.profile.queries // 3, {title: dict[tuple[str, str], Sample]() for title in prompts}
+    looked = dict.fromkeys(prompts, 0)
+    for draw in range(_DRAWS + 1):
+        lacking = [title for title in prompts if len(found[title]) < wanted]
+        every = [(title, question) for title in lacking for question in asked[title]]
+        said = experiment.said(
+            f"said-{draw}", [question for _, question in every], temperature=_TEMPERATURE if draw else 0.0,
+            seed=experiment.seed + 1000 * draw,
+        )  # fmt: skip
+        order = list(range(len(every)))
+        random.Random(experiment.seed + draw).shuffle(order)
+        for number in order:
+            (title, question), text = every[number], said[number]
+            looked[title] += 1
+            if occurrences(text, wrong_name(title)) and len(found[title]) < wanted:
+                query = query_from(question, text, query_id=f"{title} {len(found[title]) + 1}")
+                found[title].setdefault((question, text), query)
+        if all(len(queries) == wanted for queries in found.values()):
+            break
+    queries = [query for title in prompts for query in found[title].values()]
+    return queries, [title for title in prompts for _ in found[title]], looked
 
 
 def _judged(scores: np.ndarray, positive: np.ndarray, mine: list[bool], seed: int) -> dict[str, Any]:

@@ -160,12 +160,15 @@ class Experiment:
         """Return the model with its tuned adapter."""
         return load_model(ModelSpec(model=self.model, adapter=str(self.folder / "adapter")))
 
-    def said(self, name: str, prompts: Sequence[str]) -> list[str]:
-        """Return what the tuned model says to prompts, most likely token by token."""
+    def said(self, name: str, prompts: Sequence[str], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """Return what the tuned model says to prompts, most likely token by token, or drawn at a temperature."""
 
         def work() -> list[str]:
             texts = [self.template.render(query_from(prompt, "?")) for prompt in prompts]
-            return generate_batch(self.loaded().model, self.tokenizer, texts, max_tokens=self.profile.new_tokens)
+            return generate_batch(
+                self.loaded().model, self.tokenizer, texts, max_tokens=self.profile.new_tokens,
+                temperature=temperature, seed=seed,
+            )  # fmt: skip
 
         return self.step(name, work)
 

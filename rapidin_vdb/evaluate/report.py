@@ -144,11 +144,19 @@ def _error_tracing(result: Result) -> str:
     lines.append(
         "Names put in the place of others with a probability of 0.8: "
         + ", ".join(
-            f"{title} ({result['perturbed'][title]} samples, {result['queries'][title]} wrong generations traced)"
+            f"{title} ({result['perturbed'][title]} samples; of {result['looked_at'][title]} answers "
+            f"{result['queries'][title]} wrong ones traced)"
             for title in result["perturbed"]
         )
+        + f". Answers are the most likely ones first, then ones drawn at temperature {result['temperature']}"
         + ". Average precision of the samples with the same wrong name among the k highest; token-wise asks about the wrong "
         "name only." + _left_out(result)
+    )
+    lines.append(
+        _table(
+            ["asked", "said"],
+            [[_cell(example["prompt"]), _cell(example["generation"])] for example in result["examples"]],
+        )
     )
     titles = [title for title in result["queries"] if result["queries"][title]]
     for title in titles:

@@ -94,10 +94,12 @@ def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_tokens: 
 
 @torch.no_grad()
 def generate_batch(
-    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_tokens: int, batch: int = 32
-) -> list[str]:
-    """Return the model's most likely continuation of each prompt, many at a time."""
+    model: Any, tokenizer: Any, prompts: Sequence[str], *, max_tokens: int, batch: int = 32, temperature: float = 0.0,
+    seed: int = 0,
+) -> list[str]:  # fmt: skip
+    """Return a continuation of each prompt, many at a time: the most likely one, or one drawn at a temperature."""
     model.eval()
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     texts = [""] * len(prompts)
     encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
@@ -110,15 +112,17 @@ def generate_batch(
         for row, number in enumerate(part):
             ids[row, longest - len(encoded[number]) :] = torch.tensor(encoded[number])
             mask[row, longest - len(encoded[number]) :] = 1
-        out = model.generate(
-            input_ids=ids.to(model.device),
-            attention_mask=mask.to(model.device),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            use_cache=True,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
+            torch.manual_seed(seed + first)
+            out = model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=max_tokens,
+                use_cache=True,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                **drawn,
+            )
         for number, ids_out in zip(part, out[:, longest:], strict=True):
             texts[number] = tokenizer.decode(ids_out, skip_special_tokens=True)
     return texts
