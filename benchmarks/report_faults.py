@@ -44,7 +44,8 @@ Written from `{load["command"]}` at commit {load["machine"]["commit"]} on {load[
 {load["machine"]["threads"]} threads. RapidGrads of width {load["width"]} drawn at random, everything else the product's own; each command in a
 process of its own: seconds, CPU seconds in brackets, and its peak of memory ("start" only opens the database and loads the model). "again" is the same
 ingest a second time. {load["remark"]} CPU seconds tell how work grows with rows. An ingest holds the ids and content hashes of all its samples: its
-peak grew by {a_row:,.0f} bytes a row from the fewest to the most.
+peak grew by {a_row:,.0f} bytes a row from the fewest to the most. Building an index and searching one count the rows that are mapped from its file
+({2 * load["width"]:,} bytes each), which the system takes back when others want the memory.
 
 {loads}
 """
