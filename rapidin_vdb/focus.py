@@ -9,19 +9,38 @@ from typing import Any
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.records import Encoded, Focus, Sample
 
+_WANTED = "wanted a text of the generation, or a list of texts or of spans, [start, end]"
+
+
+def check_focus(entries: Sequence[Any]) -> None:
+    """See that all entries are texts, or spans of code points.
+
+    Raises:
+        SpecError: one is not, or is empty.
+    """
+    for entry in entries:
+        if entry == "":
+            raise SpecError("--focus is empty; give a text that is in the generation")
+        if not isinstance(entry, str) and not _is_span(entry):
+            raise SpecError(f"focus has {entry!r}; {_WANTED}")
+
 
 def focus_of(query: Sample, given: Sequence[Focus]) -> tuple[Focus, ...]:
     """Return what a query is about: what its record's field `focus` names, else what is given for all.
 
     Raises:
-        CorpusError: the field is neither a text nor a list of texts and spans.
+        CorpusError: the field is neither a text nor a list of texts and spans, or one of them is empty.
     """
     own: Any = query.fields.get("focus")
     if own is None:
         return tuple(given)
     entries = [own] if isinstance(own, str) else own
-    if not isinstance(entries, list | tuple) or not all(isinstance(entry, str) or _is_span(entry) for entry in entries):
-        raise CorpusError(f"{query.location}: focus is {own!r}; wanted a text or a list of texts, or of [start, end]")
+    if not isinstance(entries, list | tuple):
+        raise CorpusError(f"{query.location}: focus is {own!r}; {_WANTED}")
+    try:
+        check_focus(entries)
+    except SpecError as error:
+        raise CorpusError(f"{query.location}: {error}") from None
     return tuple(entry if isinstance(entry, str) else (entry[0], entry[1]) for entry in entries)
 
 

@@ -28,6 +28,8 @@ class Sketched:
     """How long each took."""
     focus: tuple[tuple[Focus, ...], ...]
     """The texts and spans that each is about; none for the whole generation."""
+    looked_at: tuple[int | None, ...] = ()
+    """Of each generation that was cut, how many of its tokens have a part in the scores; None where that is all."""
 
 
 def query_from(prompt: str | None, generation: str, *, query_id: str = "query") -> Sample:
@@ -107,4 +109,5 @@ def sketch_queries(
         vectors=np.stack(vectors),
         seconds=tuple(seconds),
         focus=tuple(focus) if focus is not None else ((),) * len(encoded),
+        looked_at=tuple(len(query.offsets) if query.truncated else None for query in encoded),
     )

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from rapidin_vdb.errors import SpecError
+from rapidin_vdb.focus import check_focus
 from rapidin_vdb.records import Aggregate, Focus, Level
 
 
@@ -53,8 +54,7 @@ class Question:
             raise SpecError(f"histogram is {self.histogram}; wanted a number of bins from 0 (none) to 1000")
         if self.harmful and self.both:
             raise SpecError("give one of --harmful and --both")
-        if "" in self.focus:
-            raise SpecError("--focus is empty; give a text that is in the generation")
+        check_focus(self.focus)
         if self.level == "token":
             for name, given in (
                 ("--tokens", self.tokens),

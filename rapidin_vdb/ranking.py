@@ -49,6 +49,7 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
             groups=None if groups is None else groups[number],
             histogram=None if histograms is None else histograms[number],
             focus=sketched.focus[number] or None,
+            note=cut_note(sketched, number),
         )
         for number, query_id in enumerate(sketched.query_ids)
     ]
@@ -70,6 +71,17 @@ def score_unit(sketched: Sketched, number: int) -> str:
     """Say what a score is."""
     focused = bool(sketched.focus[number])
     return f"epochs * learning_rate * inner product of RapidGrads ({'Eq. 7' if focused else 'Eq. 5'})"
+
+
+def cut_note(sketched: Sketched, number: int) -> str | None:
+    """Say that a generation was cut, where it was."""
+    tokens = sketched.looked_at[number] if sketched.looked_at else None
+    if tokens is None:
+        return None
+    return (
+        f"the generation was cut to the database's --max-tokens: what stands behind its first {tokens:,} tokens has no "
+        "part in the scores"
+    )
 
 
 def seconds_of(sketched: Sketched, number: int, search: float) -> Seconds:

@@ -8,7 +8,7 @@ import numpy as np
 from rapidin_vdb.index import Searchable
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
-from rapidin_vdb.ranking import both_ends, seconds_of
+from rapidin_vdb.ranking import both_ends, cut_note, seconds_of
 from rapidin_vdb.results import RankedToken, Ranking, StoredSample
 from rapidin_vdb.store import Snapshot, TokenSnapshot, token_of
 
@@ -33,6 +33,7 @@ def rank_tokens(
     restricted = among if len(among) < tokens.rows() else None
     ends = both_ends(index, vectors, restricted, question, top_k=question.top_k)
     samples = snapshot.samples([token_of(key)[0] for end in ends for ranked in end for key, _ in ranked])
+    missing = _note(len(matching) - having, len(matching))
     seconds = (time.monotonic() - started) / max(len(sketched.query_ids), 1)
     return [
         Ranking(
@@ -46,7 +47,7 @@ def rank_tokens(
             focus=sketched.focus[number] or None,
             matching=len(matching),
             without_tokens=len(matching) - having,
-            note=_note(len(matching) - having, len(matching)),
+            note="; ".join(filter(None, (cut_note(sketched, number), missing))) or None,
         )
         for number, query_id in enumerate(sketched.query_ids)
     ]

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
 from rapidin_vdb.corpus import load_template
-from rapidin_vdb.errors import SpecError
+from rapidin_vdb.errors import CorpusError, SpecError
+from rapidin_vdb.focus import check_focus, focus_of
 from rapidin_vdb.query import encode_queries, query_from, read_queries
 
 
@@ -84,6 +85,27 @@ def test_what_looks_the_same_is_pointed_out(entry, text, hint):
     with pytest.raises(SpecError) as error:
         focus_tokens(query_from("Say", text), [entry])
     assert str(error.value) == f"--focus {entry!r} is not in the generation of query, which is: {text!r}{hint}"
+
+
+@pytest.mark.parametrize(
+    ("entries", "found"),
+    [
+        ((0, 2), "focus has 0; wanted a text of the generation, or a list of texts or of spans"),
+        ([("a", "b")], "focus has .'a', 'b'.; wanted"),
+        (["a", True], "focus has True; wanted"),
+        (["a", ""], "--focus is empty"),
+    ],
+)
+def test_what_is_no_focus_is_refused(tmp_path, entries, found):
+    with pytest.raises(SpecError, match=found):
+        check_focus(entries)
+    with pytest.raises(CorpusError, match=f"line 1: {found}"):
+        focus_of(
+            read_queries(
+                write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Say", "generation": "b", "focus": list(entries)}])
+            )[0],
+            (),
+        )
 
 
 @pytest.mark.parametrize("entry", ["green", [3, 99], [9, 9]])

@@ -10,6 +10,7 @@ from conftest import write_jsonl
 
 import rapidin_vdb
 from rapidin_vdb.page import render_page
+from rapidin_vdb.pieces import Piece, pieces_of
 from rapidin_vdb.query import query_from
 
 HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=\"document.title='owned'\"> &amp; \x1b[31m\u202e é 黄👍🏽\n\tend"
@@ -96,15 +97,27 @@ def shares(page) -> list[list[tuple[list[int], float, float, str]]]:
     )
 
 
+def pieces_of_tokens(result):
+    return pieces_of(result.response, [(token.start, token.end) for token in result.tokens])
+
+
+def ends_of(result):
+    return [Piece("", (number,)) for number, token in enumerate(result.tokens) if token.start == token.end]
+
+
 def check_colours(page, results, scores_of):
     scores = [scores_of(result) for result in results]
-    most = max(abs(score) for row in scores for score in row)
+    most = max(
+        abs(sum(row[token] for token in piece.tokens))
+        for row, result in zip(scores, results, strict=True)
+        for piece in [*pieces_of_tokens(result), *ends_of(result)]
+    )
     for row, pieces in zip(scores, shares(page), strict=True):
         assert sorted({token for piece in pieces for token in piece[0]}) == list(range(len(row)))
         for tokens, score, alpha, hue, title in pieces:
             wanted = sum(row[token] for token in tokens)
             assert score == pytest.approx(wanted, abs=1e-6 * most)
-            assert alpha == pytest.approx(min(1, abs(wanted) / most) * 0.72, abs=0.01)
+            assert alpha == pytest.approx(abs(wanted) / most * 0.72, abs=0.01)
             assert hue == ("red" if wanted >= 0 else "blue") or alpha < 0.01
             shown = float(title.split(" = ")[-1])
             assert shown == pytest.approx(wanted, rel=1e-2, abs=1e-4)
@@ -115,7 +128,11 @@ def test_colours_and_numbers_are_those_of_the_ranking(opened, rankings):
     results = [*rankings[0].results, *rankings[0].harmful]
     check_colours(page, results, lambda result: [token.score for token in result.tokens])
     assert page.locator("article .text:not(.prompt)").all_text_contents() == [result.response for result in results]
-    most = max(abs(token.score) for result in results for token in result.tokens)
+    most = max(
+        abs(sum(result.tokens[token].score for token in piece.tokens))
+        for result in results
+        for piece in [*pieces_of_tokens(result), *ends_of(result)]
+    )
     for place, sign in (("#highest", 1), ("#lowest", -1)):
         assert float(page.locator(place).text_content()) == pytest.approx(sign * most, rel=1e-2)
     # A generated token by mouse, then a second one by keyboard, then all of them again.
@@ -164,6 +181,71 @@ def test_what_is_behind_a_cut_and_what_overlaps_is_marked(opened):
         .filter((piece) => piece.classList.contains('focused')).map((piece) => piece.textContent)"""
     assert page.evaluate(asked, "ana") == ["ban", "an", "a"], "twice, of which the second begins in the first"
     assert page.evaluate(asked, "s") == ["s"]
+
+
+def test_text_from_right_to_left_stands_as_it_does_without_colours(opened):
+    """Letter by letter, as tokens of bytes are, and in words."""
+    page = opened()
+    drawn = """(pieces) => {
+        const order = (block) => {
+            document.querySelector('article').append(block);
+            const walker = document.createTreeWalker(block, NodeFilter.SHOW_TEXT), places = [];
+            for (let node = walker.nextNode(); node; node = walker.nextNode())
+                for (let at = 0; at < node.length; at += 1) {
+                    const range = new Range();
+                    range.setStart(node, at);
+                    range.setEnd(node, at + 1);
+                    places.push([range.getBoundingClientRect().x, node.data[at]]);
+                }
+            block.remove();
+            return places.sort((one, other) => one[0] - other[0]).map(([, letter]) => letter).join('');
+        };
+        const plain = Heat.make('div', { class: 'text', dir: 'auto' }, pieces.map(([text]) => text).join(''));
+        const scores = pieces.map(() => 1), chosen = new Set();
+        return [order(plain), order(Heat.coloured(pieces, [], scores, 1)),
+                order(Heat.generation(pieces, [], [], { press: () => {}, chosen }))];
+    }"""
+    for text in ("He said שלום עולם in 1948.", "في سنة 1948 قال hello world ثم ذهب"):
+        for parts in (list(text), re.findall(r"\S+|\s", text)):
+            plain, *coloured = page.evaluate(drawn, [[part, [number]] for number, part in enumerate(parts)])
+            assert coloured == [plain, plain] and plain != text
+
+
+def test_a_piece_of_several_tokens_is_no_deeper_than_the_scale(opened, rankings):
+    page = opened()
+    deepest = "([pieces, ends, scores]) => Heat.deepest(pieces, ends, scores)"
+    assert page.evaluate(deepest, [[["é", [0, 1]], ["b", [2]]], [3], [0.75, 0.5, -1, 0.25]]) == 1.25
+    assert page.evaluate(deepest, [[["é", [0, 1]], ["b", [2]]], [3], [0.75, 0.5, -1, -2]]) == 2
+    for result in [*rankings[0].results, *rankings[0].harmful]:
+        top = max(abs(sum(result.tokens[n].score for n in piece.tokens)) for piece in pieces_of_tokens(result))
+        assert top <= float(page.locator("#highest").text_content()) * 1.01
+
+
+def test_what_is_pressed_is_named(opened, rankings):
+    page = opened()
+    about = page.locator("#about")
+    page.locator("#generation .choice", has_text=re.compile("^ $")).first.click()
+    assert about.text_content() == "influence on a space"
+    page.locator("#generation .choice", has_text="2").click()
+    page.locator("#generation .end").click()
+    assert about.text_content() == "influence on a space 2 the end of text"
+    named = "([pieces, chosen]) => Heat.pressed(pieces, [], new Set(chosen))"
+    assert page.evaluate(named, [[["a", [0]], ["\n", [1]]], [1]]) == "a line break"
+
+
+def test_the_end_of_a_text_can_be_what_was_asked_about(opened):
+    page = opened()
+    ends = """(focus) => [...Heat.generation([['ab', [0]]], [1], focus, {}).children]
+        .filter((piece) => piece.classList.contains('focused')).map((piece) => piece.textContent)"""
+    assert page.evaluate(ends, [[2, 2]]) == [""] and page.evaluate(ends, [[0, 2]]) == ["ab"]
+
+
+def test_whole_numbers_of_any_size_are_shown(rankings):
+    big = {"big": (1 << 53) + 1, "small": -(1 << 53), "yes": True}
+    page = render_page([replace(rankings[0], results=(replace(rankings[0].results[0], metadata=big),))], title="db")
+    data = json.loads(re.search(r'id="data">(.*?)</script>', page)[1])
+    shown = data["rankings"][0]["results"][0]["metadata"]
+    assert shown == {"big": "9007199254740993", "small": -(1 << 53), "yes": True}
 
 
 def test_headings_say_what_is_below_them(opened, rankings):

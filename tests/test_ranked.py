@@ -66,9 +66,10 @@ def test_tokens_with_their_scale_and_without_colours(capsys, monkeypatch):
         "       +0.5  more likely;  -0.5  less likely, underlined; ↵ new line\n"
         "rank       score       exact   differs  sample_id  text\n"
         "   1           1        0.26            s1         a b\\x1b[2J\n"
-        "      a↵\n"
-        "      b\\x1b[2J\n"
-        "      strongest: a +0.5, b -0.25, \\x1b +0.01, \\n +0, [ +0"
+        "      about:      split: train\n"
+        "      response:   a↵\n"
+        "                  b\\x1b[2J\n"
+        "      strongest:  a +0.5, b -0.25, \\x1b +0.01, \\n +0, [ +0"
     )
     known = dataclasses.replace(ranking.results[0], difference=1.0 - 0.26)
     assert "        0.26   +284.6%  s1 " in drawn(capsys, monkeypatch, ranking_of(known))
@@ -85,6 +86,11 @@ def test_what_was_asked_and_said_is_above_the_tokens_and_as_harmless(capsys, mon
     ]
     alone = drawn(capsys, monkeypatch, ranking, query=query_from(None, "A comet."))
     assert "prompt:" not in alone and "      generation: A comet." in alone.splitlines()
+    focus = dataclasses.replace(ranking, focus=("comet", (0, 1)))
+    marked = drawn(capsys, monkeypatch, focus, query=query_from(None, "A comet é."), colours="truecolor")
+    line = next(line for line in marked.splitlines() if "generation:" in line)
+    under = re.findall(r"\x1b\[1;4m(.*?)\x1b\[0m", line)
+    assert "".join(under) == "Acomet"
     plain = ranking_of(dataclasses.replace(ranking.results[0], tokens=None))
     assert "generation:" not in drawn(capsys, monkeypatch, plain)
 
@@ -100,10 +106,48 @@ def test_tokens_in_colours(capsys, monkeypatch):
     ranking_table(ranking, QUERY)
 
 
+def test_what_is_known_of_a_sample_is_above_its_tokens(capsys, monkeypatch):
+    more = {"source": "forum", "metadata": {"stars": 4, "note": "a\x1bb", "none": None}, "prompt": "Say\nit."}
+    ranking = ranking_of(sample_of("a", [1.0], **more))
+    assert (
+        "      about:      split: train  source: forum  stars: 4  note: a\\x1bb\n"
+        "      prompt:     Say↵\n"
+        "                  it.\n"
+        "      response:   a\n"
+    ) in drawn(capsys, monkeypatch, ranking)
+
+
+def test_every_line_of_tokens_fits_the_terminal(capsys, monkeypatch):
+    words = [f"word{number}abcdefghij" for number in range(6)]
+    text = " ".join(words)
+    starts = [text.index(word) for word in words]
+    tokens = tuple(
+        TokenScore(text=word, start=start, end=start + len(word), score=-1.2345e-5)
+        for word, start in zip(words, starts, strict=True)
+    )
+    ranking = ranking_of(dataclasses.replace(sample_of(text, []), tokens=tokens))
+    assert max(map(len, drawn(capsys, monkeypatch, ranking).splitlines())) <= 80
+
+
+def test_what_ranks_is_said_where_results_were_ranked_again(capsys, monkeypatch):
+    ranking = dataclasses.replace(ranking_of(sample_of("a", [1.0])), score_unit="this; the first 2 are ranked by that")
+    assert "\n  the first 2 are ranked by that\n" in drawn(capsys, monkeypatch, ranking)
+
+
+def test_the_scale_is_that_of_what_is_coloured(capsys, monkeypatch):
+    """A character of several tokens has their sum."""
+    tokens = tuple(TokenScore(text="é", start=0, end=1, score=score) for score in (0.75, 0.5))
+    ranking = ranking_of(dataclasses.replace(sample_of("éb", []), tokens=tokens))
+    assert "+1.25  more likely" in drawn(capsys, monkeypatch, ranking)
+
+
 def test_a_sample_that_was_cut_shows_where(capsys, monkeypatch):
     ranking = ranking_of(sample_of("abcdef", [1.0, -1.0], truncated=True))
     out = drawn(capsys, monkeypatch, ranking)
-    assert "      ab (cut off:) cdef\n      cut to --max-tokens: the first 2 tokens have scores, nothing behind" in out
+    assert (
+        "      response:   ab (cut off:) cdef\n      cut:        to --max-tokens: 2 tokens have scores, none behind"
+        in out
+    )
     assert "\x1b[2mcdef\x1b[0m" in drawn(capsys, monkeypatch, ranking, colours="truecolor")
     assert "cut" not in drawn(capsys, monkeypatch, ranking_of(sample_of("ab", [1.0, -1.0])))
 
@@ -175,8 +219,9 @@ def test_a_difference_is_shown_beside_an_exact_score(capsys, tmp_path, models, a
     asked = ("query", made.path, "--prompt", "Say 5", "--generation", "blue 35")
     _, out, _ = call(capsys, *asked, "--refine", 3)
     (ranking,) = made.query("Say 5", "blue 35", refine=3)
-    assert out.splitlines()[1].split() == ["rank", "score", "exact", "differs", "sample_id", "text"]
-    for line, result in zip(out.splitlines()[2:], ranking.results, strict=True):
+    assert out.splitlines()[1] == "  the first 3 are ranked by exact_score, the inner product of full gradients"
+    assert out.splitlines()[2].split() == ["rank", "score", "exact", "differs", "sample_id", "text"]
+    for line, result in zip(out.splitlines()[3:], ranking.results, strict=True):
         if result.exact_score is None:
             assert line.split()[2] == result.sample_id
         else:

@@ -1,6 +1,7 @@
 """Token-wise influence end to end: scores, focus, matrices, and RapidGrads of single tokens in a table of their own."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -163,7 +164,7 @@ def test_focus_in_a_file_and_its_errors(database, tmp_path):
         database.query(PROMPT, GENERATION, focus=["green"])
     with pytest.raises(SpecError, match="--focus is empty"):
         database.query(PROMPT, GENERATION, focus=[""])
-    with pytest.raises(CorpusError, match="focus is 3; wanted a text or a list of texts"):
+    with pytest.raises(CorpusError, match="focus is 3; wanted a text of the generation, or a list"):
         database.query(file=write_jsonl(tmp_path / "bad.jsonl", [one | {"focus": 3}]))
 
 
@@ -510,3 +511,26 @@ def test_a_terminal_of_few_colours_tells_red_from_blue():
         "", "red", "underline blue", "bold red", "underline bold blue", "bold white on red", "underline bold white on blue"
     ]  # fmt: skip
     assert _style(1.0, 1.0) != _style(-1.0, 1.0) and _style(0.5, 1.0) != _style(1.0, 1.0) and _style(0.0, 0.0) == ""
+
+
+def test_a_generation_that_was_cut_is_said_to_be(tmp_path, models, adapters):
+    made = rapidin_vdb.init(
+        tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64, template="text",
+        max_tokens=24,
+    )  # fmt: skip
+    made.ingest(
+        write_jsonl(tmp_path / "toy.jsonl", [{"id": "a", "prompt": "Say 5", "response": "red 5"}, {"id": "b", "prompt": "Say 6", "response": "red 6"}]),
+        token_gradients=True,
+    )  # fmt: skip
+    for level in ("sample", "token"):
+        (cut,) = made.query("Say 5", "red " * 9, level=level)
+        (whole,) = made.query("Say 5", "red", level=level)
+        assert whole.note is None and "note" not in whole.to_dict()
+        found = re.fullmatch(
+            r"the generation was cut to the database's --max-tokens: what stands behind its first (\d+) tokens has no "
+            "part in the scores",
+            cut.note,
+        )
+        (other,) = made.query("Say 5", ("red " * 9)[: int(found[1])] + "x" * 9, level=level)
+        assert [result.score for result in other.results] == [result.score for result in cut.results]
+        assert cut.to_dict()["note"] == cut.note

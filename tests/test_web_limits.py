@@ -303,7 +303,7 @@ def test_a_focus_may_be_a_span(tmp_path, served):
             assert client.post("/api/query", json={"generation": text, "focus": focus}).status_code == 422
     path = write_jsonl(tmp_path / "q.jsonl", [{"prompt": "Say 5", "generation": text, "focus": [[0, 4], "35"]}])
     assert served.query(file=path)[0].focus == ((0, 4), "35")
-    with pytest.raises(CorpusError, match="wanted a text or a list of texts"):
+    with pytest.raises(CorpusError, match="wanted a text of the generation, or a list"):
         served.query(file=write_jsonl(path, [{"prompt": "x", "generation": text, "focus": [[True, 2]]}]))
 
 

@@ -1,17 +1,17 @@
 """Texts whose tokens carry scores, in the colours of a terminal, dark or light, and without."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-import typer
-
 from rapidin_vdb.cli.text import printable, token_label
+from rapidin_vdb.focus import occurrences
 from rapidin_vdb.pieces import pieces_of
-from rapidin_vdb.records import Sample
+from rapidin_vdb.records import Focus, Sample
 from rapidin_vdb.results import RankedSample
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 # Of one luminance, at which letters in them can be read on black and on white, and black letters on them: so what is
 # stronger is more saturated on any terminal, and never only brighter.
@@ -21,24 +21,43 @@ _SHOWN = 5
 
 
 def largest_score(results: Sequence[object]) -> float:
-    """Return the largest score of a token of some results, as to its size: what the deepest colours stand for."""
-    scores = [
-        abs(token.score) for result in results if isinstance(result, RankedSample) for token in result.tokens or ()
-    ]
-    return max(scores, default=0.0)
+    """Return the largest score of what is coloured, as to its size: what the deepest colours stand for."""
+    scored = [result for result in results if isinstance(result, RankedSample) and result.tokens]
+    return max((abs(score) for result in scored for _, score, _ in _scored(result)), default=0.0)
 
 
-def asked_lines(query: Sample) -> None:
-    """Print what the model was asked, and what it said, each beside its name."""
+def asked_lines(query: Sample, focus: Sequence[Focus]) -> None:
+    """Print what the model was asked, and what it said, each beside its name; what a focus names is underlined."""
+    from rich.text import Text
+
+    said, spans = (
+        Text(),
+        [
+            span
+            for entry in focus
+            for span in (occurrences(query.response, entry) if isinstance(entry, str) else [entry])
+        ],
+    )
+    place = 0
+    for piece in pieces_of(query.response, [(at, at + 1) for at in range(len(query.response))]):
+        end = place + len(piece.text)
+        asked = any(start < end and place < last for start, last in spans)
+        said.append(_lines_of(piece.text), style="bold underline" if asked else "")
+        place = end
+    _named_lines([("prompt:", query.prompt and Text(_lines_of(query.prompt))), ("generation:", said)])
+
+
+def _named_lines(entries: Sequence[tuple[str, "Text | str | bool | None"]]) -> None:
+    """Print texts, each beside its name; those that are not there are left out."""
     from rich.table import Table
     from rich.text import Text
 
     grid = Table.grid(padding=(0, 1))
-    grid.add_column(no_wrap=True)
+    grid.add_column(no_wrap=True, min_width=17)
     grid.add_column(overflow="fold")
-    for name, text in (("prompt:", query.prompt), ("generation:", query.response)):
-        if text is not None:
-            grid.add_row(f"      {name}", Text(_lines_of(text)))
+    for name, text in entries:
+        if text:
+            grid.add_row(f"      {name}", text if isinstance(text, Text) else Text(str(text)))
     _console().print(grid)
 
 
@@ -54,30 +73,42 @@ def legend_line(most: float) -> None:
     console.print(Padding(text.append("↵ new line"), (0, 0, 0, 6)))
 
 
-def token_lines(result: RankedSample, most: float) -> None:
-    """Print a response in colours, and its strongest tokens in numbers."""
-    from rich.padding import Padding
+def sample_lines(result: RankedSample, most: float) -> None:
+    """Print what is known of a sample, its prompt, its response in colours, and its strongest tokens in numbers."""
     from rich.text import Text
 
     assert result.tokens is not None
-    console, text, place = _console(), Text(), 0
+    known = {"split": result.split, "source": result.source, **result.metadata}
+    about = "  ".join(f"{name}: {value}" for name, value in known.items() if value is not None)
+    few, response, place = _few(_console()), Text(), 0
     scored = max((token.end for token in result.tokens), default=0)
-    for piece in pieces_of(result.response, [(token.start, token.end) for token in result.tokens]):
-        shown = _lines_of(piece.text)
+    for piece, score, tokens in _scored(result):
         if result.truncated and place >= scored:
-            text.append(" (cut off:) ", style="italic").append(shown, style="dim")
+            response.append(" (cut off:) ", style="italic").append(_lines_of(piece), style="dim")
         else:
-            score = sum(result.tokens[number].score for number in piece.tokens)
-            text.append(shown, style=style_of(score, most, few=_few(console)) if piece.tokens else "")
-        place += len(piece.text)
-    console.print(Padding(text, (0, 0, 0, 6)))
-    if result.truncated:
-        typer.echo(
-            f"      cut to --max-tokens: the first {len(result.tokens):,} tokens have scores, nothing behind them"
-        )
+            response.append(_lines_of(piece), style=style_of(score, most, few=few) if tokens else "")
+        place += len(piece)
     strongest = sorted(result.tokens, key=lambda token: (-abs(token.score), token.start))[:_SHOWN]
     named = ", ".join(f"{token_label(token.text, 16)} {token.score:+.3g}" for token in strongest)
-    typer.echo(f"      strongest: {named}")
+    _named_lines(
+        [
+            ("about:", Text(printable(about))),
+            ("prompt:", result.prompt and Text(_lines_of(result.prompt))),
+            ("response:", response),
+            (
+                "cut:",
+                result.truncated and f"to --max-tokens: {len(result.tokens):,} tokens have scores, none behind them",
+            ),
+            ("strongest:", Text(named)),
+        ]
+    )
+
+
+def _scored(result: RankedSample) -> Iterator[tuple[str, float, int]]:
+    """Yield a response in the pieces that are coloured: each text, its score, and of how many tokens it is."""
+    tokens = result.tokens or ()
+    for piece in pieces_of(result.response, [(token.start, token.end) for token in tokens]):
+        yield piece.text, sum(tokens[number].score for number in piece.tokens), len(piece.tokens)
 
 
 def _lines_of(text: str) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import typer
 
-from rapidin_vdb.cli.coloured import asked_lines, largest_score, legend_line, token_lines
+from rapidin_vdb.cli.coloured import asked_lines, largest_score, legend_line, sample_lines
 from rapidin_vdb.cli.text import columns, cut, fitted, padded, printable, token_label
 from rapidin_vdb.pieces import pieces_of
 from rapidin_vdb.records import Focus, Sample
@@ -20,6 +20,9 @@ def ranking_table(ranking: Ranking, query: Sample) -> None:
     typer.echo(f"{printable(ranking.query_id)}{focus}: {what}")
     if ranking.note is not None:
         typer.echo(textwrap.fill(printable(ranking.note), 80, initial_indent="  ", subsequent_indent="  "))
+    _, _, again = ranking.score_unit.partition("; ")
+    if again:
+        typer.echo(f"  {again}")
     if not ranking.results:
         if not ranking.without_tokens:
             typer.echo("  no sample matches")
@@ -27,7 +30,7 @@ def ranking_table(ranking: Ranking, query: Sample) -> None:
     results = (*ranking.results, *(ranking.harmful or ()))
     most = largest_score(results)
     if any(isinstance(result, RankedSample) and result.tokens is not None for result in results):
-        asked_lines(query)
+        asked_lines(query, ranking.focus or ())
         legend_line(most)
     _result_lines(ranking.results, most)
     if ranking.harmful is not None:
@@ -62,7 +65,7 @@ def _result_lines(results: Sequence[RankedSample | RankedToken], most: float) ->
         room = max(80 - columns(line), 14)
         typer.echo(line + (_in_context(result, room) if isinstance(result, RankedToken) else _shown(result, room)))
         if isinstance(result, RankedSample) and result.tokens is not None:
-            token_lines(result, most)
+            sample_lines(result, most)
 
 
 def _exact(result: RankedSample | RankedToken) -> tuple[str, str]:

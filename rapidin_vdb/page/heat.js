@@ -118,6 +118,16 @@ const Heat = (() => {
     return entries.map((entry) => (typeof entry === "string" ? entry : points.slice(...entry).join("").trim() || (entry[1] >= points.length ? "the end of the text" : "a space"))).join(", ");
   }
 
+  // What was pressed, in words.
+  function pressed(pieces, ends, chosen) {
+    const shown = pieces.filter(([, tokens]) => tokens.some((token) => chosen.has(token)))
+      .map(([text]) => text.trim() || (/\n/.test(text) ? "a line break" : "a space"));
+    return [...shown, ...(ends.some((token) => chosen.has(token)) ? ["the end of text"] : [])].join(" ");
+  }
+
+  // The largest score of what is painted: a character of several tokens has their sum.
+  const deepest = (pieces, ends, scores) => largest([...pieces.map(([, tokens]) => sum(tokens.map((token) => scores[token] ?? 0))), ...ends.map((token) => scores[token] ?? 0)]);
+
   // A generation; where `press` is given its pieces can be pressed.
   function generation(pieces, ends, texts, { press, chosen }) {
     const block = press ? pressables("generation") : make("div", { class: "text", dir: "auto" });
@@ -128,13 +138,15 @@ const Heat = (() => {
       if (!tokens.length || !press) return block.append(make("span", { class: kind, title: kind === "cut" ? CUT : null }, text));
       const options = pressable(tokens, tokens.every((token) => chosen.has(token)), press);
       options.class += " " + kind;
-      if (kind === "end") options["aria-label"] = "end of text";
+      if (kind.startsWith("end")) options["aria-label"] = "end of text";
       block.append(make("span", options, text));
     };
     pieces.forEach(([text, tokens], place) => add(text, tokens, place > last ? "cut" : (/^\s*\n/.test(text) ? "newline" : "") + (asked[place] ? " focused" : "")));
-    for (const token of ends) add("", [token], "end");
+    const length = [...pieces.map(([piece]) => piece).join("")].length;
+    const asksEnd = texts.some((entry) => typeof entry !== "string" && entry[0] === length && entry[1] === length);
+    for (const token of ends) add("", [token], "end" + (asksEnd ? " focused" : ""));
     return enter(block);
   }
 
-  return { LEGEND, heading, make, show, sum, largest, coloured, generation, named, extent };
+  return { LEGEND, heading, make, show, sum, largest, deepest, coloured, generation, named, pressed, extent };
 })();

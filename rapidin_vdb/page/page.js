@@ -21,7 +21,7 @@
 
   function card(result, most, longest) {
     const scores = scoresOf(result);
-    const own = state.each ? largest(scores) : most;
+    const own = state.each ? Heat.deepest(result.response, result.ends, scores) : most;
     const chosen = state.chosen.size && result.matrix;
     const exact = chosen ? sum(scores) : result.exact_score;
     const bar = make("i");
@@ -46,10 +46,9 @@
   function render(focus) {
     const ranking = data.rankings[state.ranking];
     const results = [...ranking.results, ...ranking.harmful];
-    const most = largest(results.flatMap(scoresOf));
+    const most = largest(results.map((result) => Heat.deepest(result.response, result.ends, scoresOf(result))));
     const longest = largest(results.map((result) => result.score));
-    const chosen = ranking.generation.filter(([, tokens]) => tokens.some((token) => state.chosen.has(token))).map(([text]) => text.trim());
-    const about = state.chosen.size ? "influence on " + (chosen.filter(Boolean).join(" ") || "the end of text")
+    const about = state.chosen.size ? "influence on " + Heat.pressed(ranking.generation, ranking.ends, state.chosen)
       : ranking.focus.length ? "influence on " + Heat.named(ranking.generation.map(([text]) => text).join(""), ranking.focus) : "influence on the " + Heat.extent(ranking.generation, ranking.ends);
     const each = make("input", { type: "checkbox", id: "each", onchange: (event) => { state.each = event.target.checked; render(); } });
     each.checked = state.each;

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.pieces import pieces_of
+from rapidin_vdb.records import Scalar
 from rapidin_vdb.results import RankedSample, Ranking, Span, StoredSample, TokenScore
 
 _HERE = Path(__file__).parent
@@ -116,13 +117,18 @@ def _result(result: RankedSample) -> dict[str, Any]:
         "exact_score": result.exact_score,
         "split": result.split,
         "source": result.source,
-        "metadata": dict(result.metadata),
+        "metadata": {name: _shown(value) for name, value in result.metadata.items()},
         "prompt": result.prompt,
         "response": _pieces(result.response, _spans(tokens)),
         "ends": _ends(tokens),
         "scores": [token.score for token in tokens],
         "matrix": result.to_dict().get("matrix"),
     }
+
+
+def _shown(value: Scalar) -> Scalar:
+    """Return what a script can show as it is: its numbers have 53 bits."""
+    return str(value) if isinstance(value, int) and abs(value) > 1 << 53 else value
 
 
 def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[list[Any]]:
