@@ -162,6 +162,122 @@ def test_a_writer_that_was_killed_blocks_nobody_for_long(bucket, tmp_path, model
     check(bucket)
 
 
+@pytest.fixture
+def in_between(monkeypatch):
+    """Let something happen after a fence has opened a table and before it commits anything; once."""
+    import lance
+
+    real, acts = lance.dataset, {}
+
+    def dataset(uri, **options):
+        found = real(uri, **options)
+        act = acts.pop(uri.rpartition("/")[2], None)
+        if act is not None:
+            act()
+        return found
+
+    monkeypatch.setattr(lance, "dataset", dataset)
+    return acts
+
+
+def small(bucket, tmp_path, models, adapters):
+    """A database of eight samples with tokens, whose lease runs out soon."""
+    far = made(bucket, models, adapters)
+    far.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(8)), token_gradients=True, token_width=16)
+    far._table.place.lock._seconds = 0.6
+    return far
+
+
+def names_of(bucket):
+    """The samples, and those that have tokens."""
+    found = content(bucket)
+    return [sorted({int(name[4:]) for name, token in found if (token is None) == plain}) for plain in (True, False)]
+
+
+def fell_silent(far, name):
+    """A table as a holder of the lease has it that has seen that the lease is its own, and then stands still."""
+    place = far._table.place
+    place.lock.__enter__()
+    late = place.open_table(name)
+    place.lock._stop_renewing()
+    return late
+
+
+@pytest.mark.parametrize("name", ["samples", "tokens"])
+def test_a_commit_while_the_lease_is_taken_over_stays(bucket, tmp_path, models, adapters, in_between, name):
+    """A restore passes all that was committed since its version was looked up; what was acknowledged stays."""
+    late = fell_silent(small(bucket, tmp_path, models, adapters), name)
+    successor = rapidin_vdb.open(bucket)
+    successor._table.place.lock._seconds = 0.6
+
+    def commit():
+        late.delete("sample_id = 'toy-000'")
+        late.delete("sample_id = 'toy-001'")
+
+    in_between[f"{name}.lance"] = commit
+    assert successor.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(1, first=8))).added == 1
+    assert not in_between
+    expected = [[*range(2, 9)], [*range(2, 8)]] if name == "samples" else [[*range(9)], [*range(2, 8)]]
+    assert names_of(bucket) == expected
+    with pytest.raises(RuntimeError, match="ncompatible"):
+        late.delete("sample_id = 'toy-002'")
+    assert names_of(bucket) == expected
+    check(bucket)
+
+
+def test_a_fence_that_is_killed_halfway_is_finished_by_the_next(
+    bucket, tmp_path, models, adapters, in_between, monkeypatch
+):
+    """Between its restores the table is as it was before the former writer's last commit."""
+    import lance
+
+    late = fell_silent(small(bucket, tmp_path, models, adapters), "samples")
+    in_between["samples.lance"] = lambda: late.delete("sample_id = 'toy-000'")
+    successor = rapidin_vdb.open(bucket)
+    more = write_jsonl(tmp_path / "more.jsonl", toy_records(1, first=8))
+    with monkeypatch.context() as patch:
+        real, committed = lance.LanceDataset.commit, []
+
+        def commit(*arguments, **options):
+            if committed:
+                raise KeyboardInterrupt
+            committed.append(real(*arguments, **options))
+            return committed[0]
+
+        patch.setattr(lance.LanceDataset, "commit", commit)
+        successor._table.place.lock._seconds = 0.6
+        with pytest.raises(KeyboardInterrupt):
+            successor.ingest(more)
+    assert names_of(bucket)[0] == [*range(8)]
+    third = rapidin_vdb.open(bucket)
+    third._table.place.lock._seconds = 0.6
+    assert third.ingest(more).added == 1
+    assert names_of(bucket)[0] == [*range(1, 9)]
+    check(bucket)
+
+
+def test_a_fence_that_comes_late_undoes_nothing(bucket, tmp_path, models, adapters, in_between):
+    """Who takes over may stand still itself, while another takes over from it, writes, and is done."""
+    far = small(bucket, tmp_path, models, adapters)
+    late, place = far._table.place.open_table("samples"), rapidin_vdb.open(bucket)._table.place
+
+    def others():
+        late.delete("sample_id = 'toy-000'")
+        far._table.place._fence()
+        far.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(2, first=8)))
+        far.delete(ids=["toy-001"])
+
+    in_between["samples.lance"] = others
+    place._fence()
+    assert names_of(bucket)[0] == [*range(2, 10)]
+    far.delete(purge=True)
+    place._fence()
+    place._fence()
+    far.delete(ids=["toy-002"], purge=True)
+    assert names_of(bucket)[0] == [*range(3, 10)]
+    check(bucket)
+
+
 def test_a_lease_is_held_by_one(bucket):
     first, fenced = lease(bucket)
     second, _ = lease(bucket)

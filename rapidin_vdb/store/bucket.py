@@ -2,7 +2,7 @@
 
 import os
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import pyarrow as pa
 
 from rapidin_vdb.errors import TableError, without_secrets
 from rapidin_vdb.store.cache import cache_folder
+from rapidin_vdb.store.fence import fence
 from rapidin_vdb.store.leftovers import remove_versions, unnamed_files
 from rapidin_vdb.store.place import STABLE, manifest_name
 from rapidin_vdb.store.settings import ENDPOINTS, REGIONS, first_of
@@ -139,12 +140,13 @@ class Bucket:
             obstore.delete(self._store, path)
 
     def _fence(self) -> None:
-        """Let whatever a former writer is about to commit fail: Lance lets nothing pass a restore of a version."""
-        import lance
-
+        """Let whatever a former writer is about to commit fail, and keep whatever it has committed."""
         for name in _TABLES:
             if self.has_table(name):
-                lance.dataset(f"{self.uri}/{name}.lance", storage_options=self._options).restore()
+                fence(f"{self.uri}/{name}.lance", self._options, kept=partial(self._has_version, name))
+
+    def _has_version(self, name: str, version: int) -> bool:
+        return self.manifest(name, version) is not None
 
 
 def _way_to(scheme: str, uri: str) -> tuple[dict[str, str], Any]:
