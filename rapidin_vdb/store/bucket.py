@@ -15,6 +15,7 @@ from rapidin_vdb.store.fence import fence
 from rapidin_vdb.store.leftovers import remove_versions, unnamed_files
 from rapidin_vdb.store.place import STABLE, manifest_name
 from rapidin_vdb.store.settings import ENDPOINTS, REGIONS, first_of
+from rapidin_vdb.store.telling import first_line
 
 _LEASE = ".commit.lease"
 _TABLES = ("samples", "tokens")
@@ -39,6 +40,9 @@ class Bucket:
                 f"{without_secrets(uri)}: give credentials in the environment or in the provider's own files, not in "
                 "the URI"
             )
+        if "#" in rest:
+            # Whoever reads the URI after us would take what follows for no part of the name.
+            raise TableError(f"{uri}: a name in an object store can have no # here; give another")
         if not rest.strip("/"):
             raise TableError(f"{uri}: wanted a bucket and a folder in it, as {scheme}://bucket/db")
         self.uri = uri.rstrip("/")
@@ -97,9 +101,13 @@ class Bucket:
         """Return the first parts of the names of what is there."""
         import obstore
 
-        found = obstore.list_with_delimiter(self._store)
-        names = {entry["path"] for entry in found["objects"]} | set(found["common_prefixes"])
-        return {name.strip("/").rpartition("/")[2] for name in names} - {_LEASE}
+        from rapidin_vdb.store.lease import PROBE
+
+        listed = obstore.list_with_delimiter(self._store)
+        names = {entry["path"] for entry in listed["objects"]} | set(listed["common_prefixes"])
+        found = {name.strip("/").rpartition("/")[2] for name in names} - {_LEASE}
+        # One that is killed leaves what it tried the store with.
+        return {name for name in found if not name.startswith(PROBE)}
 
     def prepare(self) -> None:
         """See that two writers cannot both win."""
@@ -170,7 +178,7 @@ def _way_to(scheme: str, uri: str) -> tuple[dict[str, str], Any]:
     try:
         return options, from_url(uri, client_options=client, retry_config=retry, **ours)
     except (BaseError, ValueError, TypeError) as error:
-        raise TableError(f"{uri} cannot be reached: {error}") from error
+        raise TableError(f"{uri} cannot be reached: {first_line(error)}") from error
 
 
 def _of_s3(uri: str) -> tuple[dict[str, str], Any]:
