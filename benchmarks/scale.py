@@ -156,8 +156,15 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def exact_nodes(samples: float, width: int) -> int:
+    """Return how many nodes hold the rows of an index in memory and pass over them in time."""
+    bytes_ = index_bytes(samples, width)
+    return max(nodes_for(samples, width, NODE_MEMORY), -int(-bytes_ // (ANSWER_SECONDS * NODE_MEMORY_RATE)))
+
+
 SAMPLES = (10**6, 10**8, 10**10)
 WIDTHS = (4096, 65536, 2**20)
+FOLDS = (4096, 2048, 1024)  # 4,096 is what the recipe coarse_to_fine has
 
 
 def page(measured: Measured) -> str:
@@ -177,11 +184,11 @@ def page(measured: Measured) -> str:
                  f"{nodes:,}", duration(bytes_ / nodes / NODE_MEMORY_RATE), f"{gpus:,}",
                  duration(bytes_ / gpus / GPU_MEMORY_RATE), duration(bytes_ / FLEET / STORE_RATE)]
             )  # fmt: skip
-            wanted = max(nodes, -int(-bytes_ // (ANSWER_SECONDS * NODE_MEMORY_RATE)))
-            coarse = nodes_for(samples, 4096, NODE_MEMORY)
+            wanted = exact_nodes(samples, width)
+            folded = next(fold for fold in FOLDS if exact_nodes(samples, fold) <= FLEET)
             fleet.append(
                 [power[samples], f"{width:,}", f"{wanted:,}", "yes" if wanted <= FLEET else "no",
-                 "" if wanted <= FLEET or width <= 4096 else f"{coarse:,}"]
+                 "" if wanted <= FLEET else f"{folded:,} on {exact_nodes(samples, folded):,}"]
             )  # fmt: skip
     making = []
     for name, parameters in (("1B", 1e9), ("7B", 7e9), ("70B", 70e9)):
@@ -225,9 +232,11 @@ arithmetic binds them: on the two cores from about {measured.product_rate / meas
 
 How many nodes hold all rows in memory and pass over them within {ANSWER_SECONDS:.0f} s, and whether somebody with {FLEET} of them can ask exactly.
 
-{table(["samples", "width K", "nodes for an exact answer", f"possible with {FLEET}", "else: nodes that hold rows folded to 4,096"], fleet)}
-Coarse-to-fine holds folded rows of width 4,096 in memory and scores candidates at full width from disk. What share of the exact
-answer it finds depends on the data (`index` measures and says it); where that is too little, a smaller K at `init` is the honest choice, or\nrows read from disk or the store, which takes as long as the last column above says.
+{table(["samples", "width K", "nodes for an exact answer", f"possible with {FLEET}", "else: rows folded to a width, on so many nodes"], fleet)}
+The last column is the widest fold whose rows such nodes hold and pass over in the same time. It is past what the code does today: an index that is coarse to fine
+(folded rows in memory, candidates scored at full width from disk) is of one machine, and `query --cluster` is exact only and takes no `--index`. What share of the
+exact answer it finds depends on the data (`index` measures and says it), and the narrower the fold, the less. Where that is too little, a smaller K at `init` is the honest
+choice, or rows read from disk or the store, which takes as long as the last column of the section before says.
 
 ## Where the bottleneck moves
 

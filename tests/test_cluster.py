@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -285,6 +286,35 @@ def test_a_cluster_of_this_machine_alone(pair, tmp_path):
 
 
 @needs_ray
+@pytest.mark.slow
+def test_workers_that_ray_ends_for_want_of_memory_are_told_as_such(pair, tmp_path):
+    """Its own watch over memory, told to end whatever runs: tried again, and then an error of ours."""
+    corpus, here, there = pair
+    code = (
+        "import sys\nfrom rapidin_vdb.cli import main\n"
+        "def run(*words):\n"
+        "    sys.argv = ['rapidin-vdb', *words]\n"
+        "    try:\n        main()\n    except SystemExit as stop:\n        print('ended', stop.code, flush=True)\n"
+        f"ingest = 'ingest', {there.path!r}, {str(corpus)!r}, '--cluster', 'local', '--device', 'cpu'\n"
+        "run(*ingest)\nrun(*ingest, '--batch-tokens', '150')\n"
+        f"run('query', {here.path!r}, '--prompt', 'Say 3', '--generation', '黄 21', '--cluster', 'local')\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    environment |= {"RAY_memory_usage_threshold": "0.01", "RAY_memory_monitor_refresh_ms": "100"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=600, cwd=tmp_path
+    )
+    said = " ".join(done.stderr.split())
+    assert done.stdout.split() == 3 * ["ended", "1"] and "Traceback" not in said, said
+    for words in (
+        r"no node of the cluster could look how much memory a worker has there: \S.* memory.*say it: --batch-tokens N",
+        r"5 workers died while they started: |3 workers died on the",
+        r"a share of the index was lost 3 times: \S.* memory",
+    ):
+        assert re.search(words, said), (words, said)
+
+
+@needs_ray
 def test_no_cluster_is_an_error_of_ours(database, monkeypatch):
     """Ray itself takes half a minute to give up; what it says then is told."""
     import ray
@@ -300,6 +330,35 @@ def test_no_cluster_is_an_error_of_ours(database, monkeypatch):
     with pytest.raises(SpecError, match="no Ray cluster answers at auto: Could not find any .*or use --cluster local"):
         database.query("Say 3", "黄 21", cluster="auto")
     assert asked == ["auto"]
+
+
+@needs_ray
+@pytest.mark.parametrize(
+    "address, there, loopback",
+    [
+        ("auto", "127.0.0.1:6390", True),
+        ("127.0.0.1:6390", None, True),
+        ("auto", "10.0.0.1:6390", False),
+        ("10.0.0.1:6390", "127.0.0.1:6390", False),
+    ],
+)
+def test_a_cluster_on_the_loopback_address_is_looked_for_there(monkeypatch, address, there, loopback):
+    """Also one that the environment names; Ray would wait for it at another address, and not say so."""
+    import ray
+
+    from rapidin_vdb.cluster.connection import connect
+
+    switch = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+    for name, value in ((switch, None), ("RAY_ADDRESS", there)):
+        monkeypatch.setenv(name, value or "")
+        if value is None:
+            monkeypatch.delenv(name)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="there"))
+    monkeypatch.setattr("rapidin_vdb.cluster.connection._asked", {})
+    connect(address)
+    assert (switch in os.environ) == loopback
 
 
 @needs_ray
@@ -329,6 +388,7 @@ class Stand:
     class exceptions:
         RayActorError = type("RayActorError", (Exception,), {})
         ObjectLostError = type("ObjectLostError", (Exception,), {})
+        OutOfMemoryError = type("OutOfMemoryError", (Exception,), {})
 
     def __init__(self, draw, deadly):
         self.draw, self.deadly = draw, deadly
@@ -365,8 +425,9 @@ class Stand:
 
     def kill(self, actor):
         self.dead.append(actor)
+        kind = self.draw.choice([self.exceptions.RayActorError, self.exceptions.OutOfMemoryError])
         for ref, _ in self.queues.pop(actor, ()):
-            self.found[ref] = self.exceptions.RayActorError("dead")
+            self.found[ref] = kind("dead")
 
 
 class Handle:

@@ -4,7 +4,7 @@ import pytest
 from conftest import toy_records, write_jsonl
 
 import rapidin_vdb
-from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.errors import CorpusError, TableError
 
 
 @pytest.fixture
@@ -76,6 +76,13 @@ def test_single_tokens_of_samples_that_are_gone_meanwhile_are_not_written(databa
 def test_an_ingest_that_is_refused_does_not_settle_the_width_of_tokens(database, tmp_path):
     wrong = [toy_records(1)[0] | {"id": "x", "stars": "many"}]
     database.ingest(write_jsonl(tmp_path / "number.jsonl", [wrong[0] | {"id": "y", "stars": 3}]))
-    with pytest.raises(rapidin_vdb.errors.TableError, match="the records' field stars is str"):
+    with pytest.raises(TableError, match="the records' field stars is str"):
         database.ingest(write_jsonl(tmp_path / "text.jsonl", wrong), token_gradients=True, token_width=16)
     assert not database._table.tokens
+
+
+def test_another_ingest_begins_with_another_width(database):
+    """Both were told that there were no tokens yet; the second may have left the width out."""
+    database._table.tokens.ensure(16)
+    with pytest.raises(TableError, match="of width 16 by now, .*run it again, with --token-width 16 or without"):
+        database._table.tokens.ensure(32)

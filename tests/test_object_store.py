@@ -162,6 +162,122 @@ def test_a_writer_that_was_killed_blocks_nobody_for_long(bucket, tmp_path, model
     check(bucket)
 
 
+@pytest.fixture
+def in_between(monkeypatch):
+    """Let something happen after a fence has opened a table and before it commits anything; once."""
+    import lance
+
+    real, acts = lance.dataset, {}
+
+    def dataset(uri, **options):
+        found = real(uri, **options)
+        act = acts.pop(uri.rpartition("/")[2], None)
+        if act is not None:
+            act()
+        return found
+
+    monkeypatch.setattr(lance, "dataset", dataset)
+    return acts
+
+
+def small(bucket, tmp_path, models, adapters):
+    """A database of eight samples with tokens, whose lease runs out soon."""
+    far = made(bucket, models, adapters)
+    far.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(8)), token_gradients=True, token_width=16)
+    far._table.place.lock._seconds = 0.6
+    return far
+
+
+def names_of(bucket):
+    """The samples, and those that have tokens."""
+    found = content(bucket)
+    return [sorted({int(name[4:]) for name, token in found if (token is None) == plain}) for plain in (True, False)]
+
+
+def fell_silent(far, name):
+    """A table as a holder of the lease has it that has seen that the lease is its own, and then stands still."""
+    place = far._table.place
+    place.lock.__enter__()
+    late = place.open_table(name)
+    place.lock._stop_renewing()
+    return late
+
+
+@pytest.mark.parametrize("name", ["samples", "tokens"])
+def test_a_commit_while_the_lease_is_taken_over_stays(bucket, tmp_path, models, adapters, in_between, name):
+    """A restore passes all that was committed since its version was looked up; what was acknowledged stays."""
+    late = fell_silent(small(bucket, tmp_path, models, adapters), name)
+    successor = rapidin_vdb.open(bucket)
+    successor._table.place.lock._seconds = 0.6
+
+    def commit():
+        late.delete("sample_id = 'toy-000'")
+        late.delete("sample_id = 'toy-001'")
+
+    in_between[f"{name}.lance"] = commit
+    assert successor.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(1, first=8))).added == 1
+    assert not in_between
+    expected = [[*range(2, 9)], [*range(2, 8)]] if name == "samples" else [[*range(9)], [*range(2, 8)]]
+    assert names_of(bucket) == expected
+    with pytest.raises(RuntimeError, match="ncompatible"):
+        late.delete("sample_id = 'toy-002'")
+    assert names_of(bucket) == expected
+    check(bucket)
+
+
+def test_a_fence_that_is_killed_halfway_is_finished_by_the_next(
+    bucket, tmp_path, models, adapters, in_between, monkeypatch
+):
+    """Between its restores the table is as it was before the former writer's last commit."""
+    import lance
+
+    late = fell_silent(small(bucket, tmp_path, models, adapters), "samples")
+    in_between["samples.lance"] = lambda: late.delete("sample_id = 'toy-000'")
+    successor = rapidin_vdb.open(bucket)
+    more = write_jsonl(tmp_path / "more.jsonl", toy_records(1, first=8))
+    with monkeypatch.context() as patch:
+        real, committed = lance.LanceDataset.commit, []
+
+        def commit(*arguments, **options):
+            if committed:
+                raise KeyboardInterrupt
+            committed.append(real(*arguments, **options))
+            return committed[0]
+
+        patch.setattr(lance.LanceDataset, "commit", commit)
+        successor._table.place.lock._seconds = 0.6
+        with pytest.raises(KeyboardInterrupt):
+            successor.ingest(more)
+    assert names_of(bucket)[0] == [*range(8)]
+    third = rapidin_vdb.open(bucket)
+    third._table.place.lock._seconds = 0.6
+    assert third.ingest(more).added == 1
+    assert names_of(bucket)[0] == [*range(1, 9)]
+    check(bucket)
+
+
+def test_a_fence_that_comes_late_undoes_nothing(bucket, tmp_path, models, adapters, in_between):
+    """Who takes over may stand still itself, while another takes over from it, writes, and is done."""
+    far = small(bucket, tmp_path, models, adapters)
+    late, place = far._table.place.open_table("samples"), rapidin_vdb.open(bucket)._table.place
+
+    def others():
+        late.delete("sample_id = 'toy-000'")
+        far._table.place._fence()
+        far.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(2, first=8)))
+        far.delete(ids=["toy-001"])
+
+    in_between["samples.lance"] = others
+    place._fence()
+    assert names_of(bucket)[0] == [*range(2, 10)]
+    far.delete(purge=True)
+    place._fence()
+    place._fence()
+    far.delete(ids=["toy-002"], purge=True)
+    assert names_of(bucket)[0] == [*range(3, 10)]
+    check(bucket)
+
+
 def test_a_lease_is_held_by_one(bucket):
     first, fenced = lease(bucket)
     second, _ = lease(bucket)
@@ -310,12 +426,107 @@ def test_stores_in_which_both_would_win_are_refused(monkeypatch):
         (f"s3://key:{SECRET}@bucket/db", r"s3://\*\*\*@bucket/db: give credentials in the environment"),
         ("s3://", "wanted a bucket"),
         ("ftp://host/db", "are not supported"),
+        ("s3://bucket/db#1", "can have no # here"),
+        ("s3://bucket/a//c", r"contained empty path segment$"),
     ],
 )
 def test_bad_places_are_refused_without_their_secrets(uri, message):
     with pytest.raises(TableError, match=message) as caught:
         rapidin_vdb.open(uri)
     assert SECRET not in str(caught.value)
+
+
+class Refusing(BaseHTTPRequestHandler):
+    """A store that answers everything with an error."""
+
+    protocol_version = "HTTP/1.1"
+    status, code = 403, "AccessDenied"
+
+    def do_GET(self):
+        text = f'<?xml version="1.0"?>\n<Error><Code>{self.code}</Code><Message>No</Message></Error>'.encode()
+        self.rfile.read(int(self.headers["Content-Length"] or 0))
+        self.send_response(self.status)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    do_PUT = do_GET
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.mark.parametrize(
+    "status, code, message",
+    [
+        (404, "NoSuchBucket", "there is no such bucket: make it, or mend its name"),
+        (403, "AccessDenied", "the store refuses it: check the credentials, and what they allow"),
+        (403, "InvalidAccessKeyId", "the store does not know this key"),
+        (403, "SignatureDoesNotMatch", "the secret does not fit the key"),
+    ],
+)
+def test_what_a_store_refuses_is_told_in_words(bucket, monkeypatch, models, adapters, status, code, message):
+    monkeypatch.setattr(Refusing, "status", status)
+    monkeypatch.setattr(Refusing, "code", code)
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Refusing)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    try:
+        for ask in (rapidin_vdb.open, lambda uri: made(uri, models, adapters)):
+            with pytest.raises(TableError, match=rf": {message}.* \(.*status code: {status} [A-Za-z ]*\)$"):
+                ask(bucket)
+    finally:
+        server.shutdown()
+        server.server_close()
+
+
+def test_a_probe_that_was_left_is_in_nobodys_way(bucket, models, adapters):
+    """By an init that was killed while it tried the store."""
+    import obstore
+
+    from rapidin_vdb.store.place import place_of
+
+    obstore.put(place_of(bucket)._store, ".probe-0123", b"1")
+    assert made(bucket, models, adapters).count() == 0
+
+
+def test_who_may_only_read_has_an_index_without_scalar_ones(bucket, models, adapters, tmp_path, monkeypatch, caplog):
+    import obstore
+    from obstore.exceptions import PermissionDeniedError
+
+    far = made(bucket, models, adapters)
+    far.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(8)))
+
+    def put(*_, **__):
+        raise PermissionDeniedError("status code: 403 Forbidden")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(obstore, "put", put)
+        with pytest.raises(TableError, match="cannot be written; .*: the store refuses it"):
+            far.delete(where="sample_id = 'toy-003'")
+        assert far.index("cpu").samples == 8
+    assert "filters look at every row where scalar indices are missing: " in caplog.text
+    assert far._table._table.list_indices() == []
+    far.index("cpu")
+    assert len(far._table._table.list_indices()) == 3
+
+
+def test_nothing_is_claimed_of_a_commit_whose_answer_was_lost(bucket, models, adapters, tmp_path, monkeypatch):
+    import lancedb.table
+
+    far, real = made(bucket, models, adapters), lancedb.table.LanceTable.add
+
+    def add(*arguments, **options):
+        real(*arguments, **options)
+        raise RuntimeError("the connection was closed")
+
+    monkeypatch.setattr(lancedb.table.LanceTable, "add", add)
+    with pytest.raises(
+        TableError, match="cannot be written; what was committed before stays: the connection was closed"
+    ):
+        far.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(4)))
+    assert far.count() == 4
 
 
 def test_no_server_is_an_error_of_ours(monkeypatch, bucket):

@@ -10,6 +10,8 @@ from rapidin_vdb.errors import RapidInError, SpecError
 
 # Of Ray's memory for objects: batches and RapidGrads on their way, and queries.
 _OBJECT_BYTES = 256 << 20
+# What Ray says of a worker that is gone, not all of which is of one kind: its own watch over memory ends workers, too.
+_LOST = ("RayActorError", "ObjectLostError", "OutOfMemoryError", "NodeDiedError", "WorkerCrashedError")
 # By the address of a cluster, as what it was asked for: a process can be in one only.
 _asked: dict[str, str] = {}
 
@@ -26,7 +28,9 @@ def connect(address: str) -> Any:
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
-    if address == "local" or address.startswith(("127.", "localhost")):
+    # Ray goes where that says, if it is told no address.
+    there = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if there == "local" or there.startswith(("127.", "localhost")):
         # What Ray does on Windows: it stays on the loopback address, and looks for others there.
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
     try:
@@ -48,9 +52,9 @@ def connect(address: str) -> Any:
             warnings.filterwarnings("ignore", message="lancedb fork support")
             ray.init(**options)
     except Exception as error:  # Ray raises plain ones too
-        text = " ".join(str(error).split())[:200]
         raise SpecError(
-            f"no Ray cluster answers at {address}: {text}. Start one with: ray start --head; or use --cluster local"
+            f"no Ray cluster answers at {address}: {first_words(error)}. Start one with: ray start --head; or use "
+            "--cluster local"
         ) from error
     _asked[ray.get_runtime_context().gcs_address] = address
     return ray
@@ -66,6 +70,16 @@ def _check_same(ray: Any, address: str) -> None:
             f"this process is in the Ray cluster at {there} (asked for as {before}), and can be in one only; wanted "
             f"{address}: use another process, or call ray.shutdown() before"
         )
+
+
+def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
+    """Return the errors which say that a worker is gone, and not that it could not do something."""
+    return tuple(getattr(ray.exceptions, name) for name in _LOST if hasattr(ray.exceptions, name))
+
+
+def first_words(error: Exception) -> str:
+    """Return the beginning of what Ray says, on one line."""
+    return " ".join(str(error).split())[:200]
 
 
 def nodes_of(ray: Any) -> dict[str, dict[str, float]]:

@@ -8,7 +8,14 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
-from rapidin_vdb.cluster.connection import connect, model_from_anywhere, nodes_of, told_from_here
+from rapidin_vdb.cluster.connection import (
+    connect,
+    first_words,
+    lost_errors,
+    model_from_anywhere,
+    nodes_of,
+    told_from_here,
+)
 from rapidin_vdb.cluster.layout import Layout, layout_of
 from rapidin_vdb.compute import (
     Batch,
@@ -88,19 +95,31 @@ def _batch_tokens_there(ray: Any, road: Road, spec: WorkerSpec, layout: Layout, 
     """Return how many tokens a batch may have, by the memory that is free where a worker may run.
 
     Raises:
-        SpecError: no node had room to look.
+        SpecError: no node had room to look, or could.
     """
-    # A look takes no CPU to speak of, but not none: nodes without are not for workers.
-    look = ray.remote(default_batch_tokens).options(num_cpus=min(0.01, layout.cpus), num_gpus=layout.gpus)
-    found = look.remote(road.config, dtype=spec.fingerprint.dtype, device=layout.device, workers=workers_per_device)
-    try:
-        return int(ray.get(found, timeout=_ROOM_SECONDS))
-    except ray.exceptions.GetTimeoutError as error:
-        ray.cancel(found, force=True)
-        raise SpecError(
-            f"no node of the cluster had room within {_ROOM_SECONDS:.0f} s to look how much memory a worker has there "
-            f"(which takes {layout.gpus:g} GPUs). Wait until other work is done, or say it: --batch-tokens N"
-        ) from error
+    # A look takes no CPU to speak of, but not none: nodes without are not for workers. Where memory is short, Ray would
+    # itself try again for ever.
+    options = {"num_cpus": min(0.01, layout.cpus), "num_gpus": layout.gpus, "max_retries": 0}
+    look = ray.remote(default_batch_tokens).options(**options)
+    for life in range(_LIVES):
+        found = look.remote(road.config, dtype=spec.fingerprint.dtype, device=layout.device, workers=workers_per_device)
+        try:
+            return int(ray.get(found, timeout=_ROOM_SECONDS))
+        except ray.exceptions.GetTimeoutError as error:
+            ray.cancel(found, force=True)
+            raise SpecError(
+                f"no node of the cluster had room within {_ROOM_SECONDS:.0f} s to look how much memory a worker has "
+                f"there (which takes {layout.gpus:g} GPUs). Wait until other work is done, or say it: --batch-tokens N"
+            ) from error
+        except ray.exceptions.RayError as error:
+            if isinstance(error, lost_errors(ray)) and life < _LIVES - 1:
+                continue
+            # Of what was raised there, Ray's own text is a traceback.
+            raise SpecError(
+                "no node of the cluster could look how much memory a worker has there: "
+                f"{first_words(getattr(error, 'cause', None) or error)}. See to it, or say it: --batch-tokens N"
+            ) from error
+    raise AssertionError("unreachable")
 
 
 def compute_on_cluster(ray: Any, spec: WorkerSpec, layout: Layout) -> Compute:
@@ -128,7 +147,7 @@ class _Crew:
 
     def __init__(self, ray: Any, spec: WorkerSpec, layout: Layout) -> None:
         self._ray, self._spec, self._layout = ray, spec, layout
-        self._lost = (ray.exceptions.RayActorError, ray.exceptions.ObjectLostError)
+        self._lost = lost_errors(ray)
         self._starting: dict[Any, Any] = {}
         # What each actor that runs has been given, in the order in which it does it.
         self._given: dict[Any, list[Any]] = {}
@@ -187,10 +206,10 @@ class _Crew:
         actor = self._starting.pop(ref)
         try:
             self._ray.get(ref)
-        except self._ray.exceptions.RayActorError as error:
+        except self._lost as error:
             self._failed += 1
             if self._failed >= _STARTS:
-                raise GradientError(f"{self._failed} workers died while they started: {_first(error)}") from error
+                raise GradientError(f"{self._failed} workers died while they started: {first_words(error)}") from error
             self._start()
             return
         self._failed = 0
@@ -233,8 +252,8 @@ class _Crew:
         names = f"{batch[0].sample_id} to {batch[-1].sample_id}" if len(batch) > 1 else batch[0].sample_id
         if attempt >= _LIVES:
             raise GradientError(
-                f"{attempt} workers died on the {len(batch)} samples {names} (the last: {_first(error)}); what was "
-                "done before is kept. Run again with fewer --workers-per-device or smaller --batch-tokens"
+                f"{attempt} workers died on the {len(batch)} samples {names} (the last: {first_words(error)}); what "
+                "was done before is kept. Run again with fewer --workers-per-device or smaller --batch-tokens"
             ) from error
         logger.warning("a worker died: its %d samples (%s) go back to the queue, and another is started",
                        len(batch), names)  # fmt: skip
@@ -244,7 +263,3 @@ class _Crew:
         """Let all actors go."""
         for actor in [*self._given, *self._starting.values()]:
             self._ray.kill(actor)
-
-
-def _first(error: Exception) -> str:
-    return " ".join(str(error).split())[:160]

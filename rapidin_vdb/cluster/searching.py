@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rapidin_vdb.cluster.connection import connect, from_anywhere, nodes_of, told_from_here
+from rapidin_vdb.cluster.connection import connect, first_words, from_anywhere, lost_errors, nodes_of, told_from_here
 from rapidin_vdb.compute import use_threads
 from rapidin_vdb.errors import PurgedError, RapidInError, SpecError, TableError
 from rapidin_vdb.freshness import IndexKeeper
@@ -171,11 +171,11 @@ class ClusterKeeper:
                 part = waiting.pop(ref)
                 try:
                     answer = self._ray.get(ref)
-                except (self._ray.exceptions.RayActorError, self._ray.exceptions.ObjectLostError) as error:
+                except lost_errors(self._ray) as error:
                     lives[part] -= 1
                     if not lives[part]:
                         raise TableError(
-                            f"a share of the index was lost {_LIVES} times: {str(error)[:160]}; no answer is given"
+                            f"a share of the index was lost {_LIVES} times: {first_words(error)}; no answer is given"
                         ) from error
                     logger.warning("a share of the index was lost: it is read again from the table")
                     self._actors[part] = self._start(part)

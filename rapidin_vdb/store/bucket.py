@@ -2,7 +2,7 @@
 
 import os
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,11 @@ import pyarrow as pa
 
 from rapidin_vdb.errors import TableError, without_secrets
 from rapidin_vdb.store.cache import cache_folder
+from rapidin_vdb.store.fence import fence
 from rapidin_vdb.store.leftovers import remove_versions, unnamed_files
 from rapidin_vdb.store.place import STABLE, manifest_name
 from rapidin_vdb.store.settings import ENDPOINTS, REGIONS, first_of
+from rapidin_vdb.store.telling import first_line
 
 _LEASE = ".commit.lease"
 _TABLES = ("samples", "tokens")
@@ -38,6 +40,9 @@ class Bucket:
                 f"{without_secrets(uri)}: give credentials in the environment or in the provider's own files, not in "
                 "the URI"
             )
+        if "#" in rest:
+            # Whoever reads the URI after us would take what follows for no part of the name.
+            raise TableError(f"{uri}: a name in an object store can have no # here; give another")
         if not rest.strip("/"):
             raise TableError(f"{uri}: wanted a bucket and a folder in it, as {scheme}://bucket/db")
         self.uri = uri.rstrip("/")
@@ -96,9 +101,13 @@ class Bucket:
         """Return the first parts of the names of what is there."""
         import obstore
 
-        found = obstore.list_with_delimiter(self._store)
-        names = {entry["path"] for entry in found["objects"]} | set(found["common_prefixes"])
-        return {name.strip("/").rpartition("/")[2] for name in names} - {_LEASE}
+        from rapidin_vdb.store.lease import PROBE
+
+        listed = obstore.list_with_delimiter(self._store)
+        names = {entry["path"] for entry in listed["objects"]} | set(listed["common_prefixes"])
+        found = {name.strip("/").rpartition("/")[2] for name in names} - {_LEASE}
+        # One that is killed leaves what it tried the store with.
+        return {name for name in found if not name.startswith(PROBE)}
 
     def prepare(self) -> None:
         """See that two writers cannot both win."""
@@ -139,12 +148,13 @@ class Bucket:
             obstore.delete(self._store, path)
 
     def _fence(self) -> None:
-        """Let whatever a former writer is about to commit fail: Lance lets nothing pass a restore of a version."""
-        import lance
-
+        """Let whatever a former writer is about to commit fail, and keep whatever it has committed."""
         for name in _TABLES:
             if self.has_table(name):
-                lance.dataset(f"{self.uri}/{name}.lance", storage_options=self._options).restore()
+                fence(f"{self.uri}/{name}.lance", self._options, kept=partial(self._has_version, name))
+
+    def _has_version(self, name: str, version: int) -> bool:
+        return self.manifest(name, version) is not None
 
 
 def _way_to(scheme: str, uri: str) -> tuple[dict[str, str], Any]:
@@ -168,7 +178,7 @@ def _way_to(scheme: str, uri: str) -> tuple[dict[str, str], Any]:
     try:
         return options, from_url(uri, client_options=client, retry_config=retry, **ours)
     except (BaseError, ValueError, TypeError) as error:
-        raise TableError(f"{uri} cannot be reached: {error}") from error
+        raise TableError(f"{uri} cannot be reached: {first_line(error)}") from error
 
 
 def _of_s3(uri: str) -> tuple[dict[str, str], Any]:

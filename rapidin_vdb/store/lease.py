@@ -23,6 +23,8 @@ from rapidin_vdb.locks import QUIET_SECONDS
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 20.0
+PROBE = ".probe-"
+"""What the names of objects begin with that a store is tried with."""
 Tag = dict[str, str]
 """What tells one state of an object from another; empty for one that is not there.
 
@@ -194,7 +196,7 @@ def check_conditional_puts(store: Any, *, place: str) -> None:
     Raises:
         TableError: it does not honour conditional puts.
     """
-    name = f".probe-{uuid4().hex}"
+    name = f"{PROBE}{uuid4().hex}"
     stale: Any = _tag_of(obstore.put(store, name, b"1", mode="create"))
     try:
         won: list[str] = []

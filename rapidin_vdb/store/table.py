@@ -1,5 +1,6 @@
 """The table `samples` of one database: the truth, of which every index is a cache."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,9 +18,11 @@ from rapidin_vdb.store.place import LOCK, place_of
 from rapidin_vdb.store.purging import purge_table
 from rapidin_vdb.store.rows import ColumnKind, Row, arrow_table, samples_schema
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
-from rapidin_vdb.store.telling import pinned
+from rapidin_vdb.store.telling import is_refused, pinned
 from rapidin_vdb.store.tokens import TOKENS, TokenTable
 from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, told
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,14 +127,25 @@ class SampleTable:
         return Snapshot(table, self.place)
 
     def ensure_scalar_indices(self) -> None:
-        """Let filters on `split`, `source` and `sample_id` look things up, for new rows too."""
-        with self._changing():
-            there = {index.columns[0]: index for index in self._table.list_indices()}
-            for column, config in (("split", Bitmap()), ("source", Bitmap()), ("sample_id", BTree())):
-                found = there.get(column)
-                # Rows that came later are looked at one by one, which is cheap for few.
-                if found is None or 4 * found.num_unindexed_rows > found.num_indexed_rows:
-                    self._table.create_index(column, config=config, replace=True)
+        """Let filters on `split`, `source` and `sample_id` look things up, for new rows too.
+
+        Whoever may only read goes without them, which is slower and nothing else.
+        """
+        try:
+            with self._changing():
+                self._make_scalar_indices()
+        except TableError as error:
+            if not is_refused(error):
+                raise
+            logger.warning("filters look at every row where scalar indices are missing: %s", error)
+
+    def _make_scalar_indices(self) -> None:
+        there = {index.columns[0]: index for index in self._table.list_indices()}
+        for column, config in (("split", Bitmap()), ("source", Bitmap()), ("sample_id", BTree())):
+            found = there.get(column)
+            # Rows that came later are looked at one by one, which is cheap for few.
+            if found is None or 4 * found.num_unindexed_rows > found.num_indexed_rows:
+                self._table.create_index(column, config=config, replace=True)
 
     def ensure_columns(self, kinds: dict[str, ColumnKind], *, seen: int = 0) -> int:
         """Add the columns that are missing, and widen whole numbers to floating point where asked.
@@ -149,7 +163,8 @@ class SampleTable:
     def committing(self) -> Iterator[None]:
         """Keep all other writers out; may be entered again inside."""
         place = f"the database {self.uri}"
-        with told(f"{place} cannot be written, and is as it was before"), self.place.lock:
+        # Whether what was being committed is there now is not known where the answer got lost.
+        with told(f"{place} cannot be written; what was committed before stays"), self.place.lock:
             yield
 
     def check_writable(self) -> None:

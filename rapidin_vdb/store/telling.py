@@ -16,6 +16,16 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _TRIES = 5
+# What object stores answer, and what that means to whoever asked; the first that is found.
+_ANSWERS = (
+    ("NoSuchBucket", "there is no such bucket: make it, or mend its name"),
+    ("ContainerNotFound", "there is no such container: make it, or mend its name"),
+    ("ExpiredToken", "the credentials have run out: get new ones"),
+    ("InvalidAccessKeyId", "the store does not know this key: check the credentials, and the endpoint"),
+    ("SignatureDoesNotMatch", "the secret does not fit the key: check the credentials"),
+    ("status code: 401", "the store asks for credentials: check that there are some, and what they allow"),
+    ("status code: 403", "the store refuses it: check the credentials, and what they allow"),
+)
 
 
 @contextmanager
@@ -24,10 +34,10 @@ def told(what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError, pa.ArrowException) as error:
-        raise TableError(f"{what}: {first_line(error)}") from error
+        raise TableError(f"{what}: {_explained(error)}") from error
     except BaseException as error:
         if type(error).__module__.startswith("obstore"):
-            raise TableError(f"{what}: {first_line(error)}") from error
+            raise TableError(f"{what}: {_explained(error)}") from error
         if not is_panic(error):
             raise
         why = first_line(error) if out_of_handles(error) else f"it is damaged: {first_line(error)}"
@@ -37,6 +47,22 @@ def told(what: str) -> Iterator[None]:
 def is_panic(error: BaseException) -> bool:
     """Say whether Lance's own code came to a stop, as over damaged files; such errors are of no ordinary kind."""
     return type(error).__name__ in ("RustPanic", "PanicException")
+
+
+def _explained(error: BaseException) -> str:
+    """Return the first line, after what it means where an object store said it."""
+    text, line = str(error), first_line(error)
+    meant = [meaning for answer, meaning in _ANSWERS if answer in text] if "status code: " in text else []
+    return f"{meant[0]} ({line})" if meant else line
+
+
+def is_refused(error: BaseException) -> bool:
+    """Say whether an error came of a permission that is missing."""
+    cause = error.__cause__
+    return isinstance(cause, PermissionError) or type(cause).__name__ in (
+        "PermissionDeniedError",
+        "UnauthenticatedError",
+    )
 
 
 def undisturbed(read: Callable[P, T]) -> Callable[P, T]:
@@ -88,10 +114,19 @@ def pinned(place: Place, name: str) -> Any:
 
 
 def first_line(error: BaseException) -> str:
-    """Return what Lance says, without the place in its source where it says so."""
+    """Return what Lance says, without the place in its source where it says so, and without a store's whole answer."""
     text = " ".join(str(error).split())
     # Lance ends its messages with the place in its own source.
-    for mark in (" Debug source:", ", /root/", ", /home/", ", rust/", " Rust backtrace", ", C:\\"):
+    for mark in (
+        ": <?xml",
+        ": <html",
+        " Debug source:",
+        ", /root/",
+        ", /home/",
+        ", rust/",
+        " Rust backtrace",
+        ", C:\\",
+    ):
         text = text.split(mark)[0]
     # An address may end with a signature.
     return re.sub(r"\?[^\s)]*", "", text)[:300] if "://" in text else text[:300]

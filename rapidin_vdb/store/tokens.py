@@ -155,7 +155,8 @@ class TokenTable:
                 self._place.create_table(TOKENS, schema)
             elif found != width:
                 raise TableError(
-                    f"tokens of {self._place} have RapidGrads of width {found}, not {width}; leave out --token-width"
+                    f"tokens of {self._place} have RapidGrads of width {found} by now, as another ingest began them, "
+                    f"and not {width}; run it again, with --token-width {found} or without"
                 )
 
     def write(self, samples: Sequence[TokenRows]) -> int:
