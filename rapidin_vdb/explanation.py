@@ -13,6 +13,9 @@ from rapidin_vdb.records import Encoded, Sample
 from rapidin_vdb.results import RankedSample, Ranking, Span, TokenScore
 from rapidin_vdb.store import Snapshot
 
+STAGES = ("exact scores", "tokens", "matrix")
+"""What progress is told of: at each, nothing of the model or of an index is in use."""
+
 
 def explain(
     rankings: Sequence[Ranking],
@@ -37,8 +40,8 @@ def explain(
         return lambda: progress(stage, number, len(rankings))
 
     for number, (ranking, (sample, encoded)) in enumerate(zip(rankings, queries, strict=True)):
-        at(number)()
         started = time.monotonic()
+        at(number)()
         one = _Explanation(snapshot, influence, sample, encoded, question, batch_tokens, at(number), progress)
         ranking = one.of(ranking)
         seconds = time.monotonic() - started

@@ -14,6 +14,8 @@ from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, DeskEr
 
 _STILL_HERE = 15.0
 """Seconds without news after which a word is sent, so that no proxy takes the connection for dead."""
+_MOMENT = 0.05
+"""Seconds between two looks at a clock that stands still."""
 
 
 class Json(JSONResponse):
@@ -35,8 +37,12 @@ async def answered(
         return StreamingResponse(_events(desk, submit, shape), media_type="text/event-stream")
     job = submit(silent)
     future, gone = asyncio.wrap_future(job.future), asyncio.create_task(gone_away(request))
+    future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody may be left to hear it
     try:
-        await asyncio.wait({future, gone}, timeout=job.seconds_left, return_when=asyncio.FIRST_COMPLETED)
+        # Its clock may have stood still meanwhile, while it made way for others.
+        while not (future.done() or gone.done() or job.seconds_left == 0.0):
+            left = job.seconds_left
+            await asyncio.wait({future, gone}, timeout=left and max(left, _MOMENT), return_when=asyncio.FIRST_COMPLETED)
         if not future.done():
             desk.give_up(job, CancelledError() if gone.done() else LateError())
         result = await future
@@ -88,10 +94,10 @@ async def _events(desk: Desk, submit: Callable[[Progress], Job], shape: Callable
             left = None if job.future.done() else job.seconds_left
             try:
                 name, value = await asyncio.wait_for(
-                    heard.get(), _STILL_HERE if left is None else min(_STILL_HERE, left)
+                    heard.get(), _STILL_HERE if left is None else min(_STILL_HERE, max(left, _MOMENT))
                 )
             except TimeoutError:
-                if left is not None and left <= _STILL_HERE:
+                if job.seconds_left == 0.0:
                     desk.give_up(job, LateError())
                 else:
                     yield ": still at it\n\n"

@@ -51,10 +51,11 @@ def make_api(service: Service) -> APIRouter:
     api, database = APIRouter(), service.database
 
     async def worked(
-        request: Request, work: Callable[[Progress], Any], shape: Callable[[Any], Any], *, patient: bool = False
-    ) -> Response:
+        request: Request, work: Callable[[Progress], Any], shape: Callable[[Any], Any], *, patient: bool = False,
+        short: bool = False,
+    ) -> Response:  # fmt: skip
         def submit(progress: Progress) -> Job:
-            return service.desk().do(client_of(request), work, progress=progress, patient=patient)
+            return service.desk().do(client_of(request), work, progress=progress, patient=patient, short=short)
 
         return await answered(request, service.desk(), submit, shape)
 
@@ -95,8 +96,9 @@ def make_api(service: Service) -> APIRouter:
     ) -> Response:  # fmt: skip
         question = shapes.Search(top_k=top_k, where=where, harmful=harmful).question()
         return await worked(
-            request, lambda progress: database.nearest(sample_id, question, progress=progress), Ranking.to_dict
-        )
+            request, lambda progress: database.nearest(sample_id, question, progress=progress), Ranking.to_dict,
+            short=True,
+        )  # fmt: skip
 
     @api.get(
         "/api/samples", summary="Browse the samples", response_model=None,

@@ -53,6 +53,8 @@ def make_app(
     def stop() -> None:
         for desk in desks:
             desk.stop()
+        for reads in readers:
+            reads.stop()
 
     app = FastAPI(
         title="rapidin-vdb",
