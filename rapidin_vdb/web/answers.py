@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -10,6 +11,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from rapidin_vdb.errors import RapidInError, SampleNotFoundError
 from rapidin_vdb.progress import Progress, silent
+from rapidin_vdb.web import shapes
 from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, DeskError, Job, LateError
 
 _STILL_HERE = 15.0
@@ -51,6 +53,17 @@ async def answered(
         desk.give_up(job, CancelledError())  # of no effect where it is done; else the server is stopping
     # Not on the event loop: a large answer takes its time to write out.
     return await asyncio.to_thread(lambda: Json(shape(result)))
+
+
+def said(error: Exception) -> str:
+    """Return what an error says, in the words of the API: an option of the command line is the field of that name.
+
+    >>> said(ValueError("give one of --harmful and --both"))
+    'give one of harmful and both'
+    """
+    fields = shapes.Search.model_fields | shapes.IngestRequest.model_fields
+    options = {name.replace("_", "-"): name for name in fields}
+    return re.sub("--([a-z][a-z-]*)", lambda option: options.get(option[1], option[0]), str(error))
 
 
 def status_of(error: Exception) -> int:
@@ -119,7 +132,7 @@ async def _events(desk: Desk, submit: Callable[[Progress], Job], shape: Callable
 
 
 def _error(error: Exception) -> str:
-    return _event("error", {"detail": str(error), "status": status_of(error)})
+    return _event("error", {"detail": said(error), "status": status_of(error)})
 
 
 def _event(name: str, value: Any) -> str:
