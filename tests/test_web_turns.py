@@ -154,6 +154,26 @@ def test_an_end_is_told_to_all_at_once(served):
     desk.close()
 
 
+def test_an_export_that_is_being_written_ends_too(served, monkeypatch):
+    begun, answers = threading.Event(), []
+
+    def slow(**_):
+        while True:
+            begun.set()
+            time.sleep(0.02)
+            yield "x", {}, True
+
+    monkeypatch.setattr(served, "each_record", slow)
+    app = make_app(served, time_limit=20.0)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        thread = threading.Thread(target=lambda: answers.append(client.post("/api/export", json={})))
+        thread.start()
+        assert begun.wait(20)
+        app.state.stop()
+        thread.join(60)
+    assert (answers[0].status_code, answers[0].json()["detail"]) == (503, "the server is stopping")
+
+
 SLOW = """
 import sys, time
 import rapidin_vdb
