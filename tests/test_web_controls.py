@@ -640,3 +640,7 @@ def test_a_phone_does_not_enlarge_what_is_typed_into(visit):
             [one.parentElement.firstChild, one].map((node) => { const range = document.createRange(); range.selectNode(node); return range.getBoundingClientRect().top; }))"""
     )
     assert tops and all(label < box for label, box in tops), "a label stands above its box"
+    boxes = page.locator("#filters input[type=checkbox]").evaluate_all(
+        "all => all.map((one) => one.getBoundingClientRect().width)"
+    )
+    assert boxes and max(boxes) < 24, "and none stands beside its own"
