@@ -146,7 +146,9 @@ def visit(address: str, query: dict) -> dict:
             started = time.perf_counter()
             act()
             page.locator(shown).first.wait_for(state="attached")
+            # All of it: the page asks in steps, and what stands first may be used while others are under way.
             page.locator("main:not([aria-busy])").wait_for(state="attached")
+            page.locator("#status:not(.busy)").wait_for(state="attached")
             found[name] = time.perf_counter() - started
 
         timed("open", lambda: page.goto(address), "#filters label")

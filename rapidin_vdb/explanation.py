@@ -13,6 +13,9 @@ from rapidin_vdb.records import Encoded, Sample
 from rapidin_vdb.results import RankedSample, Ranking, Span, TokenScore
 from rapidin_vdb.store import Snapshot
 
+STAGES = ("exact scores", "tokens", "matrix")
+"""What progress is told of: at each, nothing of the model or of an index is in use."""
+
 
 def explain(
     rankings: Sequence[Ranking],
@@ -37,8 +40,8 @@ def explain(
         return lambda: progress(stage, number, len(rankings))
 
     for number, (ranking, (sample, encoded)) in enumerate(zip(rankings, queries, strict=True)):
-        at(number)()
         started = time.monotonic()
+        at(number)()
         one = _Explanation(snapshot, influence, sample, encoded, question, batch_tokens, at(number), progress)
         ranking = one.of(ranking)
         seconds = time.monotonic() - started
@@ -100,7 +103,7 @@ class _Explanation:
             self._learn_tokens(shown)
         filled = [tuple(self._filled(result, rank) for rank, result in enumerate(end, start=1)) for end in ends]
         columns = None
-        if question.matrix:
+        if question.matrix or question.spans:
             columns = tuple(
                 Span(text=self._sample.response[start:end], start=start, end=end)
                 for start, end in self._encoded.offsets
@@ -110,8 +113,8 @@ class _Explanation:
             score_unit=ranking.score_unit + self._again_unit(),
             results=filled[0],
             harmful=None if ranking.harmful is None else filled[1],
-            prompt=self._sample.prompt if question.matrix else None,
-            generation=self._sample.response if question.matrix else None,
+            prompt=None if columns is None else self._sample.prompt,
+            generation=None if columns is None else self._sample.response,
             generation_tokens=columns,
         )
 

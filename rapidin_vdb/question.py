@@ -27,6 +27,8 @@ class Question:
     """Whether each result's tokens get scores (Eq. 6)."""
     matrix: bool = False
     """Whether each result gets the influence of its tokens on each of the generation's (Eq. 8)."""
+    spans: bool = False
+    """Whether an explained ranking says where the generation's tokens stand, as it does with a matrix."""
     refine: int = 0
     """How many of the first results are ranked again by their exact scores."""
     group_by: str | None = None

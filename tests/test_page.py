@@ -228,7 +228,7 @@ def test_what_is_pressed_is_named(opened, rankings):
     assert about.text_content() == "influence on a space"
     page.locator("#generation .choice", has_text="2").click()
     page.locator("#generation .end").click()
-    assert about.text_content() == "influence on a space 2 the end of text"
+    assert about.text_content() == "influence on a space 2 the end of the text"
     named = "([pieces, chosen]) => Heat.pressed(pieces, [], new Set(chosen))"
     assert page.evaluate(named, [[["a", [0]], ["\n", [1]]], [1]]) == "a line break"
 

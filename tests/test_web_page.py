@@ -135,6 +135,7 @@ def test_from_a_generation_to_a_cleaned_file(visit, address, made, width, scheme
     # Words are pressed: the samples are recoloured, then ranked by these words alone, not by others that read the same.
     for number in (1, 9):  # the first l, and the second
         page.locator("#generation .choice").nth(number).click()
+        settled(page)
     assert page.locator("#about").text_content() == "influence on l l"
     page.click("#refocus")
     settled(page)
@@ -145,6 +146,7 @@ def test_from_a_generation_to_a_cleaned_file(visit, address, made, width, scheme
     assert cards(page) == [result.sample_id for result in wanted]
     # A training token is pressed: the generation shows what it drives.
     page.locator("article .choice").first.click()
+    settled(page)
     assert page.locator("#about").text_content() == "what the pressed training token drives"
     assert page.locator("#driven .piece").count() == len("blue 35 blue") + 1
     page.click("#whole")
@@ -320,6 +322,7 @@ def test_two_generations_side_by_side(visit):
     # Each side has words of its own to press.
     right, second = names(1), sides[1].locator("section .choice").nth(5)
     second.click()
+    settled(page)
     assert [sides[n].locator(".about").text_content() for n in (0, 1)] == [
         "influence on the whole generation",
         "influence on 4",
@@ -373,11 +376,13 @@ def test_without_a_mouse(visit):
     tab_to(page, "#generation .choice")
     page.keyboard.press("ArrowRight")
     page.keyboard.press(" ")
+    settled(page)
     assert page.locator("#about").text_content() == "influence on l"
     here = "document.activeElement.textContent + document.activeElement.getAttribute('aria-pressed')"
     assert page.evaluate(here) == "ltrue", "and stays where it was"
     page.keyboard.press("End")
     page.keyboard.press("Enter")
+    settled(page)
     assert page.locator("#about").text_content() == "influence on l"
     tab_to(page, "#refocus")
     page.keyboard.press("Enter")

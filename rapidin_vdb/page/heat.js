@@ -122,7 +122,7 @@ const Heat = (() => {
   function pressed(pieces, ends, chosen) {
     const shown = pieces.filter(([, tokens]) => tokens.some((token) => chosen.has(token)))
       .map(([text]) => text.trim() || (/\n/.test(text) ? "a line break" : "a space"));
-    return [...shown, ...(ends.some((token) => chosen.has(token)) ? ["the end of text"] : [])].join(" ");
+    return [...shown, ...(ends.some((token) => chosen.has(token)) ? ["the end of the text"] : [])].join(" ");
   }
 
   // The largest score of what is painted: a character of several tokens has their sum.

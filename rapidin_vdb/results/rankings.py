@@ -188,7 +188,7 @@ class Ranking:
     generation: str | None = None
     """What it said, likewise."""
     generation_tokens: tuple[Span, ...] | None = None
-    """The columns of the results' matrices, where these were asked for."""
+    """The tokens of the generation: the columns of the results' matrices, where these were asked for."""
     matching: int | None = None
     """Where tokens are ranked, how many samples the filter let through."""
     without_tokens: int | None = None

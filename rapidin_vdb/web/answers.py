@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -10,10 +11,13 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from rapidin_vdb.errors import RapidInError, SampleNotFoundError
 from rapidin_vdb.progress import Progress, silent
+from rapidin_vdb.web import shapes
 from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, DeskError, Job, LateError
 
 _STILL_HERE = 15.0
 """Seconds without news after which a word is sent, so that no proxy takes the connection for dead."""
+_MOMENT = 0.05
+"""Seconds between two looks at a clock that stands still."""
 
 
 class Json(JSONResponse):
@@ -35,8 +39,12 @@ async def answered(
         return StreamingResponse(_events(desk, submit, shape), media_type="text/event-stream")
     job = submit(silent)
     future, gone = asyncio.wrap_future(job.future), asyncio.create_task(gone_away(request))
+    future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody may be left to hear it
     try:
-        await asyncio.wait({future, gone}, timeout=job.seconds_left, return_when=asyncio.FIRST_COMPLETED)
+        # Its clock may have stood still meanwhile, while it made way for others.
+        while not (future.done() or gone.done() or job.seconds_left == 0.0):
+            left = job.seconds_left
+            await asyncio.wait({future, gone}, timeout=left and max(left, _MOMENT), return_when=asyncio.FIRST_COMPLETED)
         if not future.done():
             desk.give_up(job, CancelledError() if gone.done() else LateError())
         result = await future
@@ -45,6 +53,17 @@ async def answered(
         desk.give_up(job, CancelledError())  # of no effect where it is done; else the server is stopping
     # Not on the event loop: a large answer takes its time to write out.
     return await asyncio.to_thread(lambda: Json(shape(result)))
+
+
+def said(error: Exception) -> str:
+    """Return what an error says, in the words of the API: an option of the command line is the field of that name.
+
+    >>> said(ValueError("give one of --harmful and --both"))
+    'give one of harmful and both'
+    """
+    fields = shapes.Search.model_fields | shapes.IngestRequest.model_fields
+    options = {name.replace("_", "-"): name for name in fields}
+    return re.sub("--([a-z][a-z-]*)", lambda option: options.get(option[1], option[0]), str(error))
 
 
 def status_of(error: Exception) -> int:
@@ -88,10 +107,10 @@ async def _events(desk: Desk, submit: Callable[[Progress], Job], shape: Callable
             left = None if job.future.done() else job.seconds_left
             try:
                 name, value = await asyncio.wait_for(
-                    heard.get(), _STILL_HERE if left is None else min(_STILL_HERE, left)
+                    heard.get(), _STILL_HERE if left is None else min(_STILL_HERE, max(left, _MOMENT))
                 )
             except TimeoutError:
-                if left is not None and left <= _STILL_HERE:
+                if job.seconds_left == 0.0:
                     desk.give_up(job, LateError())
                 else:
                     yield ": still at it\n\n"
@@ -113,7 +132,7 @@ async def _events(desk: Desk, submit: Callable[[Progress], Job], shape: Callable
 
 
 def _error(error: Exception) -> str:
-    return _event("error", {"detail": str(error), "status": status_of(error)})
+    return _event("error", {"detail": said(error), "status": status_of(error)})
 
 
 def _event(name: str, value: Any) -> str:

@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query, Request
+from fastapi import APIRouter, Depends, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 
 from rapidin_vdb.database import Database
+from rapidin_vdb.errors import RapidInError
 from rapidin_vdb.page import sample_pieces, with_pieces
 from rapidin_vdb.progress import Progress
 from rapidin_vdb.query import query_from
@@ -48,13 +50,14 @@ class Service:
 
 def make_api(service: Service) -> APIRouter:
     """Return the routes of one database."""
-    api, database = APIRouter(), service.database
+    api, database = APIRouter(dependencies=[Depends(_only_known)]), service.database
 
     async def worked(
-        request: Request, work: Callable[[Progress], Any], shape: Callable[[Any], Any], *, patient: bool = False
-    ) -> Response:
+        request: Request, work: Callable[[Progress], Any], shape: Callable[[Any], Any], *, patient: bool = False,
+        short: bool = False,
+    ) -> Response:  # fmt: skip
         def submit(progress: Progress) -> Job:
-            return service.desk().do(client_of(request), work, progress=progress, patient=patient)
+            return service.desk().do(client_of(request), work, progress=progress, patient=patient, short=short)
 
         return await answered(request, service.desk(), submit, shape)
 
@@ -66,7 +69,7 @@ def make_api(service: Service) -> APIRouter:
         responses=documented(shapes.RankingInPieces, "ranking", EVENTS) | refusals(400, 408, 413, 415, 503, 504),
     )  # fmt: skip
     async def query(request: Request, asked: shapes.QueryRequest, pieces: _Pieces = False) -> Response:
-        sample, question = query_from(asked.prompt, asked.generation), asked.question()
+        sample, question = query_from(asked.prompt, asked.generation), asked.question(spans=pieces)
 
         def submit(progress: Progress) -> Job:
             return service.desk().search(client_of(request), question, sample, progress=progress)
@@ -95,8 +98,9 @@ def make_api(service: Service) -> APIRouter:
     ) -> Response:  # fmt: skip
         question = shapes.Search(top_k=top_k, where=where, harmful=harmful).question()
         return await worked(
-            request, lambda progress: database.nearest(sample_id, question, progress=progress), Ranking.to_dict
-        )
+            request, lambda progress: database.nearest(sample_id, question, progress=progress), Ranking.to_dict,
+            short=True,
+        )  # fmt: skip
 
     @api.get(
         "/api/samples", summary="Browse the samples", response_model=None,
@@ -112,13 +116,26 @@ def make_api(service: Service) -> APIRouter:
 
         return await read(request, page)
 
-    @api.get(
-        "/api/samples/{sample_id:path}", summary="One sample as it is stored", response_model=None,
-        responses=documented(shapes.SampleInPieces, "sample") | refusals(404, 503, 504),
-    )  # fmt: skip
-    async def sample(request: Request, sample_id: str, pieces: _Pieces = False) -> Response:
+    async def shown(request: Request, sample_id: str, pieces: bool) -> Response:
         shape = sample_pieces if pieces else StoredSample.to_dict
         return await read(request, lambda: shape(database.show(sample_id)))
+
+    @api.get(
+        "/api/sample", summary="One sample as it is stored, whatever its id", response_model=None,
+        responses=documented(shapes.SampleInPieces, "sample") | refusals(404, 503, 504),
+    )  # fmt: skip
+    async def sample(
+        request: Request, sample_id: Annotated[str, Query(examples=["demo-0001"])], pieces: _Pieces = False
+    ) -> Response:
+        return await shown(request, sample_id, pieces)
+
+    @api.get(
+        "/api/samples/{sample_id:path}", response_model=None,
+        summary="The same; but a path cannot hold every id, as those that are only dots or have a line feed",
+        responses=documented(shapes.SampleInPieces, "sample") | refusals(404, 503, 504),
+    )  # fmt: skip
+    async def sample_at(request: Request, sample_id: str, pieces: _Pieces = False) -> Response:
+        return await shown(request, sample_id, pieces)
 
     @api.get(
         "/api/columns", summary="What a filter may use", response_model=None,
@@ -148,10 +165,14 @@ def make_api(service: Service) -> APIRouter:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, "records.jsonl")
                 path.write_text("".join(json.dumps(record) + "\n" for record in asked.records), "utf-8")
-                return database.ingest(path, progress=progress, **options)
+                try:
+                    return _renamed(dataclasses.asdict(database.ingest(path, progress=progress, **options)), path)
+                except RapidInError as error:
+                    error.args = _renamed(error.args, path)
+                    raise
 
         # It takes as long as it takes, and the desk answers others between its batches.
-        return await worked(request, work, dataclasses.asdict, patient=True)
+        return await worked(request, work, dict, patient=True)
 
     @api.post(
         "/api/export", summary="Training data without some samples, as JSON lines", response_model=None,
@@ -164,9 +185,36 @@ def make_api(service: Service) -> APIRouter:
     return api
 
 
+def _only_known(request: Request) -> None:
+    """Refuse what a request's address asks for besides, as a body's unknown fields are: a filter must not go unheard.
+
+    Raises:
+        RequestValidationError: there is such a thing.
+    """
+    dependant = request.scope["route"].dependant
+    known = {field.alias for field in dependant.query_params}
+    unknown = [name for name in request.query_params if name not in known]
+    if unknown and (known or dependant.body_params):
+        raise RequestValidationError(
+            [
+                {"type": "extra_forbidden", "loc": ("query", name), "msg": "Extra inputs are not permitted"}
+                for name in unknown
+            ]
+        )
+
+
 def _column(database: Database, text: str) -> dict[str, Any]:
     name, _, kind = text.rpartition(" (")
     known = _TYPES.get(kind.removesuffix(")"), "text")
     many = name in ("sample_id", "prompt", "response", "tokens", "loss", "truncated")
     values: list[Scalar] | None = None if many else database.values_of(name)
     return {"name": name, "type": known, "values": values}
+
+
+def _renamed(value: Any, path: Path) -> Any:
+    """Return a value whose texts name what was sent, and not the file that it went through."""
+    if isinstance(value, str):
+        return value.replace(str(path), "records")
+    if isinstance(value, dict):
+        return {key: _renamed(one, path) for key, one in value.items()}
+    return type(value)(_renamed(one, path) for one in value) if isinstance(value, (list, tuple)) else value

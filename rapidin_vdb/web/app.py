@@ -16,7 +16,7 @@ from rapidin_vdb.database import Database
 from rapidin_vdb.errors import RapidInError
 from rapidin_vdb.page import heat_script, page_style
 from rapidin_vdb.web import shapes
-from rapidin_vdb.web.answers import Json, status_of
+from rapidin_vdb.web.answers import Json, said, status_of
 from rapidin_vdb.web.api import Service, make_api
 from rapidin_vdb.web.desk import BusyError, Desk, DeskError
 from rapidin_vdb.web.document import add_security, documented, refusals
@@ -53,6 +53,8 @@ def make_app(
     def stop() -> None:
         for desk in desks:
             desk.stop()
+        for reads in readers:
+            reads.stop()
 
     app = FastAPI(
         title="rapidin-vdb",
@@ -111,7 +113,7 @@ def _count(database: Database) -> float:
 def _add_errors(app: FastAPI) -> None:
     @app.exception_handler(RapidInError)
     async def refused(request: Request, error: RapidInError) -> Response:
-        return Json({"detail": str(error)}, status_code=status_of(error))
+        return Json({"detail": said(error)}, status_code=status_of(error))
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:

@@ -1,5 +1,6 @@
 """Where requests wait for the model: one at a time, fairly among those who ask, searches of a kind together."""
 
+import dataclasses
 import threading
 import time
 from collections import deque
@@ -8,9 +9,11 @@ from typing import Any
 
 from rapidin_vdb.database import Database
 from rapidin_vdb.errors import RapidInError
+from rapidin_vdb.explanation import STAGES
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.question import Question
 from rapidin_vdb.records import Sample
+from rapidin_vdb.results import Ranking
 from rapidin_vdb.web.lines import BusyError, CancelledError, Client, DeskError, Job, LateError, Lines
 
 __all__ = ["BusyError", "CancelledError", "Client", "Desk", "DeskError", "Job", "LateError"]
@@ -25,7 +28,11 @@ def _stopping() -> BusyError:
 
 
 class Desk:
-    """One thread that alone uses the model; all who ask get their turn, and an ingest makes way between its batches."""
+    """One thread that alone uses the model; all who ask get their turn.
+
+    An ingest makes way between its batches for whatever has a time limit, and what is explained from full gradients
+    makes way between its steps for what is done in a moment.
+    """
 
     def __init__(
         self, database: Database, *, most_waiting: int = 256, most_together: int = 32, seconds: float = 300.0,
@@ -40,6 +47,7 @@ class Desk:
         self._seconds = seconds
         self._observe = observe
         self._lines = Lines()
+        self._busy: set[Job] = set()  # what is under way; not in any line
         self._counted = 0.0  # seconds of work that were observed
         self._wake = threading.Condition()
         self._open = True
@@ -64,18 +72,22 @@ class Desk:
             BusyError: too many are waiting.
         """
         deadline = time.monotonic() + self._seconds
-        return self._put(Job(client=client, deadline=deadline, search=(question, query), progress=progress))
+        short = not question.exact
+        return self._put(
+            Job(client=client, deadline=deadline, search=(question, query), progress=progress, short=short)
+        )
 
     def do(
-        self, client: Client, work: Callable[[Progress], Any], *, progress: Progress = silent, patient: bool = False
-    ) -> Job:
-        """Ask for anything else that needs the model; what is `patient` has no time limit.
+        self, client: Client, work: Callable[[Progress], Any], *, progress: Progress = silent, patient: bool = False,
+        short: bool = False,
+    ) -> Job:  # fmt: skip
+        """Ask for anything else that needs the desk; what is `patient` has no time limit, what is `short` takes none.
 
         Raises:
             BusyError: too many are waiting.
         """
         deadline = float("inf") if patient else time.monotonic() + self._seconds
-        return self._put(Job(client=client, deadline=deadline, work=work, progress=progress))
+        return self._put(Job(client=client, deadline=deadline, work=work, progress=progress, short=short))
 
     def give_up(self, job: Job, error: DeskError) -> None:
         """Let a job wait no longer; what is under way ends at its next step."""
@@ -85,10 +97,15 @@ class Desk:
         job.fail(error)
 
     def stop(self) -> None:
-        """Give up whatever waits, and what is under way at its next step."""
+        """Tell all that no answer comes, at once: what is under way may take long to its next step, where it ends."""
         with self._wake:
             self._open = False
+            told = [*self._busy]
+            while (job := self._lines.take(lambda _: True)) is not None:
+                told.append(job)
             self._wake.notify_all()
+        for job in told:
+            job.fail(_stopping())
 
     def close(self) -> None:
         """Stop, and wait until that is done."""
@@ -114,15 +131,17 @@ class Desk:
                 while self._open and not len(self._lines):
                     self._wake.wait()
                 if not self._open:
-                    while (job := self._lines.take(lambda _: True)) is not None:
-                        job.fail(_stopping())
                     return
                 jobs = self._next(lambda _: True)
             self._timed(jobs)
 
     def _timed(self, jobs: list[Job]) -> None:
         started, before = time.monotonic(), self._counted
+        with self._wake:
+            self._busy.update(jobs)
         self._answer(jobs)
+        with self._wake:
+            self._busy.difference_update(jobs)
         seconds = time.monotonic() - started
         # What an ingest let in between was observed by itself.
         self._observe(len(jobs), seconds - (self._counted - before))
@@ -196,7 +215,10 @@ class Desk:
     def _search(self, jobs: list[Job], question: Question) -> None:
         left = deque(jobs)
 
+        began, given, known = time.monotonic(), 0.0, 0.0
+
         def heard(stage: str, done: int, total: int) -> None:
+            nonlocal given
             if not self._open:
                 raise _stopping()
             alive = [job for job in left if job.alive()]
@@ -206,7 +228,35 @@ class Desk:
                 raise _FewerError  # each is explained by itself, which is not to be done for nobody
             for job in alive:
                 job.progress(stage, done, total)
+            # Only between steps of the explanation, for an index that is being opened cannot be searched; and half of
+            # the time is its own, so that it ends however many others come.
+            if question.exact and stage in STAGES and 2 * given <= time.monotonic() - began:
+                given += self._let_in(alive)
 
         answers = self._database.ask(question, [job.search[1] for job in jobs if job.search], progress=heard)
         for ranking in answers:
-            left.popleft().succeed(ranking)
+            left.popleft().succeed(_less(ranking, given - known))
+            known = given
+
+    def _let_in(self, jobs: list[Job]) -> float:
+        """Answer those who take but a moment, in place of these; return the seconds that it took."""
+        with self._wake:
+            others = self._next(lambda other: other.short)
+        if not others:
+            return 0.0
+        started = time.monotonic()
+        for job in jobs:
+            job.hold()
+        try:
+            self._timed(others)
+        finally:
+            for job in jobs:
+                job.go_on()
+        return time.monotonic() - started
+
+
+def _less(ranking: Ranking, seconds: float) -> Ranking:
+    """Return a ranking without the seconds in which others were let into its explanation."""
+    taken = ranking.seconds
+    own = dataclasses.replace(taken, tokens=max(0.0, taken.tokens - seconds), total=max(0.0, taken.total - seconds))
+    return dataclasses.replace(ranking, seconds=own) if seconds else ranking

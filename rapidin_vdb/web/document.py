@@ -29,7 +29,13 @@ EXPORTED: Responses = {
 }
 EVENTS = {
     "text/event-stream": {
-        "schema": {"type": "string"},
+        "schema": {
+            "type": "string",
+            "description": "Events, whatever becomes of the request the status is 200: `progress`, as often as there "
+            "is any; then either `result`, with what the JSON answer would have been, or `error`, whose data has "
+            "`detail` and `status`, which the JSON answer would have had (400, 404, 503, 504, or 500 where something "
+            "went wrong in the server). A stream that ends with neither was broken off.",
+        },
         "example": (
             'event: progress\ndata: {"stage": "gradients", "done": 1, "total": 1}\n\n'
             'event: result\ndata: {"query_id": "query"}\n\n'

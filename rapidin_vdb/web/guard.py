@@ -126,8 +126,10 @@ class Guard:
             # A page of another site can send forms without asking, but no JSON.
             return 415, "wanted content-type: application/json"
         if self._token is not None and guarded(scope["path"]):
-            given = headers.get("authorization", "").removeprefix("Bearer ")
-            if not hmac.compare_digest(given.encode(), self._token.encode()):
+            scheme, _, given = headers.get("authorization", "").partition(" ")
+            # The name of the scheme may be written in any case.
+            right = hmac.compare_digest(given.strip().encode(), self._token.encode())
+            if scheme.lower() != "bearer" or not right:
                 return (
                     401,
                     "wanted the header Authorization: Bearer TOKEN, with the token that the server was started with",
@@ -143,6 +145,8 @@ class Guard:
         """Say whether an Origin is none, that of the page that is served here, or that of the proxy in front."""
         if origin is None or (self._origin is not None and origin.lower() == self._origin):
             return True
+        if self._origin is not None and host.lower() == urlsplit(self._origin).netloc:
+            return False  # the proxy's name, but not under the scheme that it serves
         try:
             return urlsplit(origin).netloc.lower() == host.lower()
         except ValueError:

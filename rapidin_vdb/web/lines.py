@@ -64,6 +64,10 @@ class Job:
     """Its result."""
     cancelled: bool = False
     """Whether nobody waits for it any more."""
+    short: bool = False
+    """Whether it takes but a moment: what takes long makes way for it."""
+    held_since: float | None = None
+    """Since when others are let in, by the monotonic clock: that time is not its own."""
 
     @property
     def patient(self) -> bool:
@@ -73,7 +77,20 @@ class Job:
     @property
     def seconds_left(self) -> float | None:
         """How much of its time is left; None where it has no limit."""
-        return None if self.patient else max(0.0, self.deadline - time.monotonic())
+        return None if self.patient else max(0.0, self.deadline - self._now())
+
+    def _now(self) -> float:
+        return time.monotonic() if self.held_since is None else self.held_since
+
+    def hold(self) -> None:
+        """Stop its clock, while others are let in."""
+        self.held_since = time.monotonic()
+
+    def go_on(self) -> None:
+        """Let its clock run again."""
+        if self.held_since is not None:
+            self.deadline += time.monotonic() - self.held_since
+            self.held_since = None
 
     def check(self) -> None:
         """Stop what nobody waits for.
@@ -84,7 +101,7 @@ class Job:
         """
         if self.cancelled:
             raise CancelledError
-        if time.monotonic() > self.deadline:
+        if self._now() > self.deadline:
             raise LateError
 
     def alive(self) -> bool:

@@ -27,9 +27,14 @@ class Reads:
 
     def __init__(self, *, seconds: float, threads: int = 8) -> None:
         self._seconds = seconds
+        self._stopped = threading.Event()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self._most_of_one = max(1, threads // 2)
         self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+
+    def stop(self) -> None:
+        """End long reads at their next look."""
+        self._stopped.set()
 
     def close(self) -> None:
         """Begin no other read."""
@@ -46,6 +51,8 @@ class Reads:
         end, given_up = time.monotonic() + self._seconds, threading.Event()
 
         def check() -> None:
+            if self._stopped.is_set():
+                raise BusyError("the server is stopping")
             if given_up.is_set():
                 raise CancelledError
             if time.monotonic() > end:

@@ -43,14 +43,15 @@ class Search(_Shape):
     index: str | None = Field(default=None, max_length=200, description="Which built index to use.")
     as_of: int | None = Field(default=None, ge=1, le=2**62, description="Answer from an older version of the table.")
 
-    def question(self) -> Question:
+    def question(self, *, spans: bool = False) -> Question:
         """Return the options as a question.
 
         Raises:
             SpecError: options exclude one another.
         """
         values = {name: getattr(self, name) for name in Search.model_fields}
-        return Question(**values | {"focus": tuple(e if isinstance(e, str) else (e[0], e[1]) for e in self.focus)})
+        focus = tuple(e if isinstance(e, str) else (e[0], e[1]) for e in self.focus)
+        return Question(**values | {"focus": focus, "spans": spans})
 
 
 class QueryRequest(Search):

@@ -1,7 +1,7 @@
 // What an answer looks like: the generation, all scores, influence by a column, and the samples.
-const { make, show, sum, largest } = Heat;
+import { hasMatrix, hasWords, resultsOf } from "./asking.js";
 
-const allOf = (ranking) => [...ranking.results, ...(ranking.harmful || [])];
+const { make, show, sum, largest } = Heat;
 
 // The influence of a result's tokens on the pressed words, or on all that was asked about.
 function scoresOf(result, chosen) {
@@ -42,7 +42,7 @@ function histogram(ranking) {
   });
   if (low < 0 && high > 0) draw("line", { class: "zero", x1: at(0), x2: at(0), y1: 0, y2: 88 });
   // The borders are rounded: the very first may lie a hair outside.
-  for (const result of allOf(ranking)) {
+  for (const result of resultsOf({ ranking })) {
     const place = Math.min(599, Math.max(1, at(result.score)));
     draw("line", { class: "mark", x1: place, x2: place, y1: 90, y2: 100 });
   }
@@ -80,52 +80,86 @@ function card(answer, result, most, longest, { page, elsewhere }) {
   const { chosen, driven } = answer, scores = scoresOf(result, chosen), words = chosen.size && result.matrix;
   const exact = words ? sum(scores) : result.exact_score;
   // A pressed training token shows which generated tokens it drives (Eq. 8).
-  const choose = result.matrix ? (tokens, pressed) => {
+  const choose = result.tokens ? (tokens, pressed) => {
     answer.driven = pressed ? null : { sample: result.sample_id, tokens };
-    page.render();
+    page.need(answer);
   } : undefined;
-  const driving = (token) => driven !== null && driven.sample === result.sample_id && driven.tokens.includes(token);
+  const here = driven !== null && driven.sample === result.sample_id, driving = (token) => here && driven.tokens.includes(token);
   const other = elsewhere && elsewhere.get(result.sample_id);
   return make("article", { class: "card", "data-sample": result.sample_id },
     make("div", { class: "head" }, make("span", { class: "rank" }, String(result.rank)), page.link(result.sample_id), bar(result.score, longest),
       make("span", { class: "number", title: "from the RapidGrads" }, "score " + show(result.score)),
       exact === null ? null : make("span", { class: "number soft", title: "from the full gradients" }, (words ? "on the pressed words " : "exact ") + show(exact)),
       elsewhere ? make("span", { class: "chip" + (other ? " shared" : "") }, other ? "rank " + other + " in the other" : "in this one only") : null),
-    ...body(result, result.tokens ? Heat.coloured(result.pieces, result.ends, scores, page.own ? largest(scores) : most, { choose, chosen: driving, name: "response" }) : null),
+    ...body(result, result.tokens ? Heat.coloured(result.pieces, result.ends, scores, page.own ? Heat.deepest(result.pieces, result.ends, scores) : most, { choose, chosen: driving, name: "response" }) : null),
+    here ? strip(answer, result) : null,
     page.actions(result));
 }
 
+// What the deepest colours of some results stand for.
+const deepest = (results, chosen) => largest(results.filter((result) => result.tokens).map((result) => Heat.deepest(result.pieces, result.ends, scoresOf(result, chosen))));
+
+// What a pressed training token drives, by token of the generation.
+const drivenBy = (answer, { matrix }) => answer.ranking.generation_tokens.map((_, column) => sum(answer.driven.tokens.map((token) => matrix[token][column])));
+const scale = (top) => [make("span", { class: "number" }, top === null ? "less likely" : show(-top)),
+  make("span", { class: "scale", role: "img", "aria-label": "blue and dotted: made it less likely; red: made it more likely" }),
+  make("span", { class: "number" }, top === null ? "more likely" : "+" + show(top))];
+// On a phone the generation is far away from what is pressed: it stands below it, too.
+function strip(answer, result) {
+  const { ranking } = answer;
+  if (!result.matrix) return make("div", { class: "strip" }, make("span", { class: "soft" }, aboutOf(answer)));
+  const row = drivenBy(answer, result), top = Heat.deepest(ranking.pieces, ranking.ends, row);
+  return make("div", { class: "strip" }, make("div", { class: "label" }, "generation: what the pressed training token drives"),
+    Heat.coloured(ranking.pieces, ranking.ends, row, top), make("div", { class: "legend" }, ...scale(top)));
+}
+
+// What is shown, in words.
+function aboutOf({ ranking, values, chosen, driven, lacks }) {
+  const words = Heat.pressed(ranking.pieces || [], ranking.ends || [], chosen);
+  const known = hasMatrix({ ranking }), not = lacks ? " is not known" : "", reading = known || lacks ? "" : "reading ";
+  if (driven) return reading + "what the pressed training token drives" + (known ? "" : not);
+  if (chosen.size) return known ? "influence on " + words : reading + "what drove " + words + not;
+  return "influence on " + (values.focus.length ? Heat.named(values.generated, values.focus) : "the " + (ranking.pieces ? Heat.extent(ranking.pieces, ranking.ends) : "generation"));
+}
+// What an answer lacks, why, and what can be done.
+const LACKS = {
+  words: ["The influence of words is missing: ", " The ranking stands without it."],
+  matrix: ["Which words drive which is missing: ", " What is shown stands without it; to rank by the pressed words takes less."],
+};
+function lack(answer, page) {
+  if (!answer.lacks) return null;
+  const [what, rest] = LACKS[answer.lacks.step];
+  return make("p", { class: "lacks" }, what + answer.lacks.why + (/[.?!]$/.test(answer.lacks.why) ? "" : ".") + rest + " ",
+    make("button", { type: "button", "data-does": "more", onclick: () => { answer.lacks = null; page.need(answer); } }, "Try again"));
+}
+
 function generation(answer, page, alone) {
-  const { ranking, values, chosen } = answer;
-  const driven = answer.driven && allOf(ranking).find((result) => result.sample_id === answer.driven.sample);
+  const { ranking, values, chosen } = answer, results = resultsOf(answer), explained = hasWords(answer) && results.length > 0;
+  const driven = answer.driven && hasMatrix(answer) && results.find((result) => result.sample_id === answer.driven.sample);
   const press = (tokens, pressed) => {
     answer.driven = null;
     for (const token of tokens) pressed ? chosen.delete(token) : chosen.add(token);
-    page.render();
+    page.need(answer);
   };
-  const results = allOf(ranking), explained = results.some((result) => result.matrix), most = largest(results.flatMap((result) => scoresOf(result, chosen)));
+  const most = deepest(results, chosen);
   let text, top = page.own ? null : most; // the legend's end
   if (!ranking.pieces) text = make("div", { class: "text", dir: "auto" }, values.generated);
   else if (driven) {
-    const row = ranking.generation_tokens.map((_, column) => sum(answer.driven.tokens.map((token) => driven.matrix[token][column])));
-    top = largest(row); // the generation is coloured after this token alone
+    const row = drivenBy(answer, driven);
+    top = Heat.deepest(ranking.pieces, ranking.ends, row); // the generation is coloured after this token alone
     text = Heat.coloured(ranking.pieces, ranking.ends, row, top, { choose: press, chosen: () => false, name: "generation" });
   } else text = Heat.generation(ranking.pieces, ranking.ends, values.focus, { chosen, press: explained ? press : null });
   if (alone) text.id = driven ? "driven" : "generation";
-  const words = (ranking.pieces || []).filter(([, tokens]) => tokens.some((token) => chosen.has(token))).map(([piece]) => piece.trim()).filter(Boolean);
-  const about = driven ? "what the pressed training token drives" : chosen.size ? "influence on " + (words.join(" ") || "the end of the text")
-    : values.focus.length ? "influence on " + Heat.named(values.generated, values.focus) : "influence on the " + (ranking.pieces ? Heat.extent(ranking.pieces, ranking.ends) : "generation");
   const each = make("input", { type: "checkbox", "data-does": "each", onchange: (event) => { page.own = event.target.checked; page.render(); } });
   each.checked = page.own;
   const does = (name, text, act, off = false) => make("button", { type: "button", id: alone ? name : null, "data-does": name, disabled: off ? "" : null, onclick: act }, text);
   return make("section", { class: "card" + (alone ? " sticky" : "") },
-    ...(values.prompt === "" ? [] : [make("div", { class: "label" }, "prompt"), make("div", { class: "text prompt", dir: "auto" }, values.prompt)]),
-    make("div", { class: "label" }, "generation" + (explained ? " (press words to see what drove them)" : "")), text,
-    make("div", { class: "legend" }, ...(explained ? [make("span", { class: "number" }, top === null ? "less likely" : show(-top)),
-      make("span", { class: "scale", role: "img", "aria-label": "blue and dotted: made it less likely; red: made it more likely" }),
-      make("span", { class: "number" }, top === null ? "more likely" : "+" + show(top)),
+    make("div", { class: "within" }, ...(values.prompt === "" ? [] : [make("div", { class: "label" }, "prompt"), make("div", { class: "text prompt", dir: "auto" }, values.prompt)]),
+      make("div", { class: "label" }, "generation" + (explained ? " (press words to see what drove them)" : "")), text),
+    lack(answer, page),
+    make("div", { class: "legend" }, ...(explained ? [...scale(top),
       driven ? make("span", { class: "soft" }, "here; in the samples " + (page.own ? "each its own" : "±" + show(most))) : null] : []),
-      make("span", { class: "about", id: alone ? "about" : null, "aria-live": "polite" }, about),
+      make("span", { class: "about", id: alone ? "about" : null, "aria-live": "polite" }, aboutOf(answer)),
       explained ? make("span", { class: "signs" }, Heat.LEGEND) : null),
     make("div", { class: "tools" },
       ...(explained ? [does("refocus", "Rank by the pressed words", () => page.refocus(answer, spansOf(answer)), !chosen.size)] : []),
@@ -142,11 +176,11 @@ function generation(answer, page, alone) {
 
 // All of an answer; `elsewhere` has the ranks of samples in the answer that stands beside it.
 export function list(answer, page, elsewhere = null) {
-  const { ranking, values } = answer, results = allOf(ranking);
-  const most = largest(results.flatMap((result) => scoresOf(result, answer.chosen))), longest = largest(results.map((result) => result.score));
+  const { ranking, values } = answer, results = resultsOf(answer);
+  const most = deepest(results, answer.chosen), longest = largest(results.map((result) => result.score));
   const cards = (some) => some.map((result) => card(answer, result, most, longest, { page, elsewhere }));
   return [
-    generation(answer, page, elsewhere === null), ...(ranking.histogram ? [histogram(ranking)] : []), ...(ranking.groups ? [groups(ranking, values.group_by)] : []),
+    generation(answer, page, elsewhere === null), ...(ranking.histogram ? [histogram(ranking)] : []), ...(ranking.groups?.length ? [groups(ranking, values.group_by)] : []),
     ...(results.length ? [] : [make("p", { class: "soft" }, "No sample matches.")]),
     ...[ranking.results, ranking.harmful || []].flatMap((some) => (some.length ? [make("h2", {}, Heat.heading(some, some === ranking.harmful)), ...cards(some)] : [])),
   ];

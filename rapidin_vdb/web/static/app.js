@@ -1,26 +1,29 @@
 // The views, and the way between them: what is shown follows from the address, so that links, back and forward work.
 import * as kept from "./kept.js";
 import { during, follow, read, say, stop, wordsOf } from "./server.js";
+import { again, complete, completed, keyOf, ranked, wanting } from "./asking.js";
 import { controls, fill } from "./filters.js";
 import { list } from "./answer.js";
 import { browsed, sampleView, pastView, markedView } from "./views.js";
 
 const { make } = Heat;
 const id = (name) => document.getElementById(name), main = id("main");
-const known = new Map(); // answers of late, so that back and forward need not ask again
 let shown = null, beside = null, last = null, view = "";
 
 // ---- what is shown, and where the keyboard is in it
-function keyOf(element) {
+function placeOf(element) {
   if (!element || element === main || !main.contains(element)) return null;
   const { side = "" } = element.closest("[data-side]")?.dataset ?? {}, { sample = "" } = element.closest("[data-sample]")?.dataset ?? {};
   return JSON.stringify([side, sample, element.dataset.does || element.id || element.dataset.tokens || element.textContent]);
 }
+// What is drawn anew stays where it was scrolled to.
+const scrolling = () => [...main.querySelectorAll(".within")];
 function put(...parts) {
-  const key = keyOf(document.activeElement);
+  const key = placeOf(document.activeElement), scrolled = scrolling().map((one) => one.scrollTop);
   main.replaceChildren(...parts.filter((part) => part !== null));
+  scrolling().forEach((one, number) => (one.scrollTop = scrolled[number] ?? 0));
   if (key === null) return;
-  const again = [...main.querySelectorAll("a, button, input, select, [tabindex]")].find((element) => !element.disabled && keyOf(element) === key);
+  const again = [...main.querySelectorAll("a, button, input, select, [tabindex]")].find((element) => !element.disabled && placeOf(element) === key);
   (again || main).focus({ preventScroll: true });
 }
 export function navigate(to, value) {
@@ -36,13 +39,27 @@ const page = {
   actions(sample, ...others) {
     const button = make("button", { type: "button", "data-does": "mark", "data-marks": sample.sample_id, onclick: () => {
       // What is shown is what is meant, also where another tab has changed it meanwhile.
-      kept.mark(sample.sample_id, button.getAttribute("aria-pressed") !== "true", sample.response);
+      const safe = kept.mark(sample.sample_id, button.getAttribute("aria-pressed") !== "true", sample.response);
+      if (!safe) say("This browser keeps no more: what is marked is lost when this page is closed. Save the ids before.", "error");
       count();
     } });
     told(button, kept.marked());
     return make("div", { class: "actions" }, button, ...others);
   },
   count,
+  // What is pressed needs to be known; what is under way looks at it when it comes to its end.
+  need(answer) {
+    page.render();
+    if (!wanting(answer)) return;
+    during("reading the influence of words", (signal, calm) => {
+      calm();
+      return complete([answer], signal, page.render);
+    }, page.render);
+  },
+  again(view, value) {
+    for (const values of [value].flat()) again(completed(values));
+    navigate(view, value);
+  },
   refocus(answer, focus) {
     answer.chosen.clear(); // whoever comes back to it begins anew
     answer.driven = null;
@@ -92,28 +109,6 @@ function write(values) {
   }
   if (values.where) id("among").open = true;
 }
-function completed(given) {
-  if (typeof given !== "object" || given === null || typeof given.generated !== "string") throw new Error("no question");
-  return { prompt: "", where: "", top_k: "10", ends: "helpful", group_by: "", tokens: true, focus: [], ...given };
-}
-const requestOf = (values) => ({
-  prompt: values.prompt === "" ? null : values.prompt, generation: values.generated, where: values.where.trim() || null,
-  top_k: Number(values.top_k), harmful: values.ends === "harmful", both: values.ends === "both", group_by: values.group_by || null,
-  tokens: values.tokens, matrix: values.tokens, focus: values.focus, histogram: 60,
-});
-const keyFor = (values) => JSON.stringify(requestOf(values));
-let anew = null; // what is asked again though its answer is known: what was ingested since counts
-async function answerTo(values, signal) {
-  const key = keyFor(values);
-  if (!known.has(key) || key === anew) {
-    anew = null;
-    const started = performance.now(), ranking = await follow("api/query?pieces=true", requestOf(values), signal);
-    known.delete(key); // so that it is the youngest
-    known.set(key, { values, ranking, seconds: (performance.now() - started) / 1000, chosen: new Set(), driven: null });
-    if (known.size > 12) known.delete(known.keys().next().value);
-  }
-  return known.get(key);
-}
 function reask(answer, values) {
   if (view !== "compare") return navigate("ask", values);
   navigate("compare", sides.map((side) => (side === answer ? values : side.values)));
@@ -130,6 +125,8 @@ function cleared() {
 }
 const nothing = () => [make("p", { class: "soft" }, "Paste what a model said, and ask which training samples made it say so.")];
 
+// What stands already stays, whatever becomes of the rest.
+const broken = () => (shown === null ? cleared() : page.render());
 async function openAsk(given) {
   if (given === undefined) {
     shown = nothing;
@@ -138,16 +135,24 @@ async function openAsk(given) {
   }
   const values = completed(given);
   write(values);
+  if (values.generated === "") {
+    shown = nothing;
+    page.render();
+    return say("There is no generation to ask about: paste what the model said, or let it answer.", "error");
+  }
   beside = null;
   showBeside();
-  await during("asking", async (signal) => {
-    const answer = await answerTo(values, signal);
+  await during("ranking the samples", async (signal, calm) => {
+    const { answer, fresh } = await ranked(values, signal);
     shown = () => list(answer, page);
     page.render();
-    last = { to: "ask", given: values, form: keyFor({ ...values, focus: [] }) };
+    calm();
+    last = { to: "ask", given: values, form: keyOf({ ...values, focus: [] }) };
     kept.remember("ask", values);
+    if (fresh) tellSize();
+    await complete([answer], signal, page.render);
     say(answer.ranking.results.length + " of " + answer.ranking.searched.toLocaleString("en") + " samples, in " + answer.seconds.toFixed(2) + " s");
-  }, cleared);
+  }, broken);
 }
 async function openCompare(given) {
   if (!Array.isArray(given) || given.length !== 2) throw new Error("no comparison");
@@ -155,18 +160,25 @@ async function openCompare(given) {
   write(both[1]);
   beside = both[0];
   showBeside();
-  await during("asking", async (signal) => {
-    // The same question twice has two selections all the same.
-    sides = [await answerTo(both[0], signal), { ...(await answerTo(both[1], signal)), chosen: new Set(), driven: null }];
+  await during("ranking the samples", async (signal, calm) => {
+    // The same question twice has two selections all the same, and nothing is pressed yet.
+    sides = [];
+    for (const values of both) {
+      const { answer } = await ranked(values, signal);
+      sides.push({ ...answer, known: answer, chosen: new Set(), driven: null });
+    }
     const places = sides.map(({ ranking }) => new Map([...ranking.results, ...(ranking.harmful || [])].map((result) => [result.sample_id, result.rank])));
     const shared = [...places[0].keys()].filter((name) => places[1].has(name)).length;
     shown = () => [make("p", { class: "soft", id: "shared" }, shared + " of the " + places[0].size + " samples on the left are on the right too."),
       make("div", { class: "columns" }, ...sides.map((side, number) => make("div", { "data-side": String(number) }, ...list(side, page, places[1 - number]))))];
     page.render();
-    last = { to: "compare", given: both, form: keyFor({ ...both[1], focus: [] }) };
+    calm();
+    last = { to: "compare", given: both, form: keyOf({ ...both[1], focus: [] }) };
     kept.remember("compare", both);
+    tellSize();
+    await complete(sides, signal, page.render);
     say("Two generations, side by side.");
-  }, cleared);
+  }, broken);
 }
 
 // ---- the way
@@ -174,10 +186,14 @@ const VIEWS = {
   ask: openAsk,
   compare: openCompare,
   browse: (given) => browsed(page, given || {}),
-  sample: (given) => sampleView(page, String(given)),
+  sample: (given) => sampleView(page, textOf(given)),
   marked: () => markedView(page),
   history: () => pastView(page),
 };
+function textOf(given) {
+  if (typeof given !== "string") throw new Error("no id");
+  return given;
+}
 const FORMS = { compare: "ask", sample: "" };
 let routed = 0;
 async function route() {
@@ -211,13 +227,16 @@ async function route() {
     say("This link is damaged.", "error");
   }
 }
+const named = (about) => (id("name").textContent = about.path + ": " + about.samples.toLocaleString("en") + " samples");
+// There may be more of them by now; of no weight where it is not found out.
+const tellSize = () => read("api/info").then(named, () => {});
 // What every view needs, asked for once; whatever is pressed meanwhile waits for it.
 let opened = null, ready = false;
 async function opening() {
   const [about, columns] = await Promise.all([read("api/info"), read("api/columns")]);
   kept.keepFor(about.identity);
   count();
-  id("name").textContent = about.path + ": " + about.samples.toLocaleString("en") + " samples";
+  named(about);
   for (const [filters, where] of [["filters", "where"], ["browse-filters", "browse-where"], ["clean-filters", "clean-where"]]) controls(id(filters), id(where), columns);
   const several = columns.filter((one) => one.values && one.values.length > 1), splits = several.find((one) => one.name === "split")?.values || [];
   id("group_by").replaceChildren(make("option", { value: "" }, "nothing"), ...several.map((one) => make("option", { value: one.name }, one.name)));
@@ -231,7 +250,7 @@ async function opening() {
 for (const tab of document.querySelectorAll(".tab"))
   tab.addEventListener("click", () => {
     // The way back to the question leads to its answer, unless the question was changed.
-    const back = tab.dataset.view === "ask" && last !== null && keyFor(written()) === last.form && (last.to === "compare") === (beside !== null);
+    const back = tab.dataset.view === "ask" && last !== null && keyOf(written()) === last.form && (last.to === "compare") === (beside !== null);
     navigate(back ? last.to : tab.dataset.view, back ? last.given : undefined);
   });
 id("ask").addEventListener("submit", async (event) => {
@@ -239,7 +258,7 @@ id("ask").addEventListener("submit", async (event) => {
   // Only then is it known by what influence can be added up; an opening that fails is told of where it is waited for.
   if (!ready) await opened?.catch(() => {});
   const values = written();
-  anew = keyFor(values);
+  again(values);
   if (beside === null) navigate("ask", values);
   else navigate("compare", [beside, values]);
 });

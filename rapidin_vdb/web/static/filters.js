@@ -3,7 +3,7 @@
 const { make } = Heat;
 const quoted = (value) => "'" + String(value).replaceAll("'", "''") + "'";
 const named = (name) => "`" + name + "`";
-const FULL = new Set(["sample_id", "split", "tokens", "loss", "truncated"]); // every sample has them
+const FULL = new Set(["sample_id", "split", "response", "tokens", "loss", "truncated"]); // every sample has them
 const NONE = "none"; // no number of a value
 const PIECE = /'(?:[^']|'')*'|"[^"]*"|`[^`]*`|[()]|\s+AND\s+|./gs;
 
@@ -12,7 +12,7 @@ export function controls(place, box, columns) {
     const { hand } = taken(box.value.trim(), place, columns), mine = written(place, columns);
     box.value = hand && mine ? (bracketed(hand) ? hand : "(" + hand + ")") + " AND " + mine : hand || mine;
   };
-  place.replaceChildren(...columns.filter((column) => column.name !== "prompt" && column.name !== "response").map((column) => {
+  place.replaceChildren(...columns.map((column) => {
     const { name, type, values } = column, options = { "data-column": name, onchange: changed };
     const none = FULL.has(name) ? null : make("label", { class: "check" }, make("input", { ...options, type: "checkbox", "aria-label": name + " none" }), " none");
     if (type === "whole" || type === "number") {
@@ -47,7 +47,7 @@ const all = (place) => [...place.querySelectorAll("[data-column]")];
 function condition(control, column, value) {
   const name = named(column.name);
   if (control.type === "checkbox" || value === NONE) return name + " IS NULL";
-  if (control.dataset.end) return name + " " + control.dataset.end + " " + Number(value);
+  if (control.dataset.end) return name + " " + control.dataset.end + " " + (/^-?\d+$/.test(value) ? value : Number(value)); // not every whole number is one here
   if (control.tagName !== "SELECT") return "contains(lower(" + name + "), " + quoted(value.toLowerCase()) + ")";
   return name + " = " + (column.type === "truth" ? value : quoted(column.values[value]));
 }

@@ -1,5 +1,6 @@
 // What is kept in this browser, for each database by itself: marked samples, and what was asked.
 let identity = "";
+const MOST_TEXT = 1e6; // of what was asked before, in characters: marks need room, too
 const memory = new Map(); // where the browser forbids to keep anything, or has no room
 
 export function keepFor(database) {
@@ -18,18 +19,20 @@ function keep(name, value) {
   try {
     localStorage.setItem(key, text);
     memory.delete(key);
+    return true;
   } catch {
     memory.set(key, text);
+    return false;
   }
 }
 
-// Read each time: another tab may have changed them.
+// Read each time: another tab may have changed them. What changes them says whether the browser keeps it.
 export const marked = () => new Map(kept("marked", []));
 export function mark(sampleId, on, text = "") {
   const all = marked();
   if (on) all.set(sampleId, text.slice(0, 200));
   else all.delete(sampleId);
-  keep("marked", [...all]);
+  return keep("marked", [...all]);
 }
 export function unmark(sampleIds) {
   const all = marked();
@@ -40,6 +43,8 @@ export const past = () => kept("history", []);
 export function remember(view, value) {
   const same = JSON.stringify([view, value]);
   const others = past().filter((one) => JSON.stringify([one.view, one.value]) !== same);
-  keep("history", [{ view, value, at: new Date().toISOString() }, ...others].slice(0, 100));
+  const all = [{ view, value, at: new Date().toISOString() }, ...others].slice(0, 100);
+  let room = MOST_TEXT;
+  keep("history", all.slice(0, 1 + all.slice(1).filter((one) => (room -= JSON.stringify(one).length) > 0).length));
 }
 export const forget = () => keep("history", []);

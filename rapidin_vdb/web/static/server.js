@@ -54,7 +54,12 @@ export async function ask(path, { body, signal, accept } = {}) {
   if (!answer.ok) throw new Refused(detailOf(await answer.json().catch(() => ({})), answer.status));
   return answer;
 }
-export const read = async (path, signal) => whole((await ask(path, { signal })).json());
+export const read = async (path, signal) => parsed(await whole((await ask(path, { signal })).text()));
+// Whole numbers that this language would round are kept as large ones, where the browser can.
+function parsed(text) {
+  if (!/(?<![\d.eE+])\d{16,}(?![\d.eE])/.test(text)) return JSON.parse(text);
+  return JSON.parse(text, (_, value, { source } = {}) => (typeof value === "number" && !Number.isSafeInteger(value) && /^-?\d+$/.test(source) ? BigInt(source) : value));
+}
 // The rest of an answer, which may break off.
 export async function whole(rest) {
   try {
@@ -85,6 +90,12 @@ function detailOf(found, status) {
   return detail || "The server answered with status " + status + ".";
 }
 
+const STAGES = {
+  gradients: "reading the generation", index: "bringing the index up to date", "exact scores": "reading the influence of samples",
+  tokens: "reading the influence of words", matrix: "reading which words drive which", "generated tokens": "the model answers",
+};
+const stageOf = ({ stage, done, total }) => (STAGES[stage] || stage) + (total > 1 ? ": " + done.toLocaleString("en") + " of " + total.toLocaleString("en") : "");
+
 // Events, as they come: progress, then a result or an error.
 export async function follow(path, body, signal) {
   const answer = await ask(path, { body, signal, accept: "text/event-stream" });
@@ -107,8 +118,8 @@ export async function follow(path, body, signal) {
     for (const one of events) {
       const [event, data] = one.split("\n").map((line) => line.slice(line.indexOf(": ") + 2));
       if (data === undefined) continue; // a word that it is still there
-      const found = JSON.parse(data);
-      if (event === "progress") say(found.stage + ": " + found.done.toLocaleString("en") + " of " + found.total.toLocaleString("en"), "busy");
+      const found = parsed(data);
+      if (event === "progress") say(stageOf(found), "busy");
       if (event === "error") throw new Refused(found.detail);
       if (event === "result") return found;
     }
@@ -127,7 +138,7 @@ let job = null;
 export function stop() {
   if (job) job.abort();
 }
-// `failed` hears in words why it came to nothing, unless something else took its place.
+// `failed` hears in words why it came to nothing, unless something else took its place; `work` says when what is shown holds.
 export async function during(what, work, failed = () => {}) {
   stop();
   const mine = (job = new AbortController());
@@ -135,7 +146,7 @@ export async function during(what, work, failed = () => {}) {
   id("stop").hidden = false;
   id("main").setAttribute("aria-busy", "true");
   try {
-    await work(mine.signal);
+    await work(mine.signal, () => id("main").removeAttribute("aria-busy"));
     if (job === mine && id("status").className === "busy") say("");
     return true;
   } catch (error) {

@@ -15,6 +15,7 @@ function card(page, sample, beside) {
 }
 
 export async function browsed(page, { where = "", offset = 0 }) {
+  if (typeof where !== "string" || !Number.isSafeInteger(offset)) throw new Error("no filter");
   fill(id("browse-where"), where);
   await during("reading", async (signal) => {
     const asked = new URLSearchParams({ offset, limit: STEP });
@@ -33,7 +34,7 @@ export async function browsed(page, { where = "", offset = 0 }) {
 export async function sampleView(page, sampleId) {
   let near = null;
   await during("reading", async (signal) => {
-    const sample = await read("api/samples/" + encodeURIComponent(sampleId) + "?pieces=true", signal);
+    const sample = await read("api/sample?" + new URLSearchParams({ sample_id: sampleId, pieces: "true" }), signal);
     const text = make("div", { class: "text tokens", dir: "auto" }, ...sample.pieces.map(([piece, tokens]) =>
       make("span", { class: "token " + (/^\s*\n/.test(piece) ? "newline" : ""), title: tokens.length ? "token " + tokens.join(", ") : "between tokens" }, piece)),
       ...sample.ends.map((token) => make("span", { class: "token end", title: "token " + token })));
@@ -45,7 +46,7 @@ export async function sampleView(page, sampleId) {
     id("main").focus({ preventScroll: true });
     window.scrollTo(0, 0);
     const ranking = await follow("api/nearest?" + new URLSearchParams({ sample_id: sampleId, top_k: 21 }), undefined, signal);
-    const others = ranking.results.filter((result) => result.sample_id !== sampleId), longest = largest(ranking.results.map((result) => result.score));
+    const others = ranking.results.filter((result) => result.sample_id !== sampleId), longest = largest(others.map((result) => result.score));
     near.replaceChildren(...others.slice(0, 20).map((result) => card(page, result, [bar(result.score, longest), make("span", { class: "number" }, "score " + show(result.score))])),
       ...(others.length ? [] : [make("p", { class: "soft" }, "There is no other.")]));
     say("");
@@ -90,5 +91,5 @@ export function pastView(page) {
     past.length ? make("div", { class: "tools" }, make("button", { type: "button", onclick: () => { kept.forget(); pastView(page); } }, "Forget all")) : make("p", { class: "soft" }, "Nothing was asked yet."),
     ...past.map(({ view, value, at }) => make("article", { class: "card" }, make("div", { class: "soft" }, new Date(at).toLocaleString() + (view === "compare" ? ", two side by side" : "")),
       ...(view === "compare" ? value : [value]).flatMap(part),
-      make("div", { class: "actions" }, make("button", { type: "button", onclick: () => page.navigate(view, value) }, "Ask again")))));
+      make("div", { class: "actions" }, make("button", { type: "button", onclick: () => page.again(view, value) }, "Ask again")))));
 }

@@ -1,0 +1,220 @@
+"""The page asks in steps: what is quick stands first, and stays whatever becomes of the rest; and what is pressed is seen."""
+
+import json
+import re
+from urllib.parse import unquote
+
+import pytest
+import test_web_page as whole
+from test_web_page import ask, cards, settled
+
+made, address, driver, visit = whole.made, whole.address, whole.driver, whole.visit
+
+LATE = (
+    'event: progress\ndata: {"stage": "matrix", "done": 12, "total": 678}\n\n'
+    'event: error\ndata: {"detail": "the request took longer than is allowed", "status": 504}\n\n'
+)
+
+
+def step_of(route) -> str:
+    asked = json.loads(route.request.post_data)
+    return "matrix" if asked["matrix"] else "words" if asked["tokens"] else "ranking"
+
+
+def watched(page, **handlers) -> list[str]:
+    """Let steps be handled by these; return what will have been asked for."""
+    steps: list[str] = []
+
+    def handle(route) -> None:
+        steps.append(step_of(route))
+        handlers.get(steps[-1], lambda route: route.continue_())(route)
+
+    page.route("**/api/query*", handle)
+    return steps
+
+
+def dear(route) -> None:
+    """Answer as where the scores of tokens take long, and what drives what much longer."""
+    answer = route.fetch()
+    route.fulfill(response=answer, body=re.sub(r'("seconds": {[^}]*"tokens": )[^,]*', r"\g<1>99.0", answer.text()))
+
+
+def test_the_ranking_stands_before_the_influence_of_words(visit):
+    page, held = visit(), []
+    steps = watched(page, words=held.append)
+    page.fill("#prompt", "Say 5")
+    page.fill("#generated", "blue 35")
+    page.fill("#top_k", "3")
+    page.click("#go")
+    page.locator("article").nth(2).wait_for()
+    assert len(cards(page)) == 3 and page.locator("article .piece").count() == 0
+    assert page.locator("main:not([aria-busy])").count() == 1, "it can be read and used"
+    first = cards(page)
+    page.locator("#stop").click()
+    page.locator(".lacks", has_text="The influence of words is missing: Stopped. The ranking stands").wait_for()
+    assert cards(page) == first and page.locator(".histogram").count() == 1
+    page.unroute("**/api/query*")
+    page.locator(".lacks button").click()
+    page.locator("article .piece").first.wait_for()
+    settled(page)
+    assert cards(page) == first and page.locator(".lacks").count() == 0
+    assert steps == ["ranking", "words"] and page.complaints == []
+
+
+def test_which_words_drive_which_is_asked_when_a_word_is_pressed(visit, made):
+    page = visit()
+    late = [True]
+    steps = watched(
+        page, words=dear, matrix=lambda route: route.fulfill(body=LATE) if late[0] else route.continue_()
+    )  # fmt: skip
+    ask(page, "Say 5", "blue 35", top_k=2)
+    assert steps == ["ranking", "words"], "it would take long"
+    assert settled(page).startswith("2 of 28 samples") and page.locator("article .piece").count() > 0
+    colours = page.locator("article .piece").evaluate_all("all => all.map((one) => one.dataset.score)")
+    page.evaluate(
+        """() => { window.said = []; new MutationObserver(() => window.said.push(document.querySelector('#status').textContent))
+            .observe(document.querySelector('#status'), { childList: true, characterData: true, subtree: true }); }"""
+    )
+    page.locator("#generation .choice").nth(1).click()
+    page.locator(".lacks", has_text="Which words drive which is missing: the request took longer than is").wait_for()
+    assert "reading which words drive which: 12 of 678" in page.evaluate("window.said")
+    assert page.locator("#about").text_content() == "what drove l is not known"
+    assert page.locator("article .piece").evaluate_all("all => all.map((one) => one.dataset.score)") == colours
+    assert page.locator("#refocus").is_enabled(), "which takes less"
+    page.locator("#generation .choice").nth(2).click()
+    page.wait_for_timeout(300)
+    assert steps == ["ranking", "words", "matrix"], "not at every press"
+    late[0] = False
+    page.locator(".lacks button").click()
+    page.locator("#about", has_text="influence on l u").wait_for()
+    settled(page)
+    matrix = made.query("Say 5", "blue 35", top_k=2, matrix=True)[0].results[0].matrix
+    shown = page.locator("article").first.locator(".piece").evaluate_all("all => all.map((one) => one.dataset.score)")
+    assert [float(score) for score in shown] == pytest.approx(matrix[:, 1:3].sum(1).tolist(), rel=1e-3, abs=1e-6)
+    page.locator("article .choice").first.click()
+    page.locator("#driven").wait_for()
+    assert steps == ["ranking", "words", "matrix", "matrix"] and page.complaints == []
+
+
+def test_a_training_token_waits_for_what_it_drives(visit):
+    page, held = visit(), []
+    watched(page, words=dear, matrix=held.append)
+    ask(page, "Say 5", "blue 35", top_k=2)
+    page.locator("article .choice").nth(2).click()
+    page.locator("#about", has_text="reading what the pressed training token drives").wait_for()
+    page.locator("#generation .choice").nth(1).click()  # meanwhile something else is meant
+    page.locator("#about", has_text="reading what drove l").wait_for()
+    assert len(held) == 1
+    held[0].continue_()
+    page.locator("#about", has_text=re.compile("^influence on l$")).wait_for()
+    assert settled(page) == "" and page.complaints == []
+
+
+def test_two_answers_are_ranked_before_either_is_read_word_by_word(visit):
+    page = visit()
+    ask(page, "Say 5", "blue 35", top_k=2)
+    page.locator("#generation .choice").nth(1).click()
+    settled(page)
+    steps = watched(page)
+    page.click("#compare")
+    ask(page, "Say 7", "blue 49")
+    page.locator("[data-side='1'] article .piece").first.wait_for()
+    settled(page)
+    assert page.locator("[data-side='0'] article .piece").count() > 0
+    assert steps[:2] == ["ranking", "words"], "the other is known"
+    assert page.locator("main [aria-pressed=true].choice").count() == 0, "nothing is pressed in it yet"
+    page.reload()
+    page.locator("[data-side='1'] article .piece").first.wait_for()
+    assert steps[len(steps) - 6 :][:2] == ["ranking", "ranking"] or steps.count("ranking") == 3
+
+
+LONG = "blue 35 and then " * 5
+
+
+def test_on_a_phone_what_a_training_token_drives_is_seen_where_it_is_pressed(visit):
+    page = visit(width=390)
+    ask(page, "Say 5", LONG, top_k=4)
+    token = page.locator("article").last.locator(".choice").nth(1)
+    token.scroll_into_view_if_needed()
+    token.click()
+    strip = page.locator("article .strip")
+    strip.locator(".piece").first.wait_for()
+    settled(page)
+    box = strip.bounding_box()
+    assert 0 <= box["y"] and box["y"] + box["height"] <= 800 and box["height"] <= 0.36 * 800
+    assert strip.locator(".scale").is_visible() and strip.locator(".text").text_content() == LONG
+    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    token.click()
+    assert page.locator(".strip").count() == 0
+    page.set_viewport_size({"width": 1200, "height": 800})
+    token.click()
+    assert page.locator("#driven").is_visible() and not strip.is_visible(), "there the generation itself is in sight"
+
+
+def test_pressing_does_not_scroll_a_long_generation(visit):
+    page = visit()
+    page.set_viewport_size({"width": 1280, "height": 700})
+    ask(page, "\n".join(["Say 5"] * 20), LONG, top_k=2)
+    page.locator("article").last.scroll_into_view_if_needed()
+    within = page.locator(".within")
+    before = within.evaluate("one => (one.scrollTop = one.scrollHeight, one.scrollTop)")
+    assert before > 50
+    page.locator("#generation .choice").nth(-3).click()
+    settled(page)
+    assert within.evaluate("one => one.scrollTop") == before
+    button = page.locator("#refocus").bounding_box()
+    card = page.locator(".sticky").bounding_box()
+    assert card["y"] <= button["y"] and button["y"] + button["height"] <= card["y"] + card["height"] <= 0.46 * 700
+
+
+def test_the_keyboard_is_never_below_the_generation(visit):
+    page = visit()
+    page.set_viewport_size({"width": 1280, "height": 700})
+    ask(page, "Say 5", LONG, top_k=4)
+    page.locator("article button").last.focus()
+    hidden, seen = [], 0
+    while page.evaluate("document.activeElement.closest('article') !== null"):
+        seen += 1
+        if page.evaluate(
+            """() => { const box = document.activeElement.getClientRects()[0];
+                const there = document.elementFromPoint(box.x + box.width / 2, box.y + box.height / 2);
+                return !(there && document.activeElement.contains(there)); }"""
+        ):
+            hidden.append(page.evaluate("document.activeElement.outerHTML.slice(0, 100)"))
+        page.keyboard.press("Shift+Tab")
+    assert seen == 4 * 3 and hidden == []
+
+
+def test_what_is_asked_again_is_asked_anew(visit, address):
+    page, samples = visit(), [28]
+
+    def more(route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, json=answer.json() | {"samples": samples[0]})
+
+    ask(page, "Say 5", "blue 35", top_k=2)
+    page.click("#compare")
+    ask(page, "Say 7", "blue 49")
+    page.locator("[data-side='1'] article").first.wait_for()
+    settled(page)
+    steps = watched(page)
+    page.route("**/api/info", more)
+    samples[0] = 29
+    page.click('[data-view="history"]')
+    page.get_by_role("button", name="Ask again").nth(1).click()
+    page.locator("#generation").wait_for()
+    settled(page)
+    assert steps.count("ranking") == 1
+    page.get_by_text("db: 29 samples").wait_for()
+    samples[0] = 30
+    page.click('[data-view="history"]')
+    page.get_by_role("button", name="Ask again").nth(1).click()  # the comparison, which is the second by now
+    page.locator("[data-side='1'] article").first.wait_for()
+    settled(page)
+    assert steps.count("ranking") == 3, "both halves"
+    page.get_by_text("db: 30 samples").wait_for()
+    page.go_back()  # while the way back asks nothing
+    page.go_forward()
+    page.locator("[data-side='1'] article").first.wait_for()
+    settled(page)
+    assert steps.count("ranking") == 3 and "compare" in unquote(page.url)

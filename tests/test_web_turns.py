@@ -1,0 +1,216 @@
+"""What takes long makes way for what is done in a moment, and whoever waits is told when the server ends."""
+
+import json
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import toy_records, write_jsonl
+from test_web_limits import send
+
+import rapidin_vdb
+from rapidin_vdb.query import query_from
+from rapidin_vdb.question import Question
+
+pytest.importorskip("fastapi")
+from fastapi.testclient import TestClient
+
+from rapidin_vdb.web import make_app
+from rapidin_vdb.web.desk import BusyError, Client, Desk
+from rapidin_vdb.web.lines import Job
+
+LONG = ("Say 5", "blue 35 and more and more of it")
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory, models, adapters):
+    folder = tmp_path_factory.mktemp("turns")
+    made = rapidin_vdb.init(folder / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    made.ingest(write_jsonl(folder / "toy.jsonl", toy_records(24)))
+    made.load()
+    made.query(*LONG, tokens=True, matrix=True)  # what is compiled at the first time
+    return made
+
+
+@pytest.mark.parametrize("options", [{"tokens": True, "matrix": True}, {"refine": 24}, {"tokens": True, "top_k": 24}])
+def test_an_explanation_makes_way_and_is_the_same(served, options):
+    desk, order, asked = Desk(served, seconds=60.0), [], []
+    question = Question(**{"top_k": 3} | options)
+
+    def put(stage: str, done: int, total: int) -> None:
+        if stage != "gradients" and not asked:
+            asked.append(desk.search(Client("b"), Question(top_k=3), query_from("Say 7", "blue 49")))
+            asked.append(desk.do(Client("c"), lambda progress: time.sleep(0.2), short=True))
+            asked.append(desk.do(Client("d"), lambda progress: None))  # it may take long, too
+            for name, job in zip("bcd", asked, strict=True):
+                job.future.add_done_callback(lambda _, name=name: order.append(name))
+
+    long = desk.search(Client("a"), question, query_from(*LONG), progress=put)
+    long.future.add_done_callback(lambda _: order.append("a"))
+    found = long.future.result(60)
+    for job in asked:
+        job.future.result(60)
+    assert order[0] == "b" and order[-1] == "d" and order.index("a") > 0
+    wanted = served.query(*LONG, top_k=question.top_k, **{k: v for k, v in options.items() if k != "top_k"})[0]
+    assert found.to_dict() | {"seconds": 0} == wanted.to_dict() | {"seconds": 0}
+    assert asked[0].future.result().results == served.query("Say 7", "blue 49", top_k=3)[0].results
+    desk.close()
+
+
+def test_time_that_others_take_is_not_its_own(served):
+    """Neither of its limit, nor of the seconds that it says it took, nor counted twice."""
+    observed, asked = [], []
+    desk = Desk(served, seconds=60.0, observe=lambda together, seconds: observed.append(seconds))
+
+    def put(stage: str, done: int, total: int) -> None:
+        if stage == "tokens" and not asked:
+            long.deadline = time.monotonic() + 5.0
+            asked.append(desk.do(Client("b"), lambda progress: time.sleep(6.0), short=True))
+
+    started = time.monotonic()
+    long = desk.search(Client("a"), Question(top_k=2, tokens=True), query_from("Say 5", "blue 35"), progress=put)
+    ranking = long.future.result(60)
+    asked[0].future.result(60)
+    taken = time.monotonic() - started
+    assert taken >= 6.0 > 5.5 > ranking.seconds.total >= ranking.seconds.tokens > 0
+    desk.close()
+    assert len(observed) == 2 and 6.0 <= sum(observed) <= taken + 0.1
+
+
+def test_many_who_need_a_moment_do_not_keep_it_from_ending(served):
+    desk, done, asked = Desk(served, seconds=60.0), [], []
+    long = desk.search(
+        Client("a"), Question(top_k=3, tokens=True, matrix=True), query_from(*LONG),
+        progress=lambda *_: asked or asked.extend(
+            desk.do(Client("b"), lambda progress: done.append(time.sleep(0.5)), short=True) for _ in range(60)
+        ),
+    )  # fmt: skip
+    long.future.result(60)
+    assert len(done) < 60
+    for job in asked:
+        desk.give_up(job, rapidin_vdb.web.desk.CancelledError())
+    desk.close()
+
+
+def test_a_clock_that_stands_still(monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("rapidin_vdb.web.lines.time.monotonic", lambda: now[0])
+    job = Job(client=Client("a"), deadline=110.0)
+    job.hold()
+    now[0] = 150.0
+    assert job.seconds_left == 10.0 and job.alive()
+    job.go_on()
+    assert job.seconds_left == 10.0 and job.deadline == 160.0
+    now[0] = 160.5
+    assert job.seconds_left == 0.0 and not job.alive()
+
+
+@pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
+def test_whoever_waits_for_it_waits_as_long(served, monkeypatch, accept):
+    """The limit is looked at where the answer is waited for, too."""
+    monkeypatch.setattr(served, "nearest", lambda *_, **options: time.sleep(7.0))
+    answers = {}
+    with TestClient(make_app(served, time_limit=5.5), base_url="http://127.0.0.1") as client:
+
+        def ask() -> None:
+            body = {"prompt": LONG[0], "generation": LONG[1], "top_k": 2, "tokens": True}
+            answers["long"] = client.post("/api/query", json=body, headers={"accept": accept})
+
+        def near() -> None:
+            answers["short"] = client.get("/api/nearest?sample_id=toy-001")
+
+        threads = [threading.Thread(target=ask), threading.Thread(target=near)]
+        with served._engine.alone:  # until the other waits, too
+            threads[0].start()
+            time.sleep(0.3)
+            threads[1].start()
+            time.sleep(0.3)
+        for thread in threads:
+            thread.join(60)
+    assert answers["short"].status_code == 504
+    assert "longer than is allowed" not in answers["long"].text
+    found = answers["long"].text
+    ranking = json.loads(found if accept == "application/json" else found.rpartition("data: ")[2])
+    assert len(ranking["results"]) == 2 and ranking["seconds"]["total"] < 5.5
+
+
+def test_an_end_is_told_to_all_at_once(served):
+    desk, hold = Desk(served), threading.Event()
+    jobs = [desk.do(Client("a"), lambda progress: hold.wait(20)), desk.do(Client("b"), lambda progress: None)]
+    jobs.append(desk.search(Client("c"), Question(), query_from("Say 5", "blue 35")))
+    time.sleep(0.2)
+    desk.stop()
+    for job in jobs:
+        with pytest.raises(BusyError, match="the server is stopping"):
+            job.future.result(0)
+    assert desk.waiting == 0
+    with pytest.raises(BusyError, match="the server is stopping"):
+        desk.do(Client("d"), lambda progress: None)
+    hold.set()
+    desk.close()
+
+
+def test_an_export_that_is_being_written_ends_too(served, monkeypatch):
+    begun, answers = threading.Event(), []
+
+    def slow(**_):
+        while True:
+            begun.set()
+            time.sleep(0.02)
+            yield "x", {}, True
+
+    monkeypatch.setattr(served, "each_record", slow)
+    app = make_app(served, time_limit=20.0)
+    with TestClient(app, base_url="http://127.0.0.1") as client:
+        thread = threading.Thread(target=lambda: answers.append(client.post("/api/export", json={})))
+        thread.start()
+        assert begun.wait(20)
+        app.state.stop()
+        thread.join(60)
+    assert (answers[0].status_code, answers[0].json()["detail"]) == (503, "the server is stopping")
+
+
+SLOW = """
+import sys, time
+import rapidin_vdb
+from rapidin_vdb.web import serve
+
+database = rapidin_vdb.open(sys.argv[1])
+database.generate = lambda *_, **options: time.sleep(9)  # that looks up from its work too late
+try:
+    serve(database, port=0, say=lambda text: print(text, file=sys.stderr, flush=True))
+except KeyboardInterrupt:
+    pass  # as on the command line
+"""
+
+
+@pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
+def test_whoever_waits_is_told_when_the_server_ends(served, sign):
+    server = subprocess.Popen([sys.executable, "-c", SLOW, served.path], stderr=subprocess.PIPE, text=True)
+    assert server.stderr is not None
+    port = int(re.search(r"http://127.0.0.1:(\d+)", server.stderr.readline())[1])
+    kinds = ["application/json", "text/event-stream"] * 2
+    lines = []
+    for accept in kinds:  # the first is under way, the others wait
+        lines.append(send(port, "/api/generate", {"prompt": "Say 5"}, accept=accept))
+        time.sleep(0.5)
+    started = time.monotonic()
+    server.send_signal(sign)
+    for line, accept in zip(lines, kinds, strict=True):
+        line.settimeout(20)
+        with line:
+            text = b"".join(iter(lambda line=line: line.recv(65536), b"")).decode()
+        assert "the server is stopping" in text, text
+        if accept == "application/json":
+            assert text.startswith("HTTP/1.1 503")
+        else:
+            assert "event: error" in text and '"status": 503' in text and text.endswith("0\r\n\r\n")
+    assert time.monotonic() - started < 2.5, "before the moment that is granted at an end is over"
+    with server.stderr:
+        log = server.stderr.read()
+    server.wait(30)
+    assert log == "", "and nothing went wrong"
