@@ -29,7 +29,14 @@ def sample_of(response: str, scores, *, truncated=False, **more) -> RankedSample
         TokenScore(text=response[start:end], start=start, end=end, score=score)
         for (start, end), score in zip(spans, scores, strict=True)
     )
-    values = {"rank": 1, "sample_id": "s1", "score": 1.0, "exact_score": sum(scores), "split": "train", "source": None}
+    values = {
+        "rank": 1,
+        "sample_id": "s1",
+        "score": 1.0,
+        "exact_score": sum(scores, 0.0),
+        "split": "train",
+        "source": None,
+    }
     return RankedSample(
         **values
         | {"prompt": None, "response": response, "metadata": {}, "tokens": tokens, "truncated": truncated}
