@@ -386,7 +386,7 @@ def test_without_a_mouse(visit):
     assert page.locator("#about").text_content() == "influence on l the end of the text"
     tab_to(page, "#refocus")
     page.keyboard.press("Enter")
-    page.locator(".focused").wait_for()
+    page.locator(".focused").first.wait_for()
     settled(page)
     assert json.loads(unquote(page.url.split("#ask=")[1]))["focus"] == [[1, 2], [7, 7]], "l, and the end of the text"
     assert page.evaluate("document.querySelector('main').contains(document.activeElement)"), "not at the top again"
