@@ -30,15 +30,9 @@ def asked_lines(query: Sample, focus: Sequence[Focus]) -> None:
     """Print what the model was asked, and what it said, each beside its name; what a focus names is underlined."""
     from rich.text import Text
 
-    said, spans = (
-        Text(),
-        [
-            span
-            for entry in focus
-            for span in (occurrences(query.response, entry) if isinstance(entry, str) else [entry])
-        ],
-    )
-    place = 0
+    said, place = Text(), 0
+    found = [occurrences(query.response, entry) if isinstance(entry, str) else [entry] for entry in focus]
+    spans = [span for some in found for span in some]
     for piece in pieces_of(query.response, [(at, at + 1) for at in range(len(query.response))]):
         end = place + len(piece.text)
         asked = any(start < end and place < last for start, last in spans)
