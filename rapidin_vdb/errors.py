@@ -11,6 +11,7 @@ RapidInError
     FingerprintError       the vectors were made with another model, template or sketch
     FilterError            a --where filter cannot be understood
     PurgedError            the version that was being read is gone
+  ScratchError           what a command keeps among temporary files cannot be kept
   SpecError              a sketch spec, an index recipe or an argument cannot be honoured
 """
 
@@ -63,6 +64,10 @@ class FilterError(TableError):
 
 class PurgedError(TableError):
     """The version that was being read is gone: a purge removed it."""
+
+
+class ScratchError(RapidInError):
+    """What a command keeps among temporary files cannot be kept: their folder is full, or cannot be written."""
 
 
 class SpecError(RapidInError):

@@ -3,14 +3,16 @@
 import resource
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from itertools import islice
 
-from rapidin_vdb.batches import Pair, planned_batches
+from rapidin_vdb.batches import Pair
 from rapidin_vdb.compute import Compute
 from rapidin_vdb.corpus import Template, Tokenizer
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.gradient.memory import peak_bytes
-from rapidin_vdb.plan import Corpus, encoded_windows, make_plan
+from rapidin_vdb.ledger import Entry, Ledger
+from rapidin_vdb.plan import Corpus, encoded_windows, make_plan, planned_windows
 from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate
 from rapidin_vdb.results import IngestEstimate
 from rapidin_vdb.store import SampleTable
@@ -42,40 +44,41 @@ def estimate(
     def windows() -> Iterator[list[Pair | CorpusError]]:
         return encoded_windows(corpus, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
 
-    plan = make_plan(
-        table,
-        windows(),
-        on_bad_record=on_bad_record,
-        on_duplicate=on_duplicate,
-        token_gradients=token_width is not None,
-    )
-    sizes: list[tuple[int, int]] = []  # samples and work of each batch
-    tokens = text = samples = single = 0
-    todo = dict(plan.todo)
-    for window in windows():
-        for batch in planned_batches(window, todo, batch_tokens, width=width):
+    with closing(Ledger()) as ledger:
+        plan = make_plan(
+            table,
+            windows(),
+            ledger,
+            on_bad_record=on_bad_record,
+            on_duplicate=on_duplicate,
+            token_gradients=token_width is not None,
+        )
+        sizes: list[tuple[int, int]] = []  # samples and work of each batch
+        tokens = text = samples = single = 0
+        for batch, _ in planned_windows(windows(), ledger, batch_tokens, width=width):
             sizes.append((len(batch), _work([encoded for _, encoded in batch], token_width is not None)))
             samples += len(batch)
             tokens += sum(len(encoded.input_ids) for _, encoded in batch)
             single += sum(encoded.response_tokens for _, encoded in batch) if token_width is not None else 0
             text += sum(len((s.prompt or "") + s.response) + 8 * len(e.offsets) for s, e in batch)
-    work = sum(size for _, size in sizes)
-    seconds = 0.0
-    if sizes:
-        timed = _spread(sizes)
-        chosen = _pick(windows(), dict(plan.todo), batch_tokens, width, timed)
-        list(compute(iter(chosen[:1])))  # once for what happens once: compiling, the self-check
-        started = time.monotonic()
-        list(compute(iter(chosen)))
-        measured = sum(_work(batch, token_width is not None) for batch in chosen)
-        seconds = (time.monotonic() - started) * work / measured / workers
+        work = sum(size for _, size in sizes)
+        seconds = 0.0
+        if sizes:
+            timed = _spread(sizes)
+            ledger.hand_out_again()
+            chosen = _pick(planned_windows(windows(), ledger, batch_tokens, width=width), timed)
+            list(compute(iter(chosen[:1])))  # once for what happens once: compiling, the self-check
+            started = time.monotonic()
+            list(compute(iter(chosen)))
+            measured = sum(_work(batch, token_width is not None) for batch in chosen)
+            seconds = (time.monotonic() - started) * work / measured / workers
     return IngestEstimate(
         samples=samples,
         tokens=tokens,
         batches=len(sizes),
         token_gradients=single,
         # RapidGrads in half precision, token ids, and the text.
-        bytes=(samples - len(plan.tokens_only)) * 2 * width + 2 * single * (token_width or 0) + 4 * tokens + text,
+        bytes=(samples - plan.tokens_only) * 2 * width + 2 * single * (token_width or 0) + 4 * tokens + text,
         # Each worker is a process that holds the model for itself.
         peak_memory=workers * max(peak_bytes(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10),
         seconds=seconds,
@@ -97,9 +100,6 @@ def _spread(sizes: Sequence[tuple[int, int]]) -> set[int]:
     return {order[round(part * (len(order) - 1) / (_TIMED - 1))] for part in range(_TIMED)}
 
 
-def _pick(
-    windows: Iterator[list[Pair | CorpusError]], todo: dict[str, str], batch_tokens: int, width: int, numbers: set[int]
-) -> list[list[Encoded]]:
-    batches = (batch for window in windows for batch in planned_batches(window, todo, batch_tokens, width=width))
-    chosen = [batch for number, batch in enumerate(islice(batches, max(numbers) + 1)) if number in numbers]
+def _pick(planned: Iterator[tuple[list[Pair], dict[str, Entry]]], numbers: set[int]) -> list[list[Encoded]]:
+    chosen = [batch for number, (batch, _) in enumerate(islice(planned, max(numbers) + 1)) if number in numbers]
     return [[encoded for _, encoded in batch] for batch in chosen]

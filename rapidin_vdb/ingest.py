@@ -2,13 +2,15 @@
 
 import time
 from collections.abc import Iterator
+from contextlib import closing
 
-from rapidin_vdb.batches import Pair, planned_batches
+from rapidin_vdb.batches import Pair
 from rapidin_vdb.compute import Compute
 from rapidin_vdb.corpus import Template, Tokenizer
 from rapidin_vdb.engine import Made
 from rapidin_vdb.errors import CorpusError, GradientError
-from rapidin_vdb.plan import Corpus, Plan, encoded_windows, make_plan
+from rapidin_vdb.ledger import Entry, Ledger
+from rapidin_vdb.plan import Corpus, Plan, encoded_windows, make_plan, planned_windows
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate, Sample
 from rapidin_vdb.results import IngestReport
@@ -52,48 +54,21 @@ def ingest(
         return encoded_windows(corpus, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
 
     table.check_writable()
-    plan = make_plan(
-        table,
-        windows(),
-        on_bad_record=on_bad_record,
-        on_duplicate=on_duplicate,
-        token_gradients=token_width is not None,
-    )
-    plan.seen = table.ensure_columns(plan.kinds, seen=plan.seen)
-    if token_width is not None:
-        table.tokens.ensure(token_width)
-    writer = _Writer(table, plan, on_duplicate)
-    total, done, tokens = len(plan.todo), 0, 0
-    in_flight: dict[str, Pair] = {}
-
-    def batches() -> Iterator[list[Encoded]]:
-        for window in windows():
-            for batch in planned_batches(window, plan.todo, batch_tokens, width=table.fingerprint.sketch.width):
-                in_flight.update({pair[1].sample_id: pair for pair in batch})
-                yield [encoded for _, encoded in batch]
-
-    progress("ingest", 0, total)
-    try:
-        for batch, results in compute(batches()):
-            for encoded, result in zip(batch, results, strict=True):
-                sample, _ = in_flight.pop(encoded.sample_id)
-                done, tokens = done + 1, tokens + len(encoded.input_ids)
-                if not isinstance(result, GradientError):
-                    writer.add(sample, encoded, result)
-                elif on_bad_record == "stop":
-                    raise GradientError(
-                        f"{sample.location}: {result}. What was done before is kept; pass over such samples with: "
-                        "--on-bad-record skip"
-                    )
-                else:
-                    plan.bad.append(f"{sample.location}: {result}")
-            # Between batches only: a run that was killed has whole batches in the table, and forms the same again.
-            writer.commit_if_due()
-            progress("ingest", done, total)
-            progress("tokens", tokens, max(plan.tokens, tokens))
-    finally:
-        # On an error or Ctrl-C too: what has been computed is not lost.
-        writer.commit()
+    with closing(Ledger()) as ledger:
+        plan = make_plan(
+            table,
+            windows(),
+            ledger,
+            on_bad_record=on_bad_record,
+            on_duplicate=on_duplicate,
+            token_gradients=token_width is not None,
+        )
+        plan.seen = table.ensure_columns(plan.kinds, seen=plan.seen)
+        if token_width is not None:
+            table.tokens.ensure(token_width)
+        writer = _Writer(table, plan.seen, on_duplicate)
+        planned = planned_windows(windows(), ledger, batch_tokens, width=table.fingerprint.sketch.width)
+        tokens = _write(planned, plan, compute, writer, on_bad_record, progress)
     return IngestReport(
         added=writer.added,
         replaced=writer.replaced,
@@ -107,10 +82,52 @@ def ingest(
     )
 
 
+def _write(
+    planned: Iterator[tuple[list[Pair], dict[str, Entry]]],
+    plan: Plan,
+    compute: Compute,
+    writer: "_Writer",
+    on_bad_record: OnBadRecord,
+    progress: Progress,
+) -> int:
+    """Take the gradients of what is planned and write them; return how many tokens went through the model."""
+    done = tokens = 0
+    in_flight: dict[str, tuple[Sample, Entry]] = {}
+
+    def batches() -> Iterator[list[Encoded]]:
+        for batch, entries in planned:
+            in_flight.update({sample.sample_id: (sample, entries[sample.sample_id]) for sample, _ in batch})
+            yield [encoded for _, encoded in batch]
+
+    progress("ingest", 0, plan.samples)
+    try:
+        for batch, results in compute(batches()):
+            for encoded, result in zip(batch, results, strict=True):
+                sample, entry = in_flight.pop(encoded.sample_id)
+                done, tokens = done + 1, tokens + len(encoded.input_ids)
+                if not isinstance(result, GradientError):
+                    writer.add(sample, encoded, result, entry)
+                elif on_bad_record == "stop":
+                    raise GradientError(
+                        f"{sample.location}: {result}. What was done before is kept; pass over such samples with: "
+                        "--on-bad-record skip"
+                    )
+                else:
+                    plan.bad.append(f"{sample.location}: {result}")
+            # Between batches only: a run that was killed has whole batches in the table, and forms the same again.
+            writer.commit_if_due()
+            progress("ingest", done, plan.samples)
+            progress("tokens", tokens, max(plan.tokens, tokens))
+    finally:
+        # On an error or Ctrl-C too: what has been computed is not lost.
+        writer.commit()
+    return tokens
+
+
 class _Writer:
     """Gathers rows and commits them, many at a time."""
 
-    def __init__(self, table: SampleTable, plan: Plan, on_duplicate: OnDuplicate) -> None:
+    def __init__(self, table: SampleTable, seen: int, on_duplicate: OnDuplicate) -> None:
         self.added = 0
         self.replaced = 0
         self.unchanged = 0
@@ -118,16 +135,18 @@ class _Writer:
         self.token_gradients = 0
         self._table = table
         self._on_duplicate = on_duplicate
-        self._replacing = plan.replaced
-        self._there = plan.tokens_only
-        self._seen = plan.seen
+        self._seen = seen
         self._rows: list[Row] = []
+        self._replacing: set[str] = set()
+        """The ids of those of them that take the place of other content."""
         self._tokens: list[TokenRows] = []
         self._bytes = 0
         self._since = time.monotonic()
 
-    def add(self, sample: Sample, encoded: Encoded, made: Made) -> None:
-        if sample.sample_id not in self._there:
+    def add(self, sample: Sample, encoded: Encoded, made: Made, entry: Entry) -> None:
+        if not entry.tokens_only:
+            if entry.replaces:
+                self._replacing.add(sample.sample_id)
             self._rows.append(Row(sample=sample, encoded=encoded, vector=made.vector, loss=made.loss))
             self._bytes += made.vector.nbytes
         if made.tokens is not None:
@@ -151,7 +170,8 @@ class _Writer:
         tokens, self._tokens = self._tokens, []
         snapshot = self._table.snapshot() if tokens else None
         if snapshot is not None and snapshot.version != self._seen:
-            tokens = self._still_wanted(tokens, snapshot.content_hashes())
+            ids = [entry.encoded.sample_id for entry in tokens]
+            tokens = self._still_wanted(tokens, dict(snapshot.each_content(ids)))
         if tokens:
             # Before their samples: a sample whose tokens were asked for is never there without them.
             self.token_gradients += self._table.tokens.write(tokens)
@@ -169,11 +189,11 @@ class _Writer:
         return [entry for entry in tokens if wanted(entry)]
 
     def _commit_rows(self) -> None:
-        rows, self._rows = self._rows, []
+        (rows, self._rows), (replacing, self._replacing) = (self._rows, []), (self._replacing, set())
         if not rows:
             return
-        if not self._replacing.isdisjoint(row.sample.sample_id for row in rows):
-            self._replace(rows)
+        if replacing:
+            self._replace(rows, len(replacing))
             return
         done = self._table.append(rows, seen=self._seen)
         self._seen = done.seen
@@ -181,8 +201,7 @@ class _Writer:
         if not done.other:
             return
         if self._on_duplicate == "replace":
-            self._replacing |= {row.sample.sample_id for row in done.other}
-            self._replace(list(done.other))
+            self._replace(list(done.other), len(done.other))
         elif self._on_duplicate == "skip":
             self.kept += len(done.other)
         else:
@@ -194,7 +213,6 @@ class _Writer:
                 "the new one with --on-duplicate replace"
             )
 
-    def _replace(self, rows: list[Row]) -> None:
+    def _replace(self, rows: list[Row], replaced: int) -> None:
         self._seen = self._table.replace(rows, seen=self._seen)
-        replaced = sum(row.sample.sample_id in self._replacing for row in rows)
         self.added, self.replaced = self.added + len(rows) - replaced, self.replaced + replaced

@@ -1,14 +1,18 @@
-"""What an ingest will do: every record is looked at before the first gradient."""
+"""What an ingest will do: every record is looked at before the first gradient.
+
+What grows with the corpus stands in the ledger, not in memory.
+"""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 
-from rapidin_vdb.batches import Pair
+from rapidin_vdb.batches import Pair, planned_batches
 from rapidin_vdb.corpus import Template, Tokenizer, encode, read_corpus
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.gradient import check_token_width
+from rapidin_vdb.ledger import Entry, Ledger
 from rapidin_vdb.records import OnBadRecord, OnDuplicate, Sample
 from rapidin_vdb.store import ColumnKind, SampleTable, merge_kinds, undisturbed
 
@@ -39,16 +43,14 @@ class Corpus:
 
 @dataclass(kw_only=True)
 class Plan:
-    """What the first reading of a corpus found."""
+    """What the first reading of a corpus found, besides what the ledger holds."""
 
-    todo: dict[str, str] = field(default_factory=dict)
-    """Content hash of each sample to write, by id."""
+    samples: int = 0
+    """How many there are to write."""
+    tokens_only: int = 0
+    """How many of them are in the table, and lack the RapidGrads of their single tokens only."""
     kinds: dict[str, ColumnKind] = field(default_factory=dict)
     """The columns that their fields need."""
-    tokens_only: set[str] = field(default_factory=set)
-    """Those of them that are in the table, and lack the RapidGrads of their single tokens."""
-    replaced: set[str] = field(default_factory=set)
-    """Those of them whose id is in the table, with other content."""
     unchanged: int = 0
     """Samples that are there already."""
     tokens: int = 0
@@ -102,21 +104,23 @@ def _encode_window(
 def make_plan(
     table: SampleTable,
     windows: Iterator[list[Pair | CorpusError]],
+    ledger: Ledger,
     *,
     on_bad_record: OnBadRecord,
     on_duplicate: OnDuplicate,
     token_gradients: bool = False,
 ) -> Plan:
-    """Return what there is to write, every record having been looked at.
+    """Return what there is to write, every record having been looked at; an empty ledger gets which samples.
 
     With `token_gradients`, samples that are there without those of their tokens are among it.
 
     Raises:
         CorpusError: a record cannot be stored, or an id stands for two contents, where the options do not allow it.
+        ScratchError: the ledger cannot be kept.
     """
-    version, stored, having = _there(table, token_gradients)
-    plan = Plan(seen=version)
+    plan = Plan(seen=_note_there(table, ledger, token_gradients))
     for window in windows:
+        entries, changed = ledger.look(_ids(window)), dict[str, Entry]()
         for entry in window:
             if isinstance(entry, CorpusError):
                 if on_bad_record == "stop":
@@ -125,45 +129,61 @@ def make_plan(
                     )
                 plan.bad.append(str(entry))
                 continue
-            sample = entry[0]
-            wanted = _decide(plan, sample, stored, table, on_duplicate)
-            if not wanted and token_gradients and sample.sample_id not in plan.todo:
-                lacking = (sample.sample_id, sample.content_hash) not in having
-                if lacking and stored.get(sample.sample_id) == sample.content_hash:
-                    plan.tokens_only.add(sample.sample_id)
-                    plan.todo[sample.sample_id] = sample.content_hash
-                    plan.tokens += len(entry[1].input_ids)
-            if wanted and sample.sample_id in plan.tokens_only:
-                # What was there without tokens is replaced by a later record of these files.
-                plan.tokens_only.remove(sample.sample_id)
-                plan.replaced.add(sample.sample_id)
+            sample, encoded = entry
+            known = entries[sample.sample_id]
+            wanted = _decide(plan, sample, known, table, on_duplicate)
             if wanted:
-                plan.todo[sample.sample_id] = sample.content_hash
-                plan.tokens += len(entry[1].input_ids)
+                known.replaced = known.there is not None
                 plan.kinds = merge_kinds(plan.kinds, sample.metadata)
-    for name in [name for name in plan.replaced if plan.todo[name] == stored[name]]:
-        # Of several records of one id, the last is what is there.
-        plan.replaced.remove(name)
-        plan.unchanged += 1
-        if token_gradients and (name, stored[name]) not in having:
-            plan.tokens_only.add(name)
-        else:
-            del plan.todo[name]
+            lacking = token_gradients and not known.has_tokens and known.there == sample.content_hash
+            if wanted or (lacking and known.planned is None):
+                known.planned = sample.content_hash
+                changed[sample.sample_id] = known
+                plan.tokens += len(encoded.input_ids)
+        ledger.put(changed)
+    # Of several records of one id, the last is what is there.
+    plan.unchanged += ledger.settle(token_gradients=token_gradients)
+    plan.samples, plan.tokens_only = ledger.planned(), ledger.tokens_only()
     return plan
 
 
-@undisturbed
-def _there(table: SampleTable, token_gradients: bool) -> tuple[int, dict[str, str], set[tuple[str, str]]]:
-    """Return the table's version, the content hash of each sample, and which of them have tokens."""
-    snapshot = table.snapshot()
-    tokens = table.tokens.snapshot() if token_gradients else None
-    return snapshot.version, snapshot.content_hashes(), tokens.content_hashes() if tokens is not None else set()
+def planned_windows(
+    windows: Iterator[list[Pair | CorpusError]], ledger: Ledger, batch_tokens: int, *, width: int
+) -> Iterator[tuple[list[Pair], dict[str, Entry]]]:
+    """Yield the planned samples in batches of like length, with what the ledger knows of them."""
+    for window in windows:
+        entries = ledger.look(_ids(window))
+        todo = {name: entry.planned for name, entry in entries.items() if entry.planned is not None and not entry.taken}
+        wanted = set(todo)
+        for batch in planned_batches(window, todo, batch_tokens, width=width):
+            yield batch, entries
+        taken = {name: entries[name] for name in wanted - todo.keys()}
+        for entry in taken.values():
+            entry.taken = True
+        ledger.put(taken)
 
 
-def _decide(plan: Plan, sample: Sample, stored: dict[str, str], table: SampleTable, on_duplicate: OnDuplicate) -> bool:
+def _ids(window: Sequence[Pair | CorpusError]) -> Iterator[str]:
+    return (entry[0].sample_id for entry in window if not isinstance(entry, CorpusError))
+
+
+def _note_there(table: SampleTable, ledger: Ledger, token_gradients: bool) -> int:
+    """Note what is in the table, and which of it has tokens; return the table's version."""
+
+    @undisturbed
+    def note() -> int:
+        snapshot = table.snapshot()
+        tokens = table.tokens.snapshot() if token_gradients else None
+        ledger.begin(snapshot.each_content())
+        ledger.note_tokens(tokens.each_content() if tokens is not None else ())
+        return snapshot.version
+
+    return note()
+
+
+def _decide(plan: Plan, sample: Sample, known: Entry, table: SampleTable, on_duplicate: OnDuplicate) -> bool:
     """Say whether a sample is to be written, counting it either way."""
-    planned = plan.todo.get(sample.sample_id)
-    before = planned or stored.get(sample.sample_id)
+    before = known.planned or known.there
     if before is None:
         return True
     if before == sample.content_hash:
@@ -172,16 +192,14 @@ def _decide(plan: Plan, sample: Sample, stored: dict[str, str], table: SampleTab
     if on_duplicate == "error":
         raise CorpusError(
             f"{sample.location}: sample {sample.sample_id} is "
-            + ("already in these files" if planned else "in the database")
-            + f" with other content{'' if planned else _differing(table, sample)}. Nothing was written; keep the first "
-            "with --on-duplicate skip, take the new one with --on-duplicate replace, or name the field of unique ids "
-            "with --id-field"
+            + ("already in these files" if known.planned else "in the database")
+            + f" with other content{'' if known.planned else _differing(table, sample)}. Nothing was written; keep the "
+            "first with --on-duplicate skip, take the new one with --on-duplicate replace, or name the field of unique "
+            "ids with --id-field"
         )
     if on_duplicate == "skip":
         plan.kept += 1
         return False
-    if planned is None:
-        plan.replaced.add(sample.sample_id)
     return True
 
 

@@ -5,9 +5,13 @@ from typing import Any
 
 from rapidin_vdb.corpus import Restorer, plain_record
 from rapidin_vdb.errors import SampleNotFoundError, SpecError
+from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Fingerprint, Sample, Scalar
 from rapidin_vdb.results import StoredSample
 from rapidin_vdb.store import SampleTable, undisturbed
+
+# Records between two words on how far an export is.
+_RECORDS_A_WORD = 500
 
 
 class SampleReader:
@@ -68,7 +72,9 @@ class SampleReader:
         """
         return self._table.snapshot().count(where)
 
-    def each_record(self, *, where: str | None = None) -> Iterator[tuple[str, dict[str, Any], bool]]:
+    def each_record(
+        self, *, where: str | None = None, progress: Progress = silent
+    ) -> Iterator[tuple[str, dict[str, Any], bool]]:
         """Yield id and record of the samples that match a filter, in the table's order, all of one committed version.
 
         A third value says whether it is the very record that was read, but for the order of its fields: lists, objects
@@ -78,22 +84,23 @@ class SampleReader:
             FilterError: the filter cannot be understood.
             PurgedError: a purge removed that version before all of it was read.
         """
-        snapshot, size, offset = self._table.snapshot(), 1000, 0
-        restorer, hashes = Restorer(), snapshot.content_hashes(where)
-        while page := snapshot.page(where, offset=offset, limit=size):
-            for stored in page:
-                sample = Sample(
-                    sample_id=stored.sample_id,
-                    prompt=stored.prompt,
-                    response=stored.response,
-                    split=stored.split,
-                    source=stored.source,
-                    metadata=stored.metadata,
-                    content_hash=hashes[stored.sample_id],
-                )
-                record = restorer.restored(sample)
-                yield stored.sample_id, plain_record(sample) if record is None else record, record is not None
-            offset += size
+        snapshot, restorer = self._table.snapshot(), Restorer()
+        total = snapshot.count(where)
+        progress("records", 0, total)
+        for number, (stored, content_hash) in enumerate(snapshot.each(where), 1):
+            sample = Sample(
+                sample_id=stored.sample_id,
+                prompt=stored.prompt,
+                response=stored.response,
+                split=stored.split,
+                source=stored.source,
+                metadata=stored.metadata,
+                content_hash=content_hash,
+            )
+            record = restorer.restored(sample)
+            yield stored.sample_id, plain_record(sample) if record is None else record, record is not None
+            if number % _RECORDS_A_WORD == 0 or number == total:
+                progress("records", number, total)
 
     @undisturbed
     def values_of(self, column: str, *, most: int = 100) -> list[Scalar] | None:

@@ -9,6 +9,7 @@ import numpy as np
 from rapidin_vdb.errors import PurgedError, RapidInError, SpecError, TableError
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.index import MANIFEST, Manifest, index_folders, list_manifests, verify_rows
+from rapidin_vdb.ledger import Names
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.results import Finding, VerifyReport
 from rapidin_vdb.store import (
@@ -105,16 +106,15 @@ def _samples(snapshot: Snapshot, progress: Progress) -> Iterator[Finding]:
             "checksum": "its row is not what was written",
         }.items()
     }
-    seen: set[str] = set()
     total, done = snapshot.count(), 0
     if snapshot.width != snapshot.fingerprint.sketch.width:
         kinds["width"].note("all samples")
+    names = Names()
     try:
         for row, vector, wanted in snapshot.whole_rows():
             name = row["sample_id"]
-            if name in seen:
+            if not names.add(name):
                 kinds["twice"].note(name)
-            seen.add(name)
             if not _sound(vector):
                 kinds["vector"].note(name)
             spans, length = row["token_offsets"], len(row["response"])
@@ -131,6 +131,8 @@ def _samples(snapshot: Snapshot, progress: Progress) -> Iterator[Finding]:
         raise
     except (TableError, UnicodeDecodeError) as error:
         yield Finding(place="the table samples", what=f"cannot be read to its end: {error}")
+    finally:
+        names.close()
     progress("samples", total, total)
     for kind in kinds.values():
         yield from kind.findings()

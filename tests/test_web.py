@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from typing import Any
 
 import pytest
 from conftest import toy_records, write_jsonl
@@ -290,6 +291,40 @@ def test_an_export_says_what_it_cannot_restore(tmp_path, served, models, adapter
     path.write_text(json.dumps(exact))
     report = made.ingest(path)
     assert (report.added, report.unchanged) == (0, 1)
+
+
+def test_an_export_tells_how_far_it_is(served, client, monkeypatch):
+    monkeypatch.setattr("rapidin_vdb.reading._RECORDS_A_WORD", 5)
+    monkeypatch.setattr("rapidin_vdb.web.export._PART", 300)
+
+    def events(asked: dict) -> list[tuple[str, Any]]:
+        answer = client.post("/api/export", json=asked, headers={"accept": "text/event-stream"})
+        lines = [event.split("\n") for event in answer.text.strip().split("\n\n")]
+        return [(name.removeprefix("event: "), json.loads(data.removeprefix("data: "))) for name, data in lines]
+
+    asked = {"without": ["toy-003"], "where": "stars > 0"}
+    found = events(asked)
+    told = [(value["done"], value["total"]) for name, value in found if name == "progress"]
+    assert told == [(0, 19), (5, 19), (10, 19), (15, 19), (19, 19)]
+    parts = [value for name, value in found if name == "part"]
+    assert "".join(parts) == client.post("/api/export", json=asked).text
+    assert len(parts) > 3 and all(part.endswith("}\n") for part in parts)
+    assert found[-1] == ("result", {"records": 18, "inexact_records": 0})
+    assert [name for name, _ in found] == ["progress"] * 5 + ["part"] * len(parts) + ["result"]
+    ((name, value),) = events({"where": "nosuch"})
+    assert (name, value["status"]) == ("error", 400) and "not understood" in value["detail"]
+
+
+def test_an_export_that_fails_says_so_in_its_last_event(served, monkeypatch):
+    def broken(**options):
+        raise RuntimeError("unforeseen")
+        yield
+
+    monkeypatch.setattr(served, "each_record", broken)
+    with TestClient(make_app(served), base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
+        answer = client.post("/api/export", json={}, headers={"accept": "text/event-stream"})
+    assert answer.text.startswith("event: error\n") and '"status": 500' in answer.text
+    assert "unforeseen" not in answer.text, "the log has it, and nobody else"
 
 
 def test_counters_count(client):

@@ -1,8 +1,11 @@
 """What may stand in `--where`: one boolean SQL expression over the table's columns, and nothing behind it."""
 
 import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from rapidin_vdb.errors import FilterError
+from rapidin_vdb.store.telling import first_line
 
 # Quoted texts and quoted column names; a doubled quote inside stands for itself.
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`")
@@ -12,6 +15,8 @@ _DEEP = re.compile(r"\|\||[-+*/%|&^~]|::|\b(?:IS|IN|NOT|LIKE|ILIKE|SIMILAR|BETWE
 _COMPARED = re.compile(r"[<>=!]+")
 _MOST_DEEP = 300
 _MOST_OPERATORS = 1000
+# How Lance says that an expression was understood, but cannot be had of some row: a text that is no number, a division.
+_OF_ITS_VALUES = ("applying filter expression", "Arrow error: ")
 
 
 def checked_filter(where: str) -> str:
@@ -46,6 +51,25 @@ def checked_filter(where: str) -> str:
     if depth != 0:
         raise FilterError(f"the parentheses do not match in the filter: {where}")
     return f"({where})"
+
+
+@contextmanager
+def understood(where: str, columns: Sequence[str]) -> Iterator[str]:
+    """Yield a filter to read by, checked; and tell what Lance says of it, where it is the filter's fault.
+
+    Raises:
+        FilterError: it cannot be understood.
+    """
+    expression = checked_filter(where)
+    try:
+        yield expression
+    except (ValueError, TypeError, RuntimeError) as error:
+        # The planner raises ValueErrors; whatever else goes wrong is not the filter's fault.
+        if isinstance(error, RuntimeError) and not any(text in str(error) for text in _OF_ITS_VALUES):
+            raise
+        raise FilterError(
+            f"the filter {where!r} is not understood: {first_line(error)}. Columns are: {', '.join(columns)}"
+        ) from error
 
 
 def ids_filter(sample_ids: list[str]) -> str:

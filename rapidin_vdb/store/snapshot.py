@@ -1,6 +1,6 @@
 """One committed version of the table `samples`, for reading."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +17,7 @@ from rapidin_vdb.store.rows import OWN_NAMES, stored_checksum, stored_sample
 from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, TableVersion, batches, int64
 
 SAMPLES = "samples"
+_SAMPLES_A_BATCH = 1000
 
 
 class Snapshot(TableVersion):
@@ -100,6 +101,17 @@ class Snapshot(TableVersion):
             return []
         rows = self._select(self._shown(), where, slice(offset, offset + limit)).to_pylist()
         return [stored_sample(row) for row in rows]
+
+    def each(self, where: str | None = None) -> Iterator[tuple[StoredSample, str]]:
+        """Yield the samples that a filter lets through, in the table's order, each with its content hash.
+
+        Raises:
+            FilterError: the filter cannot be understood.
+        """
+        for batch in self._scan([*self._shown(), "content_hash"], _SAMPLES_A_BATCH, where):
+            for row in batch.to_pylist():
+                content_hash = row.pop("content_hash")
+                yield stored_sample(row), content_hash
 
     def vector_of(self, sample_id: str) -> Float16[np.ndarray, " sketch"] | None:
         """Return a sample's RapidGrad; None where there is no such sample."""

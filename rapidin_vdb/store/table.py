@@ -2,14 +2,16 @@
 
 import logging
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 from lancedb.index import Bitmap, BTree
 
 from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
+from rapidin_vdb.ledger import Ledger
 from rapidin_vdb.records import Fingerprint
 from rapidin_vdb.store.columns import check_out, ensure_columns, settle
 from rapidin_vdb.store.filters import checked_filter, ids_filter
@@ -23,6 +25,9 @@ from rapidin_vdb.store.tokens import TOKENS, TokenTable
 from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, told
 
 logger = logging.getLogger(__name__)
+
+# Samples of tokens that are compared with the table of samples at once.
+_CONTENTS_A_LOOK = 1 << 14
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,7 +199,8 @@ class SampleTable:
         Plain appends are many times faster than merges, and never look at ids: so we do, under a lock.
         """
         with self._changing(seen) as (table, alone):
-            there = {} if alone else self.snapshot().content_hashes()
+            ids = [row.sample.sample_id for row in rows]
+            there = {} if alone else dict(self.snapshot().each_content(ids))
             new = [row for row in rows if row.sample.sample_id not in there]
             other = [
                 row
@@ -238,16 +244,16 @@ class SampleTable:
         self.snapshot().count(where)  # so that a filter that is not understood is told as such
         with self._changing():
             # Samples first: tokens without their sample are never looked at.
-            gone = self.snapshot().sample_ids(where)
+            gone = self.snapshot().count(where)
             if gone:
                 self._table.delete(expression)
             self._sweep()
-        return len(gone)
+        return gone
 
     def delete_ids(self, sample_ids: Sequence[str]) -> list[str]:
         """Delete samples by id, and return the ids that were there."""
         with self._changing():
-            there = sorted(set(self.snapshot().sample_ids()) & set(sample_ids))
+            there = sorted({name for name, _ in self.snapshot().each_content(sample_ids)})
             for batch in batches(there, IDS_A_FILTER):
                 self._table.delete(ids_filter(batch))
             self._sweep()
@@ -267,7 +273,16 @@ class SampleTable:
 
     def _sweep(self) -> None:
         """Delete the tokens of samples that are not there, or not any more; called while committing."""
-        if (tokens := self.tokens.snapshot()) is not None:
-            alive = self.snapshot().content_hashes()
-            stale = {name for name, content in tokens.content_hashes() if alive.get(name) != content}
-            self.tokens.delete_of(sorted(stale), but=[alive[name] for name in stale if name in alive])
+        tokens = self.tokens.snapshot()
+        if tokens is None:
+            return
+        stale, alive = set[str](), dict[str, str]()
+        with closing(Ledger()) as ledger:
+            ledger.begin(self.snapshot().each_content())
+            contents = tokens.each_content()
+            while pairs := list(islice(contents, _CONTENTS_A_LOOK)):
+                entries = ledger.look(name for name, _ in pairs)
+                gone = {name for name, content in pairs if entries[name].there != content}
+                stale |= gone
+                alive |= {name: there for name in gone if (there := entries[name].there) is not None}
+        self.tokens.delete_of(sorted(stale), but=[alive[name] for name in sorted(alive)])

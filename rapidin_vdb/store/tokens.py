@@ -72,11 +72,11 @@ class TokenSnapshot(TableVersion):
         mine = pc.is_in(named, known)
         return int64(table[ROW_ID].filter(mine)), pc.count_distinct(named.filter(mine)).as_py()
 
-    def content_hashes(self) -> set[tuple[str, str]]:
-        """Return id and content hash of every sample that has tokens here."""
-        table = self._select(["sample_id", "content_hash"], None)
-        groups = table.group_by(["sample_id", "content_hash"]).aggregate([])
-        return set(zip(groups["sample_id"].to_pylist(), groups["content_hash"].to_pylist(), strict=True))
+    def _contents(self, batch: pa.RecordBatch) -> Iterator[tuple[str, str]]:
+        """Return the samples of a batch's tokens, each once."""
+        groups = pa.Table.from_batches([batch]).group_by(["sample_id", "content_hash"]).aggregate([])
+        columns = (groups[name].to_pylist() for name in ("sample_id", "content_hash"))
+        return zip(*columns, strict=True)
 
     def _checksum(self, row: dict[str, Any], vector: np.ndarray) -> int:
         return row_checksum([row[name] for name in self.PLAIN], (), vector)

@@ -2,29 +2,29 @@
 
 import hashlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Float16, Int64
 
 from rapidin_vdb.errors import FilterError, PurgedError, TableError
-from rapidin_vdb.store.filters import checked_filter
+from rapidin_vdb.store.filters import understood
 from rapidin_vdb.store.place import Place
-from rapidin_vdb.store.telling import first_line, told
+from rapidin_vdb.store.telling import told
 
 # Lance reads and writes fastest in batches of about this size.
 BATCH_BYTES = 8 << 20
 IDS_A_FILTER = 5000
+_CONTENTS_A_BATCH = 1 << 14
 ROW_ID = "_rowid"
 _CHANGED = "_row_last_updated_at_version"
 # A purge takes away the files of a version before it takes away the version.
 _PURGE_SECONDS = 10.0
-# How Lance says that an expression was understood, but cannot be had of some row: a text that is no number, a division.
-_OF_ITS_VALUES = ("applying filter expression", "Arrow error: ")
 
 
 @dataclass(frozen=True, eq=False)
@@ -127,6 +127,19 @@ class TableVersion:
             return None
         return hashlib.sha256(f"{version} {made[0]['timestamp'].isoformat()}".encode()).hexdigest()
 
+    def each_content(self, of: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
+        """Yield sample id and content hash of every row, or of those of some samples, without holding them all."""
+        wanted = None if of is None else pa.array(of, pa.string())
+        for batch in self._scan(["sample_id", "content_hash"], _CONTENTS_A_BATCH):
+            if wanted is not None:
+                batch = batch.filter(pc.is_in(batch.column("sample_id"), wanted))
+            yield from self._contents(batch)
+
+    def _contents(self, batch: pa.RecordBatch) -> Iterator[tuple[str, str]]:
+        """Return sample id and content hash of a batch's rows."""
+        columns = (batch.column(name).to_pylist() for name in ("sample_id", "content_hash"))
+        return zip(*columns, strict=True)
+
     def rows(self) -> int:
         """Return how many rows there are."""
         with self._reading(f"the table {self.name} of {self._place} cannot be read"):
@@ -191,14 +204,13 @@ class TableVersion:
         summed = "checksum" in self.schema.names
         columns = [*self.PLAIN, *self._further(), "vector", *(["checksum"] if summed else [])]
         size = max(1, BATCH_BYTES // (2 * self.width))
-        with self._reading(f"the table {self.name} of {self._place} cannot be read"):
-            for batch in self._table.search().select(columns).to_batches(size):
-                column = batch.column("vector")
-                flat = column.values.slice(column.offset * self.width, len(column) * self.width)
-                vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, self.width)
-                rows = batch.drop_columns(["vector"]).to_pylist()
-                for row, vector in zip(rows, vectors, strict=True):
-                    yield row, vector, self._checksum(row, vector) if summed else None
+        for batch in self._scan(columns, size):
+            column = batch.column("vector")
+            flat = column.values.slice(column.offset * self.width, len(column) * self.width)
+            vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, self.width)
+            rows = batch.drop_columns(["vector"]).to_pylist()
+            for row, vector in zip(rows, vectors, strict=True):
+                yield row, vector, self._checksum(row, vector) if summed else None
 
     def _checksum(self, row: dict[str, Any], vector: np.ndarray) -> int:
         """Return what the checksum of a row should be."""
@@ -234,17 +246,18 @@ class TableVersion:
         with self._reading(f"the table {self.name} of {self._place} cannot be read"):
             if where is None or ours:
                 return (query if where is None else query.where(where)).to_arrow()
-            expression = checked_filter(where)
-            try:
+            with understood(where, self.columns) as expression:
                 return query.where(expression).to_arrow()
-            except (ValueError, TypeError, RuntimeError) as error:
-                # The planner raises ValueErrors; whatever else goes wrong is not the filter's fault.
-                if isinstance(error, RuntimeError) and not any(text in str(error) for text in _OF_ITS_VALUES):
-                    raise
-                raise FilterError(
-                    f"the filter {where!r} is not understood: {first_line(error)}. Columns are: "
-                    f"{', '.join(self.columns)}"
-                ) from error
+
+    def _scan(self, columns: list[str], size: int, where: str | None = None) -> Iterator[pa.RecordBatch]:
+        """Yield columns of all rows, or of those that a filter lets through, in the table's order, some at a time."""
+        query = self._table.search().select(columns)
+        with self._reading(f"the table {self.name} of {self._place} cannot be read"):
+            if where is None:
+                yield from query.to_batches(size)
+                return
+            with understood(where, self.columns) as expression:
+                yield from query.where(expression).to_batches(size)
 
     @property
     def columns(self) -> tuple[str, ...]:

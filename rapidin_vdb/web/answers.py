@@ -16,6 +16,8 @@ from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, DeskEr
 
 _STILL_HERE = 15.0
 """Seconds without news after which a word is sent, so that no proxy takes the connection for dead."""
+STILL_HERE_EVENT = ": still at it\n\n"
+"""That word."""
 _MOMENT = 0.05
 """Seconds between two looks at a clock that stands still."""
 
@@ -84,56 +86,75 @@ async def gone_away(request: Request) -> None:
         pass
 
 
-async def _events(desk: Desk, submit: Callable[[Progress], Job], shape: Callable[[Any], Any]) -> AsyncIterator[str]:
-    loop, heard = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]]()
+class Heard:
+    """What the thread that works says, for the event loop that sends it; made on that loop."""
 
-    def tell(name: str, value: Any) -> None:
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._said = asyncio.Queue[tuple[str, Any]]()
+
+    def tell(self, name: str, value: Any) -> None:
+        """Say something, from any thread."""
         try:
-            loop.call_soon_threadsafe(heard.put_nowait, (name, value))
+            self._loop.call_soon_threadsafe(self._said.put_nowait, (name, value))
         except RuntimeError:
             pass  # the server has stopped
 
-    def progress(stage: str, done: int, total: int) -> None:
-        tell("progress", {"stage": stage, "done": done, "total": total})
+    def progress(self, stage: str, done: int, total: int) -> None:
+        """Say how far it is."""
+        self.tell("progress", {"stage": stage, "done": done, "total": total})
 
+    async def next(self, seconds: float | None = None) -> tuple[str, Any] | None:
+        """Return what was said next; None where nothing was, within some seconds or those of `_STILL_HERE`."""
+        try:
+            return await asyncio.wait_for(self._said.get(), min(_STILL_HERE, seconds or _STILL_HERE))
+        except TimeoutError:
+            return None
+
+
+async def _events(desk: Desk, submit: Callable[[Progress], Job], shape: Callable[[Any], Any]) -> AsyncIterator[str]:
+    heard = Heard()
     try:
-        job = submit(progress)
+        job = submit(heard.progress)
     except DeskError as error:
-        yield _error(error)
+        yield error_event(error)
         return
-    job.future.add_done_callback(lambda _: tell("end", None))
+    job.future.add_done_callback(lambda _: heard.tell("end", None))
     try:
         while True:
             left = None if job.future.done() else job.seconds_left
-            try:
-                name, value = await asyncio.wait_for(
-                    heard.get(), _STILL_HERE if left is None else min(_STILL_HERE, max(left, _MOMENT))
-                )
-            except TimeoutError:
+            news = await heard.next(None if left is None else max(left, _MOMENT))
+            if news is None:
                 if job.seconds_left == 0.0:
                     desk.give_up(job, LateError())
                 else:
-                    yield ": still at it\n\n"
+                    yield STILL_HERE_EVENT
                 continue
-            if name == "end":
+            if news[0] == "end":
                 break
-            yield _event(name, value)
+            yield event(*news)
         try:
             result = job.future.result()
-            yield await asyncio.to_thread(lambda: _event("result", shape(result)))
+            yield await asyncio.to_thread(lambda: event("result", shape(result)))
         except (RapidInError, DeskError) as error:
-            yield _error(error)
+            yield error_event(error)
         except Exception:
-            # The status was sent long ago: all that is left is to say it, and to keep the traceback.
-            yield _event("error", {"detail": "something went wrong in the server; its log says what", "status": 500})
+            yield unforeseen_event()
             raise
     finally:
         desk.give_up(job, CancelledError())  # of no effect where it is done; else whoever asked has gone
 
 
-def _error(error: Exception) -> str:
-    return _event("error", {"detail": said(error), "status": status_of(error)})
-
-
-def _event(name: str, value: Any) -> str:
+def event(name: str, value: Any) -> str:
+    """Return an event as it is sent."""
     return f"event: {name}\ndata: {json.dumps(value, ensure_ascii=True, allow_nan=False)}\n\n"
+
+
+def error_event(error: Exception) -> str:
+    """Return the event that ends a stream whose request came to nothing."""
+    return event("error", {"detail": said(error), "status": status_of(error)})
+
+
+def unforeseen_event() -> str:
+    """Return the event for what nobody foresaw: the status was sent long ago, so that it can only be said."""
+    return event("error", {"detail": "something went wrong in the server; its log says what", "status": 500})

@@ -180,7 +180,7 @@ def make_api(service: Service) -> APIRouter:
         responses=EXPORTED | refusals(400, 408, 413, 415, 503, 504),
     )  # fmt: skip
     async def export(request: Request, asked: shapes.ExportRequest) -> Response:
-        return await service.reads().read(request, lambda check: exported(database, asked, check))
+        return await exported(request, service.reads(), database, asked)
 
     return api
 

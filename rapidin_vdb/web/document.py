@@ -13,7 +13,20 @@ EXPORTED: Responses = {
             "application/x-ndjson": {
                 "schema": {"type": "string"},
                 "example": '{"id": "demo-0001", "split": "train", "prompt": "Name a fruit.", "response": "A pear."}\n',
-            }
+            },
+            "text/event-stream": {
+                "schema": {
+                    "type": "string",
+                    "description": "Events, as of a query: `progress`; then the records in some `part`s, each a text "
+                    "of whole lines; then `result`, with how many `records` there are and how many `inexact_records`, "
+                    "as in the headers. Or `error` at any time.",
+                },
+                "example": (
+                    'event: progress\ndata: {"stage": "records", "done": 500, "total": 1000}\n\n'
+                    'event: part\ndata: "{\\"id\\": \\"demo-0001\\"}\\n"\n\n'
+                    'event: result\ndata: {"records": 1, "inexact_records": 0}\n\n'
+                ),
+            },
         },
         "headers": {
             "x-records": {"description": "How many there are.", "required": True, "schema": {"type": "integer"}},

@@ -1,14 +1,21 @@
-"""Training data without some samples, as JSON lines."""
+"""Training data without some samples: as JSON lines, or as events that tell how far they are."""
 
+import asyncio
 import json
 import tempfile
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from typing import IO
 
+from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from rapidin_vdb.database import Database
-from rapidin_vdb.web.reads import Check
+from rapidin_vdb.errors import RapidInError
+from rapidin_vdb.progress import Progress, silent
+from rapidin_vdb.web.answers import STILL_HERE_EVENT, Heard, error_event, event, unforeseen_event
+from rapidin_vdb.web.desk import DeskError
+from rapidin_vdb.web.reads import Check, Reads
 from rapidin_vdb.web.shapes import ExportRequest
 
 RECORDS, INEXACT = "x-records", "x-inexact-records"
@@ -17,19 +24,42 @@ _IN_MEMORY = 1 << 20
 _PART = 1 << 16
 
 
-def exported(database: Database, asked: ExportRequest, check: Check) -> StreamingResponse:
-    """Return the answer, whose headers say what is in it.
+@dataclass(frozen=True, kw_only=True)
+class _Written:
+    """Records in a file without a name."""
 
-    All of it is written to a file without a name before the first byte is sent: so that what goes wrong is said, and
-    half a file does not look like a whole one.
+    file: IO[bytes]
+    bytes: int
+    records: int
+    inexact: int
+
+
+async def exported(request: Request, reads: Reads, database: Database, asked: ExportRequest) -> StreamingResponse:
+    """Return the answer, as lines whose headers say what is in them, or as events where these are asked for.
+
+    All of it is written to a file without a name before the first byte of it is sent: so that what goes wrong is said,
+    and half a file does not look like a whole one.
 
     Raises:
         FilterError: the filter cannot be understood.
+        LateError, CancelledError, BusyError: as of any read.
     """
+    if "text/event-stream" in request.headers.get("accept", ""):
+        return StreamingResponse(_events(request, reads, database, asked), media_type="text/event-stream")
+    written = await reads.read(request, lambda check: _write(database, asked, check, silent))
+    headers = {
+        RECORDS: str(written.records),
+        INEXACT: str(written.inexact),
+        "content-length": str(written.bytes),
+    }
+    return StreamingResponse(_parts(written.file), media_type="application/x-ndjson", headers=headers)
+
+
+def _write(database: Database, asked: ExportRequest, check: Check, progress: Progress) -> _Written:
     without, records, inexact = set(asked.without), 0, 0
     file = tempfile.SpooledTemporaryFile(_IN_MEMORY)
     try:
-        for sample_id, record, exact in database.each_record(where=asked.where):
+        for sample_id, record, exact in database.each_record(where=asked.where, progress=progress):
             check()
             if sample_id not in without:
                 file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
@@ -39,11 +69,34 @@ def exported(database: Database, asked: ExportRequest, check: Check) -> Streamin
         raise
     length = file.tell()
     file.seek(0)
-    headers = {RECORDS: str(records), INEXACT: str(inexact), "content-length": str(length)}
-    return StreamingResponse(_parts(file), media_type="application/x-ndjson", headers=headers)
+    return _Written(file=file, bytes=length, records=records, inexact=inexact)
 
 
 def _parts(file: IO[bytes]) -> Iterator[bytes]:
+    """Yield what a file holds, whole lines at a time."""
     with file:
-        while part := file.read(_PART):
-            yield part
+        while lines := file.readlines(_PART):
+            yield b"".join(lines)
+
+
+async def _events(request: Request, reads: Reads, database: Database, asked: ExportRequest) -> AsyncIterator[str]:
+    """Yield how far it is, then the lines in parts, then how many there are."""
+    heard = Heard()
+    reading = asyncio.create_task(reads.read(request, lambda check: _write(database, asked, check, heard.progress)))
+    reading.add_done_callback(lambda _: heard.tell("end", None))
+    try:
+        while (news := await heard.next()) is None or news[0] != "end":
+            yield STILL_HERE_EVENT if news is None else event(*news)
+        try:
+            written = await reading
+        except (RapidInError, DeskError) as error:
+            yield error_event(error)
+            return
+        except Exception:
+            yield unforeseen_event()
+            raise
+        for part in _parts(written.file):
+            yield event("part", part.decode())
+        yield event("result", {"records": written.records, "inexact_records": written.inexact})
+    finally:
+        reading.cancel()  # of no effect where it is done; else whoever asked has gone

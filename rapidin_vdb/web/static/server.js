@@ -93,11 +93,12 @@ function detailOf(found, status) {
 const STAGES = {
   gradients: "reading the generation", index: "bringing the index up to date", "exact scores": "reading the influence of samples",
   tokens: "reading the influence of words", matrix: "reading which words drive which", "generated tokens": "the model answers",
+  records: "writing the cleaned file",
 };
 const stageOf = ({ stage, done, total }) => (STAGES[stage] || stage) + (total > 1 ? ": " + done.toLocaleString("en") + " of " + total.toLocaleString("en") : "");
 
-// Events, as they come: progress, then a result or an error.
-export async function follow(path, body, signal) {
+// Events, as they come: progress and parts, then a result or an error.
+export async function follow(path, body, signal, part = () => {}) {
   const answer = await ask(path, { body, signal, accept: "text/event-stream" });
   const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
   const held = [];
@@ -120,6 +121,7 @@ export async function follow(path, body, signal) {
       if (data === undefined) continue; // a word that it is still there
       const found = parsed(data);
       if (event === "progress") say(stageOf(found), "busy");
+      if (event === "part") part(found);
       if (event === "error") throw new Refused(found.detail);
       if (event === "result") return found;
     }

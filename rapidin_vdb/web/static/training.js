@@ -1,5 +1,5 @@
 // Training files without the marked samples: from the database, or from the file that was ingested.
-import { Refused, ask, during, say, whole } from "./server.js";
+import { Refused, ask, during, follow, say, whole } from "./server.js";
 
 const { make } = Heat;
 const id = (name) => document.getElementById(name);
@@ -20,11 +20,10 @@ export function exported(where, without) {
     id("to-save").replaceChildren();
     const all = await ask("api/samples?" + new URLSearchParams({ limit: 0, ...(where ? { where } : {}) }), { signal });
     const { total } = await whole(all.json());
-    const answer = await ask("api/export", { body: { without, where }, signal });
-    const records = Number(answer.headers.get("x-records")), inexact = Number(answer.headers.get("x-inexact-records"));
-    const bytes = await whole(answer.arrayBuffer());
+    const parts = [];
+    const { records, inexact_records: inexact } = await follow("api/export", { without, where }, signal, (part) => parts.push(part));
     const keep = () => {
-      save("cleaned.jsonl", [bytes]);
+      save("cleaned.jsonl", parts);
       id("to-save").replaceChildren();
       say("Saved cleaned.jsonl: " + counted(records, "sample", "samples") + ". Of the " + total.toLocaleString("en") + " that match, " + (total - records).toLocaleString("en") + " are marked and left out.");
     };

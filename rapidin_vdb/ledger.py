@@ -1,0 +1,165 @@
+"""What is known of each sample by its id, kept off memory: a corpus may have more ids than memory holds.
+
+Python's own SQLite, in a file for temporary data that has no name and goes with the process, however that ends. What
+fits the cache never reaches the disk.
+"""
+
+import sqlite3
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from rapidin_vdb.errors import ScratchError
+
+_CACHE_KIBIBYTES = 32 << 10
+
+
+@dataclass(kw_only=True, slots=True)
+class Entry:
+    """What is known of one sample id."""
+
+    there: str | None = None
+    """Content hash of the sample that is in the table under it."""
+    planned: str | None = None
+    """Content hash of the sample that is to be written under it."""
+    has_tokens: bool = False
+    """Whether what is in the table has the RapidGrads of its single tokens."""
+    replaced: bool = False
+    """Whether other content was to be written in the place of what is in the table, at some moment of the planning."""
+    taken: bool = False
+    """Whether it has been handed out to be written."""
+
+    @property
+    def tokens_only(self) -> bool:
+        """Whether the sample is in the table, and lacks the RapidGrads of its single tokens only."""
+        return self.planned is not None and self.planned == self.there
+
+    @property
+    def replaces(self) -> bool:
+        """Whether it takes the place of other content."""
+        return self.there is not None and self.planned not in (None, self.there)
+
+
+class Ledger:
+    """What an ingest knows of each sample id: what is in the table under it, and what is to be written."""
+
+    def __init__(self) -> None:
+        with _told():
+            self._file = _temporary(
+                "CREATE TABLE samples (sample_id TEXT PRIMARY KEY, there TEXT, planned TEXT, has_tokens INT, "
+                "replaced INT, taken INT) WITHOUT ROWID"
+            )
+
+    def close(self) -> None:
+        """Forget all of it."""
+        self._file.close()
+
+    def begin(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Begin anew with the samples that are in the table, by id and content hash."""
+        with _told():
+            self._file.execute("DELETE FROM samples")
+        self._many("INSERT OR REPLACE INTO samples VALUES (?, ?, NULL, 0, 0, 0)", pairs)
+
+    def note_tokens(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Note that samples have the RapidGrads of their tokens, where they are in the table with that content."""
+        self._many("UPDATE samples SET has_tokens = 1 WHERE sample_id = ? AND there = ?", pairs)
+
+    def look(self, sample_ids: Iterable[str]) -> dict[str, Entry]:
+        """Return what is known of some ids, those of which nothing is known among them."""
+        found = {}
+        with _told():
+            for name in sample_ids:
+                row = self._file.execute("SELECT * FROM samples WHERE sample_id = ?", (name,)).fetchone()
+                found[name] = Entry() if row is None else _entry(*row)
+        return found
+
+    def put(self, entries: dict[str, Entry]) -> None:
+        """Put what is known now of some ids in the place of what was."""
+        self._many(
+            "INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?, ?)",
+            (
+                (name, entry.there, entry.planned, entry.has_tokens, entry.replaced, entry.taken)
+                for name, entry in entries.items()
+            ),
+        )
+
+    def settle(self, *, token_gradients: bool) -> int:
+        """Take off the plan what came back to what is in the table, and return how many samples did.
+
+        With `token_gradients` those stay on it that lack the RapidGrads of their tokens.
+        """
+        count = self._count("SELECT count(*) FROM samples WHERE replaced AND planned = there")
+        with _told():
+            self._file.execute(
+                "UPDATE samples SET planned = NULL WHERE replaced AND planned = there AND (has_tokens OR NOT ?)",
+                (token_gradients,),
+            )
+        return count
+
+    def planned(self) -> int:
+        """Return how many samples are to be written."""
+        return self._count("SELECT count(planned) FROM samples")
+
+    def tokens_only(self) -> int:
+        """Return how many of them are in the table, and lack the RapidGrads of their single tokens only."""
+        return self._count("SELECT count(*) FROM samples WHERE planned = there")
+
+    def hand_out_again(self) -> None:
+        """Forget what has been handed out."""
+        with _told():
+            self._file.execute("UPDATE samples SET taken = 0 WHERE taken")
+
+    def _count(self, statement: str) -> int:
+        with _told():
+            (count,) = self._file.execute(statement).fetchone()
+        return int(count)
+
+    def _many(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
+        with _told():
+            self._file.executemany(statement, rows)
+
+
+class Names:
+    """A set of names that may be too many for memory."""
+
+    def __init__(self) -> None:
+        with _told():
+            self._file = _temporary("CREATE TABLE names (name TEXT PRIMARY KEY) WITHOUT ROWID")
+
+    def close(self) -> None:
+        """Forget all of it."""
+        self._file.close()
+
+    def add(self, name: str) -> bool:
+        """Add a name, and say whether it is new."""
+        with _told():
+            return self._file.execute("INSERT OR IGNORE INTO names VALUES (?)", (name,)).rowcount == 1
+
+
+def _entry(name: str, there: str | None, planned: str | None, has_tokens: int, replaced: int, taken: int) -> Entry:
+    return Entry(there=there, planned=planned, has_tokens=bool(has_tokens), replaced=bool(replaced), taken=bool(taken))
+
+
+def _temporary(table: str) -> sqlite3.Connection:
+    """Return a file for temporary data with a table in it."""
+    # Used by one thread at a time, though not always by the same.
+    file = sqlite3.connect("", isolation_level=None, check_same_thread=False)
+    file.execute("PRAGMA journal_mode = OFF")
+    file.execute(f"PRAGMA cache_size = -{_CACHE_KIBIBYTES}")
+    file.execute(table)
+    # Never ended: there is nobody to commit it for.
+    file.execute("BEGIN")
+    return file
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise ScratchError(
+            f"the list of sample ids that this command keeps among temporary files cannot be kept: {error}. Make room "
+            f"in {tempfile.gettempdir()}, or name a folder that has some, and can be written, with TMPDIR=FOLDER. What "
+            "was committed before stays"
+        ) from error
