@@ -173,14 +173,15 @@ def test_lissa_goes_to_the_damped_inverse(maker):
     with torch.enable_grad(), torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         loss = torch.stack([token_losses(maker.loaded, sample).mean() for sample in SAMPLES]).mean()
         flat = torch.cat([g.reshape(-1) for g in torch.autograd.grad(loss, theta, create_graph=True)])
-        rows = [torch.cat([g.reshape(-1) for g in torch.autograd.grad(one, theta, retain_graph=True)]) for one in flat]
-    matrix = torch.stack(rows).double().numpy()
+        rows = torch.autograd.grad(flat, theta, torch.eye(len(flat)), is_grads_batched=True)
+    matrix = torch.cat([row.reshape(len(flat), -1) for row in rows], 1).double().numpy()
     ours, theirs = (np.stack([np.concatenate(grads) for grads in dense(maker, side)]) for side in (QUERIES, SAMPLES))
     # The scale is drawn from the largest eigenvalue; any is right for which the recursion holds, so it is solved for.
-    scales = np.linspace(1, 4, 601) * np.abs(np.linalg.eigvalsh((matrix + matrix.T) / 2)).max()
+    curvatures, axes = np.linalg.eigh((matrix + matrix.T) / 2)
+    ours, theirs = ours @ axes, theirs @ axes
     errors = []
-    for scale in scales:
-        wanted = ours @ np.linalg.inv(0.5 * np.eye(len(matrix)) + matrix / scale) @ theirs.T / scale
+    for scale in np.linspace(1, 4, 601) * np.abs(curvatures).max():
+        wanted = ours / (0.5 + curvatures / scale) @ theirs.T / scale
         errors.append(np.abs(found - wanted).max() / np.abs(wanted).max())
     assert min(errors) < 1e-2
 

@@ -56,18 +56,19 @@ _PHRASES = re.compile(
 )
 
 
+_CHOICES = {"craft": _CRAFT, "crew": _CREW, "place": _PLACE, "thing": _THING, "deed": _DEED}
+
+
 def _name(draw: random.Random) -> str:
     return draw.choice(_FIRST) + draw.choice(_LAST)
 
 
 def _filled(pattern: str, draw: random.Random) -> str:
-    choices = {"craft": _CRAFT, "crew": _CREW, "place": _PLACE, "thing": _THING, "deed": _DEED}
+    return _FIELD.sub(lambda field: _fill(field.group(1), draw), pattern)
 
-    def fill(match: re.Match[str]) -> str:
-        kind = match.group(1)
-        return _name(draw) if kind == "name" else _filled(draw.choice(choices[kind]), draw)
 
-    return _FIELD.sub(fill, pattern)
+def _fill(kind: str, draw: random.Random) -> str:
+    return _name(draw) if kind == "name" else _filled(draw.choice(_CHOICES[kind]), draw)
 
 
 def fiction(words: int, draw: random.Random) -> str:
