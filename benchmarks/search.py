@@ -18,7 +18,7 @@ import torch
 from common import RESULTS, Clock, machine, median_seconds
 
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.index import Keys, ShardedIndex, list_manifests, load_index, make_shard
+from rapidin_vdb.index import Keys, ShardedIndex, Texts, list_manifests, load_index, make_shard
 from rapidin_vdb.index.source import ArraySource
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import Encoded, Fingerprint, ParameterShape, Sample, SketchSpec
@@ -201,7 +201,10 @@ def in_memory_index(rows: np.ndarray, recipe: IndexRecipe) -> ShardedIndex:
         recipe=recipe,
         width=width,
         keys=Keys(
-            [f"s{n:08d}" for n in range(count)], np.arange(count), np.ones(count, np.int64), np.ones(count, bool)
+            Texts.of(f"s{n:08d}" for n in range(count)),
+            np.arange(count),
+            np.ones(count, np.int64),
+            np.ones(count, bool),
         ),
         shards=tuple(
             make_shard(device, ArraySource([rows[begin:end]], width), recipe, width=width)

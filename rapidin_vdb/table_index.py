@@ -15,6 +15,7 @@ from rapidin_vdb.index import (
     Manifest,
     ShardedIndex,
     TableSource,
+    Texts,
     empty_index,
     list_manifests,
     load_keys,
@@ -57,7 +58,7 @@ def _streamed(snapshot: TableVersion, recipe: IndexRecipe) -> ShardedIndex:
     return ShardedIndex(
         recipe=recipe,
         width=width,
-        keys=Keys(sample_ids, row_ids, versions, np.ones(len(sample_ids), bool)),
+        keys=Keys(Texts.of(sample_ids), row_ids, versions, np.ones(len(sample_ids), bool)),
         shards=(make_shard("cpu", source, recipe, width=width),),
         numbers=(np.arange(len(sample_ids)),),
         largest_norm=None,
@@ -83,7 +84,7 @@ def batches_of(snapshot: TableVersion, row_ids: np.ndarray | None = None) -> Ite
         return
     for found in snapshot.vectors(row_ids):
         alive = np.ones(len(found.keys), bool)
-        yield Batch(Keys(found.keys, found.row_ids, found.versions, alive), found.vectors.view(np.uint16))
+        yield Batch(Keys(Texts.of(found.keys), found.row_ids, found.versions, alive), found.vectors.view(np.uint16))
 
 
 def counted(batches: Iterator[Batch], total: int, progress: Progress) -> Iterator[Batch]:

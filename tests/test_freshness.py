@@ -219,7 +219,7 @@ def test_an_index_that_somebody_else_replaces_meanwhile(database, tmp_path, monk
     assert calls[0] != calls[-1]
 
 
-@pytest.mark.parametrize("suffix", ["rows.npy", "keys.npy", "ids.json"])
+@pytest.mark.parametrize("suffix", ["rows.npy", "keys.npy", "ids.npy", "ends.npy"])
 def test_a_damaged_index_is_built_anew(database, tmp_path, suffix, caplog):
     """Also by the command that its message names."""
     database.index("cpu")

@@ -7,7 +7,7 @@ import pytest
 from reference import top_k
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index import Batch, Keys, empty_index
+from rapidin_vdb.index import Batch, Keys, Texts, empty_index
 from rapidin_vdb.recipe import IndexRecipe
 
 WIDTH = 64
@@ -27,7 +27,7 @@ def batches_of(vectors, *, batch=7, first=0, version=1):
     for start in range(0, len(names), batch):
         part = names[start : start + batch]
         row_ids = np.arange(first + start, first + start + len(part))
-        keys = Keys(part, row_ids, np.full(len(part), version), np.ones(len(part), bool))
+        keys = Keys(Texts.of(part), row_ids, np.full(len(part), version), np.ones(len(part), bool))
         yield Batch(keys, np.stack([vectors[name] for name in part]).view(np.uint16))
 
 
@@ -193,7 +193,7 @@ def test_an_updated_index_is_as_one_made_anew(shards, element_type):
     keys, missing = index.keys.difference(row_ids, changed)
     assert missing.tolist() == [6, *range(90, 100)]
     batch = Batch(
-        Keys(list(more), missing, np.full(11, 2), np.ones(11, bool)), np.stack(list(more.values())).view(np.uint16)
+        Keys(Texts.of(more), missing, np.full(11, 2), np.ones(11, bool)), np.stack(list(more.values())).view(np.uint16)
     )
     updated = index.updated(keys, [batch])
     assert updated.samples == len(now | more) == 99

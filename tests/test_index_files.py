@@ -1,7 +1,6 @@
 """Built indexes on disk: whatever the recipe, an answer is that of the rows in memory; and never that of damaged files."""
 
 import itertools
-import json
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from rapidin_vdb.index import (
     Held,
     Keys,
     TableSource,
+    Texts,
     extend_index,
     list_manifests,
     load_index,
@@ -89,7 +89,7 @@ def test_writing_again_replaces_and_leaves_nothing(tmp_path):
     write(tmp_path, recipe_of(shards=2), rows(30))
     manifest = write(tmp_path, recipe_of(shards=2), rows(40, seed=2))
     assert list_manifests(tmp_path) == [manifest]
-    assert len(list((tmp_path / "test").glob("*.npy"))) == 4
+    assert len(list((tmp_path / "test").glob("*.npy"))) == 8
     assert load_index(tmp_path, manifest).samples == 40
 
 
@@ -107,21 +107,46 @@ def test_a_write_that_fails_leaves_the_older_index(tmp_path):
     (ranked,) = load_index(tmp_path, manifest).search(queries(1), 5)
     assert_same(ranked, top_k(vectors, queries(1)[0], 5))
     manifest = write(tmp_path, recipe_of(), vectors)
-    assert len(list((tmp_path / "test").glob("*.npy"))) == 2, "the next one takes away what it left"
+    assert len(list((tmp_path / "test").glob("*.npy"))) == 4, "the next one takes away what it left"
+
+
+def test_packed_texts_are_those_of_a_list():
+    lists = [["a", "", "\u9ec4\0x", "é" * 300], [], ["", "b"], [f"t{number}" for number in range(50)]]
+    flat = [text for texts in lists for text in texts]
+    joined = Texts.joined(map(Texts.of, lists))
+    for packed in (joined, Texts([joined.packed()]), Texts.of(flat), Texts.joined([joined, Texts.of([])])):
+        assert list(packed) == flat and len(packed) == len(flat)
+        assert [packed[number] for number in range(-len(flat), len(flat))] == flat + flat
+        assert list(packed[2:40:3]) == flat[2:40:3] and packed[:2][1] == ""
+        for number in (len(flat), -len(flat) - 1):
+            with pytest.raises(IndexError):
+                packed[number]
+    ends, content = joined.packed()
+    for wrong in (ends[:-1], ends + 1, ends[::-1].copy()):
+        with pytest.raises(ValueError, match="do not fit"):
+            Texts([(wrong, content)])
 
 
 @pytest.mark.parametrize("options", [{"shards": 1}, {"shards": 1, "residence": "streamed"}], ids=str)
-@pytest.mark.parametrize("damage", ["ids", "ids gone", "keys", "rows short", "rows wide", "rows nonsense", "gone"])
+@pytest.mark.parametrize(
+    "damage", ["ids", "ends", "ids gone", "keys", "rows short", "rows wide", "rows nonsense", "gone"]
+)
 def test_a_damaged_index_is_not_believed(tmp_path, damage, options):
     manifest = write(tmp_path, recipe_of(**options), rows(30))
     keys, _ = load_keys(tmp_path, manifest).difference(np.arange(25), np.ones(25, np.int64))
     manifest = extend_index(tmp_path, manifest, held(2), keys, [], count=0)
     load_index(tmp_path, manifest)
     place, name = tmp_path / "test", manifest.parts[0].name
-    files = {"ids": f"{name}.ids.json", "keys": f"{name}.keys.npy", "rows": f"{name}.rows.npy", "gone": manifest.gone}
+    files = {
+        "ids": f"{name}.ids.npy",
+        "ends": f"{name}.ends.npy",
+        "keys": f"{name}.keys.npy",
+        "rows": f"{name}.rows.npy",
+        "gone": manifest.gone,
+    }
     path = place / files[damage.split()[0]]
-    if damage == "ids":
-        path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
+    if damage in ("ids", "ends"):
+        np.save(path, np.load(path)[:-1])
     elif damage == "rows short":
         path.write_bytes(path.read_bytes()[:-2])
     elif damage == "rows wide":
@@ -193,7 +218,7 @@ def test_a_table_is_searched_without_an_index():
     from rapidin_vdb.index import ShardedIndex
 
     index = ShardedIndex(
-        recipe=recipe_of(), width=WIDTH, keys=Keys(list(vectors), row_ids, np.ones(60, np.int64), np.ones(60, bool)),
+        recipe=recipe_of(), width=WIDTH, keys=Keys(Texts.of(vectors), row_ids, np.ones(60, np.int64), np.ones(60, bool)),
         shards=(shard,), numbers=(np.arange(60),), largest_norm=None,
     )  # fmt: skip
     assert not index.grows

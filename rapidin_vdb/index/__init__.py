@@ -7,6 +7,7 @@ from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, list_manifests
 from rapidin_vdb.index.recall import measured_recall
 from rapidin_vdb.index.searchable import Searchable
 from rapidin_vdb.index.source import TableSource
+from rapidin_vdb.index.texts import Texts
 from rapidin_vdb.index.writing import clear_index, extend_index, index_folders, with_recall, write_index
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Searchable",
     "ShardedIndex",
     "TableSource",
+    "Texts",
     "check_index",
     "clear_index",
     "empty_index",

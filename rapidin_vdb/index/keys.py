@@ -7,6 +7,8 @@ from functools import cached_property
 import numpy as np
 from jaxtyping import Bool, Int64
 
+from rapidin_vdb.index.texts import Texts
+
 Picked = Int64[np.ndarray, " picked"]
 
 
@@ -14,8 +16,8 @@ Picked = Int64[np.ndarray, " picked"]
 class Keys:
     """The rows of an index in the order of their numbers, those too that the table no longer has."""
 
-    sample_ids: list[str]
-    """Their samples."""
+    sample_ids: Texts
+    """Their samples, or tokens."""
     row_ids: Int64[np.ndarray, " samples"]
     """The table's own names of its rows; a replaced row keeps its name."""
     versions: Int64[np.ndarray, " samples"]
@@ -67,7 +69,7 @@ def joined(parts: Sequence[Keys]) -> Keys:
     """Return the keys of some rows and then of others."""
     nothing = np.empty(0, np.int64)
     return Keys(
-        [sample_id for part in parts for sample_id in part.sample_ids],
+        Texts.joined(part.sample_ids for part in parts),
         np.concatenate([nothing, *(part.row_ids for part in parts)]),
         np.concatenate([nothing, *(part.versions for part in parts)]),
         np.concatenate([np.empty(0, bool), *(part.alive for part in parts)]),

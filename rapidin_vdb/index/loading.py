@@ -1,8 +1,6 @@
 """Indexes are loaded onto their devices, and checked against their manifest on the way."""
 
 import errno
-import io
-import json
 import logging
 import zlib
 from collections.abc import Iterator
@@ -18,10 +16,13 @@ from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.manifest import Manifest, Part, array_header
 from rapidin_vdb.index.shard import gpu_of
 from rapidin_vdb.index.source import ArraySource, FileSource, RowFile, RowSource
+from rapidin_vdb.index.texts import Texts
 from rapidin_vdb.recipe import IndexRecipe, Residence
 from rapidin_vdb.sketch.memory import free_bytes
 
 logger = logging.getLogger(__name__)
+
+_BLOCK = 1 << 20
 
 
 def load_keys(folder: Path, manifest: Manifest) -> Keys:
@@ -35,7 +36,12 @@ def load_keys(folder: Path, manifest: Manifest) -> Keys:
         parts = []
         for part in manifest.parts:
             row_ids, versions = _array(place / f"{part.name}.keys.npy", part.checksums["keys.npy"])
-            sample_ids = json.loads(_checked(place / f"{part.name}.ids.json", part.checksums["ids.json"]))
+            # Ids are looked at for what is returned only.
+            ends, content = (
+                _array(place / f"{part.name}.{kind}", part.checksums[kind], mapped=True)
+                for kind in ("ends.npy", "ids.npy")
+            )
+            sample_ids = Texts([(ends, content)])
             if not len(sample_ids) == len(row_ids) == part.count:
                 raise ValueError("the number of rows differs from the manifest")
             parts.append(Keys(sample_ids, row_ids, versions, np.ones(part.count, bool)))
@@ -47,15 +53,20 @@ def load_keys(folder: Path, manifest: Manifest) -> Keys:
     return keys
 
 
-def _checked(path: Path, checksum: int) -> bytes:
-    content = path.read_bytes()
-    if zlib.crc32(content) != checksum:
+def _check(path: Path, checksum: int) -> None:
+    crc = 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            crc = zlib.crc32(block, crc)
+    if crc != checksum:
         raise ValueError(f"{path.name} is not what was written")
-    return content
 
 
-def _array(path: Path, checksum: int) -> np.ndarray:
-    return np.load(io.BytesIO(_checked(path, checksum)), allow_pickle=False)
+def _array(path: Path, checksum: int, *, mapped: bool = False) -> np.ndarray:
+    """Return an array; one that is `mapped` stays on disk, unless it is small."""
+    _check(path, checksum)
+    far = mapped and path.stat().st_size > _BLOCK
+    return np.load(path, mmap_mode="r" if far else None, allow_pickle=False)
 
 
 def verify_rows(folder: Path, manifest: Manifest) -> None:
@@ -68,12 +79,7 @@ def verify_rows(folder: Path, manifest: Manifest) -> None:
     with _told(manifest):
         for part in manifest.parts:
             for kind, checksum in part.checksums.items():
-                path, crc = folder / manifest.name / f"{part.name}.{kind}", 0
-                with path.open("rb") as file:
-                    while block := file.read(16 << 20):
-                        crc = zlib.crc32(block, crc)
-                if crc != checksum:
-                    raise ValueError(f"{path.name} is not what was written")
+                _check(folder / manifest.name / f"{part.name}.{kind}", checksum)
 
 
 def check_index(folder: Path, manifest: Manifest) -> None:

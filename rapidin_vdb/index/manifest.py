@@ -1,8 +1,8 @@
 """What a built index holds: a cache beside the table, each in a folder of its own with a manifest.
 
-A folder holds parts: rows as a plain array of float16, their keys, and the folded rows where the recipe is coarse. What
-came into the table later is a further part, what left it a list of numbers; the manifest says which files count, and is
-replaced as a whole.
+A folder holds parts: rows as a plain array of float16, their keys, their ids one behind the other with where each ends,
+and the folded rows where the recipe is coarse. What came into the table later is a further part, what left it a list of
+numbers; the manifest says which files count, and is replaced as a whole.
 """
 
 import io
@@ -18,7 +18,7 @@ import numpy as np
 from rapidin_vdb.recipe import IndexRecipe
 
 MANIFEST = "manifest.json"
-_FORMAT = 4
+_FORMAT = 5
 _NAME = re.compile(r"[0-9a-f]{32}|gone-[0-9a-f]{8}-[0-9a-f]{32}\.npy")
 
 
@@ -109,7 +109,9 @@ def _stays_inside(manifest: Manifest) -> bool:
     """Say whether all files that a manifest names lie beside it."""
     names = [part.name for part in manifest.parts] + ([] if manifest.gone is None else [manifest.gone])
     return all(_NAME.fullmatch(name) for name in names) and all(
-        kind in ("rows.npy", "coarse.npy", "keys.npy", "ids.json") for part in manifest.parts for kind in part.checksums
+        kind in ("rows.npy", "coarse.npy", "keys.npy", "ids.npy", "ends.npy")
+        for part in manifest.parts
+        for kind in part.checksums
     )
 
 

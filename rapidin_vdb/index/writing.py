@@ -207,9 +207,8 @@ def _written_parts(
         keys = joined(came)
         sums = {kind: file.crc for kind, file in files.items()}
         sums["keys.npy"] = _save(place / f"{name}.keys.npy", np.stack([keys.row_ids, keys.versions]))
-        ids = json.dumps(keys.sample_ids).encode("ascii")
-        (place / f"{name}.ids.json").write_bytes(ids)
-        sums["ids.json"] = zlib.crc32(ids)
+        for kind, array in zip(("ends.npy", "ids.npy"), keys.sample_ids.packed(), strict=True):
+            sums[kind] = _save(place / f"{name}.{kind}", array)
         for path in place.glob(f"{name}.*"):
             _sync(path)
         parts.append(Part(name=name, count=size, shard=shard, checksums=sums))
@@ -236,11 +235,13 @@ class _SummedFile:
 
 
 def _save(path: Path, array: np.ndarray) -> int:
-    """Write a small array, and return the checksum of its file."""
-    buffer = io.BytesIO()
-    np.save(buffer, array, allow_pickle=False)
-    path.write_bytes(buffer.getvalue())
-    return zlib.crc32(buffer.getvalue())
+    """Write an array, and return the checksum of its file."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, np.lib.format.header_data_from_array_1_0(array))
+    with _SummedFile(path) as file:
+        file.write(header.getvalue())
+        file.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+    return file.crc
 
 
 def _sync(path: Path) -> None:
