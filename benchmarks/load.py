@@ -21,7 +21,10 @@ from common import RESULTS, machine
 
 WIDTH = 256
 SOURCES = 100
-STEPS = ("start", "ingest", "again", "index", "query", "filter", "delete", "query after", "verify")
+STEPS = (
+    "start", "ingest", "again", "index", "query", "filter", "index, streamed", "query, streamed", "delete",
+    "query after", "verify",
+)  # fmt: skip
 
 
 def write_corpus(path: Path, rows: int) -> None:
@@ -70,6 +73,10 @@ def step(name: str, folder: Path) -> dict[str, float]:
         outcome = report.added
     elif name == "index":
         outcome = database.index("cpu").samples
+    elif name == "index, streamed":
+        outcome = database.index("streamed").samples
+    elif name == "query, streamed":
+        outcome = database.query("Say 5", "5 is 35", top_k=10, index="streamed")[0].searched
     elif name in ("query", "query after"):
         outcome = database.query("Say 5", "5 is 35", top_k=10)[0].searched
     elif name == "filter":
@@ -137,7 +144,8 @@ def measure(rows: int) -> dict:
         left = rows - rows // SOURCES
         wanted = {
             "ingest": rows, "again": 0, "index": rows, "query": rows, "filter": rows // SOURCES,
-            "delete": rows // SOURCES, "query after": left, "verify": left,
+            "index, streamed": rows, "query, streamed": rows, "delete": rows // SOURCES,
+            "query after": left, "verify": left,
         }  # fmt: skip
         assert all(found["steps"][name]["rows"] == count for name, count in wanted.items()), found
         return found

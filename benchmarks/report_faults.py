@@ -26,7 +26,8 @@ def _load() -> str:
             [
                 name,
                 *[
-                    f"{e['steps'][name]['seconds']:.1f} s ({e['steps'][name]['cpu_seconds']:.1f}), {e['steps'][name]['mebibytes']:,.0f} MiB"
+                    f"{e['steps'][name]['seconds']:.1f} s ({e['steps'][name]['cpu_seconds']:.1f}), "
+                    f"{e['steps'][name]['own_mebibytes']:,.0f} of {e['steps'][name]['mebibytes']:,.0f} MiB"
                     for e in load["entries"]
                 ],
             ]
@@ -35,17 +36,24 @@ def _load() -> str:
         + [["on disk", *[f"{entry['bytes'] / 2**20:,.0f} MiB" for entry in load["entries"]]]],
     )
     least, most = (min(load["entries"], key=rows_of), max(load["entries"], key=rows_of))
-    grown = most["steps"]["ingest"]["mebibytes"] - least["steps"]["ingest"]["mebibytes"]
-    a_row = grown * 2**20 / (most["rows"] - least["rows"])
+
+    def a_row(name: str) -> float:
+        """Return by how many bytes a row the process's own memory grew."""
+        grown = most["steps"][name]["own_mebibytes"] - least["steps"][name]["own_mebibytes"]
+        return grown * 2**20 / (most["rows"] - least["rows"])
+
     return f"""
 ## A million rows
 
 Written from `{load["command"]}` at commit {load["machine"]["commit"]} on {load["machine"]["date"]}: {load["machine"]["processor"]},
 {load["machine"]["threads"]} threads. RapidGrads of width {load["width"]} drawn at random, everything else the product's own; each command in a
-process of its own: seconds, CPU seconds in brackets, and its peak of memory ("start" only opens the database and loads the model). "again" is the same
-ingest a second time. {load["remark"]} CPU seconds tell how work grows with rows. An ingest holds the ids and content hashes of all its samples: its
-peak grew by {a_row:,.0f} bytes a row from the fewest to the most. Building an index and searching one count the rows that are mapped from its file
-({2 * load["width"]:,} bytes each), which the system takes back when others want the memory.
+process of its own: seconds, CPU seconds in brackets; then how much memory was its own at most (looked at a hundred times a second), of its peak of
+all memory, mapped files and libraries included. "start" only opens the database and loads the model; "again" is the same ingest a second time.
+{load["remark"]} CPU seconds tell how work grows with rows.
+
+An ingest keeps what it knows of each id in a temporary file: from the fewest rows to the most its own memory grew by {a_row("ingest"):,.0f} bytes a row,
+the second time by {a_row("again"):,.0f}, that of a delete by {a_row("delete"):,.0f}. `index` and `query` are of the recipe `cpu`, which holds all rows in memory, {2 * load["width"]:,}
+bytes each: a query's own memory grew by {a_row("query"):,.0f} bytes a row, with the recipe `streamed` by {a_row("query, streamed"):,.0f}.
 
 {loads}
 """
