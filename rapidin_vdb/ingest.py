@@ -19,8 +19,8 @@ from rapidin_vdb.store import Row, SampleTable, TokenRows
 # A commit is made when this much is waiting: seldom enough to be cheap, often enough to lose little.
 _COMMIT_BYTES = 64 << 20
 _COMMIT_SECONDS = 60.0
-# What a row takes besides its vector while it waits, as Python's objects: some for its record, some for each token.
-_ROW_BYTES, _TOKEN_BYTES = 2048, 128
+# What a row takes besides its vector while it waits, as Python's objects: its record, each token id, each span.
+_RECORD_BYTES, _ID_BYTES, _SPAN_BYTES = 2048, 36, 120
 
 
 def ingest(
@@ -151,7 +151,7 @@ class _Writer:
                 self._replacing.add(sample.sample_id)
             self._rows.append(Row(sample=sample, encoded=encoded, vector=made.vector, loss=made.loss))
             self._bytes += made.vector.nbytes
-        self._bytes += _ROW_BYTES + _TOKEN_BYTES * len(encoded.input_ids)
+        self._bytes += _RECORD_BYTES + _ID_BYTES * len(encoded.input_ids) + _SPAN_BYTES * len(encoded.offsets)
         if made.tokens is not None:
             self._tokens.append(TokenRows(encoded=encoded, content_hash=sample.content_hash, vectors=made.tokens))
             self._bytes += made.tokens.nbytes
