@@ -74,6 +74,25 @@ class SpecError(RapidInError):
     """A sketch spec, an index recipe or an argument cannot be honoured."""
 
 
+def check_unicode(text: str | None, what: str) -> None:
+    """Refuse a text that is none, as of bytes on the command line that are no UTF-8.
+
+    Raises:
+        SpecError: it is none.
+    """
+    if text is not None and not is_unicode(text):
+        raise SpecError(f"{what} is {text!r}, which is no valid Unicode; give it in UTF-8")
+
+
+def is_unicode(text: str) -> bool:
+    """Say whether a text has no half of a surrogate pair.
+
+    >>> is_unicode("\\u9ec4"), is_unicode("\\udc80")
+    (True, False)
+    """
+    return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
 def out_of_handles(error: BaseException | None) -> bool:
     """Return whether an error, or one that it came of, is that no more files can be opened."""
     while error is not None:

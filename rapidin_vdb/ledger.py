@@ -4,8 +4,8 @@ Python's own SQLite, in a file for temporary data that has no name and goes with
 fits the cache never reaches the disk.
 """
 
+import os
 import sqlite3
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -137,6 +137,36 @@ class Names:
             return self._file.execute("INSERT OR IGNORE INTO names VALUES (?)", (name,)).rowcount == 1
 
 
+class Numbers:
+    """Which numbers each of many samples has: its tokens'."""
+
+    def __init__(self) -> None:
+        with _told():
+            self._file = _temporary(
+                "CREATE TABLE numbers (sample_id TEXT, content_hash TEXT, number INT, "
+                "PRIMARY KEY (sample_id, content_hash, number)) WITHOUT ROWID"
+            )
+
+    def close(self) -> None:
+        """Forget all of it."""
+        self._file.close()
+
+    def add(self, sample_id: str, content_hash: str, number: int) -> bool:
+        """Add a number of a sample, and say whether it is new."""
+        row = (sample_id, content_hash, number)
+        with _told():
+            return self._file.execute("INSERT OR IGNORE INTO numbers VALUES (?, ?, ?)", row).rowcount == 1
+
+    def some_are_missing(self, sample_id: str, content_hash: str, count: int) -> bool:
+        """Say whether a sample has numbers, but other ones than those from 0 to `count` - 1."""
+        with _told():
+            found, least, most = self._file.execute(
+                "SELECT count(*), min(number), max(number) FROM numbers WHERE sample_id = ? AND content_hash = ?",
+                (sample_id, content_hash),
+            ).fetchone()
+        return found > 0 and (found, least, most) != (count, 0, count - 1)
+
+
 def _entry(name: str, there: str | None, planned: str | None, has_tokens: int, replaced: int, taken: int) -> Entry:
     return Entry(there=there, planned=planned, has_tokens=bool(has_tokens), replaced=bool(replaced), taken=bool(taken))
 
@@ -160,6 +190,13 @@ def _told() -> Iterator[None]:
     except sqlite3.Error as error:
         raise ScratchError(
             f"the list of sample ids that this command keeps among temporary files cannot be kept: {error}. Make room "
-            f"in {tempfile.gettempdir()}, or name a folder that has some, and can be written, with TMPDIR=FOLDER. What "
-            "was committed before stays"
+            f"in {_folder()}, or name a folder that has some, and can be written, with SQLITE_TMPDIR=FOLDER. What was "
+            "committed before stays"
         ) from error
+
+
+def _folder() -> str:
+    """Return where SQLite puts temporary files: the first that it can write to, in its own order."""
+    given = [os.environ[name] for name in ("SQLITE_TMPDIR", "TMPDIR") if name in os.environ]
+    usable = (name for name in (*given, "/var/tmp", "/usr/tmp", "/tmp", ".") if os.access(name, os.W_OK | os.X_OK))  # noqa: S108
+    return next(usable, "the folder for temporary files")

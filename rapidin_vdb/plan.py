@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rapidin_vdb.batches import Pair, planned_batches
 from rapidin_vdb.corpus import Template, Tokenizer, encode, read_corpus
-from rapidin_vdb.errors import CorpusError, SpecError
+from rapidin_vdb.errors import CorpusError, SpecError, check_unicode
 from rapidin_vdb.gradient import check_token_width
 from rapidin_vdb.ledger import Entry, Ledger
 from rapidin_vdb.records import OnBadRecord, OnDuplicate, Sample
@@ -34,6 +34,15 @@ class Corpus:
     """Which field holds the sample id."""
     limit: int | None = None
     """How many records to read at most."""
+
+    def __post_init__(self) -> None:
+        """Refuse what no sample could have.
+
+        Raises:
+            SpecError: a split or source is no valid Unicode.
+        """
+        check_unicode(self.split, "--split")
+        check_unicode(self.source, "--source")
 
     def read(self) -> Iterator[Sample | CorpusError]:
         """Yield the samples, an error in the place of each record that cannot be one."""

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from rapidin_vdb.errors import PurgedError, RapidInError, SpecError, TableError
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.index import MANIFEST, Manifest, index_folders, list_manifests, verify_rows
-from rapidin_vdb.ledger import Names
+from rapidin_vdb.ledger import Names, Numbers
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.results import Finding, VerifyReport
 from rapidin_vdb.store import (
@@ -148,32 +149,28 @@ def _tokens(tokens: TokenSnapshot, snapshot: Snapshot, progress: Progress) -> It
             "missing": "has some of its tokens' RapidGrads, but not all",
         }.items()
     }
-    seen: dict[tuple[str, str], set[int]] = {}
     total, done = tokens.rows(), 0
-    try:
-        for row, vector, wanted in tokens.whole_rows():
-            name, number = row["sample_id"], row["token_index"]
-            numbers = seen.setdefault((name, row["content_hash"]), set())
-            if number in numbers:
-                kinds["twice"].note(f"{name}, token {number}")
-            numbers.add(number)
-            if not np.isfinite(vector).all():
-                kinds["vector"].note(f"{name}, token {number}")
-            if wanted is not None and row["checksum"] != wanted:
-                kinds["checksum"].note(f"{name}, token {number}")
-            done += 1
-            if done % 1024 == 0:
-                progress("tokens", done, total)
-    except PurgedError:
-        raise
-    except (TableError, UnicodeDecodeError) as error:
-        yield Finding(place="the table tokens", what=f"cannot be read to its end: {error}")
-        return
-    counts = snapshot.token_counts()
-    for name, content in snapshot.content_hashes().items():
-        numbers = seen.get((name, content), set())
-        if numbers and numbers != set(range(counts[name])):
-            kinds["missing"].note(name)
+    with closing(Numbers()) as seen:
+        try:
+            for row, vector, wanted in tokens.whole_rows():
+                name, number = row["sample_id"], row["token_index"]
+                if not seen.add(name, row["content_hash"], number):
+                    kinds["twice"].note(f"{name}, token {number}")
+                if not np.isfinite(vector).all():
+                    kinds["vector"].note(f"{name}, token {number}")
+                if wanted is not None and row["checksum"] != wanted:
+                    kinds["checksum"].note(f"{name}, token {number}")
+                done += 1
+                if done % 1024 == 0:
+                    progress("tokens", done, total)
+        except PurgedError:
+            raise
+        except (TableError, UnicodeDecodeError) as error:
+            yield Finding(place="the table tokens", what=f"cannot be read to its end: {error}")
+            return
+        for name, content, count in snapshot.each_count():
+            if seen.some_are_missing(name, content, count):
+                kinds["missing"].note(name)
     progress("tokens", total, total)
     for kind in kinds.values():
         yield from kind.findings()

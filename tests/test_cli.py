@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import tempfile
 
 import pytest
 from conftest import toy_records, write_jsonl
@@ -169,6 +170,15 @@ def test_tables_fit_a_terminal_and_hide_control_characters(capsys, database, tmp
             ["index", "{db}", "--recipe", "x.toml"],
             "no index recipe at x.toml; give a TOML file or one of: indexes/coarse_to_fine.toml",
         ),
+        (
+            ["ingest", "{db}", "{tmp}/toy.jsonl", "--split", "a\udcff"],
+            "--split is 'a.udcff', which is no valid Unicode",
+        ),
+        (
+            ["ingest", "{db}", "{tmp}/toy.jsonl", "--source", "\udcff"],
+            "--source is '.udcff', which is no valid Unicode",
+        ),
+        (["init", "{tmp}/new", "--model", "m\udcff"], "the name of the model is 'm.udcff', which is no valid Unicode"),
         (["show", "{db}", "nobody"], "no sample 'nobody' in"),
         (["delete", "{db}", "--ids", "{tmp}/none"], "--ids {tmp}/none: cannot be read"),
         (["demo", "--dir", "{tmp}"], "--dir {tmp} is not empty; give a new folder"),
@@ -184,6 +194,19 @@ def test_bad_input_is_one_line_and_exit_1(capsys, database, tmp_path, arguments,
     assert re.search(message.format(db=database.path, tmp=tmp_path), err), err
     assert err.startswith("error: ") and len(err.splitlines()) == 1
     assert database.info() == before and not (tmp_path / "new").exists()
+
+
+def test_without_a_folder_for_temporary_files_what_needs_none_goes_on(capsys, database, monkeypatch):
+    """Libraries ask for its name as they are imported; where all disks are full there is none."""
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_get_default_tempdir", none)
+    code, out, err = call(capsys, "info", database.path)
+    assert (code, err) == (0, "") and "24" in out
+    assert tempfile.gettempdir() == "."
 
 
 def test_wrong_usage_is_exit_2(capsys, database):

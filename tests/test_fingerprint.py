@@ -11,7 +11,7 @@ from conftest import byte_tokenizer, toy_records, write_jsonl
 from safetensors.torch import load_file, save_file
 
 import rapidin_vdb
-from rapidin_vdb.errors import FingerprintError, RapidInError, SpecError
+from rapidin_vdb.errors import FingerprintError, ModelError, RapidInError, SpecError
 from rapidin_vdb.store import SampleTable
 
 
@@ -116,6 +116,17 @@ def test_a_scheme_that_is_not_known_can_be_read_and_not_misread(tmp_path, databa
         with pytest.raises(SpecError, match=wanted):
             attempt()
     assert other.info().samples == 24 and other.delete(ids=["toy-003"]) == ["toy-003"]
+
+
+@pytest.mark.parametrize("content", [b"nonsense", None], ids=["nonsense", "cut off"])
+@pytest.mark.parametrize("damaged", ["model", "adapter"])
+def test_weights_that_are_damaged_are_told(tmp_path, models, adapters, damaged, content):
+    model, adapter = (shutil.copytree(one["llama"], tmp_path / name) for name, one in (("m", models), ("a", adapters)))
+    file = model / "model.safetensors" if damaged == "model" else adapter / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    with pytest.raises(ModelError, match=f"the {damaged} .* cannot be (loaded|read): "):
+        rapidin_vdb.init(tmp_path / "db", model=str(model), adapter=str(adapter), width=64)
+    assert not (tmp_path / "db").exists()
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What an ingest knows of each id, kept off memory: against plain dicts, in little memory, and where there is no room."""
 
+import os
 import random
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import toy_records, write_jsonl
 
-from rapidin_vdb.ledger import Entry, Ledger, Names
+from rapidin_vdb.ledger import Entry, Ledger, Names, Numbers
 from rapidin_vdb.plan import make_plan, planned_windows
 from rapidin_vdb.records import Encoded, Sample
 
@@ -121,6 +122,19 @@ def test_names_are_those_of_a_set():
             known.add(name)
 
 
+def test_numbers_are_those_of_sets():
+    draw, known = random.Random(3), {}
+    with closing(Numbers()) as numbers:
+        for _ in range(3000):
+            key, number = (f"s{draw.randint(0, 40)}", draw.choice("ab")), draw.randint(0, 4)
+            mine = known.setdefault(key, set())
+            assert numbers.add(*key, number) == (number not in mine)
+            mine.add(number)
+            count = draw.randint(1, 6)
+            assert numbers.some_are_missing(*key, count) == (mine != set(range(count)))
+        assert not numbers.some_are_missing("none", "a", 3), "a sample without any lacks none"
+
+
 MANY = """
 from contextlib import closing
 from pathlib import Path
@@ -180,4 +194,6 @@ with closing(ledger.Ledger()) as kept:
 
 def test_a_full_disk_is_told():
     done = subprocess.run([sys.executable, "-c", SMALL], capture_output=True, text=True, check=True)
-    assert "cannot be kept: " in done.stdout and "TMPDIR=FOLDER" in done.stdout, done.stdout + done.stderr
+    folder = os.environ.get("SQLITE_TMPDIR") or os.environ.get("TMPDIR") or "/var/tmp"
+    assert f"Make room in {folder}, " in done.stdout, "where SQLite puts it, not Python"
+    assert "cannot be kept: " in done.stdout and "SQLITE_TMPDIR=FOLDER" in done.stdout, done.stdout + done.stderr

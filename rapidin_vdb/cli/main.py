@@ -1,7 +1,9 @@
 """The application: commands are added by the modules beside this one, and errors caught in one place."""
 
 import logging
+import os
 import sys
+import tempfile
 
 import typer
 
@@ -32,12 +34,24 @@ class _Shown(logging.Formatter):
         return shown(record.getMessage())
 
 
+def _name_temporary_folder() -> None:
+    """Let there be a folder for temporary files, if only by name: libraries ask for it as they are imported.
+
+    Where all disks are full there is none that can be written, and a purge, which would make room, needs none.
+    """
+    try:
+        tempfile.gettempdir()
+    except FileNotFoundError:
+        tempfile.tempdir = os.curdir
+
+
 def main() -> None:
     """Run the command line; an error of ours becomes a message and exit code 1."""
     told = logging.StreamHandler()
     told.setFormatter(_Shown())
     logging.basicConfig(handlers=[told], level=logging.ERROR)
     logging.getLogger("rapidin_vdb").setLevel(logging.INFO)
+    _name_temporary_folder()
     try:
         sys.exit(app(standalone_mode=False))
     except _UsageError as error:

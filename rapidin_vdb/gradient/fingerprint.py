@@ -77,7 +77,7 @@ def _folder(name: str, file: str) -> Path:
 
 def _hash_folder(folder: Path, config: str, weights: str) -> str:
     """Hash what the weights are, whatever files they are cut into, and the configuration but for its provenance."""
-    from safetensors import safe_open
+    from safetensors import SafetensorError, safe_open
 
     digest = hashlib.sha256()
     settings = json.loads((folder / config).read_text("utf-8"))
@@ -88,8 +88,11 @@ def _hash_folder(folder: Path, config: str, weights: str) -> str:
         raise ModelError(f"{folder} has no {weights}.safetensors; convert the weights to safetensors first")
     places: dict[str, Path] = {}
     for file in files:
-        with safe_open(file, framework="pt") as tensors:
-            places |= {name: file for name in tensors.keys()}
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                places |= {name: file for name in tensors.keys()}
+        except SafetensorError as error:
+            raise ModelError(f"{file} cannot be read: {error}; save the weights again, or copy them anew") from error
     for name in sorted(places):
         with safe_open(places[name], framework="pt") as tensors:
             tensor = tensors.get_tensor(name).contiguous()

@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
-from rapidin_vdb.errors import ModelError, SpecError, without_secrets
+from rapidin_vdb.errors import ModelError, SpecError, check_unicode, without_secrets
 from rapidin_vdb.gradient.parameters import choose_parameters
 from rapidin_vdb.gradient.quiet import quiet_libraries
 from rapidin_vdb.records import DType, ModelSpec, ParameterShape
@@ -149,6 +150,7 @@ def load_model(spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
 
 def _check_place(name: str, what: str, file: str) -> None:
     """Find a mistyped folder before anything looks for it on the hub."""
+    check_unicode(name, f"the name of the {what}")
     path = Path(name)
     if path.is_dir():
         if not (path / file).is_file():
@@ -173,7 +175,7 @@ def _load_base(spec: ModelSpec, device: str) -> Any:
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         raise ModelError(f"the model {spec.model} cannot be loaded: {_short(error)}. {_WANTED}") from error
     missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
     if missing:
@@ -240,6 +242,10 @@ def _load_adapter(model: Any, adapter: str, base: str) -> Any:
 
             adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, use_safetensors=True)
             weights = load_peft_weights(adapter, device="cpu", use_safetensors=True)
+    except SafetensorError as error:
+        raise ModelError(
+            f"the adapter {adapter} cannot be read: {_short(error)}; save it again, or copy it anew"
+        ) from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         if not Path(adapter).is_dir() and isinstance(error, OSError | ValueError) and "find" in str(error).lower():
             raise ModelError(f"no adapter at {adapter}: neither a folder nor a name that can be reached") from error

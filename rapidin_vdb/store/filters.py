@@ -4,8 +4,8 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-from rapidin_vdb.errors import FilterError
-from rapidin_vdb.store.telling import first_line
+from rapidin_vdb.errors import FilterError, out_of_handles
+from rapidin_vdb.store.telling import first_line, is_panic
 
 # Quoted texts and quoted column names; a doubled quote inside stands for itself.
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`")
@@ -15,8 +15,19 @@ _DEEP = re.compile(r"\|\||[-+*/%|&^~]|::|\b(?:IS|IN|NOT|LIKE|ILIKE|SIMILAR|BETWE
 _COMPARED = re.compile(r"[<>=!]+")
 _MOST_DEEP = 300
 _MOST_OPERATORS = 1000
+# What may stand before a parenthesis: functions of one row that give the same each time and take no more memory than
+# what they are given, and SQL's own words. Lance knows others that end the process, as `repeat`, or draw by lot.
+FUNCTIONS = (
+    "abs ascii bit_length btrim char_length character_length coalesce concat concat_ws contains ends_with exp "
+    "greatest ifnull initcap instr isnan iszero least left length ln log log10 log2 lower ltrim nullif nvl "
+    "octet_length power regexp_count regexp_like reverse right round rtrim split_part sqrt starts_with strpos "
+    "trunc upper"
+).split()
+_BEFORE_PARENTHESES = {*FUNCTIONS, *"and between cast decimal ilike in is like not or try_cast".split()}
+_CALLED = re.compile(r"([^\W\d]\w*|'')\s*\(")
+_CHANGING = re.compile(r"\b(?:current_(?:date|time|timestamp)|localtime(?:stamp)?)\b", re.IGNORECASE)
 # How Lance says that an expression was understood, but cannot be had of some row: a text that is no number, a division.
-_OF_ITS_VALUES = ("applying filter expression", "Arrow error: ")
+_OF_ITS_VALUES = ("applying filter expression", "Arrow error: ", "LanceError(Arrow)")
 
 
 def checked_filter(where: str) -> str:
@@ -26,7 +37,8 @@ def checked_filter(where: str) -> str:
     "(split = 'train')"
 
     Raises:
-        FilterError: empty, more than one statement, a comment, unbalanced, or too long an expression to be walked.
+        FilterError: empty, more than one statement, a comment, unbalanced, too long an expression to be walked, or with
+            a function that is none of those which a filter may use.
     """
     if not where.strip():
         raise FilterError("the filter is empty; leave --where out to search all samples")
@@ -43,6 +55,11 @@ def checked_filter(where: str) -> str:
             f"the filter has {operators:,} operators, {deep:,} of them other than comparisons; wanted at most "
             f"{_MOST_OPERATORS:,} and {_MOST_DEEP}: write alternatives as a list, column IN ('a', 'b')"
         )
+    called = [name for name in _CALLED.findall(bare) if name.lower() not in _BEFORE_PARENTHESES]
+    called += _CHANGING.findall(bare)
+    if called:
+        name = "what is quoted" if called[0] == "''" else called[0]
+        raise FilterError(f"the filter calls {name}: {where}; wanted functions among: {', '.join(FUNCTIONS)}")
     depth = 0
     for character in bare:
         depth += (character == "(") - (character == ")")
@@ -69,6 +86,13 @@ def understood(where: str, columns: Sequence[str]) -> Iterator[str]:
             raise
         raise FilterError(
             f"the filter {where!r} is not understood: {first_line(error)}. Columns are: {', '.join(columns)}"
+        ) from error
+    except BaseException as error:
+        if not is_panic(error) or out_of_handles(error):
+            raise
+        raise FilterError(
+            f"the filter {where!r} cannot be answered: Lance gave up over it ({first_line(error)}). If it does over "
+            "others, too, the table may be damaged: look with rapidin-vdb verify"
         ) from error
 
 

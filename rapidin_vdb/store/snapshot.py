@@ -18,6 +18,7 @@ from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, TableVersion, batche
 
 SAMPLES = "samples"
 _SAMPLES_A_BATCH = 1000
+_COUNTS_A_BATCH = 1 << 14
 
 
 class Snapshot(TableVersion):
@@ -143,10 +144,11 @@ class Snapshot(TableVersion):
                 )
         return found
 
-    def token_counts(self) -> dict[str, int]:
-        """Return the number of response tokens of every sample, by id."""
-        table = self._select(["sample_id", "tokens"], None)
-        return dict(zip(table["sample_id"].to_pylist(), table["tokens"].to_pylist(), strict=True))
+    def each_count(self) -> Iterator[tuple[str, str, int]]:
+        """Yield id, content hash, and number of response tokens of every sample."""
+        columns = ["sample_id", "content_hash", "tokens"]
+        for batch in self._scan(columns, _COUNTS_A_BATCH):
+            yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 
     def _further(self) -> list[str]:
         return [name for name in self.schema.names if name not in OWN_NAMES]

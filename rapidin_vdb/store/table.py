@@ -244,9 +244,12 @@ class SampleTable:
         self.snapshot().count(where)  # so that a filter that is not understood is told as such
         with self._changing():
             # Samples first: tokens without their sample are never looked at.
-            gone = self.snapshot().count(where)
-            if gone:
+            before = self.snapshot()
+            gone = before.rows()
+            if before.count(where):
                 self._table.delete(expression)
+            # Not what the filter gave before: what is told must be what was done.
+            gone -= self.snapshot().rows()
             self._sweep()
         return gone
 
@@ -256,7 +259,7 @@ class SampleTable:
             there = sorted({name for name, _ in self.snapshot().each_content(sample_ids)})
             for batch in batches(there, IDS_A_FILTER):
                 self._table.delete(ids_filter(batch))
-            self._sweep()
+            self.tokens.delete_of(there)
         return there
 
     def purge(self) -> None:

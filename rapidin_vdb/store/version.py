@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from jaxtyping import Float16, Int64
 
-from rapidin_vdb.errors import FilterError, PurgedError, TableError
+from rapidin_vdb.errors import FilterError, PurgedError, TableError, is_unicode
 from rapidin_vdb.store.filters import understood
 from rapidin_vdb.store.place import Place
 from rapidin_vdb.store.telling import told
@@ -129,7 +129,8 @@ class TableVersion:
 
     def each_content(self, of: Sequence[str] | None = None) -> Iterator[tuple[str, str]]:
         """Yield sample id and content hash of every row, or of those of some samples, without holding them all."""
-        wanted = None if of is None else pa.array(of, pa.string())
+        # A text with half of a surrogate pair is the id of no sample.
+        wanted = None if of is None else pa.array([name for name in of if is_unicode(name)], pa.string())
         for batch in self._scan(["sample_id", "content_hash"], _CONTENTS_A_BATCH):
             if wanted is not None:
                 batch = batch.filter(pc.is_in(batch.column("sample_id"), wanted))
