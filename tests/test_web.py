@@ -309,7 +309,7 @@ def test_an_export_tells_how_far_it_is(served, client, monkeypatch):
     parts = [value for name, value in found if name == "part"]
     assert "".join(parts) == client.post("/api/export", json=asked).text
     assert len(parts) > 3 and all(part.endswith("}\n") for part in parts)
-    assert found[-1] == ("result", {"records": 18, "inexact_records": 0})
+    assert found[-1] == ("result", {"records": 18, "inexact_records": 0, "matching": 19})
     assert [name for name, _ in found] == ["progress"] * 5 + ["part"] * len(parts) + ["result"]
     ((name, value),) = events({"where": "nosuch"})
     assert (name, value["status"]) == ("error", 400) and "not understood" in value["detail"]

@@ -408,6 +408,24 @@ def test_what_cannot_be_restored_is_said_before_it_is_saved(visit, mixed):
     assert page.locator("#to-save").text_content() == ""
 
 
+def test_how_many_match_is_counted_where_they_are_written(visit):
+    page = visit()
+    page.click('[data-view="browse"]')
+    page.locator("article [data-does=mark]").first.click()
+    page.click('[data-view="marked"]')
+    page.fill("#clean-where", "")
+
+    def grown(route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, body=answer.text().replace('"matching": 28', '"matching": 1030'))
+
+    page.route("**/api/export", grown)
+    page.asked.clear()
+    assert len(saved_lines(page, "#save-clean")) == 27
+    assert settled(page) == "Saved cleaned.jsonl: 27 samples. Of the 1,030 that match, 1,003 are marked and left out."
+    assert [url.rpartition("/")[2] for url in page.asked if "/api/" in url] == ["export"]
+
+
 RECORDS = [
     json.dumps({"id": "plain", "instruction": "Say 1", "input": "", "output": "red 7"}),
     json.dumps({"id": "listed", "instruction": "Say 2", "output": "blue 14", "tags": ["a"]}),

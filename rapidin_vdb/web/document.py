@@ -19,12 +19,13 @@ EXPORTED: Responses = {
                     "type": "string",
                     "description": "Events, as of a query: `progress`; then the records in some `part`s, each a text "
                     "of whole lines; then `result`, with how many `records` there are and how many `inexact_records`, "
-                    "as in the headers. Or `error` at any time.",
+                    "as in the headers, and how many samples are `matching` the filter, those left out among them. Or "
+                    "`error` at any time.",
                 },
                 "example": (
                     'event: progress\ndata: {"stage": "records", "done": 500, "total": 1000}\n\n'
                     'event: part\ndata: "{\\"id\\": \\"demo-0001\\"}\\n"\n\n'
-                    'event: result\ndata: {"records": 1, "inexact_records": 0}\n\n'
+                    'event: result\ndata: {"records": 1, "inexact_records": 0, "matching": 2}\n\n'
                 ),
             },
         },

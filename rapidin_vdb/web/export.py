@@ -32,6 +32,8 @@ class _Written:
     bytes: int
     records: int
     inexact: int
+    matching: int
+    """How many samples match: these, and what was left out of them."""
 
 
 async def exported(request: Request, reads: Reads, database: Database, asked: ExportRequest) -> StreamingResponse:
@@ -56,11 +58,12 @@ async def exported(request: Request, reads: Reads, database: Database, asked: Ex
 
 
 def _write(database: Database, asked: ExportRequest, check: Check, progress: Progress) -> _Written:
-    without, records, inexact = set(asked.without), 0, 0
+    without, records, inexact, matching = set(asked.without), 0, 0, 0
     file = tempfile.SpooledTemporaryFile(_IN_MEMORY)
     try:
         for sample_id, record, exact in database.each_record(where=asked.where, progress=progress):
             check()
+            matching += 1
             if sample_id not in without:
                 file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
                 records, inexact = records + 1, inexact + (not exact)
@@ -69,7 +72,7 @@ def _write(database: Database, asked: ExportRequest, check: Check, progress: Pro
         raise
     length = file.tell()
     file.seek(0)
-    return _Written(file=file, bytes=length, records=records, inexact=inexact)
+    return _Written(file=file, bytes=length, records=records, inexact=inexact, matching=matching)
 
 
 def _parts(file: IO[bytes]) -> Iterator[bytes]:
@@ -97,6 +100,7 @@ async def _events(request: Request, reads: Reads, database: Database, asked: Exp
             raise
         for part in _parts(written.file):
             yield event("part", part.decode())
-        yield event("result", {"records": written.records, "inexact_records": written.inexact})
+        counts = {"records": written.records, "inexact_records": written.inexact, "matching": written.matching}
+        yield event("result", counts)
     finally:
         reading.cancel()  # of no effect where it is done; else whoever asked has gone

@@ -25,7 +25,7 @@ function keepSecret(text) {
   }
 }
 
-export async function ask(path, { body, signal, accept } = {}) {
+async function ask(path, { body, signal, accept } = {}) {
   const used = secret, headers = { "x-client": client, accept: accept || "application/json" };
   if (body !== undefined) headers["content-type"] = "application/json";
   if (secret) headers.authorization = "Bearer " + secret;
@@ -61,7 +61,7 @@ function parsed(text) {
   return JSON.parse(text, (_, value, { source } = {}) => (typeof value === "number" && !Number.isSafeInteger(value) && /^-?\d+$/.test(source) ? BigInt(source) : value));
 }
 // The rest of an answer, which may break off.
-export async function whole(rest) {
+async function whole(rest) {
   try {
     return await rest;
   } catch (error) {

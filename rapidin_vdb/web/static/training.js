@@ -1,5 +1,5 @@
 // Training files without the marked samples: from the database, or from the file that was ingested.
-import { Refused, ask, during, follow, say, whole } from "./server.js";
+import { Refused, during, follow, say } from "./server.js";
 
 const { make } = Heat;
 const id = (name) => document.getElementById(name);
@@ -18,14 +18,12 @@ export function save(name, parts) {
 export function exported(where, without) {
   during("writing the cleaned file", async (signal) => {
     id("to-save").replaceChildren();
-    const all = await ask("api/samples?" + new URLSearchParams({ limit: 0, ...(where ? { where } : {}) }), { signal });
-    const { total } = await whole(all.json());
     const parts = [];
-    const { records, inexact_records: inexact } = await follow("api/export", { without, where }, signal, (part) => parts.push(part));
+    const { records, inexact_records: inexact, matching } = await follow("api/export", { without, where }, signal, (part) => parts.push(part));
     const keep = () => {
       save("cleaned.jsonl", parts);
       id("to-save").replaceChildren();
-      say("Saved cleaned.jsonl: " + counted(records, "sample", "samples") + ". Of the " + total.toLocaleString("en") + " that match, " + (total - records).toLocaleString("en") + " are marked and left out.");
+      say("Saved cleaned.jsonl: " + counted(records, "sample", "samples") + ". Of the " + matching.toLocaleString("en") + " that match, " + (matching - records).toLocaleString("en") + " are marked and left out.");
     };
     if (!inexact) return keep();
     id("to-save").replaceChildren(make("p", {}, counted(inexact, "record", "records") + " of " + records.toLocaleString("en") + " cannot be restored exactly: lists, objects, or the turns of a conversation may be lost. Better give your own training file above."),
