@@ -17,6 +17,7 @@ RapidInError
 
 import errno
 import re
+import tempfile
 
 # With one slash it is an address that was taken for a path.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/\S*[^\s:;,.]")
@@ -72,6 +73,19 @@ class ScratchError(RapidInError):
 
 class SpecError(RapidInError):
     """A sketch spec, an index recipe or an argument cannot be honoured."""
+
+
+def no_scratch(what: str, error: Exception) -> ScratchError:
+    """Return the error that something cannot be kept among temporary files: where they are, and what can be done."""
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError:
+        folder = "the folder for them"  # none that Python knows of can be written
+    why = (isinstance(error, OSError) and error.strerror) or error  # without the name of a file that has none for long
+    return ScratchError(
+        f"{what} cannot be kept: {why}. Make room in {folder}, or name a folder that has some, and can be written, "
+        "with TMPDIR=FOLDER"
+    )
 
 
 def out_of_handles(error: BaseException | None) -> bool:

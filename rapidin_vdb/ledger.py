@@ -5,12 +5,11 @@ fits the cache never reaches the disk.
 """
 
 import sqlite3
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rapidin_vdb.errors import ScratchError
+from rapidin_vdb.errors import ScratchError, no_scratch
 
 _CACHE_KIBIBYTES = 32 << 10
 
@@ -158,8 +157,5 @@ def _told() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise ScratchError(
-            f"the list of sample ids that this command keeps among temporary files cannot be kept: {error}. Make room "
-            f"in {tempfile.gettempdir()}, or name a folder that has some, and can be written, with TMPDIR=FOLDER. What "
-            "was committed before stays"
-        ) from error
+        told = no_scratch("the list of sample ids that this command keeps among temporary files", error)
+        raise ScratchError(f"{told}. What was committed before stays") from error

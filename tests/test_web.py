@@ -1,8 +1,10 @@
 """The server's API: the command line's JSON, what it refuses, and how requests share one model."""
 
 import json
+import re
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -325,6 +327,30 @@ def test_an_export_that_fails_says_so_in_its_last_event(served, monkeypatch):
         answer = client.post("/api/export", json={}, headers={"accept": "text/event-stream"})
     assert answer.text.startswith("event: error\n") and '"status": 500' in answer.text
     assert "unforeseen" not in answer.text, "the log has it, and nobody else"
+
+
+def test_an_export_without_room_for_it_says_so(client, monkeypatch):
+    full = Path("/dev/full")
+
+    def nowhere() -> None:
+        monkeypatch.setattr("rapidin_vdb.web.export._IN_MEMORY", 100)
+        monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+
+    def no_room() -> None:
+        monkeypatch.setattr("tempfile.SpooledTemporaryFile", lambda size: full.open("wb"))
+
+    for there, why in (
+        (nowhere, "kept: No such file or directory. Make room in /nowhere,"),
+        (no_room, "No space left on device"),
+    ):
+        there()
+        answer = client.post("/api/export", json={})
+        assert answer.status_code == 507
+        said = answer.json()["detail"]
+        assert why in said and re.search("cannot be kept: .*Make room in /.*with TMPDIR=FOLDER$", said), said
+        told = client.post("/api/export", json={}, headers={"accept": "text/event-stream"}).text
+        name, data = told.strip().split("\n\n")[-1].split("\n")
+        assert name == "event: error" and json.loads(data.removeprefix("data: ")) == {"detail": said, "status": 507}
 
 
 def test_counters_count(client):

@@ -426,6 +426,15 @@ def test_how_many_match_is_counted_where_they_are_written(visit):
     assert [url.rpartition("/")[2] for url in page.asked if "/api/" in url] == ["export"]
 
 
+def test_an_export_without_room_is_said(visit, monkeypatch):
+    monkeypatch.setattr("rapidin_vdb.web.export._IN_MEMORY", 100)
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    page = visit()
+    page.click('[data-view="marked"]')
+    page.click("#save-clean")
+    page.locator("#status.error", has_text="Make room in /nowhere, or name a folder that has some").wait_for()
+
+
 RECORDS = [
     json.dumps({"id": "plain", "instruction": "Say 1", "input": "", "output": "red 7"}),
     json.dumps({"id": "listed", "instruction": "Say 2", "output": "blue 14", "tags": ["a"]}),

@@ -47,8 +47,8 @@ EVENTS = {
             "type": "string",
             "description": "Events, whatever becomes of the request the status is 200: `progress`, as often as there "
             "is any; then either `result`, with what the JSON answer would have been, or `error`, whose data has "
-            "`detail` and `status`, which the JSON answer would have had (400, 404, 503, 504, or 500 where something "
-            "went wrong in the server). A stream that ends with neither was broken off.",
+            "`detail` and `status`, which the JSON answer would have had (400, 404, 503, 504, 507, or 500 where "
+            "something went wrong in the server). A stream that ends with neither was broken off.",
         },
         "example": (
             'event: progress\ndata: {"stage": "gradients", "done": 1, "total": 1}\n\n'
@@ -101,6 +101,7 @@ _REFUSALS = {
     421: "The host is not served here.",
     503: "Too many requests are waiting, or the server is stopping.",
     504: "The request took too long.",
+    507: "There is no room for the server's temporary files.",
 }
 
 

@@ -1,6 +1,7 @@
 """Training data without some samples: as JSON lines, or as events that tell how far they are."""
 
 import asyncio
+import contextlib
 import json
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -11,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from rapidin_vdb.database import Database
-from rapidin_vdb.errors import RapidInError
+from rapidin_vdb.errors import RapidInError, no_scratch
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.web.answers import STILL_HERE_EVENT, Heard, error_event, event, unforeseen_event
 from rapidin_vdb.web.desk import DeskError
@@ -44,6 +45,7 @@ async def exported(request: Request, reads: Reads, database: Database, asked: Ex
 
     Raises:
         FilterError: the filter cannot be understood.
+        ScratchError: there is no room for the file.
         LateError, CancelledError, BusyError: as of any read.
     """
     if "text/event-stream" in request.headers.get("accept", ""):
@@ -65,14 +67,28 @@ def _write(database: Database, asked: ExportRequest, check: Check, progress: Pro
             check()
             matching += 1
             if sample_id not in without:
-                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+                with _told():
+                    file.write(line)
                 records, inexact = records + 1, inexact + (not exact)
+        with _told():
+            length = file.tell()
+            file.seek(0)  # what is still in memory is written out
     except BaseException:
-        file.close()
+        with contextlib.suppress(OSError):  # which is how it says once more that there is no room
+            file.close()
         raise
-    length = file.tell()
-    file.seek(0)
     return _Written(file=file, bytes=length, records=records, inexact=inexact, matching=matching)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise no_scratch(
+            "the training file that the server keeps among temporary files until it is sent", error
+        ) from error
 
 
 def _parts(file: IO[bytes]) -> Iterator[bytes]:
