@@ -114,9 +114,18 @@ async def _events(request: Request, reads: Reads, database: Database, asked: Exp
         except Exception:
             yield unforeseen_event()
             raise
-        for part in _parts(written.file):
-            yield event("part", part.decode())
+        parts = _parts(written.file)
+        # Not on the event loop: others are answered between two parts only, and there are many.
+        while (part := await asyncio.to_thread(_next_event, parts)) is not None:
+            yield part
         counts = {"records": written.records, "inexact_records": written.inexact, "matching": written.matching}
         yield event("result", counts)
     finally:
         reading.cancel()  # of no effect where it is done; else whoever asked has gone
+        if reading.done() and not reading.cancelled() and reading.exception() is None:
+            reading.result().file.close()
+
+
+def _next_event(parts: Iterator[bytes]) -> str | None:
+    part = next(parts, None)
+    return None if part is None else event("part", part.decode())
