@@ -17,10 +17,10 @@ EXPORTED: Responses = {
             "text/event-stream": {
                 "schema": {
                     "type": "string",
-                    "description": "Events, as of a query: `progress`; then the records in some `part`s, each a text "
-                    "of whole lines; then `result`, with how many `records` there are and how many `inexact_records`, "
-                    "as in the headers, and how many samples are `matching` the filter, those left out among them. Or "
-                    "`error` at any time.",
+                    "description": "Events, as of a query, and whatever becomes of the request the status is 200: "
+                    "`progress`; then the records in some `part`s, each a text of whole lines; then `result`, with how "
+                    "many `records` there are and how many `inexact_records`, as in the headers, and how many samples "
+                    "are `matching` the filter, those left out among them. Or `error` at any time.",
                 },
                 "example": (
                     'event: progress\ndata: {"stage": "records", "done": 500, "total": 1000}\n\n'
@@ -30,12 +30,16 @@ EXPORTED: Responses = {
             },
         },
         "headers": {
-            "x-records": {"description": "How many there are.", "required": True, "schema": {"type": "integer"}},
+            "x-records": {
+                "description": "How many there are. Only with JSON lines.",
+                "required": False,
+                "schema": {"type": "integer"},
+            },
             "x-inexact-records": {
                 "description": "How many of them are not, for sure, what was ingested: a database keeps the "
                 "conversation as text and the simple fields, no lists or objects. The others have the same fields and "
-                "values, if in another order.",
-                "required": True,
+                "values, if in another order. Only with JSON lines.",
+                "required": False,
                 "schema": {"type": "integer"},
             },
         },
