@@ -3,6 +3,7 @@ import * as kept from "./kept.js";
 import { during, follow, read, say, stop, wordsOf } from "./server.js";
 import { again, complete, completed, keyOf, ranked, wanting } from "./asking.js";
 import { controls, fill } from "./filters.js";
+import { write, written } from "./form.js";
 import { list } from "./answer.js";
 import { browsed, sampleView, pastView, markedView } from "./views.js";
 
@@ -94,21 +95,6 @@ function count() {
 }
 
 // ---- asking
-const FIELDS = ["prompt", "generated", "where", "top_k", "ends", "group_by", "tokens"];
-function written() {
-  const values = { focus: [] };
-  for (const name of FIELDS) values[name] = id(name).type === "checkbox" ? id(name).checked : id(name).value;
-  return values;
-}
-function write(values) {
-  if (["prompt", "generated"].some((name) => id(name).value !== values[name])) id("sampled").textContent = "";
-  for (const name of FIELDS) {
-    if (id(name).type === "checkbox") id(name).checked = values[name];
-    else if (name === "where") fill(id(name), values[name]);
-    else id(name).value = values[name];
-  }
-  if (values.where) id("among").open = true;
-}
 function reask(answer, values) {
   if (view !== "compare") return navigate("ask", values);
   navigate("compare", sides.map((side) => (side === answer ? values : side.values)));
