@@ -2,7 +2,7 @@
 
 import json
 import re
-from urllib.parse import unquote
+from urllib.parse import quote, unquote
 
 import pytest
 import test_web_page as whole
@@ -10,10 +10,10 @@ from test_web_page import ask, cards, settled
 
 made, address, driver, visit = whole.made, whole.address, whole.driver, whole.visit
 
-LATE = (
-    'event: progress\ndata: {"stage": "matrix", "done": 12, "total": 678}\n\n'
-    'event: error\ndata: {"detail": "the request took longer than is allowed", "status": 504}\n\n'
-)
+TOLD = 'event: progress\ndata: {"stage": "matrix", "done": 12, "total": 678}\n\n'
+LATE = 'event: error\ndata: {"detail": "the request took longer than is allowed", "status": 504}\n\n'
+SAID = """() => { const status = document.querySelector('#status'); window.said = [];
+    new MutationObserver(() => window.said.push(status.textContent)).observe(status, { childList: true, characterData: true, subtree: true }); }"""
 
 
 def step_of(route) -> str:
@@ -31,6 +31,15 @@ def watched(page, **handlers) -> list[str]:
 
     page.route("**/api/query*", handle)
     return steps
+
+
+def until(page, met) -> None:
+    """Wait until something has come to the routes of this process, which Playwright runs only meanwhile."""
+    for _ in range(6000):
+        if met():
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError("it is waited for in vain")
 
 
 def dear(route) -> None:
@@ -65,16 +74,13 @@ def test_which_words_drive_which_is_asked_when_a_word_is_pressed(visit, made):
     page = visit()
     late = [True]
     steps = watched(
-        page, words=dear, matrix=lambda route: route.fulfill(body=LATE) if late[0] else route.continue_()
+        page, words=dear, matrix=lambda route: route.fulfill(body=TOLD + LATE) if late[0] else route.continue_()
     )  # fmt: skip
     ask(page, "Say 5", "blue 35", top_k=2)
     assert steps == ["ranking", "words"], "it would take long"
     assert settled(page).startswith("2 of 28 samples") and page.locator("article .piece").count() > 0
     colours = page.locator("article .piece").evaluate_all("all => all.map((one) => one.dataset.score)")
-    page.evaluate(
-        """() => { window.said = []; new MutationObserver(() => window.said.push(document.querySelector('#status').textContent))
-            .observe(document.querySelector('#status'), { childList: true, characterData: true, subtree: true }); }"""
-    )
+    page.evaluate(SAID)
     page.locator("#generation .choice").nth(1).click()
     page.locator(".lacks", has_text="Which words drive which is missing: the request took longer than is").wait_for()
     assert "reading which words drive which: 12 of 678" in page.evaluate("window.said")
@@ -218,3 +224,48 @@ def test_what_is_asked_again_is_asked_anew(visit, address):
     page.locator("[data-side='1'] article").first.wait_for()
     settled(page)
     assert steps.count("ranking") == 3 and "compare" in unquote(page.url)
+
+
+# Leaving, stopping, and what fails on the way.
+
+
+@pytest.mark.parametrize(("to", "step"), [("history", "ranking"), ("marked", "matrix"), ("damaged", "words")])
+def test_what_is_left_is_not_told_of_in_the_next_view(visit, to, step):
+    page, held = visit(), []
+    ask(page, "Say 5", "blue 35", top_k=2)
+    page.locator("article [data-does=mark]").first.click()
+    page.get_by_role("button", name="Marked 1").wait_for()
+    watched(page, **{"words": dear, step: held.append})
+    page.fill("#generated", "blue 42")
+    page.click("#go")
+    if step != "ranking":
+        page.locator("#generation", has_text="blue 42").wait_for()
+    if step == "matrix":
+        page.locator("#generation .choice").nth(1).click()
+    page.locator("#stop").wait_for()
+    until(page, lambda: held)
+    page.evaluate(SAID)
+    with page.expect_event("requestfailed"):
+        if to == "damaged":
+            page.evaluate("location.hash = '#ask=%7B'")
+        else:
+            page.click(f'[data-view="{to}"]')
+    page.wait_for_timeout(300)
+    assert "Stopped." not in page.evaluate("window.said")
+    assert page.locator("#status").text_content() == ("This link is damaged." if to == "damaged" else "")
+    assert page.locator("#stop").is_hidden() and page.locator("main[aria-busy]").count() == 0
+    if to == "damaged":
+        assert page.locator("main").text_content() == "", "nothing dead is left standing"
+    elif to == "marked":
+        assert page.locator("main article").count() == 1
+    else:
+        asked = page.locator("main article").all_text_contents()
+        assert ["blue 35" in one or "blue 42" in one for one in asked] == [True] * (1 if step == "ranking" else 2)
+    assert page.complaints == []
+
+
+def test_what_is_wrong_in_the_page_is_no_damaged_link(visit):
+    page = visit()
+    page.evaluate("() => { Heat.generation = () => { throw new Error('odd'); }; }")
+    ask(page, "Say 5", "blue 35", top_k=2)
+    assert settled(page) == "Something went wrong in this page: odd"

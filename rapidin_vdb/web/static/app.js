@@ -1,6 +1,6 @@
 // The views, and the way between them: what is shown follows from the address, so that links, back and forward work.
 import * as kept from "./kept.js";
-import { during, follow, read, say, stop, wordsOf } from "./server.js";
+import { Damaged, during, follow, leave, read, say, stop, wordsOf } from "./server.js";
 import { again, complete, completed, keyOf, ranked, wanting } from "./asking.js";
 import { controls, fill } from "./filters.js";
 import { write, written } from "./form.js";
@@ -141,7 +141,7 @@ async function openAsk(given) {
   }, broken);
 }
 async function openCompare(given) {
-  if (!Array.isArray(given) || given.length !== 2) throw new Error("no comparison");
+  if (!Array.isArray(given) || given.length !== 2) throw new Damaged();
   const both = given.map(completed);
   write(both[1]);
   beside = both[0];
@@ -177,14 +177,14 @@ const VIEWS = {
   history: () => pastView(page),
 };
 function textOf(given) {
-  if (typeof given !== "string") throw new Error("no id");
+  if (typeof given !== "string") throw new Damaged();
   return given;
 }
 const FORMS = { compare: "ask", sample: "" };
 let routed = 0;
 async function route() {
   const mine = (routed += 1);
-  stop();
+  leave();
   say("");
   const [to, text] = location.hash.slice(1).split("=");
   const next = Object.hasOwn(VIEWS, to) ? to : "ask";
@@ -207,10 +207,19 @@ async function route() {
   if (mine !== routed) return; // another view was opened meanwhile
   if (id("status").textContent === "opening") say("");
   try {
-    const given = text ? JSON.parse(decodeURIComponent(text)) : undefined;
-    await VIEWS[next](given);
+    await VIEWS[next](text ? parsed(text) : undefined);
+  } catch (error) {
+    if (mine !== routed) return;
+    shown = null;
+    put();
+    say(wordsOf(error), "error");
+  }
+}
+function parsed(text) {
+  try {
+    return JSON.parse(decodeURIComponent(text));
   } catch {
-    say("This link is damaged.", "error");
+    throw new Damaged();
   }
 }
 const named = (about) => (id("name").textContent = about.path + ": " + about.samples.toLocaleString("en") + " samples");

@@ -1,5 +1,5 @@
 // Asking in steps: the ranking stands as soon as it is there; what takes longer comes after it, and may come to nothing.
-import { follow, wordsOf } from "./server.js";
+import { Damaged, follow, wordsOf } from "./server.js";
 
 const known = new Map(); // answers of late, so that back and forward need not ask again
 const anew = new Set(); // keys of what is asked again though its answer is known: what was ingested since counts
@@ -9,9 +9,9 @@ const STEPS = { ranking: [false, false], words: [true, false], matrix: [true, tr
 
 // A question as a link may have it: with what is usual where it says nothing.
 export function completed(given) {
-  if (typeof given !== "object" || given === null) throw new Error("no question");
+  if (typeof given !== "object" || given === null) throw new Damaged();
   const usual = { prompt: "", generated: "", where: "", top_k: "10", ends: "helpful", group_by: "", tokens: true, focus: [] }, values = { ...usual, ...given };
-  for (const name of Object.keys(usual)) if (typeof values[name] !== typeof usual[name] || Array.isArray(values[name]) !== (name === "focus")) throw new Error(name);
+  for (const name of Object.keys(usual)) if (typeof values[name] !== typeof usual[name] || Array.isArray(values[name]) !== (name === "focus")) throw new Damaged();
   return values;
 }
 

@@ -3,6 +3,9 @@ const id = (name) => document.getElementById(name);
 const client = Math.random().toString(36).slice(2);
 
 export class Refused extends Error {}
+export class Damaged extends Refused {
+  message = "This link is damaged.";
+}
 let secret = storedSecret(), asking = null;
 
 // What a header can carry; a browser may forbid to keep anything.
@@ -136,9 +139,15 @@ export function say(text, kind = "") {
 export const wordsOf = (error) => (error instanceof Refused ? error.message : "Something went wrong in this page: " + error.message);
 
 let job = null;
-// What is under way belongs to what is shown: it ends where something else is asked, or another view opened.
-export function stop() {
-  if (job) job.abort();
+// What is under way belongs to what is shown: it ends, and says so there, where it is stopped or something else is asked.
+export const stop = () => job?.abort();
+// Where another view is opened nothing is said of it: that would be said there.
+export function leave() {
+  const left = job;
+  job = null;
+  left?.abort();
+  id("stop").hidden = true;
+  id("main").removeAttribute("aria-busy");
 }
 // `failed` hears in words why it came to nothing, unless something else took its place; `work` says when what is shown holds.
 export async function during(what, work, failed = () => {}) {

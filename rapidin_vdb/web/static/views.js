@@ -1,6 +1,6 @@
 // Browsing, one sample, marked samples, history.
 import * as kept from "./kept.js";
-import { during, follow, read, say } from "./server.js";
+import { Damaged, during, follow, read, say } from "./server.js";
 import { bar, body } from "./answer.js";
 import { fill } from "./filters.js";
 import { cleaned, exported, save } from "./training.js";
@@ -15,7 +15,7 @@ function card(page, sample, beside) {
 }
 
 export async function browsed(page, { where = "", offset = 0 }) {
-  if (typeof where !== "string" || !Number.isSafeInteger(offset)) throw new Error("no filter");
+  if (typeof where !== "string" || !Number.isSafeInteger(offset)) throw new Damaged();
   fill(id("browse-where"), where);
   await during("reading", async (signal) => {
     const asked = new URLSearchParams({ offset, limit: STEP });
