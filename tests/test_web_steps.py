@@ -264,8 +264,133 @@ def test_what_is_left_is_not_told_of_in_the_next_view(visit, to, step):
     assert page.complaints == []
 
 
+@pytest.mark.parametrize("how", ["stop", "late"])
+def test_what_is_pressed_no_more_may_still_come_to_nothing(visit, how):
+    page, held = visit(), []
+    watched(page, words=dear, matrix=held.append)
+    ask(page, "Say 5", "blue 35", top_k=2)
+    token = page.locator("#generation .choice").nth(1)
+    token.click()
+    until(page, lambda: held)
+    token.click()
+    page.locator("#about", has_text="influence on the whole generation").wait_for()
+    if how == "stop":
+        page.locator("#stop").click()
+    else:
+        held[0].fulfill(body=LATE)
+    page.locator(".lacks", has_text="Which words drive which is missing: ").wait_for()
+    assert settled(page) == ("Stopped." if how == "stop" else "the request took longer than is allowed")
+    page.locator("#generation .choice").nth(2).click()
+    page.locator("#about", has_text="what drove u is not known").wait_for()
+    assert page.locator("#refocus").is_enabled() and page.complaints == []
+    page.locator(".lacks button").click()
+    until(page, lambda: len(held) == 2)
+    held[1].continue_()
+    page.locator("#about", has_text=re.compile("^influence on u$")).wait_for()
+
+
 def test_what_is_wrong_in_the_page_is_no_damaged_link(visit):
     page = visit()
     page.evaluate("() => { Heat.generation = () => { throw new Error('odd'); }; }")
     ask(page, "Say 5", "blue 35", top_k=2)
     assert settled(page) == "Something went wrong in this page: odd"
+
+
+def side_by_side(page, left: str, right: str) -> list:
+    both = [{"prompt": "Say 8", "generated": text, "top_k": "2"} for text in (left, right)]
+    page.evaluate("to => { location.hash = to; }", "#compare=" + quote(json.dumps(both), safe=""))
+    return [page.locator(f"[data-side='{number}']") for number in (0, 1)]
+
+
+def test_of_two_answers_one_may_come_to_nothing(visit):
+    page, broken = visit(), [True]
+
+    def words(route) -> None:
+        if broken[0] and json.loads(route.request.post_data)["generation"] == "blue 56":
+            route.fulfill(body=LATE)
+        else:
+            dear(route)
+
+    steps = watched(page, words=words)
+    left, right = side_by_side(page, "blue 56", "blue 63")
+    left.locator(".lacks", has_text="The influence of words is missing: the request took longer").wait_for()
+    right.locator("article .piece").first.wait_for()
+    assert settled(page) == "the request took longer than is allowed"
+    assert right.locator(".lacks").count() == 0 and left.locator("article .piece").count() == 0
+    broken[0] = False
+    left.locator("[data-does=more]").click()
+    left.locator("article .piece").first.wait_for()
+    settled(page)
+    assert steps == ["ranking", "ranking", "words", "words", "words"] and page.complaints == []
+
+
+def test_of_two_answers_both_may_be_stopped(visit):
+    page, held = visit(), []
+    watched(page, words=held.append)
+    left, right = side_by_side(page, "blue 56", "blue 63")
+    until(page, lambda: held)
+    page.locator("#stop").click()
+    for side in (left, right):
+        side.locator(".lacks", has_text="The influence of words is missing: Stopped.").wait_for()
+        assert side.locator("[data-does=more]").count() == 1
+    assert settled(page) == "Stopped."
+
+
+def test_of_two_answers_both_may_be_pressed(visit):
+    page, held = visit(), []
+    watched(page, words=dear, matrix=held.append)
+    left, right = side_by_side(page, "blue 56", "blue 63")
+    right.locator("article .piece").first.wait_for()
+    settled(page)
+    left.locator(".choice").nth(1).click()
+    until(page, lambda: held)
+    right.locator(".choice").nth(2).click()
+    right.locator(".about", has_text="reading what drove u").wait_for()
+    for number in (0, 1):
+        until(page, lambda number=number: len(held) == number + 1)
+        held[number].continue_()
+    left.locator(".about", has_text=re.compile("^influence on l$")).wait_for()
+    right.locator(".about", has_text=re.compile("^influence on u$")).wait_for()
+    assert settled(page) == "" and page.complaints == []
+
+
+def test_the_model_answers_or_a_word_is_read_and_what_gives_way_is_said(visit):
+    page, held = visit(), []
+    watched(page, words=dear, matrix=held.append)
+    page.route("**/api/generate", lambda route: held.append(route))
+    ask(page, "Say 5", "blue 35", top_k=2)
+    page.click("#sampling summary")
+    # A word, while the model answers.
+    page.click("#generate")
+    until(page, lambda: len(held) == 1)
+    page.locator("#generation .choice").nth(1).click()
+    page.locator("#sampled", has_text="the model was stopped before it had answered").wait_for()
+    page.locator("#about", has_text="reading what drove l").wait_for()
+    # The model, while a word is read.
+    until(page, lambda: len(held) == 2)
+    page.click("#generate")
+    page.locator(".lacks", has_text="Which words drive which is missing: Stopped.").wait_for()
+    assert page.locator("#about").text_content() == "what drove l is not known"
+    assert page.locator("#status").text_content() == "the model answers"
+    assert page.locator("#sampled").text_content() == ""
+    until(page, lambda: len(held) == 3)
+    page.unroute("**/api/generate")
+    held[2].continue_()
+    page.locator("#sampled", has_text="said at temperature 0").wait_for()
+    assert settled(page) == "" and page.complaints == []
+
+
+def test_an_answer_that_is_known_says_what_it_waits_for(visit):
+    page, held = visit(), []
+    watched(page, words=dear, matrix=held.append)
+    ask(page, "Say 5", "blue 35", top_k=2)
+    page.locator("#generation .choice").nth(1).click()
+    until(page, lambda: held)
+    page.click('[data-view="browse"]')
+    page.get_by_text("1 to 20 of 28").first.wait_for()
+    page.go_back()
+    until(page, lambda: len(held) == 2)
+    page.locator("#about", has_text="reading what drove l").wait_for()
+    assert page.locator("#status.busy").text_content() == "reading which words drive which"
+    held[1].continue_()
+    page.locator("#about", has_text=re.compile("^influence on l$")).wait_for()

@@ -51,10 +51,10 @@ const page = {
   // What is pressed needs to be known; what is under way looks at it when it comes to its end.
   need(answer) {
     page.render();
-    if (!wanting(answer)) return;
+    if (shown === null || !wanting(answer)) return; // what stands of the question before is only to be read
     during("reading the influence of words", (signal, calm) => {
       calm();
-      return complete([answer], signal, page.render);
+      return complete(view === "compare" ? sides : [answer], signal, page.render);
     }, page.render);
   },
   again(view, value) {
@@ -277,6 +277,8 @@ id("skip").addEventListener("click", (event) => {
   main.focus();
 });
 id("generate").addEventListener("click", () => during("the model answers", async (signal) => {
+  id("sampled").textContent = "";
+  signal.addEventListener("abort", () => (id("sampled").textContent = "the model was stopped before it had answered"));
   const body = { prompt: id("prompt").value, max_tokens: Number(id("max_tokens").value), temperature: Number(id("temperature").value), seed: Number(id("seed").value) };
   const found = await follow("api/generate", body, signal);
   id("generated").value = found.generation;

@@ -93,7 +93,7 @@ function detailOf(found, status) {
   return detail || "The server answered with status " + status + ".";
 }
 
-const STAGES = {
+export const STAGES = {
   gradients: "reading the generation", index: "bringing the index up to date", "exact scores": "reading the influence of samples",
   tokens: "reading the influence of words", matrix: "reading which words drive which", "generated tokens": "the model answers",
   records: "writing the cleaned file",
