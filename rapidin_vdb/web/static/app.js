@@ -6,6 +6,7 @@ import { controls, fill } from "./filters.js";
 import { write, written } from "./form.js";
 import { list } from "./answer.js";
 import { browsed, sampleView, pastView, markedView } from "./views.js";
+import { forgotten } from "./training.js";
 
 const { make } = Heat;
 const id = (name) => document.getElementById(name), main = id("main");
@@ -185,6 +186,7 @@ let routed = 0;
 async function route() {
   const mine = (routed += 1);
   leave();
+  forgotten();
   say("");
   const [to, text] = location.hash.slice(1).split("=");
   const next = Object.hasOwn(VIEWS, to) ? to : "ask";
@@ -286,7 +288,8 @@ id("generate").addEventListener("click", () => during("the model answers", async
   say(found.generation ? "" : "The model said nothing.");
 }));
 window.addEventListener("hashchange", route);
-window.addEventListener("storage", () => {
+window.addEventListener("storage", ({ key }) => {
+  if (!kept.isMarks(key)) return;
   count();
   if (view === "marked" && ready) markedView(page);
 });
