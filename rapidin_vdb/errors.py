@@ -17,6 +17,7 @@ RapidInError
 
 import errno
 import re
+import tempfile
 
 # With one slash it is an address that was taken for a path.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/\S*[^\s:;,.]")
@@ -91,6 +92,22 @@ def is_unicode(text: str) -> bool:
     (True, False)
     """
     return not any("\ud800" <= character <= "\udfff" for character in text)
+
+
+def no_scratch(what: str, error: Exception, *, folder: str | None = None, variable: str = "TMPDIR") -> ScratchError:
+    """Return the error that something cannot be kept among temporary files: where they are, and what can be done.
+
+    `folder` is where they are, if not where Python puts them; `variable` is that of the environment which names it.
+    """
+    try:
+        folder = folder or tempfile.gettempdir()
+    except FileNotFoundError:
+        folder = "the folder for them"  # none that Python knows of can be written
+    why = (isinstance(error, OSError) and error.strerror) or error  # without the name of a file that has none for long
+    return ScratchError(
+        f"{what} cannot be kept: {why}. Make room in {folder}, or name a folder that has some, and can be written, "
+        f"with {variable}=FOLDER"
+    )
 
 
 def out_of_handles(error: BaseException | None) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from rapidin_vdb.errors import ScratchError
+from rapidin_vdb.errors import ScratchError, no_scratch
 
 _CACHE_KIBIBYTES = 32 << 10
 
@@ -188,15 +188,17 @@ def _told() -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise ScratchError(
-            f"the list of sample ids that this command keeps among temporary files cannot be kept: {error}. Make room "
-            f"in {_folder()}, or name a folder that has some, and can be written, with SQLITE_TMPDIR=FOLDER. What was "
-            "committed before stays"
-        ) from error
+        told = no_scratch(
+            "the list of sample ids that this command keeps among temporary files",
+            error,
+            folder=_folder(),
+            variable="SQLITE_TMPDIR",
+        )
+        raise ScratchError(f"{told}. What was committed before stays") from error
 
 
-def _folder() -> str:
+def _folder() -> str | None:
     """Return where SQLite puts temporary files: the first that it can write to, in its own order."""
     given = [os.environ[name] for name in ("SQLITE_TMPDIR", "TMPDIR") if name in os.environ]
     usable = (name for name in (*given, "/var/tmp", "/usr/tmp", "/tmp", ".") if os.access(name, os.W_OK | os.X_OK))  # noqa: S108
-    return next(usable, "the folder for temporary files")
+    return next(usable, None)

@@ -1,8 +1,12 @@
 """The server's API: the command line's JSON, what it refuses, and how requests share one model."""
 
+import asyncio
 import json
+import re
+import tempfile
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +18,15 @@ from rapidin_vdb.query import query_from
 from rapidin_vdb.question import Question
 
 pytest.importorskip("fastapi")
+from fastapi import Request
 from fastapi.testclient import TestClient
 
 from rapidin_vdb.web import make_app, serve
+from rapidin_vdb.web.answers import event
 from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, LateError
+from rapidin_vdb.web.export import exported
+from rapidin_vdb.web.reads import Reads
+from rapidin_vdb.web.shapes import ExportRequest
 
 ASKED = {"prompt": "Say 5", "generation": "blue 35", "top_k": 3}
 
@@ -309,7 +318,7 @@ def test_an_export_tells_how_far_it_is(served, client, monkeypatch):
     parts = [value for name, value in found if name == "part"]
     assert "".join(parts) == client.post("/api/export", json=asked).text
     assert len(parts) > 3 and all(part.endswith("}\n") for part in parts)
-    assert found[-1] == ("result", {"records": 18, "inexact_records": 0})
+    assert found[-1] == ("result", {"records": 18, "inexact_records": 0, "matching": 19})
     assert [name for name, _ in found] == ["progress"] * 5 + ["part"] * len(parts) + ["result"]
     ((name, value),) = events({"where": "nosuch"})
     assert (name, value["status"]) == ("error", 400) and "not understood" in value["detail"]
@@ -325,6 +334,91 @@ def test_an_export_that_fails_says_so_in_its_last_event(served, monkeypatch):
         answer = client.post("/api/export", json={}, headers={"accept": "text/event-stream"})
     assert answer.text.startswith("event: error\n") and '"status": 500' in answer.text
     assert "unforeseen" not in answer.text, "the log has it, and nobody else"
+
+
+def test_an_export_without_room_for_it_says_so(client, monkeypatch):
+    full = Path("/dev/full")
+
+    def nowhere() -> None:
+        monkeypatch.setattr("rapidin_vdb.web.export._IN_MEMORY", 100)
+        monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+
+    def no_room() -> None:
+        monkeypatch.setattr("tempfile.SpooledTemporaryFile", lambda size: full.open("wb"))
+
+    for there, why in (
+        (nowhere, "kept: No such file or directory. Make room in /nowhere,"),
+        (no_room, "No space left on device"),
+    ):
+        there()
+        answer = client.post("/api/export", json={})
+        assert answer.status_code == 507
+        said = answer.json()["detail"]
+        assert why in said and re.search("cannot be kept: .*Make room in /.*with TMPDIR=FOLDER$", said), said
+        told = client.post("/api/export", json={}, headers={"accept": "text/event-stream"}).text
+        name, data = told.strip().split("\n\n")[-1].split("\n")
+        assert name == "event: error" and json.loads(data.removeprefix("data: ")) == {"detail": said, "status": 507}
+
+
+class Watched(tempfile.SpooledTemporaryFile):
+    """A temporary file that notes whether it is read where other requests are answered, and can be held up there."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size)
+        self.on_loop: list[bool] = []
+        self.reading, self.hold = threading.Event(), threading.Event()
+        self.hold.set()
+
+    def readlines(self, *sizes: int) -> list[bytes]:
+        self.on_loop.append(asyncio._get_running_loop() is not None)
+        self.reading.set()
+        assert self.hold.wait(20)
+        return super().readlines(*sizes)
+
+
+def test_an_export_is_sent_without_holding_up_others(served, monkeypatch):
+    files: list[Watched] = []
+    monkeypatch.setattr("rapidin_vdb.web.export._PART", 300)
+    monkeypatch.setattr("tempfile.SpooledTemporaryFile", lambda size: files.append(Watched(size)) or files[-1])
+    made, spelt = [], event
+
+    def noted(name: str, value: Any) -> str:
+        made.append((name, asyncio._get_running_loop() is not None))
+        return spelt(name, value)
+
+    monkeypatch.setattr("rapidin_vdb.web.export.event", noted)
+
+    async def stay() -> dict:
+        await asyncio.sleep(60)
+        return {"type": "http.disconnect"}
+
+    request = Request({"type": "http", "client": ("here", 1), "headers": [(b"accept", b"text/event-stream")]}, stay)
+
+    async def some() -> None:
+        reads = Reads(seconds=60.0)
+        for left in ("at the end", "between two parts", "while one is read"):
+            answer = await exported(request, reads, served, ExportRequest())
+            stream = answer.body_iterator
+            async for text in stream:
+                if left != "at the end" and text.startswith("event: part"):
+                    break
+            if left == "between two parts":
+                await stream.aclose()
+            if left == "while one is read":
+                files[-1].hold.clear()
+                files[-1].reading.clear()
+                following = asyncio.create_task(anext(stream))
+                assert await asyncio.to_thread(files[-1].reading.wait, 20)
+                following.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await following
+                files[-1].hold.set()
+            assert files[-1].closed, left
+        reads.close()
+
+    asyncio.run(some())
+    assert len(files) == 3 and len(files[0].on_loop) > 3 and not any(loop for file in files for loop in file.on_loop)
+    assert {loop for name, loop in made if name == "part"} == {False}
 
 
 def test_counters_count(client):

@@ -408,6 +408,65 @@ def test_what_cannot_be_restored_is_said_before_it_is_saved(visit, mixed):
     assert page.locator("#to-save").text_content() == ""
 
 
+def test_what_waits_to_be_saved_outlives_what_others_ask(visit, mixed):
+    page = visit(to=mixed, samples=6)
+    page.evaluate(
+        """() => { window.heard = [];
+          window.addEventListener("storage", ({ key }) => window.heard.push(key.split(".").pop())); }"""
+    )
+    page.click('[data-view="marked"]')
+    page.fill("#clean-where", "")
+    page.click("#save-clean")
+    page.locator("#to-save button").wait_for()
+    other = page.context.new_page()
+    other.goto(mixed)
+    other.get_by_text("db: 6 samples").wait_for()
+    ask(other, "Say 5", "blue 35", top_k=6)
+    page.wait_for_function("window.heard.includes('history')")
+    assert len(saved_lines(page, "#to-save button")) == 6
+    # It is without what was marked, which is what is shown: once something else is, it is no more to be had.
+    page.click("#save-clean")
+    page.locator("#to-save button").wait_for()
+    other.locator('article[data-sample="plain"] [data-does=mark]').click()
+    page.get_by_role("button", name="Marked 1").wait_for()
+    page.locator("#to-save", has_text="What is marked has changed since: save them again.").wait_for()
+    assert page.locator("#to-save button").count() == 0 and page.locator("main article").count() == 1
+    page.click("#save-clean")
+    page.locator("#to-save button").wait_for()
+    page.click('[data-view="history"]')
+    page.locator("#to-save").wait_for(state="hidden")
+    page.click('[data-view="marked"]')
+    page.locator("main article").wait_for()
+    assert page.locator("#to-save").text_content() == "", "records are not held for nobody"
+
+
+def test_how_many_match_is_counted_where_they_are_written(visit):
+    page = visit()
+    page.click('[data-view="browse"]')
+    page.locator("article [data-does=mark]").first.click()
+    page.click('[data-view="marked"]')
+    page.fill("#clean-where", "")
+
+    def grown(route) -> None:
+        answer = route.fetch()
+        route.fulfill(response=answer, body=answer.text().replace('"matching": 28', '"matching": 1030'))
+
+    page.route("**/api/export", grown)
+    page.asked.clear()
+    assert len(saved_lines(page, "#save-clean")) == 27
+    assert settled(page) == "Saved cleaned.jsonl: 27 samples. Of the 1,030 that match, 1,003 are marked and left out."
+    assert [url.rpartition("/")[2] for url in page.asked if "/api/" in url] == ["export"]
+
+
+def test_an_export_without_room_is_said(visit, monkeypatch):
+    monkeypatch.setattr("rapidin_vdb.web.export._IN_MEMORY", 100)
+    monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+    page = visit()
+    page.click('[data-view="marked"]')
+    page.click("#save-clean")
+    page.locator("#status.error", has_text="Make room in /nowhere, or name a folder that has some").wait_for()
+
+
 RECORDS = [
     json.dumps({"id": "plain", "instruction": "Say 1", "input": "", "output": "red 7"}),
     json.dumps({"id": "listed", "instruction": "Say 2", "output": "blue 14", "tags": ["a"]}),

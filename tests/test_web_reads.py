@@ -241,6 +241,27 @@ def test_the_document_says_who_needs_a_token_and_what_is_answered(served):
                 assert "pieces=true" in schemas[name]["properties"]["pieces"]["description"]
 
 
+def test_the_document_of_an_export_is_true_of_both_its_forms(served):
+    with TestClient(make_app(served), base_url="http://127.0.0.1") as client:
+        responses = client.get("/api/openapi.json").json()["paths"]["/api/export"]["post"]["responses"]
+        lines, events = (
+            client.post("/api/export", json={}, headers={"accept": accept})
+            for accept in ("application/x-ndjson", "text/event-stream")
+        )
+        refused = client.post("/api/export", json={"where": "nosuch"}, headers={"accept": "text/event-stream"})
+    headers = responses["200"]["headers"]
+    assert set(headers) == {"x-records", "x-inexact-records"} <= set(lines.headers)
+    assert not set(headers) & set(events.headers)
+    for header in headers.values():
+        assert not header["required"] and header["description"].endswith("Only with JSON lines.")
+    said = responses["200"]["content"]["text/event-stream"]["schema"]["description"]
+    assert "whatever becomes of the request the status is 200" in said and refused.status_code == 200
+    example = responses["200"]["content"]["text/event-stream"]["example"]
+    results = [json.loads(text.split("event: result\ndata: ")[1]) for text in (example, events.text)]
+    assert set(results[0]) == set(results[1]) and all(f"`{name}`" in said for name in results[1])
+    assert "507" in responses
+
+
 def test_counters_are_told_where_the_table_cannot_be_read(served, monkeypatch):
     def fails():
         raise SpecError("gone")

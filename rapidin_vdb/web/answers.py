@@ -9,7 +9,7 @@ from typing import Any
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from rapidin_vdb.errors import RapidInError, SampleNotFoundError
+from rapidin_vdb.errors import RapidInError, SampleNotFoundError, ScratchError
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.web import shapes
 from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, DeskError, Job, LateError
@@ -70,7 +70,7 @@ def said(error: Exception) -> str:
 
 def status_of(error: Exception) -> int:
     """Return the status of an answer that is an error."""
-    known = {BusyError: 503, LateError: 504, CancelledError: 499, SampleNotFoundError: 404}
+    known = {BusyError: 503, LateError: 504, CancelledError: 499, SampleNotFoundError: 404, ScratchError: 507}
     return next((status for kind, status in known.items() if isinstance(error, kind)), 400)
 
 

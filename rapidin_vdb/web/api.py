@@ -154,7 +154,7 @@ def make_api(service: Service) -> APIRouter:
 
     @api.post(
         "/api/ingest", summary="Add records (only where the server was started with --writable)", response_model=None,
-        responses=documented(IngestReport, "ingested", EVENTS) | refusals(400, 408, 413, 415, 503),
+        responses=documented(IngestReport, "ingested", EVENTS) | refusals(400, 408, 413, 415, 503, 507),
     )  # fmt: skip
     async def ingest(request: Request, asked: shapes.IngestRequest) -> Response:
         if not service.writable:
@@ -177,7 +177,7 @@ def make_api(service: Service) -> APIRouter:
     @api.post(
         "/api/export", summary="Training data without some samples, as JSON lines", response_model=None,
         response_class=StreamingResponse,
-        responses=EXPORTED | refusals(400, 408, 413, 415, 503, 504),
+        responses=EXPORTED | refusals(400, 408, 413, 415, 503, 504, 507),
     )  # fmt: skip
     async def export(request: Request, asked: shapes.ExportRequest) -> Response:
         return await exported(request, service.reads(), database, asked)

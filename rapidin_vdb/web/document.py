@@ -17,24 +17,29 @@ EXPORTED: Responses = {
             "text/event-stream": {
                 "schema": {
                     "type": "string",
-                    "description": "Events, as of a query: `progress`; then the records in some `part`s, each a text "
-                    "of whole lines; then `result`, with how many `records` there are and how many `inexact_records`, "
-                    "as in the headers. Or `error` at any time.",
+                    "description": "Events, as of a query, and whatever becomes of the request the status is 200: "
+                    "`progress`; then the records in some `part`s, each a text of whole lines; then `result`, with how "
+                    "many `records` there are and how many `inexact_records`, as in the headers, and how many samples "
+                    "are `matching` the filter, those left out among them. Or `error` at any time.",
                 },
                 "example": (
                     'event: progress\ndata: {"stage": "records", "done": 500, "total": 1000}\n\n'
                     'event: part\ndata: "{\\"id\\": \\"demo-0001\\"}\\n"\n\n'
-                    'event: result\ndata: {"records": 1, "inexact_records": 0}\n\n'
+                    'event: result\ndata: {"records": 1, "inexact_records": 0, "matching": 2}\n\n'
                 ),
             },
         },
         "headers": {
-            "x-records": {"description": "How many there are.", "required": True, "schema": {"type": "integer"}},
+            "x-records": {
+                "description": "How many there are. Only with JSON lines.",
+                "required": False,
+                "schema": {"type": "integer"},
+            },
             "x-inexact-records": {
                 "description": "How many of them are not, for sure, what was ingested: a database keeps the "
                 "conversation as text and the simple fields, no lists or objects. The others have the same fields and "
-                "values, if in another order.",
-                "required": True,
+                "values, if in another order. Only with JSON lines.",
+                "required": False,
                 "schema": {"type": "integer"},
             },
         },
@@ -46,8 +51,8 @@ EVENTS = {
             "type": "string",
             "description": "Events, whatever becomes of the request the status is 200: `progress`, as often as there "
             "is any; then either `result`, with what the JSON answer would have been, or `error`, whose data has "
-            "`detail` and `status`, which the JSON answer would have had (400, 404, 503, 504, or 500 where something "
-            "went wrong in the server). A stream that ends with neither was broken off.",
+            "`detail` and `status`, which the JSON answer would have had (400, 404, 503, 504, 507, or 500 where "
+            "something went wrong in the server). A stream that ends with neither was broken off.",
         },
         "example": (
             'event: progress\ndata: {"stage": "gradients", "done": 1, "total": 1}\n\n'
@@ -100,6 +105,7 @@ _REFUSALS = {
     421: "The host is not served here.",
     503: "Too many requests are waiting, or the server is stopping.",
     504: "The request took too long.",
+    507: "There is no room for the server's temporary files.",
 }
 
 

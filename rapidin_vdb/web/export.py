@@ -1,6 +1,7 @@
 """Training data without some samples: as JSON lines, or as events that tell how far they are."""
 
 import asyncio
+import contextlib
 import json
 import tempfile
 from collections.abc import AsyncIterator, Iterator
@@ -11,7 +12,7 @@ from fastapi import Request
 from fastapi.responses import StreamingResponse
 
 from rapidin_vdb.database import Database
-from rapidin_vdb.errors import RapidInError
+from rapidin_vdb.errors import RapidInError, no_scratch
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.web.answers import STILL_HERE_EVENT, Heard, error_event, event, unforeseen_event
 from rapidin_vdb.web.desk import DeskError
@@ -32,6 +33,8 @@ class _Written:
     bytes: int
     records: int
     inexact: int
+    matching: int
+    """How many samples match: these, and what was left out of them."""
 
 
 async def exported(request: Request, reads: Reads, database: Database, asked: ExportRequest) -> StreamingResponse:
@@ -42,6 +45,7 @@ async def exported(request: Request, reads: Reads, database: Database, asked: Ex
 
     Raises:
         FilterError: the filter cannot be understood.
+        ScratchError: there is no room for the file.
         LateError, CancelledError, BusyError: as of any read.
     """
     if "text/event-stream" in request.headers.get("accept", ""):
@@ -56,20 +60,35 @@ async def exported(request: Request, reads: Reads, database: Database, asked: Ex
 
 
 def _write(database: Database, asked: ExportRequest, check: Check, progress: Progress) -> _Written:
-    without, records, inexact = set(asked.without), 0, 0
+    without, records, inexact, matching = set(asked.without), 0, 0, 0
     file = tempfile.SpooledTemporaryFile(_IN_MEMORY)
     try:
         for sample_id, record, exact in database.each_record(where=asked.where, progress=progress):
             check()
+            matching += 1
             if sample_id not in without:
-                file.write(json.dumps(record, ensure_ascii=False).encode() + b"\n")
+                line = json.dumps(record, ensure_ascii=False).encode() + b"\n"
+                with _told():
+                    file.write(line)
                 records, inexact = records + 1, inexact + (not exact)
+        with _told():
+            length = file.tell()
+            file.seek(0)  # what is still in memory is written out
     except BaseException:
-        file.close()
+        with contextlib.suppress(OSError):  # which is how it says once more that there is no room
+            file.close()
         raise
-    length = file.tell()
-    file.seek(0)
-    return _Written(file=file, bytes=length, records=records, inexact=inexact)
+    return _Written(file=file, bytes=length, records=records, inexact=inexact, matching=matching)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise no_scratch(
+            "the training file that the server keeps among temporary files until it is sent", error
+        ) from error
 
 
 def _parts(file: IO[bytes]) -> Iterator[bytes]:
@@ -95,8 +114,18 @@ async def _events(request: Request, reads: Reads, database: Database, asked: Exp
         except Exception:
             yield unforeseen_event()
             raise
-        for part in _parts(written.file):
-            yield event("part", part.decode())
-        yield event("result", {"records": written.records, "inexact_records": written.inexact})
+        parts = _parts(written.file)
+        # Not on the event loop: others are answered between two parts only, and there are many.
+        while (part := await asyncio.to_thread(_next_event, parts)) is not None:
+            yield part
+        counts = {"records": written.records, "inexact_records": written.inexact, "matching": written.matching}
+        yield event("result", counts)
     finally:
         reading.cancel()  # of no effect where it is done; else whoever asked has gone
+        if reading.done() and not reading.cancelled() and reading.exception() is None:
+            reading.result().file.close()
+
+
+def _next_event(parts: Iterator[bytes]) -> str | None:
+    part = next(parts, None)
+    return None if part is None else event("part", part.decode())

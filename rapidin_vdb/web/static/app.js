@@ -1,10 +1,12 @@
 // The views, and the way between them: what is shown follows from the address, so that links, back and forward work.
 import * as kept from "./kept.js";
-import { during, follow, read, say, stop, wordsOf } from "./server.js";
+import { Damaged, during, follow, leave, read, say, stop, wordsOf } from "./server.js";
 import { again, complete, completed, keyOf, ranked, wanting } from "./asking.js";
 import { controls, fill } from "./filters.js";
+import { write, written } from "./form.js";
 import { list } from "./answer.js";
 import { browsed, sampleView, pastView, markedView } from "./views.js";
+import { forgotten } from "./training.js";
 
 const { make } = Heat;
 const id = (name) => document.getElementById(name), main = id("main");
@@ -50,10 +52,10 @@ const page = {
   // What is pressed needs to be known; what is under way looks at it when it comes to its end.
   need(answer) {
     page.render();
-    if (!wanting(answer)) return;
+    if (shown === null || !wanting(answer)) return; // what stands of the question before is only to be read
     during("reading the influence of words", (signal, calm) => {
       calm();
-      return complete([answer], signal, page.render);
+      return complete(view === "compare" ? sides : [answer], signal, page.render);
     }, page.render);
   },
   again(view, value) {
@@ -94,21 +96,6 @@ function count() {
 }
 
 // ---- asking
-const FIELDS = ["prompt", "generated", "where", "top_k", "ends", "group_by", "tokens"];
-function written() {
-  const values = { focus: [] };
-  for (const name of FIELDS) values[name] = id(name).type === "checkbox" ? id(name).checked : id(name).value;
-  return values;
-}
-function write(values) {
-  if (["prompt", "generated"].some((name) => id(name).value !== values[name])) id("sampled").textContent = "";
-  for (const name of FIELDS) {
-    if (id(name).type === "checkbox") id(name).checked = values[name];
-    else if (name === "where") fill(id(name), values[name]);
-    else id(name).value = values[name];
-  }
-  if (values.where) id("among").open = true;
-}
 function reask(answer, values) {
   if (view !== "compare") return navigate("ask", values);
   navigate("compare", sides.map((side) => (side === answer ? values : side.values)));
@@ -155,7 +142,7 @@ async function openAsk(given) {
   }, broken);
 }
 async function openCompare(given) {
-  if (!Array.isArray(given) || given.length !== 2) throw new Error("no comparison");
+  if (!Array.isArray(given) || given.length !== 2) throw new Damaged();
   const both = given.map(completed);
   write(both[1]);
   beside = both[0];
@@ -191,14 +178,15 @@ const VIEWS = {
   history: () => pastView(page),
 };
 function textOf(given) {
-  if (typeof given !== "string") throw new Error("no id");
+  if (typeof given !== "string") throw new Damaged();
   return given;
 }
 const FORMS = { compare: "ask", sample: "" };
 let routed = 0;
 async function route() {
   const mine = (routed += 1);
-  stop();
+  leave();
+  forgotten();
   say("");
   const [to, text] = location.hash.slice(1).split("=");
   const next = Object.hasOwn(VIEWS, to) ? to : "ask";
@@ -221,10 +209,19 @@ async function route() {
   if (mine !== routed) return; // another view was opened meanwhile
   if (id("status").textContent === "opening") say("");
   try {
-    const given = text ? JSON.parse(decodeURIComponent(text)) : undefined;
-    await VIEWS[next](given);
+    await VIEWS[next](text ? parsed(text) : undefined);
+  } catch (error) {
+    if (mine !== routed) return;
+    shown = null;
+    put();
+    say(wordsOf(error), "error");
+  }
+}
+function parsed(text) {
+  try {
+    return JSON.parse(decodeURIComponent(text));
   } catch {
-    say("This link is damaged.", "error");
+    throw new Damaged();
   }
 }
 const named = (about) => (id("name").textContent = about.path + ": " + about.samples.toLocaleString("en") + " samples");
@@ -282,6 +279,8 @@ id("skip").addEventListener("click", (event) => {
   main.focus();
 });
 id("generate").addEventListener("click", () => during("the model answers", async (signal) => {
+  id("sampled").textContent = "";
+  signal.addEventListener("abort", () => (id("sampled").textContent = "the model was stopped before it had answered"));
   const body = { prompt: id("prompt").value, max_tokens: Number(id("max_tokens").value), temperature: Number(id("temperature").value), seed: Number(id("seed").value) };
   const found = await follow("api/generate", body, signal);
   id("generated").value = found.generation;
@@ -289,7 +288,8 @@ id("generate").addEventListener("click", () => during("the model answers", async
   say(found.generation ? "" : "The model said nothing.");
 }));
 window.addEventListener("hashchange", route);
-window.addEventListener("storage", () => {
+window.addEventListener("storage", ({ key }) => {
+  if (!kept.isMarks(key)) return;
   count();
   if (view === "marked" && ready) markedView(page);
 });

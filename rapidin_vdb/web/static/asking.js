@@ -1,17 +1,19 @@
 // Asking in steps: the ranking stands as soon as it is there; what takes longer comes after it, and may come to nothing.
-import { follow, wordsOf } from "./server.js";
+import { Damaged, STAGES, follow, say, wordsOf } from "./server.js";
 
 const known = new Map(); // answers of late, so that back and forward need not ask again
 const anew = new Set(); // keys of what is asked again though its answer is known: what was ingested since counts
 const CHEAP = 5; // seconds of which nobody needs to be asked whether they are worth it
 // Each step's answer holds that of the one before.
 const STEPS = { ranking: [false, false], words: [true, false], matrix: [true, true] };
+// What takes a step longest, as the server names it.
+const LONGEST = { words: "tokens", matrix: "matrix" };
 
 // A question as a link may have it: with what is usual where it says nothing.
 export function completed(given) {
-  if (typeof given !== "object" || given === null) throw new Error("no question");
+  if (typeof given !== "object" || given === null) throw new Damaged();
   const usual = { prompt: "", generated: "", where: "", top_k: "10", ends: "helpful", group_by: "", tokens: true, focus: [] }, values = { ...usual, ...given };
-  for (const name of Object.keys(usual)) if (typeof values[name] !== typeof usual[name] || Array.isArray(values[name]) !== (name === "focus")) throw new Error(name);
+  for (const name of Object.keys(usual)) if (typeof values[name] !== typeof usual[name] || Array.isArray(values[name]) !== (name === "focus")) throw new Damaged();
   return values;
 }
 
@@ -60,21 +62,27 @@ function next(answer) {
 
 let under = null; // the signal of what is under way
 export const wanting = (answer) => next(answer) !== null && (under === null || under.aborted);
-// `shown` is called whenever there is more to be seen. What comes to nothing is said in the answer, which stays.
+// `shown` is called whenever there is more to be seen. What comes to nothing is said in the answer, which stays, and does
+// not keep the others from theirs; the first of such errors is thrown in the end.
 export async function complete(answers, signal, shown) {
   under = signal;
-  let answer;
+  let answer, failed = null;
   try {
     while ((answer = answers.find((one) => next(one) === "words") || answers.find(next))) {
-      const ranking = await asked(answer.values, next(answer), signal);
-      signal.throwIfAborted();
-      answer.ranking = (answer.known || answer).ranking = ranking;
+      const step = next(answer); // what is pressed meanwhile changes what comes next
+      try {
+        if (!signal.aborted) say(STAGES[LONGEST[step]], "busy");
+        const ranking = await asked(answer.values, step, signal);
+        signal.throwIfAborted();
+        answer.ranking = (answer.known || answer).ranking = ranking;
+      } catch (error) {
+        answer.lacks = { step, why: error.name === "AbortError" ? "Stopped." : wordsOf(error) };
+        failed ??= error;
+      }
       shown();
     }
-  } catch (error) {
-    answer.lacks = { step: next(answer), why: error.name === "AbortError" ? "Stopped." : wordsOf(error) };
-    throw error;
   } finally {
     if (under === signal) under = null;
   }
+  if (failed) throw failed;
 }

@@ -39,6 +39,8 @@ export function unmark(sampleIds) {
   for (const sampleId of sampleIds) all.delete(sampleId);
   keep("marked", [...all]);
 }
+// Whether what another tab has changed are the marks; all of it may have been forgotten, too.
+export const isMarks = (key) => key === null || key === "rapidin." + identity + ".marked";
 export const past = () => kept("history", []);
 export function remember(view, value) {
   const same = JSON.stringify([view, value]);

@@ -3,6 +3,9 @@ const id = (name) => document.getElementById(name);
 const client = Math.random().toString(36).slice(2);
 
 export class Refused extends Error {}
+export class Damaged extends Refused {
+  message = "This link is damaged.";
+}
 let secret = storedSecret(), asking = null;
 
 // What a header can carry; a browser may forbid to keep anything.
@@ -25,7 +28,7 @@ function keepSecret(text) {
   }
 }
 
-export async function ask(path, { body, signal, accept } = {}) {
+async function ask(path, { body, signal, accept } = {}) {
   const used = secret, headers = { "x-client": client, accept: accept || "application/json" };
   if (body !== undefined) headers["content-type"] = "application/json";
   if (secret) headers.authorization = "Bearer " + secret;
@@ -61,7 +64,7 @@ function parsed(text) {
   return JSON.parse(text, (_, value, { source } = {}) => (typeof value === "number" && !Number.isSafeInteger(value) && /^-?\d+$/.test(source) ? BigInt(source) : value));
 }
 // The rest of an answer, which may break off.
-export async function whole(rest) {
+async function whole(rest) {
   try {
     return await rest;
   } catch (error) {
@@ -90,7 +93,7 @@ function detailOf(found, status) {
   return detail || "The server answered with status " + status + ".";
 }
 
-const STAGES = {
+export const STAGES = {
   gradients: "reading the generation", index: "bringing the index up to date", "exact scores": "reading the influence of samples",
   tokens: "reading the influence of words", matrix: "reading which words drive which", "generated tokens": "the model answers",
   records: "writing the cleaned file",
@@ -136,9 +139,15 @@ export function say(text, kind = "") {
 export const wordsOf = (error) => (error instanceof Refused ? error.message : "Something went wrong in this page: " + error.message);
 
 let job = null;
-// What is under way belongs to what is shown: it ends where something else is asked, or another view opened.
-export function stop() {
-  if (job) job.abort();
+// What is under way belongs to what is shown: it ends, and says so there, where it is stopped or something else is asked.
+export const stop = () => job?.abort();
+// Where another view is opened nothing is said of it: that would be said there.
+export function leave() {
+  const left = job;
+  job = null;
+  left?.abort();
+  id("stop").hidden = true;
+  id("main").removeAttribute("aria-busy");
 }
 // `failed` hears in words why it came to nothing, unless something else took its place; `work` says when what is shown holds.
 export async function during(what, work, failed = () => {}) {

@@ -1,5 +1,5 @@
 // Training files without the marked samples: from the database, or from the file that was ingested.
-import { Refused, ask, during, follow, say, whole } from "./server.js";
+import { Refused, during, follow, say } from "./server.js";
 
 const { make } = Heat;
 const id = (name) => document.getElementById(name);
@@ -14,21 +14,32 @@ export function save(name, parts) {
   setTimeout(() => URL.revokeObjectURL(link.href), 10000);
 }
 
+let left = null; // the ids without which a file waits to be saved
+export function forgotten() {
+  left = null;
+  id("to-save").replaceChildren();
+}
+// What is shown is what is left out: where something else is marked by now, that file is no more to be had.
+export function outdated(ids) {
+  if (left === null || (left.length === ids.length && left.every((name, place) => name === ids[place]))) return;
+  forgotten();
+  id("to-save").append(make("p", { class: "soft" }, "What is marked has changed since: save them again."));
+}
+
 // What the database still knows. Where that is not all of a record it is said before, not after.
 export function exported(where, without) {
   during("writing the cleaned file", async (signal) => {
-    id("to-save").replaceChildren();
-    const all = await ask("api/samples?" + new URLSearchParams({ limit: 0, ...(where ? { where } : {}) }), { signal });
-    const { total } = await whole(all.json());
+    forgotten();
     const parts = [];
-    const { records, inexact_records: inexact } = await follow("api/export", { without, where }, signal, (part) => parts.push(part));
+    const { records, inexact_records: inexact, matching } = await follow("api/export", { without, where }, signal, (part) => parts.push(part));
     const keep = () => {
       save("cleaned.jsonl", parts);
-      id("to-save").replaceChildren();
-      say("Saved cleaned.jsonl: " + counted(records, "sample", "samples") + ". Of the " + total.toLocaleString("en") + " that match, " + (total - records).toLocaleString("en") + " are marked and left out.");
+      forgotten();
+      say("Saved cleaned.jsonl: " + counted(records, "sample", "samples") + ". Of the " + matching.toLocaleString("en") + " that match, " + (matching - records).toLocaleString("en") + " are marked and left out.");
     };
     if (!inexact) return keep();
-    id("to-save").replaceChildren(make("p", {}, counted(inexact, "record", "records") + " of " + records.toLocaleString("en") + " cannot be restored exactly: lists, objects, or the turns of a conversation may be lost. Better give your own training file above."),
+    left = without;
+    id("to-save").append(make("p", {}, counted(inexact, "record", "records") + " of " + records.toLocaleString("en") + " cannot be restored exactly: lists, objects, or the turns of a conversation may be lost. Better give your own training file above."),
       make("button", { type: "button", onclick: keep }, "Save it all the same"));
     say("Not saved yet.");
   });

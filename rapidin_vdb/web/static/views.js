@@ -1,9 +1,9 @@
 // Browsing, one sample, marked samples, history.
 import * as kept from "./kept.js";
-import { during, follow, read, say } from "./server.js";
+import { Damaged, during, follow, read, say } from "./server.js";
 import { bar, body } from "./answer.js";
 import { fill } from "./filters.js";
-import { cleaned, exported, save } from "./training.js";
+import { cleaned, exported, outdated, save } from "./training.js";
 
 const { make, show, largest } = Heat;
 const id = (name) => document.getElementById(name);
@@ -15,7 +15,7 @@ function card(page, sample, beside) {
 }
 
 export async function browsed(page, { where = "", offset = 0 }) {
-  if (typeof where !== "string" || !Number.isSafeInteger(offset)) throw new Error("no filter");
+  if (typeof where !== "string" || !Number.isSafeInteger(offset)) throw new Damaged();
   fill(id("browse-where"), where);
   await during("reading", async (signal) => {
     const asked = new URLSearchParams({ offset, limit: STEP });
@@ -55,6 +55,7 @@ export async function sampleView(page, sampleId) {
 
 export function markedView(page) {
   const marked = kept.marked(), ids = [...marked.keys()];
+  outdated(ids);
   id("save-ids").disabled = id("unmark").disabled = !ids.length;
   const again = () => {
     page.count();
@@ -78,7 +79,7 @@ export function markedView(page) {
     if (id("own-file").files.length) cleaned(id("own-file").files[0], id("own-id").value, new Set(kept.marked().keys()));
     id("own-file").value = ""; // the same file may be given again
   };
-  page.put(make("div", { id: "to-save" }), ...(ids.length ? [] : [make("p", { class: "soft" }, "Nothing is marked. Mark samples where they are shown.")]),
+  page.put(...(ids.length ? [] : [make("p", { class: "soft" }, "Nothing is marked. Mark samples where they are shown.")]),
     ...[...marked].map(([name, text]) => make("article", { class: "card", "data-sample": name }, make("div", { class: "head" }, page.link(name)), make("div", { class: "text", dir: "auto" }, text),
       make("div", { class: "actions" }, make("button", { type: "button", onclick: () => { kept.unmark([name]); again(); } }, "Unmark")))));
 }
