@@ -429,7 +429,7 @@ def test_what_waits_to_be_saved_outlives_what_others_ask(visit, mixed):
     page.locator("#to-save button").wait_for()
     other.locator('article[data-sample="plain"] [data-does=mark]').click()
     page.get_by_role("button", name="Marked 1").wait_for()
-    page.locator("#to-save", has_text="What is marked has changed since: save them again.").wait_for()
+    page.locator("#to-save", has_text="What is marked has changed since: save the samples again.").wait_for()
     assert page.locator("#to-save button").count() == 0 and page.locator("main article").count() == 1
     page.click("#save-clean")
     page.locator("#to-save button").wait_for()

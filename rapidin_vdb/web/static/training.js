@@ -23,7 +23,7 @@ export function forgotten() {
 export function outdated(ids) {
   if (left === null || (left.length === ids.length && left.every((name, place) => name === ids[place]))) return;
   forgotten();
-  id("to-save").append(make("p", { class: "soft" }, "What is marked has changed since: save them again."));
+  id("to-save").append(make("p", { class: "soft" }, "What is marked has changed since: save the samples again."));
 }
 
 // What the database still knows. Where that is not all of a record it is said before, not after.
