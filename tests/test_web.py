@@ -1,6 +1,7 @@
 """The server's API: the command line's JSON, what it refuses, and how requests share one model."""
 
 import asyncio
+import contextlib
 import json
 import re
 import tempfile
@@ -358,6 +359,20 @@ def test_an_export_without_room_for_it_says_so(client, monkeypatch):
         told = client.post("/api/export", json={}, headers={"accept": "text/event-stream"}).text
         name, data = told.strip().split("\n\n")[-1].split("\n")
         assert name == "event: error" and json.loads(data.removeprefix("data: ")) == {"detail": said, "status": 507}
+
+
+def test_an_ingest_without_room_for_what_was_sent_says_so(served, monkeypatch):
+    records = {"records": [{"id": "new-1", "instruction": "Say 99", "output": "red 693"}]}
+    before = served.info().samples
+    with TestClient(make_app(served, writable=True), base_url="http://127.0.0.1") as client:
+        monkeypatch.setattr("tempfile.tempdir", "/nowhere")
+        answer = client.post("/api/ingest", json=records)
+        assert answer.status_code == 507 and "cannot be kept: No such file" in answer.json()["detail"]
+        monkeypatch.undo()
+        monkeypatch.setattr("tempfile.TemporaryDirectory", lambda: contextlib.nullcontext("/nowhere"))
+        answer = client.post("/api/ingest", json=records)
+        assert answer.status_code == 507 and "Make room in /" in answer.json()["detail"]
+    assert served.info().samples == before
 
 
 class Watched(tempfile.SpooledTemporaryFile):

@@ -228,7 +228,10 @@ class ShardedIndex:
         numbers = numbers[numbers >= 0]
         exact = self._exact_scores(query, numbers)
         ranked = sorted(
-            ((self.keys.sample_ids[number], float(score)) for number, score in zip(numbers, exact, strict=True)),
+            (
+                (self.keys.sample_ids[number], float(score))
+                for number, score in zip(numbers.tolist(), exact, strict=True)
+            ),
             key=lambda pair: (-pair[1], pair[0]),
         )[:top_k]
         # Whatever was left out scored at most the last candidate, give or take rounding.

@@ -33,7 +33,7 @@ def measured_recall(index: ShardedIndex) -> dict[str, Any]:
     for number, approximate, right in zip(
         chosen, index.search(queries, _TOP_K + 1), exact.search(queries, _TOP_K + 1), strict=True
     ):
-        itself = index.keys.sample_ids[number]
+        itself = index.keys.sample_ids[int(number)]
         wanted = [sample_id for sample_id, _ in right if sample_id != itself][:_TOP_K]
         got = {sample_id for sample_id, _ in approximate}
         found += sum(sample_id in got for sample_id in wanted)

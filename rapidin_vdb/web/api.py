@@ -1,9 +1,10 @@
 """The JSON API: what is asked on which path, and what is answered."""
 
+import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 
 from rapidin_vdb.database import Database
-from rapidin_vdb.errors import RapidInError
+from rapidin_vdb.errors import RapidInError, no_scratch
 from rapidin_vdb.page import sample_pieces, with_pieces
 from rapidin_vdb.progress import Progress
 from rapidin_vdb.query import query_from
@@ -162,9 +163,7 @@ def make_api(service: Service) -> APIRouter:
         options = asked.model_dump(exclude={"records"})
 
         def work(progress: Progress) -> Any:
-            with tempfile.TemporaryDirectory() as folder:
-                path = Path(folder, "records.jsonl")
-                path.write_text("".join(json.dumps(record) + "\n" for record in asked.records), "utf-8")
+            with _sent(asked.records) as path:
                 try:
                     return _renamed(dataclasses.asdict(database.ingest(path, progress=progress, **options)), path)
                 except RapidInError as error:
@@ -183,6 +182,23 @@ def make_api(service: Service) -> APIRouter:
         return await exported(request, service.reads(), database, asked)
 
     return api
+
+
+@contextlib.contextmanager
+def _sent(records: list[dict[str, Any]]) -> Iterator[Path]:
+    """Yield a file of the records that were sent.
+
+    Raises:
+        ScratchError: there is no room for it.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory()), "records.jsonl")
+            path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+        except OSError as error:
+            what = "the file of the records that were sent, which the server keeps until they are read,"
+            raise no_scratch(what, error) from error
+        yield path
 
 
 def _only_known(request: Request) -> None:
