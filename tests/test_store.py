@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 
+import lancedb
 import numpy as np
 import pytest
 
@@ -51,6 +52,25 @@ def table(tmp_path):
         ],
     )
     return made
+
+
+def test_lance_holds_little_however_many_commits_there_were(tmp_path, monkeypatch):
+    """Of each it would keep a manifest, which names all that is there: what they take grows with their square."""
+    sessions, make = [], lancedb.Session
+
+    def noted(**options):
+        sessions.append(make(**options))
+        return sessions[-1]
+
+    monkeypatch.setattr(lancedb, "Session", noted)
+    monkeypatch.setattr("rapidin_vdb.store.place._METADATA_BYTES", 1 << 20)
+    made = SampleTable.create(str(tmp_path / "db"), FINGERPRINT)
+    seen = 0
+    for number in range(120):
+        seen = made.append([row(str(number))], seen=seen).seen
+    assert made.snapshot().rows() == 120
+    held = [session.size_bytes for session in sessions]
+    assert 0 < max(held) < 2 << 20, held
 
 
 @pytest.mark.parametrize(

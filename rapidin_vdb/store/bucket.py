@@ -6,14 +6,13 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
-import lancedb
 import pyarrow as pa
 
 from rapidin_vdb.errors import TableError, without_secrets
 from rapidin_vdb.store.cache import cache_folder
 from rapidin_vdb.store.fence import fence
 from rapidin_vdb.store.leftovers import remove_versions, unnamed_files
-from rapidin_vdb.store.place import STABLE, manifest_name
+from rapidin_vdb.store.place import STABLE, connected, manifest_name
 from rapidin_vdb.store.settings import ENDPOINTS, REGIONS, first_of
 from rapidin_vdb.store.telling import first_line
 
@@ -59,7 +58,7 @@ class Bucket:
     @cached_property
     def _connection(self) -> Any:
         # Without looks at newer versions: a commit has to be on top of what was read before the lease was checked.
-        return lancedb.connect(self.uri, storage_options=self._options)
+        return connected(self.uri, storage_options=self._options)
 
     def open_table(self, name: str) -> Any:
         """Return the newest version of a table."""

@@ -18,6 +18,15 @@ LOCK = ".commit.lock"
 CLOUDS = ("s3", "gs", "az")
 # Stable row ids let an index see exactly what changed since its version.
 STABLE = {"new_table_enable_stable_row_ids": "true"}
+# Lance keeps up to 1 GiB of manifests and the like, and 6 GiB of scalar indices. Each commit leaves a manifest there as
+# long as the table has commits: 1,200 of them fill the gibibyte, of which all but the last are of no use to us.
+_METADATA_BYTES, _INDEX_BYTES = 64 << 20, 512 << 20
+
+
+def connected(uri: str, **options: Any) -> Any:
+    """Return a connection with caches of its own: another may be of a database that was made anew at the same place."""
+    session = lancedb.Session(index_cache_size_bytes=_INDEX_BYTES, metadata_cache_size_bytes=_METADATA_BYTES)
+    return lancedb.connect(uri, session=session, **options)
 
 
 @runtime_checkable
@@ -88,7 +97,7 @@ class Folder:
     @property
     def _connection(self) -> Any:
         if self._made is None:
-            self._made = lancedb.connect(self.uri, read_consistency_interval=timedelta(0))
+            self._made = connected(self.uri, read_consistency_interval=timedelta(0))
         return self._made
 
     def open_table(self, name: str) -> Any:
