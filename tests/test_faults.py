@@ -96,7 +96,7 @@ def starve(commands, folder, disk, sizes, answers) -> None:
 
     With a disk, that is so many KiB of room on it; else, so many handles of files.
     """
-    import_module("rapidin_vdb.ingest")._COMMIT_BYTES = 4096
+    import_module("rapidin_vdb.ingest")._COMMIT_BYTES = 32 << 10
     torch.set_num_threads(1)
     states, wanted = {}, {}
     for name, arguments in commands(folder / "whole").items():
