@@ -227,13 +227,8 @@ class ShardedIndex:
         """Rank candidates exactly; say whether a row beyond them could still belong to the first `top_k`."""
         numbers = numbers[numbers >= 0]
         exact = self._exact_scores(query, numbers)
-        ranked = sorted(
-            (
-                (self.keys.sample_ids[number], float(score))
-                for number, score in zip(numbers.tolist(), exact, strict=True)
-            ),
-            key=lambda pair: (-pair[1], pair[0]),
-        )[:top_k]
+        found = zip((self.keys.sample_ids[number] for number in numbers.tolist()), exact.tolist(), strict=True)
+        ranked = sorted(found, key=lambda pair: (-pair[1], pair[0]))[:top_k]
         # Whatever was left out scored at most the last candidate, give or take rounding.
         rounding = max(shard.rounding for shard in self.shards)
         margin = 2 * rounding * float(np.linalg.norm(query)) * self._norm_bound()
