@@ -424,9 +424,15 @@ def test_tokens_of_who_came_too_late_take_nothing_away(tokened, tmp_path):
     (ranking,) = tokened.query(PROMPT, GENERATION, level="token", top_k=1000)
     assert {(r.sample_id, r.token_index) for r in ranking.results} == set(before)
     assert ranking.searched == len(before)
-    # What nobody sees goes with the next deletion.
+    # What nobody sees goes with its sample, with the next deletion by a filter, or with a purge.
     tokened.delete(ids=["toy-000"])
-    assert {name for name, _ in token_rows(tokened)} == {name for name, _ in before} - {"toy-000"}
+    (ranking,) = tokened.query(PROMPT, GENERATION, level="token", top_k=1000)
+    assert {r.sample_id for r in ranking.results} == {name for name, _ in before} - {"toy-000"}
+    tokened.delete(where="sample_id = 'toy-002'")
+    assert {name for name, _ in token_rows(tokened)} == {name for name, _ in before} - {"toy-000", "toy-002"}
+    tokened._table.tokens.write([rows])
+    tokened.delete(ids=["toy-001"])
+    assert {name for name, _ in token_rows(tokened)} == {name for name, _ in before} - {"toy-000", "toy-001", "toy-002"}
 
 
 def test_a_refused_ingest_leaves_no_table_of_tokens(database, tmp_path):
