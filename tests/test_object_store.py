@@ -38,7 +38,9 @@ def lease_in(store):
     from rapidin_vdb.store.lease import Lease
 
     fenced = []
-    return Lease(store, "lease", place="there", fence=lambda: fenced.append(1), seconds=0.6), fenced
+    return Lease(
+        store, "lease", place="there", fence=lambda taken_over: fenced.append(1) if taken_over else None, seconds=0.6
+    ), fenced
 
 
 def test_a_database_in_a_bucket_is_that_of_a_folder(bucket, database, tmp_path, models, adapters):
@@ -275,6 +277,41 @@ def test_a_fence_that_comes_late_undoes_nothing(bucket, tmp_path, models, adapte
     place._fence()
     far.delete(ids=["toy-002"], purge=True)
     assert names_of(bucket)[0] == [*range(3, 10)]
+    check(bucket)
+
+
+def test_a_fence_that_comes_late_and_is_killed_is_finished_by_the_next_write(
+    bucket, tmp_path, models, adapters, in_between, monkeypatch
+):
+    """The others are done and have let go of the lease: who takes it then takes it from nobody."""
+    import lance
+
+    far = small(bucket, tmp_path, models, adapters)
+    place = rapidin_vdb.open(bucket)._table.place
+    real, committed = lance.LanceDataset.commit, []
+
+    def commit(*arguments, **options):
+        if committed:
+            raise KeyboardInterrupt
+        committed.append(real(*arguments, **options))
+        return committed[0]
+
+    def others():
+        far._table.place._fence()
+        far.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(2, first=8)))
+        far.delete(ids=["toy-001"])
+        monkeypatch.setattr(lance.LanceDataset, "commit", commit)
+
+    in_between["samples.lance"] = others
+    with pytest.raises(KeyboardInterrupt):
+        place._fence()
+    monkeypatch.setattr(lance.LanceDataset, "commit", real)
+    assert names_of(bucket)[0] == [*range(8)], "until the next write"
+    assert far.delete(ids=["toy-002"]) == ["toy-002"]
+    assert names_of(bucket)[0] == [0, *range(3, 10)]
+    version = rapidin_vdb.open(bucket)._table.snapshot().version
+    far.delete(ids=["nobody"])
+    assert rapidin_vdb.open(bucket)._table.snapshot().version == version, "a fence that is whole is not done again"
     check(bucket)
 
 

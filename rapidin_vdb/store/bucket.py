@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from rapidin_vdb.errors import TableError, without_secrets
 from rapidin_vdb.store.cache import cache_folder
-from rapidin_vdb.store.fence import fence
+from rapidin_vdb.store.fence import fence, is_half_done
 from rapidin_vdb.store.leftovers import remove_versions, unnamed_files
 from rapidin_vdb.store.place import STABLE, connected, manifest_name
 from rapidin_vdb.store.settings import ENDPOINTS, REGIONS, first_of
@@ -146,11 +146,16 @@ class Bucket:
         for path in listed:
             obstore.delete(self._store, path)
 
-    def _fence(self) -> None:
-        """Let whatever a former writer is about to commit fail, and keep whatever it has committed."""
+    def _fence(self, taken_over: bool = True) -> None:
+        """Let whatever a former writer is about to commit fail, and keep whatever it has committed.
+
+        Where the lease was not taken over but let go of, only what another left half done is finished.
+        """
         for name in _TABLES:
             if self.has_table(name):
-                fence(f"{self.uri}/{name}.lance", self._options, kept=partial(self._has_version, name))
+                uri, kept = f"{self.uri}/{name}.lance", partial(self._has_version, name)
+                if taken_over or is_half_done(uri, self._options, kept=kept):
+                    fence(uri, self._options, kept=kept)
 
     def _has_version(self, name: str, version: int) -> bool:
         return self.manifest(name, version) is not None

@@ -5,7 +5,9 @@ everything: what a former writer commits after we looked, and before ours is the
 in its turn, which is final, for after the first restore nobody's commit can be on its way any more.
 
 Fences are marked. Who dies between the two has not let go of the lease: whoever takes it next restores what was there
-before all fences, and not what the last of them left.
+before all fences, and not what the last of them left. Who stood still in the middle of it, while another took over and
+was done, goes on without the lease: so whoever takes one that was let go of looks whether the last version is the first
+of two.
 """
 
 from collections.abc import Callable
@@ -27,6 +29,15 @@ def fence(uri: str, options: dict[str, str], *, kept: Callable[[int], bool]) -> 
         )
         newest = lance.LanceDataset.commit(uri, made, storage_options=options)
         wanted, restored = _before_fences(newest, kept), wanted
+
+
+def is_half_done(uri: str, options: dict[str, str], *, kept: Callable[[int], bool]) -> bool:
+    """Say whether the newest version of a Lance table is a fence that has not restored what was there before it."""
+    import lance
+
+    newest = lance.dataset(uri, storage_options=options)
+    made_by = newest.read_transaction(int(newest.version))
+    return _is_fence(made_by) and made_by.operation.version != _before_fences(newest, kept)
 
 
 def _before_fences(dataset: Any, kept: Callable[[int], bool]) -> int:

@@ -37,9 +37,12 @@ class Lease:
     """A lock for all writers to a place in an object store; may be entered again by the thread that holds it."""
 
     def __init__(
-        self, store: Any, name: str, *, place: str, fence: Callable[[], None], seconds: float = LEASE_SECONDS
+        self, store: Any, name: str, *, place: str, fence: Callable[[bool], None], seconds: float = LEASE_SECONDS
     ) -> None:
-        """`store` holds the object `name`; `place` is for messages; `fence` ends what a former holder has begun."""
+        """`store` holds the object `name`; `place` is for messages; `fence` ends what a former holder has begun.
+
+        It is told whether the lease was taken over, or let go of.
+        """
         self._store, self._name, self._place = store, name, place
         self._fence, self._seconds = fence, seconds
         self._threads, self._depth = RLock(), 0
@@ -115,12 +118,11 @@ class Lease:
                 if not self._still_ours():
                     continue
             self._renew()
-            if holder:
-                try:
-                    self._fence()
-                except BaseException:
-                    self._stop_renewing()  # not let go of: whoever comes next has to fence
-                    raise
+            try:
+                self._fence(bool(holder))
+            except BaseException:
+                self._stop_renewing()  # not let go of: whoever comes next has to fence
+                raise
             return
 
     def _read(self) -> tuple[str, Tag]:
