@@ -19,9 +19,11 @@ STORE_RATE = 2e9  # bytes a second that a node reads from an object store
 ANSWER_SECONDS = 2.0  # what somebody waits for
 FLEET = 100  # nodes that somebody may have
 
-# Of Python's own objects, by tracemalloc, for ids of 16 letters: a dict's entry from an id to its content hash; and an
-# index's id, row id, version and mark, with the order by row id.
-PLAN_ENTRY, KEY_ENTRY = 184, 106
+# In a temporary file: an id of 32 letters with two content hashes (page_count * page_size of 300,000, in no order). In
+# memory: an index's row id, version and mark, and the order by row id (a query with a streamed index, docs/faults.md).
+PLAN_ENTRY, KEY_ENTRY = 121, 35
+# What a row weighs as it waits besides its vector, at 300 tokens of which half are the response's (rapidin_vdb/ingest.py).
+WAITING = 2048 + 300 * 36 + 150 * 120
 COMMIT = 64 * 2**20  # what an ingest writes at once
 FRAGMENT = 139  # what a fragment takes in the manifest of every later version: measured, 13 columns
 
@@ -197,7 +199,7 @@ def page(measured: Measured) -> str:
             making.append(
                 [name, "LoRA" if adapter else "all", duration(each), *(f"{samples * each / 3600:,.0f}" for samples in SAMPLES)]
             )  # fmt: skip
-    versions = table_bytes(measured, 1e8, 65536) / COMMIT
+    versions = 1e8 * (2 * 65536 + WAITING) / COMMIT
     seven = gradient_seconds(measured, 7e9, 300, adapter=True, rate=GPU_FLOPS)
     checked = [[what, duration(said), duration(was), f"{said / was:.2f}"] for what, said, was in checks(measured)]
     return f"""# What it costs at scale
@@ -246,14 +248,14 @@ choice, or rows read from disk or the store, which takes as long as the last col
   model with LoRA: the driver keeps up with {measured.write_rate / (2 * 65536) * seven:,.0f} GPUs at K = 65,536, and with {measured.write_rate / (2 * 2**20) * seven:,.0f} at K = 2^20, if it does nothing else. But it is one
   thread, which also hands out batches and takes in answers; while it commits, each worker has one batch more to go on with, and then waits. Beyond that,
   workers would have to write fragments themselves, and the driver only commit them.
-- **Versions.** A commit is made every {COMMIT // 2**20} MiB: {versions:,.0f} of them for 10^8 samples at K = 65,536. Each adds a fragment, and its manifest names all
+- **Versions.** A commit is made every {COMMIT // 2**20} MiB, of vectors and what waits with them: {versions:,.0f} of them for 10^8 samples at K = 65,536. Each adds a fragment, and its manifest names all
   that were there before, at {FRAGMENT} bytes each: {size(versions * FRAGMENT)} a commit at the end, and {size(versions**2 / 2 * FRAGMENT)} of manifests in all. Nothing puts fragments together
   while an ingest goes on; `delete --purge` does, and drops older versions with their manifests. At this size commits would have to be larger, or
   compacted on the way.
 - **Memory** is what exact search ends at: 10^8 samples at K = 65,536 are {size(index_bytes(1e8, 65536))}.
-- **The list of ids.** A plan holds every id with its content hash, once for what is there and once for what is to be done, at {PLAN_ENTRY} bytes each, and
-  the keys of an index take {KEY_ENTRY}: for 10^8 samples up to {size(2e8 * PLAN_ENTRY)} in the process that ingests, and {size(1e8 * KEY_ENTRY)} in those that search (on a cluster, each node its share); for
-  10^10 a hundred times that. At 10^10, one table has to become several databases, asked one by one.
+- **The list of ids.** A plan keeps every id with its content hashes in a temporary file, at up to {PLAN_ENTRY} bytes each, and the keys of an index take {KEY_ENTRY} in memory,
+  its ids besides on disk: for 10^8 samples {size(1e8 * PLAN_ENTRY)} of disk in the process that ingests, and {size(1e8 * KEY_ENTRY)} of memory in those that search (on a cluster, each
+  node its share); for 10^10 a hundred times that. At 10^10, one table has to become several databases, asked one by one.
 
 ## The model beside what was measured
 
