@@ -41,19 +41,27 @@ class Entry:
         return self.there is not None and self.planned not in (None, self.there)
 
 
-class Ledger:
-    """What an ingest knows of each sample id: what is in the table under it, and what is to be written."""
+class _Scratch:
+    """A table in a file for temporary data."""
+
+    _TABLE = ""
 
     def __init__(self) -> None:
         with _told():
-            self._file = _temporary(
-                "CREATE TABLE samples (sample_id TEXT PRIMARY KEY, there TEXT, planned TEXT, has_tokens INT, "
-                "replaced INT, taken INT) WITHOUT ROWID"
-            )
+            self._file = _temporary(self._TABLE)
 
     def close(self) -> None:
         """Forget all of it."""
         self._file.close()
+
+
+class Ledger(_Scratch):
+    """What an ingest knows of each sample id: what is in the table under it, and what is to be written."""
+
+    _TABLE = (
+        "CREATE TABLE samples (sample_id TEXT PRIMARY KEY, there TEXT, planned TEXT, has_tokens INT, "
+        "replaced INT, taken INT) WITHOUT ROWID"
+    )
 
     def begin(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Begin anew with the samples that are in the table, by id and content hash."""
@@ -120,16 +128,10 @@ class Ledger:
             self._file.executemany(statement, rows)
 
 
-class Names:
+class Names(_Scratch):
     """A set of names that may be too many for memory."""
 
-    def __init__(self) -> None:
-        with _told():
-            self._file = _temporary("CREATE TABLE names (name TEXT PRIMARY KEY) WITHOUT ROWID")
-
-    def close(self) -> None:
-        """Forget all of it."""
-        self._file.close()
+    _TABLE = "CREATE TABLE names (name TEXT PRIMARY KEY) WITHOUT ROWID"
 
     def add(self, name: str) -> bool:
         """Add a name, and say whether it is new."""
@@ -137,19 +139,13 @@ class Names:
             return self._file.execute("INSERT OR IGNORE INTO names VALUES (?)", (name,)).rowcount == 1
 
 
-class Numbers:
+class Numbers(_Scratch):
     """Which numbers each of many samples has: its tokens'."""
 
-    def __init__(self) -> None:
-        with _told():
-            self._file = _temporary(
-                "CREATE TABLE numbers (sample_id TEXT, content_hash TEXT, number INT, "
-                "PRIMARY KEY (sample_id, content_hash, number)) WITHOUT ROWID"
-            )
-
-    def close(self) -> None:
-        """Forget all of it."""
-        self._file.close()
+    _TABLE = (
+        "CREATE TABLE numbers (sample_id TEXT, content_hash TEXT, number INT, "
+        "PRIMARY KEY (sample_id, content_hash, number)) WITHOUT ROWID"
+    )
 
     def add(self, sample_id: str, content_hash: str, number: int) -> bool:
         """Add a number of a sample, and say whether it is new."""

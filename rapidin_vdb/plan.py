@@ -176,18 +176,14 @@ def _ids(window: Sequence[Pair | CorpusError]) -> Iterator[str]:
     return (entry[0].sample_id for entry in window if not isinstance(entry, CorpusError))
 
 
+@undisturbed
 def _note_there(table: SampleTable, ledger: Ledger, token_gradients: bool) -> int:
     """Note what is in the table, and which of it has tokens; return the table's version."""
-
-    @undisturbed
-    def note() -> int:
-        snapshot = table.snapshot()
-        tokens = table.tokens.snapshot() if token_gradients else None
-        ledger.begin(snapshot.each_content())
-        ledger.note_tokens(tokens.each_content() if tokens is not None else ())
-        return snapshot.version
-
-    return note()
+    snapshot = table.snapshot()
+    tokens = table.tokens.snapshot() if token_gradients else None
+    ledger.begin(snapshot.each_content())
+    ledger.note_tokens(tokens.each_content() if tokens is not None else ())
+    return snapshot.version
 
 
 def _decide(plan: Plan, sample: Sample, known: Entry, table: SampleTable, on_duplicate: OnDuplicate) -> bool:

@@ -227,6 +227,19 @@ def test_a_commit_while_the_lease_is_taken_over_stays(bucket, tmp_path, models, 
     check(bucket)
 
 
+def killed_after_one(real):
+    """A commit that goes through once; then the process is as good as dead."""
+    committed = []
+
+    def commit(*arguments, **options):
+        if committed:
+            raise KeyboardInterrupt
+        committed.append(real(*arguments, **options))
+        return committed[0]
+
+    return commit
+
+
 def test_a_fence_that_is_killed_halfway_is_finished_by_the_next(
     bucket, tmp_path, models, adapters, in_between, monkeypatch
 ):
@@ -238,15 +251,7 @@ def test_a_fence_that_is_killed_halfway_is_finished_by_the_next(
     successor = rapidin_vdb.open(bucket)
     more = write_jsonl(tmp_path / "more.jsonl", toy_records(1, first=8))
     with monkeypatch.context() as patch:
-        real, committed = lance.LanceDataset.commit, []
-
-        def commit(*arguments, **options):
-            if committed:
-                raise KeyboardInterrupt
-            committed.append(real(*arguments, **options))
-            return committed[0]
-
-        patch.setattr(lance.LanceDataset, "commit", commit)
+        patch.setattr(lance.LanceDataset, "commit", killed_after_one(lance.LanceDataset.commit))
         successor._table.place.lock._seconds = 0.6
         with pytest.raises(KeyboardInterrupt):
             successor.ingest(more)
@@ -288,19 +293,13 @@ def test_a_fence_that_comes_late_and_is_killed_is_finished_by_the_next_write(
 
     far = small(bucket, tmp_path, models, adapters)
     place = rapidin_vdb.open(bucket)._table.place
-    real, committed = lance.LanceDataset.commit, []
-
-    def commit(*arguments, **options):
-        if committed:
-            raise KeyboardInterrupt
-        committed.append(real(*arguments, **options))
-        return committed[0]
+    real = lance.LanceDataset.commit
 
     def others():
         far._table.place._fence()
         far.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(2, first=8)))
         far.delete(ids=["toy-001"])
-        monkeypatch.setattr(lance.LanceDataset, "commit", commit)
+        monkeypatch.setattr(lance.LanceDataset, "commit", killed_after_one(real))
 
     in_between["samples.lance"] = others
     with pytest.raises(KeyboardInterrupt):
