@@ -18,6 +18,7 @@ from test_cli import call
 
 import rapidin_vdb
 from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
+from rapidin_vdb.store.telling import told
 
 pytest.importorskip("moto.server", reason="moto is not installed: pip install 'rapidin-vdb[dev]'")
 pytest.importorskip("obstore", reason="obstore is not installed: pip install 'rapidin-vdb[cloud]'")
@@ -38,9 +39,13 @@ def lease_in(store):
     from rapidin_vdb.store.lease import Lease
 
     fenced = []
-    return Lease(
-        store, "lease", place="there", fence=lambda taken_over: fenced.append(1) if taken_over else None, seconds=0.6
-    ), fenced
+
+    def fence(holding, taken_over):
+        if taken_over:
+            fenced.append(1)
+        return holding()
+
+    return Lease(store, "lease", place="there", fence=fence, seconds=0.6), fenced
 
 
 def test_a_database_in_a_bucket_is_that_of_a_folder(bucket, database, tmp_path, models, adapters):
@@ -263,6 +268,11 @@ def test_a_fence_that_is_killed_halfway_is_finished_by_the_next(
     check(bucket)
 
 
+def fence_without_a_look(place):
+    """What whoever stood still after its last look at the lease does."""
+    place._fence(lambda: True, taken_over=True)
+
+
 def test_a_fence_that_comes_late_undoes_nothing(bucket, tmp_path, models, adapters, in_between):
     """Who takes over may stand still itself, while another takes over from it, writes, and is done."""
     far = small(bucket, tmp_path, models, adapters)
@@ -270,16 +280,16 @@ def test_a_fence_that_comes_late_undoes_nothing(bucket, tmp_path, models, adapte
 
     def others():
         late.delete("sample_id = 'toy-000'")
-        far._table.place._fence()
+        fence_without_a_look(far._table.place)
         far.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(2, first=8)))
         far.delete(ids=["toy-001"])
 
     in_between["samples.lance"] = others
-    place._fence()
+    fence_without_a_look(place)
     assert names_of(bucket)[0] == [*range(2, 10)]
     far.delete(purge=True)
-    place._fence()
-    place._fence()
+    fence_without_a_look(place)
+    fence_without_a_look(place)
     far.delete(ids=["toy-002"], purge=True)
     assert names_of(bucket)[0] == [*range(3, 10)]
     check(bucket)
@@ -296,14 +306,14 @@ def test_a_fence_that_comes_late_and_is_killed_is_finished_by_the_next_write(
     real = lance.LanceDataset.commit
 
     def others():
-        far._table.place._fence()
+        fence_without_a_look(far._table.place)
         far.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(2, first=8)))
         far.delete(ids=["toy-001"])
         monkeypatch.setattr(lance.LanceDataset, "commit", killed_after_one(real))
 
     in_between["samples.lance"] = others
     with pytest.raises(KeyboardInterrupt):
-        place._fence()
+        fence_without_a_look(place)
     monkeypatch.setattr(lance.LanceDataset, "commit", real)
     assert names_of(bucket)[0] == [*range(8)], "until the next write"
     assert far.delete(ids=["toy-002"]) == ["toy-002"]
@@ -311,6 +321,106 @@ def test_a_fence_that_comes_late_and_is_killed_is_finished_by_the_next_write(
     version = rapidin_vdb.open(bucket)._table.snapshot().version
     far.delete(ids=["nobody"])
     assert rapidin_vdb.open(bucket)._table.snapshot().version == version, "a fence that is whole is not done again"
+    check(bucket)
+
+
+def soon(bucket):
+    """A writer to a bucket that takes over soon."""
+    found = rapidin_vdb.open(bucket)
+    found._table.place.lock._seconds = 0.6
+    return found
+
+
+def late_fence(bucket, monkeypatch, *, before, after):
+    """A writer whose next fence comes late: it stands still between its last look at the lease and its restore.
+
+    `before` happens in that time, and `after` when the restore is there, before it goes on.
+    """
+    import lance
+
+    writer, real = soon(bucket), lance.LanceDataset.commit
+
+    def commit(*arguments, **options):
+        monkeypatch.setattr(lance.LanceDataset, "commit", real)
+        writer._table.place.lock._stop_renewing()
+        before()
+        made = real(*arguments, **options)
+        assert names_of(bucket)[0] == [*range(8)], "it undid what the others had written"
+        after()
+        return made
+
+    monkeypatch.setattr(lance.LanceDataset, "commit", commit)
+    return writer
+
+
+@pytest.mark.parametrize("killed", [False, True])
+@pytest.mark.parametrize("third", ["none", "opens after it", "opens before it"])
+def test_a_late_fence_loses_nothing(bucket, tmp_path, models, adapters, monkeypatch, third, killed):
+    """Whoever writes next, or at the moment, restores what it undid; nobody writes on top of it.
+
+    A third has taken the lease before it comes, and opens the table after it, or has opened it and commits after it.
+    """
+    fell_silent(small(bucket, tmp_path, models, adapters), "samples")
+    other, next_one = soon(bucket), soon(bucket)
+    lock, opened = next_one._table.place.lock, []
+
+    def before():
+        assert other.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(2, first=8))).added == 2
+        assert other.delete(ids=["toy-001"]) == ["toy-001"]
+        if third != "none":
+            lock.__enter__()
+            opened.append(next_one._table.place.open_table("samples"))
+
+    def after():
+        if third == "opens after it":
+            assert next_one.delete(ids=["toy-003"]) == ["toy-003"]
+        elif third != "none":
+            match = "another writer took over meanwhile. Nothing was lost; run the same command again"
+            with pytest.raises(TableError, match=match), told("there"):
+                opened[0].delete("sample_id = 'toy-003'")
+        if third != "none":
+            lock.__exit__()
+        if killed:
+            raise KeyboardInterrupt
+
+    writer = late_fence(bucket, monkeypatch, before=before, after=after)
+    left = {0, *range(3, 10)} - ({3} if third == "opens after it" else set())
+    if killed:
+        with pytest.raises(KeyboardInterrupt):
+            writer.delete(ids=["toy-002"])
+        writer = soon(bucket)
+    assert writer.delete(ids=["toy-002"]) == ["toy-002"]
+    assert names_of(bucket)[0] == sorted(left)
+    check(bucket)
+
+
+def test_a_late_fence_in_the_middle_of_a_purge_loses_nothing(bucket, tmp_path, models, adapters, monkeypatch):
+    """What it undid is not removed as an older version."""
+    import lance
+
+    from rapidin_vdb.store import bucket as module
+
+    far = small(bucket, tmp_path, models, adapters)
+    first = far._table.place.dataset("samples").version
+    far.delete(ids=["toy-001"])
+    real, came = module.remove_versions, []
+
+    def remove_versions(dataset, **options):
+        if not came:
+            restore = lance.LanceOperation.Restore(first)
+            mark = {"rapidin_vdb.fence": ""}
+            made = lance.Transaction(dataset.version, restore, transaction_properties=mark)
+            uri, options_of_store = dataset.uri, far._table.place._options
+            came.append(lance.LanceDataset.commit(uri, made, storage_options=options_of_store))
+            assert 1 in names_of(bucket)[0]
+        real(dataset, **options)
+
+    monkeypatch.setattr(module, "remove_versions", remove_versions)
+    with pytest.raises(TableError, match="older versions of the table samples of .* could not be deleted"):
+        far.delete(purge=True)
+    far.delete(purge=True)
+    assert names_of(bucket)[0] == [0, *range(2, 8)]
+    assert len(far._table.place.dataset("samples").versions()) == 1
     check(bucket)
 
 

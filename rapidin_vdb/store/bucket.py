@@ -1,6 +1,7 @@
 """A database in an object store: S3 and what speaks its language, Google's or Azure's."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -51,6 +52,7 @@ class Bucket:
         from rapidin_vdb.store.lease import Lease
 
         self.lock: Any = Lease(self._store, _LEASE, place=self.uri, fence=self._fence)
+        self._whole: dict[str, int] = {}  # the last version of each table that is known to be no fence half done
 
     def __str__(self) -> str:
         return self.uri
@@ -61,10 +63,12 @@ class Bucket:
         return connected(self.uri, storage_options=self._options)
 
     def open_table(self, name: str) -> Any:
-        """Return the newest version of a table."""
-        table = self._connection.open_table(name)
-        self.lock.check()
-        return table
+        """Return the newest version of a table; whoever holds the lease first restores what a late fence undid."""
+        while True:
+            table = self._connection.open_table(name)
+            if not self.lock.check() or self._is_whole(name, table.version):
+                return table
+            self._end_former(name, self.lock.is_ours)
 
     def create_table(self, name: str, schema: pa.Schema) -> None:
         """Make a table."""
@@ -74,11 +78,12 @@ class Bucket:
 
     def dataset(self, name: str) -> Any:
         """Return a table as Lance knows it."""
+        return self._dataset(name, int(self.open_table(name).version))
+
+    def _dataset(self, name: str, version: int | None = None) -> Any:
         import lance
 
-        found = lance.dataset(f"{self.uri}/{name}.lance", storage_options=self._options)
-        self.lock.check()
-        return found
+        return lance.dataset(f"{self.uri}/{name}.lance", version=version, storage_options=self._options)
 
     def remove_old(self, name: str) -> None:
         """Remove what only older versions of a table need, and what writers that died have left of others.
@@ -146,16 +151,29 @@ class Bucket:
         for path in listed:
             obstore.delete(self._store, path)
 
-    def _fence(self, taken_over: bool = True) -> None:
+    def _fence(self, holding: Callable[[], bool], taken_over: bool) -> bool:
         """Let whatever a former writer is about to commit fail, and keep whatever it has committed.
 
         Where the lease was not taken over but let go of, only what another left half done is finished.
         """
         for name in _TABLES:
-            if self.has_table(name):
-                uri, kept = f"{self.uri}/{name}.lance", partial(self._has_version, name)
-                if taken_over or is_half_done(uri, self._options, kept=kept):
-                    fence(uri, self._options, kept=kept)
+            if self.has_table(name) and (taken_over or not self._is_whole(name)):
+                if not self._end_former(name, holding):
+                    return False
+        return True
+
+    def _is_whole(self, name: str, version: int | None = None) -> bool:
+        """Say whether a version of a table, the newest if none, is anything but a fence half done."""
+        if version is None or self._whole.get(name) != version:
+            found = self._dataset(name, version)
+            if is_half_done(found, kept=partial(self._has_version, name)):
+                return False
+            self._whole[name] = int(found.version)
+        return True
+
+    def _end_former(self, name: str, holding: Callable[[], bool]) -> bool:
+        uri, kept = f"{self.uri}/{name}.lance", partial(self._has_version, name)
+        return fence(uri, self._options, kept=kept, holding=holding)
 
     def _has_version(self, name: str, version: int) -> bool:
         return self.manifest(name, version) is not None

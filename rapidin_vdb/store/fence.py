@@ -4,10 +4,11 @@ Lance lets nothing pass a restore of a version, and has no other operation that 
 everything: what a former writer commits after we looked, and before ours is there, would be undone. So it is restored
 in its turn, which is final, for after the first restore nobody's commit can be on its way any more.
 
-Fences are marked. Who dies between the two has not let go of the lease: whoever takes it next restores what was there
-before all fences, and not what the last of them left. Who stood still in the middle of it, while another took over and
-was done, goes on without the lease: so whoever takes one that was let go of looks whether the last version is the first
-of two.
+Nobody's but another restore. Who takes over may stand still itself between its last look at the lease and its restore,
+while another takes over from it, writes and is done: then its restore comes late, and undoes that. Such a fence is half
+done: it has not restored what was there before it. Fences are marked, so that it can be told, and everybody who holds
+the lease looks whether what it is about to change is one, and restores what was there before all fences. One that comes
+later still lets the change fail. So nobody ever writes on top of it, whether whoever was late goes on or is killed.
 """
 
 from collections.abc import Callable
@@ -16,28 +17,31 @@ from typing import Any
 _MARK = "rapidin_vdb.fence"
 
 
-def fence(uri: str, options: dict[str, str], *, kept: Callable[[int], bool]) -> None:
-    """Commit such a version of a Lance table; `kept` says whether an older version is still there."""
+def fence(uri: str, options: dict[str, str], *, kept: Callable[[int], bool], holding: Callable[[], bool]) -> bool:
+    """Commit such a version of a Lance table, and return whether it is whole.
+
+    `kept` says whether an older version is still there. `holding` says whether the lease is still ours: where it is
+    not, this stops, and leaves to others what is not whole.
+    """
     import lance
 
     newest = lance.dataset(uri, storage_options=options)
     wanted, restored = _before_fences(newest, kept), 0
-    # More than twice only where whoever fences stood still itself, and others went on without it.
     while restored != wanted:
+        if not holding():
+            return False
         made = lance.Transaction(
             newest.version, lance.LanceOperation.Restore(wanted), transaction_properties={_MARK: ""}
         )
         newest = lance.LanceDataset.commit(uri, made, storage_options=options)
         wanted, restored = _before_fences(newest, kept), wanted
+    return True
 
 
-def is_half_done(uri: str, options: dict[str, str], *, kept: Callable[[int], bool]) -> bool:
-    """Say whether the newest version of a Lance table is a fence that has not restored what was there before it."""
-    import lance
-
-    newest = lance.dataset(uri, storage_options=options)
-    made_by = newest.read_transaction(int(newest.version))
-    return _is_fence(made_by) and made_by.operation.version != _before_fences(newest, kept)
+def is_half_done(dataset: Any, *, kept: Callable[[int], bool]) -> bool:
+    """Say whether a version of a Lance table is a fence that has not restored what was there before it."""
+    made_by = dataset.read_transaction(int(dataset.version))
+    return _is_fence(made_by) and made_by.operation.version != _before_fences(dataset, kept)
 
 
 def _before_fences(dataset: Any, kept: Callable[[int], bool]) -> int:

@@ -37,11 +37,13 @@ class Lease:
     """A lock for all writers to a place in an object store; may be entered again by the thread that holds it."""
 
     def __init__(
-        self, store: Any, name: str, *, place: str, fence: Callable[[bool], None], seconds: float = LEASE_SECONDS
-    ) -> None:
+        self, store: Any, name: str, *, place: str, fence: Callable[[Callable[[], bool], bool], bool],
+        seconds: float = LEASE_SECONDS,
+    ) -> None:  # fmt: skip
         """`store` holds the object `name`; `place` is for messages; `fence` ends what a former holder has begun.
 
-        It is told whether the lease was taken over, or let go of.
+        It is given what says whether the lease is still ours, and whether it was taken over, or let go of; it returns
+        whether it came to its end before the lease was lost again.
         """
         self._store, self._name, self._place = store, name, place
         self._fence, self._seconds = fence, seconds
@@ -70,8 +72,8 @@ class Lease:
         finally:
             self._threads.release()
 
-    def check(self) -> None:
-        """Refuse to go on where somebody else has taken the lease that this thread holds.
+    def check(self) -> bool:
+        """Refuse to go on where somebody else has taken the lease; return whether this thread holds it at all.
 
         Whatever is then committed on top of a version that was read before this check succeeds before the other's
         fence, or fails.
@@ -81,13 +83,14 @@ class Lease:
         """
         # Held by another thread of this process, it is not ours.
         if not self._depth or not self._threads.acquire(blocking=False):
-            return
+            return False
         try:
             if self._depth and self._read()[0] != self._token:
                 raise TableError(
                     f"another writer took over {self._place}: this one had not been heard of for "
                     f"{self._seconds:.0f} s. Nothing was lost; run the same command again to go on"
                 )
+            return self._depth > 0
         finally:
             self._threads.release()
 
@@ -115,15 +118,17 @@ class Lease:
                 if isinstance(error, NotFoundError) and not tag:
                     raise  # no such bucket
                 # Or it was written, and the answer got lost on the way.
-                if not self._still_ours():
+                if not self.is_ours():
                     continue
             self._renew()
             try:
-                self._fence(bool(holder))
+                fenced = self._fence(self.is_ours, bool(holder))
             except BaseException:
                 self._stop_renewing()  # not let go of: whoever comes next has to fence
                 raise
-            return
+            if fenced:
+                return
+            self._stop_renewing()
 
     def _read(self) -> tuple[str, Tag]:
         """Return who holds it, nobody being "", and the tag of what was read."""
@@ -137,8 +142,8 @@ class Lease:
         except (ValueError, KeyError, TypeError):
             return "nobody known", tag
 
-    def _still_ours(self) -> bool:
-        """Say whether we hold it, as the store knows it now."""
+    def is_ours(self) -> bool:
+        """Say whether this lease holds it, as the store knows it now."""
         with self._changing:
             holder, tag = self._read()
             if holder == self._token:
@@ -167,7 +172,7 @@ class Lease:
                 except (BaseError, OSError):
                     continue  # the network may come back in time
                 try:
-                    if lost and not self._still_ours():
+                    if lost and not self.is_ours():
                         return  # what is committed next finds out
                 except (BaseError, OSError):
                     continue

@@ -50,8 +50,10 @@ def is_panic(error: BaseException) -> bool:
 
 
 def _explained(error: BaseException) -> str:
-    """Return the first line, after what it means where an object store said it."""
+    """Return the first line, after what it means where an object store said it, or where a fence came between."""
     text, line = str(error), first_line(error)
+    if "incompatible with concurrent transaction Restore" in text:
+        return f"another writer took over meanwhile. Nothing was lost; run the same command again to go on ({line})"
     meant = [meaning for answer, meaning in _ANSWERS if answer in text] if "status code: " in text else []
     return f"{meant[0]} ({line})" if meant else line
 
