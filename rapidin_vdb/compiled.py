@@ -1,7 +1,6 @@
 """Loops compiled by numba on first use, and the threads that share them."""
 
 import inspect
-import platform
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
-import numpy as np
 import torch
 
 
@@ -49,36 +47,9 @@ def _uninterrupted() -> Iterator[None]:
         before(*waiting[-1])
 
 
-def half_widener() -> Any:
-    """Return a compiled function from the bits of a finite float16 number to float32, for use in other loops.
-
-    Processors have an instruction for it, which numba has no word for; elsewhere it is done on the bits.
-    """
-    from llvmlite import binding, ir
-    from numba import types
-    from numba.extending import intrinsic
-
-    def by_instruction(context, bits):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
-            return builder.fpext(builder.bitcast(values[0], ir.HalfType()), ir.FloatType())
-
-        return types.float32(types.uint16), generate
-
-    def on_bits(half):  # type: ignore[no-untyped-def]
-        # Exponent and fraction moved to where float32 has them, then the difference of the two exponents' biases.
-        bits = np.uint32(half)
-        moved = ((bits & np.uint32(0x7FFF)) << np.uint32(13)) | ((bits & np.uint32(0x8000)) << np.uint32(16))
-        return np.uint32(moved).view(np.float32) * np.float32(2.0**112)
-
-    # Without the instruction, LLVM would call a library function that need not be there.
-    if binding.get_host_cpu_features().get("f16c") or platform.machine() in ("aarch64", "arm64"):
-        return intrinsic(inspect.unwrap(by_instruction))
-    return compiled(on_bits)
-
-
 def side_by_side(task: Callable[[int], None], count: int) -> None:
     """Run tasks 0 to `count` - 1, at once on as many threads as torch uses, and return when all are done."""
-    threads = min(torch.get_num_threads(), count)
+    threads = max(1, min(torch.get_num_threads(), count))
 
     def share(first: int) -> None:
         for number in range(first, count, threads):

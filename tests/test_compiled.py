@@ -7,7 +7,8 @@ import pytest
 import torch
 from llvmlite import binding
 
-from rapidin_vdb.compiled import compiled, half_widener, side_by_side
+from rapidin_vdb.compiled import compiled, side_by_side
+from rapidin_vdb.intrinsics import half_widener
 
 
 @pytest.mark.parametrize("instruction", [True, False])

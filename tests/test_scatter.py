@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from rapidin_vdb.records import SketchSpec
-from rapidin_vdb.sketch import Sketch
+from rapidin_vdb.sketch import Sketch, lanes
 from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.sketch.scatter import scatter_batch, scatter_rows
 from rapidin_vdb.sketch.scatter_torch import scatter_batch_torch, scatter_rows_torch
@@ -155,6 +155,41 @@ def test_the_gpu_loop_in_tritons_interpreter():
 @pytest.mark.parametrize("case", _CASES, ids=str)
 def test_the_loop_in_plain_torch(case, normalize):
     check_batch_loop(scatter_batch_torch, *case, normalize)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("width", [3, 60, 64, 1 << 12])
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 9, 11, 16, 19])
+def test_the_cpu_loop_for_many_samples_on_several_threads(batch, width, count, normalize, threads):
+    """Lanes full and not, samples that are left over, tensors in parts, and ends of blocks, vectors and bytes."""
+    threads(count)
+    for length in (64, 255, 5003, 70_013)[: 3 if width == 3 else 4]:  # not more in a bucket than float32 can sum
+        check_batch_loop(scatter_batch, batch, length, width, "float32", 1.0, normalize)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("case", [case for case in _CASES if case[3] == "float32"], ids=str)
+def test_the_cpu_loop_for_small_and_large_numbers(case, normalize):
+    check_batch_loop(scatter_batch, *case, normalize)
+
+
+def test_the_buckets_of_lanes_are_used_again_and_begin_as_zero():
+    """Also where a batch before them did not come to its end."""
+    lanes.Buckets._spare.clear()
+    for _ in range(3):
+        check_batch_loop(scatter_batch, 8, 5003, 64, "float32", 1.0, True)
+    assert [len(spare) for spare in lanes.Buckets._spare.values()] == [1]
+    grads, buckets, signs, _, _ = drawn(5003, 64, batch=8)
+    lanes.Buckets(64).add(grads, buckets.numpy(), signs.numpy(), 0, 5003)
+    check_batch_loop(scatter_batch, 8, 5003, 64, "float32", 1.0, True)
 
 
 @pytest.mark.parametrize("normalize", [False, True])

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64, UInt16
 
-from rapidin_vdb.compiled import compiled, half_widener
+from rapidin_vdb.compiled import compiled
+from rapidin_vdb.intrinsics import half_widener
 
 # Up to so many queries the loop, four queries at a time, is faster than widening blocks for a matrix product.
 FEW_QUERIES = 32

@@ -1,21 +1,27 @@
-"""The sketch's inner loop on the CPU: one pass over a gradient fills its buckets and takes its norm."""
+"""The sketch on the CPU: one pass over a gradient fills its buckets and takes its norm."""
 
+from collections.abc import Callable
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from rapidin_vdb.compiled import compiled, side_by_side
+from rapidin_vdb.sketch.lanes import LANES, Buckets
 
 # Coordinates below which sharing the work among threads costs more than it saves.
 _WORTH_A_THREAD = 1 << 17
+# Samples below which lanes of their own cost more than one after the other.
+_WORTH_LANES = 3
 
 
 @cache
 def _kernel() -> Any:
-    """Compile the loop; a second the first time in a process, and only where a gradient is sketched."""
+    """Compile the loop for one sample; a second the first time in a process, and only where a gradient is sketched."""
 
     def scatter(target, grad, buckets, signs, rows, length):  # type: ignore[no-untyped-def]
         # `grad` holds runs of `length` coordinates, one after the other, that begin at rows * length of the tensor.
@@ -65,18 +71,75 @@ def scatter_batch(
     signs: UInt8[Tensor, " bytes"],
     normalize: bool,
 ) -> None:
-    """Add each sample's gradient of one tensor to its RapidGrad, in place, samples shared among torch's threads."""
-    targets, sources = rapidgrads.numpy(), grads.contiguous().numpy()
-    everything, index, bits = np.zeros(1, np.int64), buckets.numpy(), signs.numpy()
+    """Add each sample's gradient of one tensor to its RapidGrad, in place, the work shared among torch's threads."""
+    targets, sources, index, bits = rapidgrads.numpy(), grads.contiguous().numpy(), buckets.numpy(), signs.numpy()
+    length, width = sources.shape[1], targets.shape[1]
+    share = side_by_side if sources.size > _WORTH_A_THREAD else _in_turn
+    if length <= width // 2:
+        # Going over all buckets once more in the end would cost more than it saves.
+        everything = np.zeros(1, np.int64)
+        share(lambda n: _one(targets[n], sources[n : n + 1], everything, index, bits, normalize), len(sources))
+        return
+    groups = _groups(len(sources))
+    parts = _parts(length, width=width, most=torch.get_num_threads() // max(1, len(groups)))
+    sums = [[_sums_of(group, width) for _ in parts] for group in groups]
 
     def add(number: int) -> None:
-        _one(targets[number], sources[number : number + 1], everything, index, bits, normalize)
+        group, part = divmod(number, len(parts))
+        sums[group][part].add(sources[groups[group]], index, bits, *parts[part])
 
-    if grads.numel() > _WORTH_A_THREAD:
-        side_by_side(add, len(sources))
-    else:
-        for number in range(len(sources)):
-            add(number)
+    def give(group: int) -> None:
+        rows, squares = sources[groups[group]], np.sum([part.squares for part in sums[group]], axis=0)
+        scales = np.ones(len(rows), np.float32)
+        if normalize:
+            scales[:] = [_scale(float(total), row) for total, row in zip(squares, rows, strict=False)]
+        for part in sums[group]:
+            part.give(targets[groups[group]], scales)
+
+    share(add, len(groups) * len(parts))
+    share(give, len(groups))
+
+
+class _Alone:
+    """The buckets of one sample, as `Buckets` has those of several."""
+
+    def __init__(self, width: int) -> None:
+        self._sums, self.squares = np.zeros(width, np.float32), np.zeros(1)
+
+    def add(self, grads: np.ndarray, buckets: np.ndarray, signs: np.ndarray, begin: int, stop: int) -> None:
+        part, all_of_it = slice(begin, stop), np.zeros(1, np.int64)
+        self.squares[0] += _kernel()(
+            self._sums, grads[0, part], buckets[part], signs[begin // 8 :], all_of_it, stop - begin
+        )
+
+    def give(self, rapidgrads: np.ndarray, scales: np.ndarray) -> None:
+        rapidgrads[0] += self._sums * scales[0]
+
+
+def _groups(samples: int) -> list[slice]:
+    """Return which samples are done together, in lanes; two do not make up for six lanes that stay empty."""
+    last = samples if samples % LANES >= _WORTH_LANES else samples - samples % LANES
+    together = [slice(first, min(first + LANES, last)) for first in range(0, last, LANES)]
+    return together + [slice(number, number + 1) for number in range(last, samples)]
+
+
+def _sums_of(group: slice, width: int) -> Buckets | _Alone:
+    return Buckets(width) if group.stop - group.start > 1 else _Alone(width)
+
+
+def _parts(length: int, *, width: int, most: int) -> list[tuple[int, int]]:
+    """Return begin and end of the parts of a tensor that are done at once where samples do not suffice for threads.
+
+    All buckets are gone over for each of them in the end: so they have many times as many coordinates.
+    """
+    count = max(1, min(most, length // (4 * width)))
+    bounds = [8 * (number * length // (8 * count)) for number in range(count)] + [length]
+    return list(pairwise(bounds))
+
+
+def _in_turn(task: Callable[[int], None], count: int) -> None:
+    for number in range(count):
+        task(number)
 
 
 def _one(

@@ -1,0 +1,90 @@
+"""The sketch's inner loop on the CPU for several samples at once, each in a lane of its own of the processor's vectors.
+
+A bucket holds one number for each of eight samples, side by side: one look at the map, and one access to memory in no
+order, serve them all. Gradients, which lie sample by sample, are turned round block by block in registers.
+"""
+
+from functools import cache
+from typing import Any, ClassVar
+
+import numpy as np
+
+from rapidin_vdb.compiled import compiled
+from rapidin_vdb.intrinsics import LANES, lane_adder, turner
+
+_BLOCK = 256  # coordinates; eight rows of them stay in the innermost cache
+_SPARE_BYTES = 64 << 20
+
+
+class Buckets:
+    """Those of up to eight samples: zero in the beginning, and given to their RapidGrads in the end."""
+
+    _spare: ClassVar[dict[int, list[np.ndarray]]] = {}  # all zero; new pages would have to be made so each time
+
+    def __init__(self, width: int) -> None:
+        """Take what is spare, or make it."""
+        try:
+            self._sums = self._spare.setdefault(width, []).pop()
+        except IndexError:
+            self._sums = np.zeros((width, LANES), np.float32)
+        self.squares = np.zeros(LANES)
+        """What was added, squared and summed, by sample."""
+
+    def add(self, grads: np.ndarray, buckets: np.ndarray, signs: np.ndarray, begin: int, stop: int) -> None:
+        """Add the coordinates from `begin`, a multiple of eight, to `stop` of up to eight rows."""
+        _loops()[0](self._sums, grads, buckets, signs, self.squares, begin, stop)
+
+    def give(self, rapidgrads: np.ndarray, scales: np.ndarray) -> None:
+        """Add all sums, scaled by sample, to the samples' RapidGrads; this object is done then."""
+        _loops()[1](rapidgrads, self._sums, scales)
+        if self._sums.nbytes <= _SPARE_BYTES:
+            self._spare[len(self._sums)].append(self._sums)
+
+
+@cache
+def _loops() -> tuple[Any, Any]:
+    """Compile the two loops; some seconds the first time in a process, and only where batches are sketched."""
+    turned, turned_and_squared, add_lanes = turner(squares=False), turner(squares=True), lane_adder()
+
+    def add(sums, grads, buckets, signs, squares, begin, stop):  # type: ignore[no-untyped-def]
+        rows, length = grads.shape
+        tile = np.empty((_BLOCK, LANES), np.float32)
+        # Sums of float32 squares over a block only: over millions, the small ones would be lost.
+        partial = np.zeros((LANES, LANES), np.float32)
+        for first in range(begin, stop - _BLOCK + 1, _BLOCK):
+            for place in range(0, _BLOCK, LANES):
+                source = grads.ctypes.data + 4 * (first + place)
+                turned_and_squared(source, length, rows, tile.ctypes.data + 4 * LANES * place, partial.ctypes.data)
+            for row in range(rows):
+                for lane in range(LANES):
+                    squares[row] += np.float64(partial[row, lane])
+                    partial[row, lane] = 0
+            for byte in range(_BLOCK // 8):
+                word = signs[(first >> 3) + byte]
+                for bit in range(8):
+                    place = 8 * byte + bit
+                    # By arithmetic: a branch would be mispredicted half of the time.
+                    sign = np.float32(1.0) - np.float32(2.0) * np.float32((word >> bit) & 1)
+                    bucket = np.int64(buckets[first + place])
+                    add_lanes(sums.ctypes.data + 4 * LANES * bucket, tile.ctypes.data + 4 * LANES * place, sign)
+        for current in range(stop - (stop - begin) % _BLOCK, stop):
+            sign = np.float32(1.0) - np.float32(2.0) * np.float32((signs[current >> 3] >> (current & 7)) & 1)
+            for row in range(rows):
+                value = grads[row, current]
+                squares[row] += np.float64(value * value)
+                sums[buckets[current], row] += sign * value
+
+    def give(rapidgrads, sums, scales):  # type: ignore[no-untyped-def]
+        rows, width = rapidgrads.shape
+        tile = np.empty((LANES, LANES), np.float32)
+        for first in range(0, width - LANES + 1, LANES):
+            turned(sums.ctypes.data + 4 * LANES * first, LANES, LANES, tile.ctypes.data, tile.ctypes.data)
+            for row in range(rows):
+                for place in range(LANES):
+                    rapidgrads[row, first + place] += scales[row] * tile[row, place]
+        for bucket in range(width - width % LANES, width):
+            for row in range(rows):
+                rapidgrads[row, bucket] += scales[row] * sums[bucket, row]
+        sums[:] = 0
+
+    return compiled(add), compiled(give)
