@@ -410,7 +410,7 @@ def test_a_late_fence_in_the_middle_of_a_purge_loses_nothing(bucket, tmp_path, m
             restore = lance.LanceOperation.Restore(first)
             mark = {"rapidin_vdb.fence": ""}
             made = lance.Transaction(dataset.version, restore, transaction_properties=mark)
-            uri, options_of_store = dataset.uri, far._table.place._options
+            uri, options_of_store = dataset.uri, far._table.place.options
             came.append(lance.LanceDataset.commit(uri, made, storage_options=options_of_store))
             assert 1 in names_of(bucket)[0]
         real(dataset, **options)
@@ -420,15 +420,138 @@ def test_a_late_fence_in_the_middle_of_a_purge_loses_nothing(bucket, tmp_path, m
         far.delete(purge=True)
     far.delete(purge=True)
     assert names_of(bucket)[0] == [0, *range(2, 8)]
-    assert len(far._table.place.dataset("samples").versions()) == 1
+    assert len(far._table.place.dataset("samples").versions()) == 2
     check(bucket)
+
+
+def test_a_late_fence_just_before_a_purge_loses_nothing(bucket, tmp_path, models, adapters, monkeypatch):
+    """The version that a purge keeps cannot be committed on top of what another undid."""
+    import lance
+
+    far = small(bucket, tmp_path, models, adapters)
+    first = far._table.place.dataset("samples").version
+    far.delete(ids=["toy-001"])
+    real = lance.LanceDataset.commit
+
+    def commit(uri, made, **options):
+        if isinstance(made.operation, lance.LanceOperation.Append):
+            monkeypatch.setattr(lance.LanceDataset, "commit", real)
+            mark = {"rapidin_vdb.fence": ""}
+            late = lance.Transaction(
+                made.read_version, lance.LanceOperation.Restore(first), transaction_properties=mark
+            )
+            real(uri, late, **options)
+            assert 1 in names_of(bucket)[0]
+        return real(uri, made, **options)
+
+    monkeypatch.setattr(lance.LanceDataset, "commit", commit)
+    with pytest.raises(TableError, match="another writer took over meanwhile"):
+        far.delete(purge=True)
+    assert lance.LanceDataset.commit == real
+    far.delete(purge=True)
+    assert names_of(bucket)[0] == [0, *range(2, 8)]
+    check(bucket)
+
+
+def test_a_late_fence_whose_version_was_purged_begins_again(bucket, tmp_path, models, adapters, monkeypatch):
+    fell_silent(small(bucket, tmp_path, models, adapters), "samples")
+    other, purged = soon(bucket), []
+
+    def before():
+        purged.extend(other.delete(ids=["toy-001"], purge=True))
+
+    writer = late_fence(bucket, monkeypatch, before=before, after=lambda: pytest.fail("it restored what is gone"))
+    assert writer.delete(ids=["toy-002"]) == ["toy-002"]
+    assert purged == ["toy-001"] and names_of(bucket)[0] == [0, *range(3, 8)]
+    check(bucket)
+
+
+def test_a_commit_that_is_late_by_a_whole_purge_fails(bucket, tmp_path, models, adapters):
+    """Of the fence that stopped it nothing is left, but the purge ended with another."""
+    late = fell_silent(small(bucket, tmp_path, models, adapters), "samples")
+    rows, other = late.to_arrow().slice(0, 1), soon(bucket)
+    assert other.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(2, first=8))).added == 2
+    other.delete(ids=["toy-001"], purge=True)
+    with pytest.raises(RuntimeError, match="ncompatible"):
+        late.add(rows)
+    assert names_of(bucket)[0] == [0, *range(2, 10)]
+    check(bucket)
+
+
+def test_what_was_committed_without_the_lease_is_not_acknowledged(bucket, tmp_path, models, adapters):
+    """A purge may have made room for it among the older versions, where nobody looks."""
+    far = small(bucket, tmp_path, models, adapters)
+    other = soon(bucket)
+
+    def write():
+        with far._table.committing():
+            far._table.place.lock._stop_renewing()
+            assert other.delete(ids=["toy-001"], purge=True) == ["toy-001"]
+
+    with pytest.raises(TableError, match="another writer took over"):
+        write()
+    assert far.delete(ids=["toy-002"]) == ["toy-002"]
+    assert names_of(bucket)[0] == [0, *range(3, 8)]
+
+
+def test_behind_an_interruption_is_a_fence_at_once(bucket):
+    """What was interrupted may still be committed by threads that know nothing of it."""
+    first, _ = lease(bucket)
+    second, fenced = lease(bucket)
+    second._seconds = 60.0
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), first:
+        raise KeyboardInterrupt
+    with second:
+        pass
+    with second:
+        pass
+    assert fenced == [1] and time.monotonic() - started < 30
+
+
+def test_an_interruption_leaves_nobody_who_renews(bucket, monkeypatch):
+    """It may come while the lease waits for what is being written."""
+    first, _ = lease(bucket)
+
+    class Interrupted:
+        def __enter__(self):
+            raise KeyboardInterrupt
+
+        def __exit__(self, *_):
+            pass
+
+    def interrupted():
+        with first:
+            monkeypatch.setattr(first, "_changing", Interrupted())
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert first._stop.is_set() and not first._depth
+
+
+def test_a_store_that_fails_is_told_by_whatever_looks_at_tokens(bucket, tmp_path, models, adapters, monkeypatch):
+    from obstore.exceptions import GenericError
+
+    far = small(bucket, tmp_path, models, adapters)
+
+    def has_table(name):
+        raise GenericError("the network is down")
+
+    monkeypatch.setattr(far._table.place, "has_table", has_table)
+    match = "the network is down"
+    with pytest.raises(TableError, match=match):
+        far.info()
+    with pytest.raises(TableError, match=match):
+        far.verify()
+    with pytest.raises(TableError, match=match):
+        far.ingest(tmp_path / "toy.jsonl")
 
 
 def test_a_lease_is_held_by_one(bucket):
     first, fenced = lease(bucket)
     second, _ = lease(bucket)
-    with first, first:
-        first.check()
+    with pytest.raises(TableError, match="another writer took over"), first, first:
+        assert first.check()
         started = time.monotonic()
         first._stop_renewing()  # it stands still
         with second:
@@ -540,7 +663,7 @@ def test_a_lease_goes_by_what_each_cloud_tells_versions_by(cloud):
     check_conditional_puts(store, place=cloud)
     first, fenced = lease_in(store)
     second, passed = lease_in(store)
-    with first:
+    with pytest.raises(TableError, match="another writer took over"), first:
         time.sleep(0.5)  # it renews
         first.check()
         first._stop_renewing()
@@ -795,6 +918,6 @@ def test_a_purge_leaves_nothing_behind_and_nothing_out(bucket, tmp_path, models,
     assert {name for name, _ in content(bucket)} == {f"toy-{number:03d}" for number in range(12) if number != 3}
     far.delete(purge=True)
     names = place._below("samples.lance/")
-    assert not set(left) & set(names) and len([name for name in names if name.endswith(".manifest")]) == 1
+    assert not set(left) & set(names) and len([name for name in names if name.endswith(".manifest")]) == 2
     check(bucket)
     assert len(content(bucket)) == 11 and far.query("Say 3", "黄 21", where="source = 'odd'")[0].searched == 5

@@ -47,7 +47,7 @@ class Bucket:
             raise TableError(f"{uri}: wanted a bucket and a folder in it, as {scheme}://bucket/db")
         self.uri = uri.rstrip("/")
         self.cache = cache_folder(self.uri)
-        self._options, self._store = _way_to(scheme, self.uri)
+        self.options, self._store = _way_to(scheme, self.uri)
         # Here, where the libraries are known to be there.
         from rapidin_vdb.store.lease import Lease
 
@@ -60,7 +60,7 @@ class Bucket:
     @cached_property
     def _connection(self) -> Any:
         # Without looks at newer versions: a commit has to be on top of what was read before the lease was checked.
-        return connected(self.uri, storage_options=self._options)
+        return connected(self.uri, storage_options=self.options)
 
     def open_table(self, name: str) -> Any:
         """Return the newest version of a table; whoever holds the lease first restores what a late fence undid."""
@@ -74,7 +74,7 @@ class Bucket:
         """Make a table."""
         # It has no version, so that what lies there was left by who died.
         self._remove([path for path in self._below(f"{name}.lance/") if "/_versions/" not in path])
-        self._connection.create_table(name, schema=schema, storage_options=self._options | STABLE)
+        self._connection.create_table(name, schema=schema, storage_options=self.options | STABLE)
 
     def dataset(self, name: str) -> Any:
         """Return a table as Lance knows it."""
@@ -83,19 +83,24 @@ class Bucket:
     def _dataset(self, name: str, version: int | None = None) -> Any:
         import lance
 
-        return lance.dataset(f"{self.uri}/{name}.lance", version=version, storage_options=self._options)
+        return lance.dataset(f"{self.uri}/{name}.lance", version=version, storage_options=self.options)
 
-    def remove_old(self, name: str) -> None:
+    def remove_old(self, name: str) -> int:
         """Remove what only older versions of a table need, and what writers that died have left of others.
 
         Lance would take what another writes at the moment for the latter, and we may have lost the lease without
-        knowing it: so it is let remove only what older versions name.
+        knowing it: it is let remove only what older versions name. What remains are two versions, the newest of which
+        is a fence: of the one that stopped a former writer, which may stand still to this day, nothing is left.
         """
-        newest = self.dataset(name)
-        remove_versions(newest, unnamed=False)
-        below = f"{name}.lance/"
+        base = self.dataset(name)
+        self._end_former(name, self.lock.is_ours)
+        # All from this version on is kept, whatever came behind it.
+        remove_versions(base, unnamed=False)
+        newest, below = self.dataset(name), f"{name}.lance/"
         listed = [path.removeprefix(below) for path in self._below(below)]
-        self._remove([below + path for path in unnamed_files(newest, listed)])
+        unnamed = set(unnamed_files(base, listed)) & set(unnamed_files(newest, listed))
+        self._remove([below + path for path in sorted(unnamed)])
+        return 2
 
     def has_table(self, name: str) -> bool:
         """Say whether a table has a committed version."""
@@ -173,7 +178,7 @@ class Bucket:
 
     def _end_former(self, name: str, holding: Callable[[], bool]) -> bool:
         uri, kept = f"{self.uri}/{name}.lance", partial(self._has_version, name)
-        return fence(uri, self._options, kept=kept, holding=holding)
+        return fence(uri, self.options, kept=kept, holding=holding)
 
     def _has_version(self, name: str, version: int) -> bool:
         return self.manifest(name, version) is not None

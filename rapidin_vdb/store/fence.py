@@ -33,7 +33,12 @@ def fence(uri: str, options: dict[str, str], *, kept: Callable[[int], bool], hol
         made = lance.Transaction(
             newest.version, lance.LanceOperation.Restore(wanted), transaction_properties={_MARK: ""}
         )
-        newest = lance.LanceDataset.commit(uri, made, storage_options=options)
+        try:
+            newest = lance.LanceDataset.commit(uri, made, storage_options=options)
+        except (ValueError, RuntimeError, OSError):
+            if holding():
+                raise
+            return False  # others have gone on, and may have purged what was to be restored
         wanted, restored = _before_fences(newest, kept), wanted
     return True
 

@@ -23,6 +23,8 @@ from rapidin_vdb.locks import QUIET_SECONDS
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 20.0
+_UNFINISHED = "nobody, unfinished"
+"""Who holds it after an error or an interruption, behind which a commit may still be on its way."""
 PROBE = ".probe-"
 """What the names of objects begin with that a store is tried with."""
 Tag = dict[str, str]
@@ -60,17 +62,28 @@ class Lease:
                 self._take()
             self._depth += 1
         except BaseException:
+            if not self._depth:
+                self._stop_renewing()  # not let go of: whoever comes next has to fence
             self._threads.release()
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None = None, *_: object) -> None:
+        """Let go; without an error, only what was committed while it was still ours counts as done.
+
+        Raises:
+            TableError: it was taken, maybe before the last commit, of which nothing need be left then.
+        """
         try:
-            self._depth -= 1
-            if not self._depth:
-                self._let_go()
+            if kind is None and self._depth == 1:
+                self.check()
         finally:
-            self._threads.release()
+            try:
+                self._depth -= 1
+                if not self._depth:
+                    self._let_go("" if kind is None else _UNFINISHED)
+            finally:
+                self._threads.release()
 
     def check(self) -> bool:
         """Refuse to go on where somebody else has taken the lease; return whether this thread holds it at all.
@@ -101,7 +114,7 @@ class Lease:
             holder, tag = self._read()
             if tag != seen:
                 seen, since = tag, time.monotonic()
-            expired = bool(holder) and time.monotonic() - since > self._seconds
+            expired = holder == _UNFINISHED or (bool(holder) and time.monotonic() - since > self._seconds)
             if holder and not expired and holder != self._token:
                 if quiet and time.monotonic() - begun > QUIET_SECONDS:
                     logger.warning(
@@ -121,12 +134,7 @@ class Lease:
                 if not self.is_ours():
                     continue
             self._renew()
-            try:
-                fenced = self._fence(self.is_ours, bool(holder))
-            except BaseException:
-                self._stop_renewing()  # not let go of: whoever comes next has to fence
-                raise
-            if fenced:
+            if self._fence(self.is_ours, bool(holder)):
                 return
             self._stop_renewing()
 
@@ -158,14 +166,15 @@ class Lease:
             self._tag = _tag_of(obstore.put(self._store, self._name, content, mode=mode))
 
     def _renew(self) -> None:
-        stop = self._stop = Event()
+        stop, token = Event(), self._token
+        self._stop = stop
 
         def renew() -> None:
             while not stop.wait(self._seconds / 4):
                 try:
                     with self._changing:
                         if not stop.is_set():
-                            self._write(self._token, self._tag)
+                            self._write(token, self._tag)
                     lost = False
                 except _LOST:
                     lost = True
@@ -181,13 +190,14 @@ class Lease:
 
     def _stop_renewing(self) -> None:
         if self._stop is not None:
+            self._stop.set()  # first: an interruption while we wait must not leave a thread that renews for ever
             with self._changing:
-                self._stop.set()
+                pass  # what is being written is there then
 
-    def _let_go(self) -> None:
+    def _let_go(self, holder: str) -> None:
         self._stop_renewing()
         try:
-            self._write("", self._tag)
+            self._write(holder, self._tag)
         except (BaseError, OSError):
             pass  # taken by somebody else, or out of reach: then it runs out by itself
 

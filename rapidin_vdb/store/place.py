@@ -41,6 +41,8 @@ class Place(Protocol):
     """The folder for indexes."""
     cached: bool
     """Whether that folder is elsewhere than the database, and may grow to a limit only."""
+    options: dict[str, str]
+    """What Lance has to be told about the way there."""
 
     def open_table(self, name: str) -> Any:
         """Return the newest version of a table, which stays that; its commit fails where the lock was lost."""
@@ -54,8 +56,11 @@ class Place(Protocol):
         """Return a table as Lance knows it."""
         ...
 
-    def remove_old(self, name: str) -> None:
-        """Remove what a table's newest version does not need; called while committing."""
+    def remove_old(self, name: str) -> int:
+        """Remove what a table's newest version does not need; called while committing.
+
+        Return how many versions that leaves, where all could be removed.
+        """
         ...
 
     def has_table(self, name: str) -> bool:
@@ -89,6 +94,7 @@ class Folder:
         self.cache = Path(path)
         # Held for the moment of a commit only; the system lets go of it when a process dies.
         self.lock: Any = NamedLock(FileLock(Path(path, LOCK)), f"the database {path}")
+        self.options: dict[str, str] = {}
         self._made: Any = None
 
     def __str__(self) -> str:
@@ -115,10 +121,11 @@ class Folder:
 
         return lance.dataset(str(Path(self.uri, f"{name}.lance")))
 
-    def remove_old(self, name: str) -> None:
-        """Remove what a table's newest version does not need."""
+    def remove_old(self, name: str) -> int:
+        """Remove what a table's newest version does not need, and return how many versions that leaves."""
         # Nobody else is writing: what no version names was left by who died.
         remove_versions(self.dataset(name), unnamed=True)
+        return 1
 
     def has_table(self, name: str) -> bool:
         """Say whether a table has a committed version."""

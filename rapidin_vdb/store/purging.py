@@ -2,6 +2,7 @@
 
 from datetime import UTC, datetime
 
+import lance
 from lancedb.index import Bitmap, BTree
 
 from rapidin_vdb.errors import TableError
@@ -23,12 +24,17 @@ def purge_table(place: Place, name: str) -> None:
     for index in table.list_indices():
         config = BTree() if index.columns[0] == "sample_id" else Bitmap()
         table.create_index(index.columns[0], config=config, replace=True)
-    # The newest version says what made it, as a deletion's filter with its ids and texts: so it is made by this.
-    place.dataset(name).update_metadata({_PURGED: datetime.now(UTC).isoformat()})
-    place.remove_old(name)
+    # The newest version says what made it, as a deletion's filter with its ids and texts: so it is made by adding no
+    # rows. New metadata would do too, but could be committed on top of what another's late fence undid.
+    newest = place.dataset(name)
+    nothing = lance.Transaction(
+        newest.version, lance.LanceOperation.Append([]), transaction_properties={_PURGED: datetime.now(UTC).isoformat()}
+    )
+    lance.LanceDataset.commit(newest.uri, nothing, storage_options=place.options)
+    kept = place.remove_old(name)
     # Lance passes over files that it may not delete.
-    if len(left := place.dataset(name).versions()) > 1:
+    if len(left := place.dataset(name).versions()) > kept:
         raise TableError(
-            f"{len(left) - 1} older versions of the table {name} of {place} could not be deleted: "
+            f"{len(left) - kept} older versions of the table {name} of {place} could not be deleted: "
             "permission denied, or others are writing; see to it, and run the purge again"
         )

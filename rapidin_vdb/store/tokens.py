@@ -112,7 +112,8 @@ class TokenTable:
         self._committing = committing
 
     def __bool__(self) -> bool:
-        return self._place.has_table(TOKENS)
+        with told(f"the table tokens of {self._place} cannot be read"):
+            return self._place.has_table(TOKENS)
 
     def snapshot(self, version: int | None = None) -> TokenSnapshot | None:
         """Return the newest committed version, pinned, or an older one; None where there is no such table."""
