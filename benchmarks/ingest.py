@@ -234,6 +234,7 @@ def peer(kind: str, *, samples: int, repeats: int, python: str) -> dict:
                     file.write(json.dumps({"input_ids": ids, "length": len(ids)}) + "\n")
         del database
         environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+        environment.pop("OMP_WAIT_POLICY", None)  # ours, set when our package is imported
         command = [python, str(HERE / "peer.py"), "--model", arguments["model"]]
         command += ["--adapter", arguments["adapter"]] if kind == "lora" else []
         command += ["--data", str(folder / "corpus-ids.jsonl"), "--warm", str(folder / "warm-ids.jsonl")]

@@ -1,9 +1,16 @@
 """rapidin-vdb: which training samples, and which words in them, made a fine-tuned language model say this?"""
 
+import os
+import sys
 from importlib import import_module
 from typing import Any
 
 __version__ = "0.1.0"
+
+# Threads of torch's that have nothing to do would go on asking for work for many milliseconds after each operation, and
+# take that time from our own loops, which come between. Read once, when torch is loaded.
+if "torch" not in sys.modules:
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 # Handed out lazily: `rapidin-vdb --help` must load none of torch, faiss, lancedb.
 _HOMES = {

@@ -1,6 +1,9 @@
 """Loops are compiled, and give what plain numpy gives, with and without the processor's own instructions."""
 
+import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -28,6 +31,18 @@ def test_every_finite_half_precision_number_is_widened(instruction, monkeypatch)
     out = np.empty(len(halves), np.float32)
     compiled(loop)(halves, out)
     assert out.tobytes() == halves.view(np.float16).astype(np.float32).tobytes()
+
+
+@pytest.mark.parametrize(
+    ("before", "given", "found"), [("", None, "PASSIVE"), ("", "ACTIVE", "ACTIVE"), ("torch, ", None, "None")]
+)
+def test_idle_threads_of_torch_leave_the_processor_to_ours(before, given, found):
+    """Unless somebody says otherwise, or it is too late for that."""
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    code = f"import os, {before}rapidin_vdb; print(os.environ.get('OMP_WAIT_POLICY'))"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == found, done.stderr
 
 
 def test_tasks_run_once_each_and_errors_come_out(monkeypatch):

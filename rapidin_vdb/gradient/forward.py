@@ -54,7 +54,9 @@ def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded]) -> TokenLosses:
         # One row a sample: an embedding of positions shared by the batch would mix its samples' gradients.
         options["position_ids"] = torch.arange(longest, device=ids.device).expand(len(batch), -1)
     logits = loaded.model(input_ids=ids, use_cache=False, **options).logits
-    losses = F.cross_entropy(logits[rows, places - 1 - first].float(), ids[rows, places], reduction="none")
+    # By one number each: backward adds whole rows then, and not element by element.
+    chosen = logits.flatten(0, 1).index_select(0, rows * logits.shape[1] + places - 1 - first)
+    losses = F.cross_entropy(chosen.float(), ids[rows, places], reduction="none")
     return TokenLosses(losses, rows, counts.to(loaded.device))
 
 

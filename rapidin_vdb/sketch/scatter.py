@@ -50,6 +50,20 @@ def _kernel() -> Any:
     return compiled(scatter)
 
 
+@cache
+def _small_kernel() -> Any:
+    """Compile the loop for several samples' gradients of a small tensor, one sample after the other."""
+
+    def scatter(targets, grads, buckets, signs, scales):  # type: ignore[no-untyped-def]
+        samples, length = grads.shape
+        for sample in range(samples):
+            for place in range(length):
+                sign = np.float32(1.0) - np.float32(2.0) * np.float32((signs[place >> 3] >> (place & 7)) & 1)
+                targets[sample, buckets[place]] += sign * (scales[sample] * grads[sample, place])
+
+    return compiled(scatter)
+
+
 def scatter_rows(
     rapidgrad: Float[Tensor, " sketch"],
     grad: Float[Tensor, "rows length"],
@@ -74,11 +88,20 @@ def scatter_batch(
     """Add each sample's gradient of one tensor to its RapidGrad, in place, the work shared among torch's threads."""
     targets, sources, index, bits = rapidgrads.numpy(), grads.contiguous().numpy(), buckets.numpy(), signs.numpy()
     length, width = sources.shape[1], targets.shape[1]
-    share = side_by_side if sources.size > _WORTH_A_THREAD else _in_turn
+    share = side_by_side if sources.size >= _WORTH_A_THREAD else _in_turn
     if length <= width // 2:
-        # Going over all buckets once more in the end would cost more than it saves.
-        everything = np.zeros(1, np.int64)
-        share(lambda n: _one(targets[n], sources[n : n + 1], everything, index, bits, normalize), len(sources))
+        # Going over all buckets once more in the end would cost more than it saves; reading a gradient twice does not.
+        scales = np.ones(len(sources), np.float32)
+        if normalize:
+            totals = np.einsum("ij,ij->i", sources, sources)
+            scales[:] = [_scale(float(total), row) for total, row in zip(totals, sources, strict=True)]
+        tasks = min(torch.get_num_threads(), len(sources))
+
+        def add_small(task: int) -> None:
+            mine = slice(task * len(sources) // tasks, (task + 1) * len(sources) // tasks)
+            _small_kernel()(targets[mine], sources[mine], index, bits, scales[mine])
+
+        share(add_small, tasks)
         return
     groups = _groups(len(sources))
     parts = _parts(length, width=width, most=torch.get_num_threads() // max(1, len(groups)))
