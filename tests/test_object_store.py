@@ -509,6 +509,27 @@ def test_behind_an_interruption_is_a_fence_at_once(bucket):
     assert fenced == [1] and time.monotonic() - started < 30
 
 
+def test_behind_an_error_that_was_caught_is_a_fence_too(bucket):
+    first, _ = lease(bucket)
+    second, fenced = lease(bucket)
+    second._seconds = 60.0
+    with first:
+        with pytest.raises(ValueError, match="in the middle"), first:
+            raise ValueError("in the middle")
+    with second:
+        pass
+    assert fenced == [1]
+
+
+def test_a_purge_that_cannot_end_with_a_fence_removes_nothing(bucket, tmp_path, models, adapters, monkeypatch):
+    far = small(bucket, tmp_path, models, adapters)
+    before = len(far._table.place.dataset("samples").versions())
+    monkeypatch.setattr(far._table.place, "_end_former", lambda name, holding: False)
+    with pytest.raises(TableError, match="another writer took over"):
+        far.delete(ids=["toy-001"], purge=True)
+    assert len(far._table.place.dataset("samples").versions()) > before
+
+
 def test_an_interruption_leaves_nobody_who_renews(bucket, monkeypatch):
     """It may come while the lease waits for what is being written."""
     first, _ = lease(bucket)

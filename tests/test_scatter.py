@@ -69,6 +69,19 @@ def test_the_norm_of_millions_of_coordinates_keeps_the_small_ones():
     np.testing.assert_allclose(rapidgrads.numpy(), length / width / np.sqrt(length), rtol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 3, 8])
+@pytest.mark.parametrize("length", [32_768, 40_000, 300_000])
+def test_the_norm_of_one_large_and_many_small_coordinates_keeps_the_small_ones(length, batch):
+    buckets = (torch.arange(length) % (1 << 16)).to(torch.uint16)
+    grads = torch.full((batch, length), 2e-4)
+    grads[:, 0] = 1.0
+    rapidgrads = torch.zeros(batch, 1 << 16)
+    signs = torch.zeros(length // 8, dtype=torch.uint8)
+    scatter_batch(rapidgrads, grads, buckets=buckets, signs=signs, normalize=True)
+    norm = np.sqrt(1 + (length - 1) * 2e-4**2)
+    np.testing.assert_allclose(rapidgrads[:, 1:100].numpy(), (length + 65_535) // 65_536 * 2e-4 / norm, rtol=2e-6)
+
+
 @pytest.mark.parametrize("normalize", [False, True])
 def test_rows_are_a_gradient_whose_other_rows_are_zero(normalize):
     columns, rows = 13, torch.tensor([2, 0, 30])
@@ -165,7 +178,7 @@ def threads():
 
 
 @pytest.mark.parametrize("normalize", [False, True])
-@pytest.mark.parametrize("count", [1, 2, 7])
+@pytest.mark.parametrize("count", [1, 2, 7, 16])
 @pytest.mark.parametrize("width", [3, 60, 64, 1 << 12])
 @pytest.mark.parametrize("batch", [1, 2, 3, 8, 9, 11, 16, 19])
 def test_the_cpu_loop_for_many_samples_on_several_threads(batch, width, count, normalize, threads):

@@ -12,6 +12,7 @@ import pytest
 from rapidin_vdb.errors import FilterError, FingerprintError, TableError, TableExistsError, TableNotFoundError
 from rapidin_vdb.records import Encoded, Fingerprint, ParameterShape, Sample, SketchSpec
 from rapidin_vdb.store import Row, SampleTable, check_fingerprint, merge_kinds
+from rapidin_vdb.store.changes import delete_rows
 from rapidin_vdb.store.filters import checked_filter
 
 FINGERPRINT = Fingerprint(
@@ -193,6 +194,20 @@ def test_a_snapshot_does_not_see_later_commits(table):
     assert sorted(before.sample_ids()) == ["a", "b", "c\nd"]
     assert sorted(table.snapshot().sample_ids()) == ["b", "c\nd", "late"]
     assert "a" in before.samples(["a"])
+
+
+@pytest.mark.parametrize("change", ["delete", "replace"])
+def test_a_change_is_not_tried_again_on_a_version_that_nobody_looked_at(table, monkeypatch, change):
+    """Lance would do so by itself where another commit came between."""
+    stale = table.place.dataset("samples")
+    table.replace([row("a", value=7.0)], seen=0)
+    monkeypatch.setattr(table.place, "dataset", lambda name: stale)
+    with pytest.raises(TableError, match="onflict"), table.committing():
+        if change == "delete":
+            delete_rows(table.place, "samples", "sample_id = 'a'")
+        else:
+            table.replace([row("a", value=8.0)], seen=0)
+    assert SampleTable(table.place.uri).snapshot().vector_of("a")[0] == 7.0
 
 
 def test_replace_and_delete(table):

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapidin_vdb.errors import ModelError
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.records import Encoded
 
@@ -35,6 +36,9 @@ def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded]) -> TokenLosses:
 
     Samples are padded on the right without an attention mask: in a causal model no token sees what follows it, and what
     a padding token computes reaches no loss.
+
+    Raises:
+        ModelError: the model gives other logits than it was asked for.
     """
     longest = max(len(sample.input_ids) for sample in batch)
     # Padded with the sample's own last token: a padding token would make some models look for a mask.
@@ -54,8 +58,13 @@ def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded]) -> TokenLosses:
         # One row a sample: an embedding of positions shared by the batch would mix its samples' gradients.
         options["position_ids"] = torch.arange(longest, device=ids.device).expand(len(batch), -1)
     logits = loaded.model(input_ids=ids, use_cache=False, **options).logits
+    before = longest - logits.shape[1]
+    if not 0 <= before <= first:
+        raise ModelError(
+            f"the model gave logits at {logits.shape[1]} of {longest} tokens; wanted at least the last {longest - first}"
+        )
     # By one number each: backward adds whole rows then, and not element by element.
-    chosen = logits.flatten(0, 1).index_select(0, rows * logits.shape[1] + places - 1 - first)
+    chosen = logits.flatten(0, 1).index_select(0, rows * logits.shape[1] + places - 1 - before)
     losses = F.cross_entropy(chosen.float(), ids[rows, places], reduction="none")
     return TokenLosses(losses, rows, counts.to(loaded.device))
 

@@ -15,8 +15,8 @@ from rapidin_vdb.sketch.lanes import LANES, Buckets
 
 # Coordinates below which sharing the work among threads costs more than it saves.
 _WORTH_A_THREAD = 1 << 17
-# Samples below which lanes of their own cost more than one after the other.
-_WORTH_LANES = 3
+# Samples below which lanes of their own cost more than one after the other, and what eight in lanes cost beside one.
+_WORTH_LANES, _LANES_COST = 3, 3.3
 
 
 @cache
@@ -93,18 +93,17 @@ def scatter_batch(
         # Going over all buckets once more in the end would cost more than it saves; reading a gradient twice does not.
         scales = np.ones(len(sources), np.float32)
         if normalize:
-            totals = np.einsum("ij,ij->i", sources, sources)
-            scales[:] = [_scale(float(total), row) for total, row in zip(totals, sources, strict=True)]
-        tasks = min(torch.get_num_threads(), len(sources))
+            norms = torch.linalg.vector_norm(grads, dim=1, dtype=torch.float64).numpy()
+            np.divide(1.0, norms, out=scales, where=norms != 0, casting="same_kind")
+        tasks, loop = min(torch.get_num_threads(), len(sources)), _small_kernel()
 
         def add_small(task: int) -> None:
             mine = slice(task * len(sources) // tasks, (task + 1) * len(sources) // tasks)
-            _small_kernel()(targets[mine], sources[mine], index, bits, scales[mine])
+            loop(targets[mine], sources[mine], index, bits, scales[mine])
 
         share(add_small, tasks)
         return
-    groups = _groups(len(sources))
-    parts = _parts(length, width=width, most=torch.get_num_threads() // max(1, len(groups)))
+    groups, parts = _shares(len(sources), length, width=width, threads=torch.get_num_threads())
     sums = [[_sums_of(group, width) for _ in parts] for group in groups]
 
     def add(number: int) -> None:
@@ -139,11 +138,18 @@ class _Alone:
         rapidgrads[0] += self._sums * scales[0]
 
 
-def _groups(samples: int) -> list[slice]:
-    """Return which samples are done together, in lanes; two do not make up for six lanes that stay empty."""
+def _shares(samples: int, length: int, *, width: int, threads: int) -> tuple[list[slice], list[tuple[int, int]]]:
+    """Return which samples are done together, and which parts of a tensor at once, so that it takes the least time."""
     last = samples if samples % LANES >= _WORTH_LANES else samples - samples % LANES
-    together = [slice(first, min(first + LANES, last)) for first in range(0, last, LANES)]
-    return together + [slice(number, number + 1) for number in range(last, samples)]
+    alone = [slice(number, number + 1) for number in range(samples)]
+    together = [slice(first, min(first + LANES, last)) for first in range(0, last, LANES)] + alone[last:]
+    ways = []
+    for groups, cost in ((together, _LANES_COST if last else 1.0), (alone, 1.0)):
+        parts = _parts(length, width=width, most=threads // max(1, len(groups)))
+        rounds = -(-len(groups) * len(parts) // threads)
+        ways.append((rounds * cost / len(parts), groups, parts))
+    _, groups, parts = min(ways, key=lambda way: way[0])
+    return groups, parts
 
 
 def _sums_of(group: slice, width: int) -> Buckets | _Alone:

@@ -85,20 +85,22 @@ class Bucket:
 
         return lance.dataset(f"{self.uri}/{name}.lance", version=version, storage_options=self.options)
 
-    def remove_old(self, name: str) -> int:
-        """Remove what only older versions of a table need, and what writers that died have left of others.
+    def remove_old(self, name: str, base: int) -> int:
+        """Remove what only versions of a table before `base` need, and what writers that died have left of others.
 
         Lance would take what another writes at the moment for the latter, and we may have lost the lease without
         knowing it: it is let remove only what older versions name. What remains are two versions, the newest of which
         is a fence: of the one that stopped a former writer, which may stand still to this day, nothing is left.
         """
-        base = self.dataset(name)
-        self._end_former(name, self.lock.is_ours)
+        if not self._end_former(name, self.lock.is_ours):
+            self.lock.check()
+            raise TableError("another writer took over meanwhile; run the same command again to go on")
         # All from this version on is kept, whatever came behind it.
-        remove_versions(base, unnamed=False)
+        kept = self._dataset(name, base)
+        remove_versions(kept, unnamed=False)
         newest, below = self.dataset(name), f"{name}.lance/"
         listed = [path.removeprefix(below) for path in self._below(below)]
-        unnamed = set(unnamed_files(base, listed)) & set(unnamed_files(newest, listed))
+        unnamed = set(unnamed_files(kept, listed)) & set(unnamed_files(newest, listed))
         self._remove([below + path for path in sorted(unnamed)])
         return 2
 

@@ -25,21 +25,21 @@ def fence(uri: str, options: dict[str, str], *, kept: Callable[[int], bool], hol
     """
     import lance
 
-    newest = lance.dataset(uri, storage_options=options)
-    wanted, restored = _before_fences(newest, kept), 0
-    while restored != wanted:
-        if not holding():
-            return False
-        made = lance.Transaction(
-            newest.version, lance.LanceOperation.Restore(wanted), transaction_properties={_MARK: ""}
-        )
-        try:
+    try:
+        newest = lance.dataset(uri, storage_options=options)
+        wanted, restored = _before_fences(newest, kept), 0
+        while restored != wanted:
+            if not holding():
+                return False
+            made = lance.Transaction(
+                newest.version, lance.LanceOperation.Restore(wanted), transaction_properties={_MARK: ""}
+            )
             newest = lance.LanceDataset.commit(uri, made, storage_options=options)
-        except (ValueError, RuntimeError, OSError):
-            if holding():
-                raise
-            return False  # others have gone on, and may have purged what was to be restored
-        wanted, restored = _before_fences(newest, kept), wanted
+            wanted, restored = _before_fences(newest, kept), wanted
+    except (ValueError, RuntimeError, OSError):
+        if holding():
+            raise
+        return False  # others have gone on, and may have purged what was to be restored
     return True
 
 

@@ -50,7 +50,7 @@ class Lease:
         self._store, self._name, self._place = store, name, place
         self._fence, self._seconds = fence, seconds
         self._threads, self._depth = RLock(), 0
-        self._token = ""
+        self._token, self._failed = "", False
         self._tag: Tag = {}
         self._changing = RLock()
         self._stop: Event | None = None
@@ -75,13 +75,14 @@ class Lease:
             TableError: it was taken, maybe before the last commit, of which nothing need be left then.
         """
         try:
-            if kind is None and self._depth == 1:
+            self._failed |= kind is not None
+            if self._depth == 1 and not self._failed:
                 self.check()
         finally:
             try:
                 self._depth -= 1
                 if not self._depth:
-                    self._let_go("" if kind is None else _UNFINISHED)
+                    self._let_go(_UNFINISHED if self._failed else "")
             finally:
                 self._threads.release()
 
@@ -108,7 +109,7 @@ class Lease:
             self._threads.release()
 
     def _take(self) -> None:
-        self._token, begun = uuid4().hex, time.monotonic()
+        self._token, self._failed, begun = uuid4().hex, False, time.monotonic()
         seen, since, quiet = Tag(), begun, True
         while True:
             holder, tag = self._read()

@@ -56,8 +56,8 @@ class Place(Protocol):
         """Return a table as Lance knows it."""
         ...
 
-    def remove_old(self, name: str) -> int:
-        """Remove what a table's newest version does not need; called while committing.
+    def remove_old(self, name: str, base: int) -> int:
+        """Remove what only versions of a table before `base` need, the newest; called while committing.
 
         Return how many versions that leaves, where all could be removed.
         """
@@ -121,7 +121,7 @@ class Folder:
 
         return lance.dataset(str(Path(self.uri, f"{name}.lance")))
 
-    def remove_old(self, name: str) -> int:
+    def remove_old(self, name: str, base: int) -> int:
         """Remove what a table's newest version does not need, and return how many versions that leaves."""
         # Nobody else is writing: what no version names was left by who died.
         remove_versions(self.dataset(name), unnamed=True)

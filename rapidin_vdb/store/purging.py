@@ -2,7 +2,6 @@
 
 from datetime import UTC, datetime
 
-import lance
 from lancedb.index import Bitmap, BTree
 
 from rapidin_vdb.errors import TableError
@@ -17,6 +16,8 @@ def purge_table(place: Place, name: str) -> None:
     Raises:
         TableError: some of them could not be removed.
     """
+    import lance
+
     # Every fragment that lost a row, however large, is written anew without it.
     place.dataset(name).optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
     # Scalar indices hold values of rows that are gone.
@@ -30,8 +31,8 @@ def purge_table(place: Place, name: str) -> None:
     nothing = lance.Transaction(
         newest.version, lance.LanceOperation.Append([]), transaction_properties={_PURGED: datetime.now(UTC).isoformat()}
     )
-    lance.LanceDataset.commit(newest.uri, nothing, storage_options=place.options)
-    kept = place.remove_old(name)
+    base = lance.LanceDataset.commit(newest.uri, nothing, storage_options=place.options)
+    kept = place.remove_old(name, int(base.version))
     # Lance passes over files that it may not delete.
     if len(left := place.dataset(name).versions()) > kept:
         raise TableError(

@@ -13,6 +13,7 @@ from lancedb.index import Bitmap, BTree
 from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
 from rapidin_vdb.ledger import Ledger
 from rapidin_vdb.records import Fingerprint
+from rapidin_vdb.store.changes import delete_rows, put_rows
 from rapidin_vdb.store.columns import check_out, ensure_columns, settle
 from rapidin_vdb.store.filters import checked_filter, ids_filter
 from rapidin_vdb.store.fingerprint import new_identity, read_fingerprint, read_identity, write_fingerprint
@@ -219,10 +220,9 @@ class SampleTable:
     def replace(self, rows: Sequence[Row], *, seen: int) -> int:
         """Put rows in the place of those with the same ids, in one commit; return what to give as `seen` next."""
         with self._changing(seen) as (table, alone):
-            merge = table.merge_insert("sample_id").when_matched_update_all().when_not_matched_insert_all()
-            merge.execute(self._arrow(rows, table.schema))
+            version = put_rows(self.place, SAMPLES, "sample_id", self._arrow(rows, table.schema))
             self.tokens.delete_of([row.sample.sample_id for row in rows], but=[row.sample.content_hash for row in rows])
-            return int(table.version) if alone else seen
+            return version if alone else seen
 
     def _arrow(self, rows: Sequence[Row], schema: pa.Schema) -> pa.RecordBatchReader:
         size = max(1, BATCH_BYTES // (2 * self.fingerprint.sketch.width))
@@ -247,7 +247,7 @@ class SampleTable:
             before = self.snapshot()
             gone = before.rows()
             if before.count(where):
-                self._table.delete(expression)
+                delete_rows(self.place, SAMPLES, expression)
             # Not what the filter gave before: what is told must be what was done.
             gone -= self.snapshot().rows()
             self._sweep()
@@ -258,7 +258,7 @@ class SampleTable:
         with self._changing():
             there = sorted({name for name, _ in self.snapshot().each_content(sample_ids)})
             for batch in batches(there, IDS_A_FILTER):
-                self._table.delete(ids_filter(batch))
+                delete_rows(self.place, SAMPLES, ids_filter(batch))
             self.tokens.delete_of(there)
         return there
 

@@ -16,6 +16,7 @@ from jaxtyping import Int64
 
 from rapidin_vdb.errors import TableError
 from rapidin_vdb.records import Encoded, Fingerprint
+from rapidin_vdb.store.changes import delete_rows
 from rapidin_vdb.store.checksum import row_checksum
 from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import write_fingerprint
@@ -177,12 +178,9 @@ class TokenTable:
     def delete_of(self, sample_ids: Sequence[str], *, but: Sequence[str] = ()) -> None:
         """Delete the tokens of some samples, but not those of some content hashes; called while committing."""
         if self and sample_ids:
-            self._delete(self._place.open_table(TOKENS), sorted(sample_ids), but)
-
-    def _delete(self, table: Any, sample_ids: list[str], but: Sequence[str] = ()) -> None:
-        spared = f" AND content_hash NOT IN ({', '.join(map(repr, but))})" if but else ""
-        for batch in batches(sample_ids, IDS_A_FILTER):
-            table.delete(ids_filter(batch) + spared)
+            spared = f" AND content_hash NOT IN ({', '.join(map(repr, but))})" if but else ""
+            for batch in batches(sorted(sample_ids), IDS_A_FILTER):
+                delete_rows(self._place, TOKENS, ids_filter(batch) + spared)
 
     def _there(self, table: Any, sample_ids: list[str]) -> set[tuple[str, str]]:
         found: set[tuple[str, str]] = set()
