@@ -25,6 +25,11 @@ PLAN_ENTRY, KEY_ENTRY = 121, 35
 # What a row weighs as it waits besides its vector, at 300 tokens of which half are the response's (rapidin_vdb/ingest.py).
 WAITING = 2048 + 300 * 36 + 150 * 120
 COMMIT = 64 * 2**20  # what an ingest writes at once
+# What is said of the time of a RapidGrad, where it is among the checks.
+STEPS = (
+    "A RapidGrad's time is predicted here as if a training step ran at the rate of a plain matrix product; the ratio is the share of that rate "
+    "which the step reached, and for GPUs the model takes 40 % of their peak. The two benchmarks ran at different hours of a shared machine. "
+)
 FRAGMENT = 139  # what a fragment takes in the manifest of every later version: measured, 13 columns
 
 
@@ -259,7 +264,7 @@ choice, or rows read from disk or the store, which takes as long as the last col
 
 ## The model beside what was measured
 
-{"" if same_machine() else "The two benchmarks ran on different processors, so that a RapidGrad's time is not among these. "}What a search costs whatever the size is not in the model: small tables take longer than it says.
+{STEPS if same_machine() else "The two benchmarks ran on different processors, so that a RapidGrad's time is not among these. "}What a search costs whatever the size is not in the model: small tables take longer than it says.
 
 {table(["what", "model", "measured", "model / measured"], checked)}"""
 

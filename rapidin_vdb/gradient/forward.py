@@ -61,7 +61,7 @@ def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded]) -> TokenLosses:
     before = longest - logits.shape[1]
     if not 0 <= before <= first:
         raise ModelError(
-            f"the model gave logits at {logits.shape[1]} of {longest} tokens; wanted at least the last {longest - first}"
+            f"the model gave logits at {logits.shape[1]} of {longest} tokens; wanted the last {longest - first}"
         )
     # By one number each: backward adds whole rows then, and not element by element.
     chosen = logits.flatten(0, 1).index_select(0, rows * logits.shape[1] + places - 1 - before)
