@@ -14,7 +14,8 @@ TIB = 2**40
 # Nobody measured these here: what the machines of a cluster are taken to be.
 NODE_MEMORY, NODE_MEMORY_RATE = 0.8 * TIB, 300e9  # a server of 1 TiB, of which an index may take 80 %
 GPU_MEMORY, GPU_MEMORY_RATE = 0.9 * 141e9, 0.8 * 4.8e12  # an H200
-GPU_FLOPS = 0.4 * 989e12  # an H100 or H200 in bfloat16, at 40 % of its peak
+STEP_SHARE = 0.4  # of the rate of large matrix products, which a training step reaches
+GPU_FLOPS = STEP_SHARE * 989e12  # an H100 or H200 in bfloat16
 STORE_RATE = 2e9  # bytes a second that a node reads from an object store
 ANSWER_SECONDS = 2.0  # what somebody waits for
 FLEET = 100  # nodes that somebody may have
@@ -27,8 +28,8 @@ WAITING = 2048 + 300 * 36 + 150 * 120
 COMMIT = 64 * 2**20  # what an ingest writes at once
 # What is said of the time of a RapidGrad, where it is among the checks.
 STEPS = (
-    "A RapidGrad's time is predicted here as if a training step ran at the rate of a plain matrix product; the ratio is the share of that rate "
-    "which the step reached, and for GPUs the model takes 40 % of their peak. The two benchmarks ran at different hours of a shared machine. "
+    f"A RapidGrad's time is predicted as for GPUs: a training step is taken to run at {STEP_SHARE:.0%} of the rate of a plain matrix product. "
+    "The two benchmarks ran at different hours of a shared machine. "
 )
 FRAGMENT = 139  # what a fragment takes in the manifest of every later version: measured, 13 columns
 
@@ -123,7 +124,11 @@ def checks(measured: Measured, results: Path = HERE / "results") -> list[tuple[s
         # The rate of products is that of the machine that searched; it says nothing of another's training step.
         if entry["kind"] in ("lora", "full") and same_machine(results):
             predicted = gradient_seconds(
-                measured, entry["parameters"], 128, adapter=entry["kind"] == "lora", rate=measured.gemm_rate
+                measured,
+                entry["parameters"],
+                128,
+                adapter=entry["kind"] == "lora",
+                rate=STEP_SHARE * measured.gemm_rate,
             )
             found.append((f"a sample's RapidGrad, {entry['kind']}", predicted, 1 / entry["samples_per_second"]))
     return found

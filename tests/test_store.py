@@ -202,7 +202,7 @@ def test_a_change_is_not_tried_again_on_a_version_that_nobody_looked_at(table, m
     stale = table.place.dataset("samples")
     table.replace([row("a", value=7.0)], seen=0)
     monkeypatch.setattr(table.place, "dataset", lambda name: stale)
-    with pytest.raises(TableError, match="onflict"), table.committing():
+    with pytest.raises(TableError, match="another writer took over meanwhile"), table.committing():
         if change == "delete":
             delete_rows(table.place, "samples", "sample_id = 'a'")
         else:

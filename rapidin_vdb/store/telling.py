@@ -16,6 +16,8 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 _TRIES = 5
+# What Lance says where the version that was to be changed is not the newest any more.
+_CAME_BETWEEN = ("incompatible with concurrent transaction Restore", "Too many concurrent writers")
 # What object stores answer, and what that means to whoever asked; the first that is found.
 _ANSWERS = (
     ("NoSuchBucket", "there is no such bucket: make it, or mend its name"),
@@ -52,7 +54,7 @@ def is_panic(error: BaseException) -> bool:
 def _explained(error: BaseException) -> str:
     """Return the first line, after what it means where an object store said it, or where a fence came between."""
     text, line = str(error), first_line(error)
-    if "incompatible with concurrent transaction Restore" in text:
+    if any(sign in text for sign in _CAME_BETWEEN):
         return f"another writer took over meanwhile. Nothing was lost; run the same command again to go on ({line})"
     meant = [meaning for answer, meaning in _ANSWERS if answer in text] if "status code: " in text else []
     return f"{meant[0]} ({line})" if meant else line
