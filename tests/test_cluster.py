@@ -220,19 +220,17 @@ def test_a_node_that_is_lost_takes_no_part_of_an_answer(cluster, pair, caplog):
     import psutil
 
     _, here, _ = pair
-    node = started(lambda: cluster.add_node(**NODE))
+    node, others = started(lambda: cluster.add_node(**NODE)), pids_of("ShardWorker", cluster)
     assert answers_of(here, top_k=100, cluster=cluster.address) == answers_of(here, top_k=100)
     (keeper,) = here._clusters.values()
     assert keeper._parts == 3
+    found = [psutil.Process(pid) for pid in pids_of("ShardWorker", cluster) if pid not in others]
+    assert len(found) == len({process.parent().pid for process in found}) == 3
     word = f"--raylet_socket_name={node.raylet_socket_name}"
-    found = pids_of("ShardWorker", cluster)
-    # One, as a rule; Ray puts another share there too while it takes its own node for lost.
-    theirs = [pid for pid in found if word in psutil.Process(pid).parent().cmdline()]
-    assert theirs
+    (theirs,) = [process for process in found if word in process.parent().cmdline()]
     cluster.remove_node(node, allow_graceful=False)
-    for pid in theirs:
-        if psutil.pid_exists(pid):
-            os.kill(pid, signal.SIGKILL)
+    if theirs.is_running():
+        theirs.kill()
     assert answers_of(here, top_k=100, cluster=cluster.address) == answers_of(here, top_k=100)
     assert "a share of the index was lost" in caplog.text
 

@@ -11,7 +11,10 @@ from rapidin_vdb.errors import RapidInError, SpecError
 # Of Ray's memory for objects: batches and RapidGrads on their way, and queries.
 _OBJECT_BYTES = 256 << 20
 # What Ray says of a worker that is gone, not all of which is of one kind: its own watch over memory ends workers, too.
-_LOST = ("RayActorError", "ObjectLostError", "OutOfMemoryError", "NodeDiedError", "WorkerCrashedError")
+_LOST = (
+    "RayActorError", "ActorUnschedulableError", "ObjectLostError", "OutOfMemoryError", "NodeDiedError",
+    "WorkerCrashedError",
+)  # fmt: skip
 # By the address of a cluster, as what it was asked for: a process can be in one only.
 _asked: dict[str, str] = {}
 

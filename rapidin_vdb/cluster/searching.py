@@ -2,7 +2,8 @@
 
 import logging
 import os
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -125,16 +126,23 @@ class ClusterKeeper:
         self._ray = connect(address)
         self._uri = from_anywhere(uri)
         self._parts = max(1, len(nodes_of(self._ray)))
-        self._actors = [self._start(part) for part in range(self._parts)]
+        self._nodes: dict[int, str] = {}
+        self._actors = {part: self._start(part) for part in range(self._parts)}
 
-    def _start(self, part: int) -> Any:
+    def _start(self, part: int, *, besides: Collection[str] = ()) -> Any:
+        """Start the actor of a share on the node that has the fewest, if possible on none of some others."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         nodes = sorted(nodes_of(self._ray))
         if not nodes:
             raise SpecError("the cluster has no node with CPUs")
-        # A node each, if it lives. No CPUs are claimed: where a node is lost, another takes its share besides its own.
-        where = NodeAffinitySchedulingStrategy(nodes[part % len(nodes)], soft=True)
+        self._nodes.pop(part, None)
+        shares = Counter(self._nodes.values())
+        chosen = min(nodes, key=lambda node: (node in besides, shares[node]))
+        self._nodes[part] = chosen
+        # No CPUs are claimed: where a node is lost, another takes its share besides its own. What claims nothing goes
+        # to nodes drawn by lot, whatever node was asked for, unless it is to go to no other.
+        where = NodeAffinitySchedulingStrategy(chosen, soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": where, "max_concurrency": 1}
         worker = self._ray.remote(ShardWorker).options(**options)
         return worker.remote(self._uri, part, self._parts, store_settings())
@@ -164,6 +172,8 @@ class ClusterKeeper:
         shared = self._ray.put(arguments), self._ray.put(among)
         lives = dict.fromkeys(range(self._parts), _LIVES)
         answers: dict[int, Any] = {}
+        # Ray takes a node for living until some time after its end.
+        lost: set[str] = set()
         waiting = {self._put(part, held, method, shared): part for part in lives}
         while waiting:
             done, _ = self._ray.wait(list(waiting), num_returns=1, timeout=_LOOK_SECONDS)
@@ -178,7 +188,8 @@ class ClusterKeeper:
                             f"a share of the index was lost {_LIVES} times: {first_words(error)}; no answer is given"
                         ) from error
                     logger.warning("a share of the index was lost: it is read again from the table")
-                    self._actors[part] = self._start(part)
+                    lost.add(self._nodes[part])
+                    self._actors[part] = self._start(part, besides=lost)
                     waiting[self._put(part, held, method, shared)] = part
                     continue
                 if isinstance(answer, BaseException):
