@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 
+from rapidin_vdb.gradient.receivers import Sketcher
 from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.sketch import Sketch, lanes
 from rapidin_vdb.sketch.memory import free_bytes
@@ -203,6 +204,43 @@ def test_the_buckets_of_lanes_are_used_again_and_begin_as_zero():
     grads, buckets, signs, _, _ = drawn(5003, 64, batch=8)
     lanes.Buckets(64).add(grads, buckets.numpy(), signs.numpy(), 0, 5003)
     check_batch_loop(scatter_batch, 8, 5003, 64, "float32", 1.0, True)
+
+
+@pytest.mark.parametrize("normalize", [False, True])
+@pytest.mark.parametrize("most", [None, 1])
+@pytest.mark.parametrize("batch", [1, 2, 3, 8, 10, 16, 19])
+def test_small_tensors_wait_in_lanes_whatever_parts_of_a_batch_they_come_in(batch, most, normalize, monkeypatch):
+    """Parts of a batch, small tensors among large ones, and sums that are looked at before the last of them."""
+    width, lengths = 4096, [1000, 64, 70_001, 255, 2048]
+    if most:
+        monkeypatch.setattr(lanes, "_SPARE_BYTES", most * 4 * 8 * width)
+    sketch, draw = Sketch(SketchSpec(width=width), lengths), torch.Generator().manual_seed(batch)
+    sketcher, expected = Sketcher(sketch, torch.zeros(batch, width), normalize), torch.zeros(batch, width)
+    for step in (3, batch, 8, 1, 5, 16):
+        for number, length in enumerate(lengths):
+            grads = torch.randn(batch, length, generator=draw)
+            grads[batch // 2] = 0
+            for first in range(0, batch, step):
+                sketcher.dense(number, first, grads[first : first + step])
+            for sample, grad in enumerate(grads):
+                norm = float(grad.double().norm()) if normalize and grad.any() else 1.0
+                sketch.add(expected[sample], number, grad / norm)
+        np.testing.assert_allclose(
+            sketcher.rapidgrads.numpy(), expected.numpy(), atol=3e-6 * float(expected.abs().max())
+        )
+    assert float(expected.abs().max()) > 0.1 or batch == 1
+
+
+def test_lanes_are_taken_where_they_are_worth_it(monkeypatch):
+    rapidgrads = torch.zeros(19, 64)
+    of = lanes.BatchLanes(rapidgrads).of
+    assert [len(of(*part)) for part in ((0, 19), (0, 16), (8, 11), (16, 3))] == [3, 2, 2, 1]
+    assert [len(of(*part)) for part in ((0, 3), (0, 9), (1, 16), (4, 15), (0, 1))] == [0, 1, 0, 0, 0]
+    assert [one is other for one, other in zip(of(8, 8), of(0, 19)[1:2], strict=True)] == [True]
+    assert len(lanes.BatchLanes(rapidgrads[:18]).of(0, 18)) == 2  # two more are done one after the other
+    monkeypatch.setattr(lanes, "_SPARE_BYTES", 2 * 4 * 8 * 64)
+    most = lanes.BatchLanes(rapidgrads)
+    assert [len(most.of(0, 19)), len(most.of(8, 11)), len(most.of(16, 3))] == [2, 1, 0]
 
 
 @pytest.mark.parametrize("normalize", [False, True])

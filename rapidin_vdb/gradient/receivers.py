@@ -6,7 +6,7 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from rapidin_vdb.gradient.batch import Receiver
-from rapidin_vdb.sketch import Sketch
+from rapidin_vdb.sketch import BatchLanes, Sketch
 
 _BLOCK = 4096
 _SMALL, _LARGE = 1e-12, 1e12
@@ -17,17 +17,26 @@ class Sketcher:
 
     def __init__(self, sketch: Sketch, rapidgrads: Tensor, normalize: bool) -> None:
         self._sketch = sketch
-        self.rapidgrads = rapidgrads
+        self._rapidgrads = rapidgrads
         self._normalize = normalize
+        self._lanes = BatchLanes(rapidgrads) if rapidgrads.device.type == "cpu" else None
+
+    @property
+    def rapidgrads(self) -> Float[Tensor, "batch sketch"]:
+        """The sums of what came so far."""
+        if self._lanes is not None:
+            self._lanes.give()
+        return self._rapidgrads
 
     def dense(self, number: int, first: int, grads: Tensor) -> None:
         """Take dense gradients."""
-        part = self.rapidgrads[first : first + len(grads)]
-        self._sketch.add_batch(part, number, grads, normalize=self._normalize)
+        part = self._rapidgrads[first : first + len(grads)]
+        lanes = self._lanes.of(first, len(grads)) if self._lanes is not None else ()
+        self._sketch.add_batch(part, number, grads, normalize=self._normalize, lanes=lanes)
 
     def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
         """Take rows of an embedding, whose others are zero."""
-        self._sketch.add_rows(self.rapidgrads[sample], number, ids, grads, normalize=self._normalize)
+        self._sketch.add_rows(self._rapidgrads[sample], number, ids, grads, normalize=self._normalize)
 
 
 class Measuring:

@@ -1,7 +1,8 @@
 """Shuffle, flip, fold: a gradient becomes a RapidGrad (paper, section 3.2 and Algorithm 1)."""
 
 from rapidin_vdb.sketch.bucket_map import BucketMap
+from rapidin_vdb.sketch.lanes import BatchLanes
 from rapidin_vdb.sketch.shuffle import ShuffleStep, draw_shuffle, padded_length
 from rapidin_vdb.sketch.sketch import Sketch, fold
 
-__all__ = ["BucketMap", "ShuffleStep", "Sketch", "draw_shuffle", "fold", "padded_length"]
+__all__ = ["BatchLanes", "BucketMap", "ShuffleStep", "Sketch", "draw_shuffle", "fold", "padded_length"]

@@ -8,12 +8,16 @@ from functools import cache
 from typing import Any, ClassVar
 
 import numpy as np
+from jaxtyping import Float
+from torch import Tensor
 
-from rapidin_vdb.compiled import compiled
+from rapidin_vdb.compiled import compiled, side_by_side
 from rapidin_vdb.intrinsics import LANES, lane_adder, turner
 
 _BLOCK = 256  # coordinates; eight rows of them stay in the innermost cache
 _SPARE_BYTES = 64 << 20
+WORTH_LANES = 3
+"""Samples below which lanes cost more than one after the other."""
 
 
 class Buckets:
@@ -39,6 +43,46 @@ class Buckets:
         _loops()[1](rapidgrads, self._sums, scales)
         if self._sums.nbytes <= _SPARE_BYTES:
             self._spare[len(self._sums)].append(self._sums)
+
+
+class BatchLanes:
+    """The sums of a batch's small tensors, eight samples side by side, until they are given to their RapidGrads.
+
+    A small tensor reaches few buckets, each where the processor has none of its memory at hand: for eight samples at
+    once that is waited for once.
+    """
+
+    def __init__(self, rapidgrads: Float[Tensor, "batch sketch"]) -> None:
+        """Add to these in the end, which are on the CPU."""
+        self._rapidgrads = rapidgrads.numpy()
+        self._most = _SPARE_BYTES // (4 * LANES * rapidgrads.shape[1])
+        self._held: dict[int, Buckets] = {}
+
+    def of(self, first: int, count: int) -> list[Buckets]:
+        """Return the buckets of so many samples from `first` on, eight after eight; of as many as are worth it."""
+        samples, width = self._rapidgrads.shape
+        # What is in lanes beyond the last of a few rows is no sum of anything: none of them may be another sample's.
+        last = (
+            first + count
+            if first + count == samples and samples % LANES >= WORTH_LANES
+            else (first + count) // LANES * LANES
+        )
+        groups = range(first // LANES, min(-(-last // LANES), self._most)) if first % LANES == 0 else ()
+        for group in groups:
+            if group not in self._held:
+                self._held[group] = Buckets(width)
+        return [self._held[group] for group in groups]
+
+    def give(self) -> None:
+        """Add all sums to the RapidGrads; more can be added afterwards."""
+        held, self._held = self._held, {}
+
+        def give_one(number: int) -> None:
+            group, buckets = list(held.items())[number]
+            mine = self._rapidgrads[group * LANES : (group + 1) * LANES]
+            buckets.give(mine, np.ones(len(mine), np.float32))
+
+        side_by_side(give_one, len(held))
 
 
 @cache

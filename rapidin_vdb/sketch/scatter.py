@@ -1,6 +1,6 @@
 """The sketch on the CPU: one pass over a gradient fills its buckets and takes its norm."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -11,12 +11,12 @@ from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from rapidin_vdb.compiled import compiled, side_by_side
-from rapidin_vdb.sketch.lanes import LANES, Buckets
+from rapidin_vdb.sketch.lanes import LANES, WORTH_LANES, Buckets
 
 # Coordinates below which sharing the work among threads costs more than it saves.
 _WORTH_A_THREAD = 1 << 17
-# Samples below which lanes of their own cost more than one after the other, and what eight in lanes cost beside one.
-_WORTH_LANES, _LANES_COST = 3, 3.3
+# What eight samples in lanes cost beside one.
+_LANES_COST = 3.3
 
 
 @cache
@@ -84,8 +84,13 @@ def scatter_batch(
     buckets: Integer[Tensor, " grad"],
     signs: UInt8[Tensor, " bytes"],
     normalize: bool,
+    lanes: Sequence[Buckets] = (),
 ) -> None:
-    """Add each sample's gradient of one tensor to its RapidGrad, in place, the work shared among torch's threads."""
+    """Add each sample's gradient of one tensor to its RapidGrad, in place, the work shared among torch's threads.
+
+    A tensor too small to be worth buckets of its own goes to `lanes` instead, each eight samples' from the first on, as
+    far as there are any; whoever keeps these gives them to the RapidGrads after the last tensor.
+    """
     targets, sources, index, bits = rapidgrads.numpy(), grads.contiguous().numpy(), buckets.numpy(), signs.numpy()
     length, width = sources.shape[1], targets.shape[1]
     share = side_by_side if sources.size >= _WORTH_A_THREAD else _in_turn
@@ -95,11 +100,18 @@ def scatter_batch(
         if normalize:
             norms = torch.linalg.vector_norm(grads, dim=1, dtype=torch.float64).numpy()
             np.divide(1.0, norms, out=scales, where=norms != 0, casting="same_kind")
-        tasks, loop = min(torch.get_num_threads(), len(sources)), _small_kernel()
+        first = min(LANES * len(lanes), len(sources))
+
+        def add_to_lanes(group: int) -> None:
+            mine = slice(group * LANES, min((group + 1) * LANES, first))
+            lanes[group].add(sources[mine] * scales[mine, None], index, bits, 0, length)
+
+        share(add_to_lanes, len(lanes))
+        rest, tasks = len(sources) - first, min(torch.get_num_threads(), len(sources) - first)
 
         def add_small(task: int) -> None:
-            mine = slice(task * len(sources) // tasks, (task + 1) * len(sources) // tasks)
-            loop(targets[mine], sources[mine], index, bits, scales[mine])
+            mine = slice(first + task * rest // tasks, first + (task + 1) * rest // tasks)
+            _small_kernel()(targets[mine], sources[mine], index, bits, scales[mine])
 
         share(add_small, tasks)
         return
@@ -140,7 +152,7 @@ class _Alone:
 
 def _shares(samples: int, length: int, *, width: int, threads: int) -> tuple[list[slice], list[tuple[int, int]]]:
     """Return which samples are done together, and which parts of a tensor at once, so that it takes the least time."""
-    last = samples if samples % LANES >= _WORTH_LANES else samples - samples % LANES
+    last = samples if samples % LANES >= WORTH_LANES else samples - samples % LANES
     alone = [slice(number, number + 1) for number in range(samples)]
     together = [slice(first, min(first + LANES, last)) for first in range(0, last, LANES)] + alone[last:]
     ways = []

@@ -12,6 +12,7 @@ from rapidin_vdb.errors import SpecError
 from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.sketch import scatter_gpu
 from rapidin_vdb.sketch.bucket_map import BucketMap
+from rapidin_vdb.sketch.lanes import Buckets
 from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.sketch.scatter import scatter_batch, scatter_rows
 from rapidin_vdb.sketch.scatter_torch import numbers, scatter_batch_torch, scatter_rows_torch, unpacked
@@ -118,15 +119,17 @@ class Sketch:
         grads: Float[Tensor, "batch grad"],
         *,
         normalize: bool,
+        lanes: Sequence[Buckets] = (),
     ) -> None:
         """Add the gradients of a batch's samples of parameter tensor `number` to their RapidGrads, in place.
 
         With `normalize`, each sample's gradient is scaled to L2 norm 1 first; one that is exactly zero stays zero.
-        Gradients may be of any floating type.
+        Gradients may be of any floating type. On a CPU, small tensors go to `lanes`, as far as there are any: see
+        `BatchLanes`.
         """
         buckets, signs = self._tensor(number)
         if self.device == "cpu":
-            scatter_batch(rapidgrads, grads.float(), buckets=buckets, signs=signs, normalize=normalize)
+            scatter_batch(rapidgrads, grads.float(), buckets=buckets, signs=signs, normalize=normalize, lanes=lanes)
         elif scatter_gpu.available():
             scatter_gpu.scatter_batch_gpu(rapidgrads, grads, buckets=buckets, signs=signs, normalize=normalize)
         else:
