@@ -43,15 +43,16 @@ def turner(*, squares: bool) -> Any:
     """Return a function that turns eight rows of eight numbers round, given by addresses.
 
     The rows begin `stride` numbers after one another, and from `rows` on the last is taken again. The result lies at
-    `tile`, row by row; with `squares`, those of the numbers are added to what lies there, before they are turned.
+    `tile`, row by row. At `numbers` lie eight factors, one for each number of such a row; with `squares`, eight rows to
+    which the squares of the numbers are added before they are turned.
     """
     from llvmlite import ir
     from numba import types
     from numba.extending import intrinsic
 
-    def turn(context, source, stride, rows, tile, sums):  # type: ignore[no-untyped-def]
+    def turn(context, source, stride, rows, tile, numbers):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, values):  # type: ignore[no-untyped-def]
-            source, stride, rows, tile, sums = values
+            source, stride, rows, tile, numbers = values
             last = builder.sub(rows, rows.type(1))
             found = []
             for row in range(LANES):
@@ -59,7 +60,7 @@ def turner(*, squares: bool) -> Any:
                 place = builder.mul(builder.select(there, rows.type(row), last), builder.mul(stride, stride.type(4)))
                 found.append(builder.load(_vector_at(builder, builder.add(source, place)), align=4))
                 if squares:
-                    into = _vector_at(builder, builder.add(sums, sums.type(4 * LANES * row)))
+                    into = _vector_at(builder, builder.add(numbers, numbers.type(4 * LANES * row)))
                     square = builder.fmul(found[row], found[row])
                     builder.store(builder.fadd(builder.load(into, align=4), square), into, align=4)
             # Blocks off the diagonal change places: of four, of two, of one.
@@ -72,6 +73,9 @@ def turner(*, squares: bool) -> Any:
                         pair = found[row], found[row + size]
                         for target, chosen in ((row, kept), (row + size, other)):
                             found[target] = builder.shuffle_vector(*pair, _numbers(chosen))
+            if not squares:
+                factors = builder.load(_vector_at(builder, numbers), align=4)
+                found = [builder.fmul(one, factors) for one in found]
             for row in range(LANES):
                 into = _vector_at(builder, builder.add(tile, tile.type(4 * LANES * row)))
                 builder.store(found[row], into, align=4)

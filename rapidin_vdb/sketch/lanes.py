@@ -35,8 +35,13 @@ class Buckets:
         """What was added, squared and summed, by sample."""
 
     def add(self, grads: np.ndarray, buckets: np.ndarray, signs: np.ndarray, begin: int, stop: int) -> None:
-        """Add the coordinates from `begin`, a multiple of eight, to `stop` of up to eight rows."""
-        _loops()[0](self._sums, grads, buckets, signs, self.squares, begin, stop)
+        """Add the coordinates from `begin`, a multiple of eight, to `stop` of up to eight rows, and their squares."""
+        ones = np.ones(len(grads), np.float32)
+        _loops()[0](self._sums, grads, buckets, signs, self.squares, ones, False, begin, stop)
+
+    def add_scaled(self, grads: np.ndarray, buckets: np.ndarray, signs: np.ndarray, scales: np.ndarray) -> None:
+        """Add up to eight rows, each scaled by a number of its own; their squares are not asked for."""
+        _loops()[0](self._sums, grads, buckets, signs, self.squares, scales, True, 0, grads.shape[1])
 
     def give(self, rapidgrads: np.ndarray, scales: np.ndarray) -> None:
         """Add all sums, scaled by sample, to the samples' RapidGrads; this object is done then."""
@@ -90,19 +95,24 @@ def _loops() -> tuple[Any, Any]:
     """Compile the two loops; some seconds the first time in a process, and only where batches are sketched."""
     turned, turned_and_squared, add_lanes = turner(squares=False), turner(squares=True), lane_adder()
 
-    def add(sums, grads, buckets, signs, squares, begin, stop):  # type: ignore[no-untyped-def]
+    def add(sums, grads, buckets, signs, squares, scales, scaled, begin, stop):  # type: ignore[no-untyped-def]
         rows, length = grads.shape
-        tile = np.empty((_BLOCK, LANES), np.float32)
+        tile, lane_scales = np.empty((_BLOCK, LANES), np.float32), np.ones(LANES, np.float32)
+        lane_scales[:rows] = scales
         # Sums of float32 squares over a block only: over millions, the small ones would be lost.
         partial = np.zeros((LANES, LANES), np.float32)
         for first in range(begin, stop - _BLOCK + 1, _BLOCK):
             for place in range(0, _BLOCK, LANES):
                 source = grads.ctypes.data + 4 * (first + place)
-                turned_and_squared(source, length, rows, tile.ctypes.data + 4 * LANES * place, partial.ctypes.data)
-            for row in range(rows):
-                for lane in range(LANES):
-                    squares[row] += np.float64(partial[row, lane])
-                    partial[row, lane] = 0
+                if scaled:
+                    turned(source, length, rows, tile.ctypes.data + 4 * LANES * place, lane_scales.ctypes.data)
+                else:
+                    turned_and_squared(source, length, rows, tile.ctypes.data + 4 * LANES * place, partial.ctypes.data)
+            if not scaled:
+                for row in range(rows):
+                    for lane in range(LANES):
+                        squares[row] += np.float64(partial[row, lane])
+                        partial[row, lane] = 0
             for byte in range(_BLOCK // 8):
                 word = signs[(first >> 3) + byte]
                 for bit in range(8):
@@ -114,15 +124,16 @@ def _loops() -> tuple[Any, Any]:
         for current in range(stop - (stop - begin) % _BLOCK, stop):
             sign = np.float32(1.0) - np.float32(2.0) * np.float32((signs[current >> 3] >> (current & 7)) & 1)
             for row in range(rows):
-                value = grads[row, current]
-                squares[row] += np.float64(value * value)
+                value = scales[row] * grads[row, current]
+                if not scaled:
+                    squares[row] += np.float64(value * value)
                 sums[buckets[current], row] += sign * value
 
     def give(rapidgrads, sums, scales):  # type: ignore[no-untyped-def]
         rows, width = rapidgrads.shape
-        tile = np.empty((LANES, LANES), np.float32)
+        tile, ones = np.empty((LANES, LANES), np.float32), np.ones(LANES, np.float32)
         for first in range(0, width - LANES + 1, LANES):
-            turned(sums.ctypes.data + 4 * LANES * first, LANES, LANES, tile.ctypes.data, tile.ctypes.data)
+            turned(sums.ctypes.data + 4 * LANES * first, LANES, LANES, tile.ctypes.data, ones.ctypes.data)
             for row in range(rows):
                 for place in range(LANES):
                     rapidgrads[row, first + place] += scales[row] * tile[row, place]

@@ -104,7 +104,7 @@ def scatter_batch(
 
         def add_to_lanes(group: int) -> None:
             mine = slice(group * LANES, min((group + 1) * LANES, first))
-            lanes[group].add(sources[mine] * scales[mine, None], index, bits, 0, length)
+            lanes[group].add_scaled(sources[mine], index, bits, scales[mine])
 
         share(add_to_lanes, len(lanes))
         rest, tasks = len(sources) - first, min(torch.get_num_threads(), len(sources) - first)
