@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from rapidin_vdb.errors import TableError, without_secrets
 from rapidin_vdb.store.cache import cache_folder
-from rapidin_vdb.store.fence import fence, is_half_done
+from rapidin_vdb.store.fence import before_fences, fence, is_half_done
 from rapidin_vdb.store.leftovers import remove_versions, unnamed_files
 from rapidin_vdb.store.place import STABLE, connected, manifest_name
 from rapidin_vdb.store.settings import ENDPOINTS, REGIONS, first_of
@@ -69,6 +69,12 @@ class Bucket:
             if not self.lock.check() or self._is_whole(name, table.version):
                 return table
             self._end_former(name, self.lock.is_ours)
+
+    def counting(self, name: str, version: int) -> int:
+        """Return the version whose rows count where this is the newest: the same, or what a late fence undid."""
+        if self._is_whole(name, version):
+            return version
+        return before_fences(self._dataset(name, version), kept=partial(self._has_version, name))
 
     def create_table(self, name: str, schema: pa.Schema) -> None:
         """Make a table."""

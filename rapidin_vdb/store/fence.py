@@ -8,7 +8,8 @@ Nobody's but another restore. Who takes over may stand still itself between its 
 while another takes over from it, writes and is done: then its restore comes late, and undoes that. Such a fence is half
 done: it has not restored what was there before it. Fences are marked, so that it can be told, and everybody who holds
 the lease looks whether what it is about to change is one, and restores what was there before all fences. One that comes
-later still lets the change fail. So nobody ever writes on top of it, whether whoever was late goes on or is killed.
+later still lets the change fail. So nobody ever writes on top of it, whether whoever was late goes on or is killed; and
+readers read what was there before.
 """
 
 from collections.abc import Callable
@@ -27,7 +28,7 @@ def fence(uri: str, options: dict[str, str], *, kept: Callable[[int], bool], hol
 
     try:
         newest = lance.dataset(uri, storage_options=options)
-        wanted, restored = _before_fences(newest, kept), 0
+        wanted, restored = before_fences(newest, kept), 0
         while restored != wanted:
             if not holding():
                 return False
@@ -35,7 +36,7 @@ def fence(uri: str, options: dict[str, str], *, kept: Callable[[int], bool], hol
                 newest.version, lance.LanceOperation.Restore(wanted), transaction_properties={_MARK: ""}
             )
             newest = lance.LanceDataset.commit(uri, made, storage_options=options)
-            wanted, restored = _before_fences(newest, kept), wanted
+            wanted, restored = before_fences(newest, kept), wanted
     except (ValueError, RuntimeError, OSError):
         if holding():
             raise
@@ -46,10 +47,10 @@ def fence(uri: str, options: dict[str, str], *, kept: Callable[[int], bool], hol
 def is_half_done(dataset: Any, *, kept: Callable[[int], bool]) -> bool:
     """Say whether a version of a Lance table is a fence that has not restored what was there before it."""
     made_by = dataset.read_transaction(int(dataset.version))
-    return _is_fence(made_by) and made_by.operation.version != _before_fences(dataset, kept)
+    return _is_fence(made_by) and made_by.operation.version != before_fences(dataset, kept)
 
 
-def _before_fences(dataset: Any, kept: Callable[[int], bool]) -> int:
+def before_fences(dataset: Any, kept: Callable[[int], bool]) -> int:
     """Return the newest version that is no fence; or the oldest that is kept, which a fence then stands for."""
     version = int(dataset.version)
     while _is_fence(dataset.read_transaction(version)) and kept(version - 1):

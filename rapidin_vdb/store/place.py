@@ -48,6 +48,10 @@ class Place(Protocol):
         """Return the newest version of a table, which stays that; its commit fails where the lock was lost."""
         ...
 
+    def counting(self, name: str, version: int) -> int:
+        """Return the version whose rows count where this is the newest of a table."""
+        ...
+
     def create_table(self, name: str, schema: pa.Schema) -> None:
         """Make a table, in the place of what a process that died has left of one."""
         ...
@@ -109,6 +113,10 @@ class Folder:
     def open_table(self, name: str) -> Any:
         """Return a table, always at its newest version: the lock cannot be lost."""
         return self._connection.open_table(name)
+
+    def counting(self, name: str, version: int) -> int:
+        """Return the same version: nobody can come too late."""
+        return version
 
     def create_table(self, name: str, schema: pa.Schema) -> None:
         """Make a table."""

@@ -104,11 +104,11 @@ def undisturbed_each(read: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]
 
 
 def pinned(place: Place, name: str) -> Any:
-    """Return a table at its newest committed version, which stays the one that is read."""
+    """Return a table at its newest committed version that counts, which stays the one that is read."""
     for attempt in range(_TRIES):
         table = place.open_table(name)
         try:
-            check_out(table, table.version)
+            check_out(table, place.counting(name, int(table.version)))
             return table
         except (ValueError, RuntimeError, OSError):
             # A purge may take it away between the two.
