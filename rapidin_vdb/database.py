@@ -5,7 +5,7 @@ from functools import partial
 from pathlib import Path
 
 from rapidin_vdb.answering import Keeper, answer, nearest, versions_for
-from rapidin_vdb.cluster import ClusterKeeper
+from rapidin_vdb.cluster import ClusterKeeper, session_of
 from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.estimate import estimate
@@ -30,7 +30,7 @@ class Database(SampleReader):
     def __init__(self, table: SampleTable, *, engine: Engine | None = None) -> None:
         super().__init__(table)
         self._engine = engine
-        self._clusters: dict[str, ClusterKeeper] = {}
+        self._clusters: dict[tuple[str, str], ClusterKeeper] = {}  # by session; a process can be in one at a time
         self._indexes: dict[Level, IndexKeeper] = {
             "sample": IndexKeeper(table.place.cache / "indexes", cached=table.place.cached),
             "token": IndexKeeper(table.place.cache / "token_indexes", cached=table.place.cached),
@@ -213,9 +213,9 @@ class Database(SampleReader):
     def _keeper(self, level: Level, cluster: str | None) -> Keeper:
         if cluster is None:
             return self._indexes[level]
-        if cluster not in self._clusters:
-            self._clusters[cluster] = ClusterKeeper(self.path, cluster)
-        return self._clusters[cluster]
+        if (session := session_of(cluster)) not in self._clusters:
+            self._clusters = {session: ClusterKeeper(self.path, cluster)}
+        return self._clusters[session]
 
     @undisturbed
     def nearest(self, sample_id: str, question: Question, *, progress: Progress = silent) -> Ranking:

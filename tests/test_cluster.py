@@ -237,6 +237,36 @@ def test_a_node_that_is_lost_takes_no_part_of_an_answer(cluster, pair, caplog):
 
 @needs_ray
 @pytest.mark.slow
+def test_a_node_that_cannot_hold_a_share_says_why_and_what_was_left_is_entered_again(
+    cluster, pair, caplog, monkeypatch
+):
+    import ray
+
+    from rapidin_vdb.cluster import searching
+
+    class WithoutPackage:
+        def __init__(self, *arguments):
+            raise ModuleNotFoundError("No module named 'one'")
+
+        def ask(self, *arguments):
+            pass
+
+    _, here, _ = pair
+    with monkeypatch.context() as patch:
+        patch.setattr(searching, "ShardWorker", WithoutPackage)
+        with pytest.raises(
+            TableError, match="^node [0-9a-f]+ cannot hold .*: ModuleNotFoundError: No module named 'one'; no"
+        ):
+            answers_of(here, cluster=cluster.address)
+    ray.shutdown()
+    monkeypatch.setattr(searching, "_LOOK_SECONDS", 0.05)
+    assert answers_of(here, top_k=100, cluster=cluster.address) == answers_of(here, top_k=100)
+    assert caplog.text.count("still waiting for") >= 1
+    assert len(here._clusters) == 1
+
+
+@needs_ray
+@pytest.mark.slow
 def test_object_store_and_cluster_together(cluster, bucket, models, adapters, tmp_path, monkeypatch):
     """The nodes have credentials, and are told where the store is; the model is given from where the caller stands."""
     from rapidin_vdb.cluster import making

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import warnings
 from pathlib import Path
 from typing import Any
@@ -63,6 +64,16 @@ def connect(address: str) -> Any:
     return ray
 
 
+def session_of(address: str) -> tuple[str, str]:
+    """Return what tells this process's stay in a cluster from any other; it is entered, if it was left.
+
+    Raises:
+        SpecError: see `connect`.
+    """
+    context = connect(address).get_runtime_context()
+    return context.gcs_address, context.get_job_id()
+
+
 def _check_same(ray: Any, address: str) -> None:
     """Refuse another cluster than the one that this process is in."""
     there = ray.get_runtime_context().gcs_address
@@ -80,9 +91,15 @@ def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
     return tuple(getattr(ray.exceptions, name) for name in _LOST if hasattr(ray.exceptions, name))
 
 
+def could_not_begin(error: Exception) -> bool:
+    """Say whether a worker ended because of what it is, as without a package, which another would do as well."""
+    return bool(getattr(error, "actor_init_failed", False))
+
+
 def first_words(error: Exception) -> str:
-    """Return the beginning of what Ray says, on one line."""
-    return " ".join(str(error).split())[:200]
+    """Return the beginning of what Ray says, on one line; of a worker that could not begin, the end, which says why."""
+    lines = [line for line in re.sub(r"\x1b\[[0-9;]*m", "", str(error)).splitlines() if line.strip()]
+    return " ".join(" ".join(lines[-1:] if could_not_begin(error) else lines).split())[:200]
 
 
 def nodes_of(ray: Any) -> dict[str, dict[str, float]]:

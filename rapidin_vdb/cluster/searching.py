@@ -9,7 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from rapidin_vdb.cluster.connection import connect, first_words, from_anywhere, lost_errors, nodes_of, told_from_here
+from rapidin_vdb.cluster.connection import (
+    connect,
+    could_not_begin,
+    first_words,
+    from_anywhere,
+    lost_errors,
+    nodes_of,
+    told_from_here,
+)
 from rapidin_vdb.compute import use_threads
 from rapidin_vdb.errors import PurgedError, RapidInError, SpecError, TableError
 from rapidin_vdb.freshness import IndexKeeper
@@ -175,13 +183,23 @@ class ClusterKeeper:
         # Ray takes a node for living until some time after its end.
         lost: set[str] = set()
         waiting = {self._put(part, held, method, shared): part for part in lives}
+        told = False
         while waiting:
             done, _ = self._ray.wait(list(waiting), num_returns=1, timeout=_LOOK_SECONDS)
+            if not done and not told:
+                silent_nodes = ", ".join(sorted({self._nodes[part] for part in waiting.values()}))
+                logger.warning("still waiting for %d shares of the index, on nodes %s", len(waiting), silent_nodes)
+                told = True
             for ref in done:
                 part = waiting.pop(ref)
                 try:
                     answer = self._ray.get(ref)
                 except lost_errors(self._ray) as error:
+                    if could_not_begin(error):
+                        raise TableError(
+                            f"node {self._nodes[part]} cannot hold a share of the index: {first_words(error)}; no "
+                            "answer is given. All nodes need the same packages"
+                        ) from error
                     lives[part] -= 1
                     if not lives[part]:
                         raise TableError(
