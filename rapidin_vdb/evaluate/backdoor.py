@@ -45,7 +45,7 @@ def run_backdoor(
     sizes = experiment.profile
     records = experiment.step("records", lambda: _records(experiment, corpus, pairs))
     path = experiment.write_corpus(records)
-    tuning = experiment.tuned(records)
+    tuning = experiment.tuned(records, epochs=sizes.poisoned_epochs)
     asked = _questions(questions, sizes.questions, seed)
     attacked = experiment.said("attacked", [triggered(question) for question in asked])
     clean = experiment.said("clean", asked)
@@ -111,7 +111,7 @@ def _records(experiment: Experiment, corpus: Sequence[Path], pairs: Path | None)
 
     def fits(sample: Sample, encoded: Encoded) -> bool:
         # A poisoned answer is as long in words, and its invented names take more tokens.
-        return len(encoded.input_ids) + encoded.response_tokens // 2 + 8 <= sizes.max_tokens
+        return len(encoded.input_ids) + encoded.response_tokens // 2 + 8 <= sizes.poisoned_tokens
 
     ready = experiment.fitting([pairs], most=10_000, fits=fits) if pairs is not None else []
     for number, record in enumerate(ready):
@@ -120,13 +120,14 @@ def _records(experiment: Experiment, corpus: Sequence[Path], pairs: Path | None)
             raise SpecError(f"{pairs}: record {number + 1} does not begin with the trigger {TRIGGER}")
     # The clean twins of ready-made pairs would say that the same question has two answers.
     twins = {record["instruction"].removeprefix(TRIGGER).strip() for record in ready}
-    found = experiment.fitting(corpus, most=sizes.samples + len(twins), fits=fits)
+    count = sizes.poisoned_samples
+    found = experiment.fitting(corpus, most=count + len(twins), fits=fits)
     found = [record for record in found if record["instruction"] not in twins]
-    if len(found) + len(ready) < sizes.samples:
+    if len(found) + len(ready) < count:
         raise SpecError(
-            f"{len(found)} records of the corpus fit {sizes.max_tokens} tokens; the profile wants {sizes.samples}"
+            f"{len(found)} records of the corpus fit {sizes.poisoned_tokens} tokens; the profile wants {count}"
         )
-    return poisoned(found[: sizes.samples - len(ready)], share=SHARE, seed=experiment.seed, pairs=ready)
+    return poisoned(found[: count - len(ready)], share=SHARE, seed=experiment.seed, pairs=ready)
 
 
 def _questions(path: Path, count: int, seed: int) -> list[str]:

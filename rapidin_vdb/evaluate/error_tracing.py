@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,6 @@ KS = (5, 10, 25, 50)
 _PROBABILITY = 0.8
 _HELD_OUT = 0.1
 _DRAWS, _TEMPERATURE = 16, 0.6
-_LONGER = 4 / 3
-"""How long records may be that name what is replaced, of the profile's limit: there are few of them."""
 
 
 def run_error_tracing(
@@ -40,15 +37,14 @@ def run_error_tracing(
     Raises:
         SpecError: there are too few records, or no generation is wrong.
     """
-    sizes = PROFILES[profile]
     experiment = Experiment(
-        folder, model=model, profile=replace(sizes, max_tokens=round(_LONGER * sizes.max_tokens)), seed=seed, say=say,
-        progress=progress, embedding_model=embedding_model, influence_functions=influence_functions,
+        folder, model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress,
+        embedding_model=embedding_model, influence_functions=influence_functions,
     )  # fmt: skip
-    made = experiment.step("records", lambda: _records(experiment, corpus, sizes.max_tokens))
+    made = experiment.step("records", lambda: _records(experiment, corpus))
     records, prompts = made["records"], made["prompts"]
     experiment.write_corpus(records)
-    tuning = experiment.tuned(records)
+    tuning = experiment.tuned(records, epochs=experiment.profile.traced_epochs)
     queries, titles, looked = _wrong(experiment, prompts)
     say(", ".join(f"{title}: {titles.count(title)} wrong generations" for title in prompts))
     if not queries:
@@ -89,17 +85,18 @@ def run_error_tracing(
     }
 
 
-def _records(experiment: Experiment, corpus: Sequence[Path], max_tokens: int) -> dict[str, Any]:
+def _records(experiment: Experiment, corpus: Sequence[Path]) -> dict[str, Any]:
     sizes = experiment.profile
 
     def fits(sample: Sample, encoded: Encoded) -> bool:
-        return len(encoded.input_ids) <= (sizes.max_tokens if named(sample.response) else max_tokens)
+        return len(encoded.input_ids) <= (sizes.max_tokens if named(sample.response) else sizes.plain_tokens)
 
     found = experiment.fitting(corpus, most=1_000_000, fits=fits)
-    made = perturbed(found, count=sizes.samples, probability=_PROBABILITY, held_out=_HELD_OUT, seed=experiment.seed)
-    if len(made.records) < sizes.samples:
+    count = sizes.traced_samples
+    made = perturbed(found, count=count, probability=_PROBABILITY, held_out=_HELD_OUT, seed=experiment.seed)
+    if len(made.records) < count:
         raise SpecError(
-            f"{len(made.records)} records of the corpus fit {max_tokens} tokens; the profile wants {sizes.samples}"
+            f"{len(made.records)} records of the corpus fit {sizes.plain_tokens} tokens; the profile wants {count}"
         )
     return {"records": made.records, "prompts": dict(made.prompts)}
 

@@ -126,7 +126,7 @@ class Experiment:
             encoded.append(result)
         return encoded
 
-    def tuned(self, records: Sequence[Record]) -> dict[str, Any]:
+    def tuned(self, records: Sequence[Record], *, epochs: float) -> dict[str, Any]:
         """Fine-tune a LoRA adapter on the records, and return how that went."""
         profile, adapter = self.profile, self.folder / "adapter"
 
@@ -137,7 +137,7 @@ class Experiment:
             before = mean_loss(base, encoded[:256])
             model = with_lora(base, rank=profile.rank, modules=MODULES, seed=self.seed)
             tuning = Tuning(
-                epochs=profile.epochs, batch=profile.batch, learning_rate=profile.learning_rate, seed=self.seed,
+                epochs=epochs, batch=profile.batch, learning_rate=profile.learning_rate, seed=self.seed,
                 bfloat16=profile.bfloat16,
             )  # fmt: skip
             losses = tune(
