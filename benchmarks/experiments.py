@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--profile", default="full", choices=("quick", "full", "gpu"))
     parser.add_argument("--only", choices=("backdoor", "error-tracing"))
     parser.add_argument("--without-influence-functions", default="", choices=("", "backdoor", "error-tracing"))
-    parser.add_argument("--remark", default="The machine was shared.")
+    parser.add_argument("--remark", default="the machine was shared")
     arguments = parser.parse_args()
     data, folder, without = arguments.data, arguments.dir, arguments.without_influence_functions
     if not (folder / "base" / "config.json").exists():
