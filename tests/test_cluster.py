@@ -258,6 +258,7 @@ def test_a_node_that_cannot_hold_a_share_says_why_and_what_was_left_is_entered_a
             TableError, match="^node [0-9a-f]+ cannot hold .*: ModuleNotFoundError: No module named 'one'; no"
         ):
             answers_of(here, cluster=cluster.address)
+    assert answers_of(here, top_k=3, cluster=cluster.address) == answers_of(here, top_k=3)
     ray.shutdown()
     monkeypatch.setattr(searching, "_LOOK_SECONDS", 0.05)
     assert answers_of(here, top_k=100, cluster=cluster.address) == answers_of(here, top_k=100)

@@ -196,6 +196,7 @@ class ClusterKeeper:
                     answer = self._ray.get(ref)
                 except lost_errors(self._ray) as error:
                     if could_not_begin(error):
+                        del self._actors[part]  # another is tried with the next question
                         raise TableError(
                             f"node {self._nodes[part]} cannot hold a share of the index: {first_words(error)}; no "
                             "answer is given. All nodes need the same packages"
@@ -216,6 +217,8 @@ class ClusterKeeper:
         return [answers[part] for part in range(self._parts)]
 
     def _put(self, part: int, held: Held, method: str, shared: tuple[Any, Any]) -> Any:
+        if part not in self._actors:
+            self._actors[part] = self._start(part)
         return self._actors[part].ask.remote(held, method, *shared)
 
 
