@@ -135,6 +135,7 @@ class ClusterKeeper:
         self._uri = from_anywhere(uri)
         self._parts = max(1, len(nodes_of(self._ray)))
         self._nodes: dict[int, str] = {}
+        self._answered: set[int] = set()
         self._actors = {part: self._start(part) for part in range(self._parts)}
 
     def _start(self, part: int, *, besides: Collection[str] = ()) -> Any:
@@ -145,6 +146,7 @@ class ClusterKeeper:
         if not nodes:
             raise SpecError("the cluster has no node with CPUs")
         self._nodes.pop(part, None)
+        self._answered.discard(part)
         shares = Counter(self._nodes.values())
         chosen = min(nodes, key=lambda node: (node in besides, shares[node]))
         self._nodes[part] = chosen
@@ -196,7 +198,8 @@ class ClusterKeeper:
                     answer = self._ray.get(ref)
                 except lost_errors(self._ray) as error:
                     if could_not_begin(error):
-                        del self._actors[part]  # another is tried with the next question
+                        # Others may be as dead: with the next question, all that never answered are started anew.
+                        self._actors = {each: self._actors[each] for each in self._answered}
                         raise TableError(
                             f"node {self._nodes[part]} cannot hold a share of the index: {first_words(error)}; no "
                             "answer is given. All nodes need the same packages"
@@ -213,6 +216,7 @@ class ClusterKeeper:
                     continue
                 if isinstance(answer, BaseException):
                     raise answer
+                self._answered.add(part)
                 answers[part] = answer
         return [answers[part] for part in range(self._parts)]
 
