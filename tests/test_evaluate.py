@@ -355,6 +355,14 @@ def test_an_experiment_is_reported_and_not_done_again(quick, tmp_path):
     said.clear()
     assert run_backdoor(**options) == result
     assert [line for line in said if "scores of" in line or "tuning" in line] == []
+    assert result["tuning"]["timed_steps"] == result["tuning"]["steps"]
+    assert result["product"]["timed_samples"] == result["samples"] and "interrupted" not in report.read_text("utf-8")
+    (options["folder"] / "product.json").unlink()  # as after an end between the ingest and the queries
+    again = run_backdoor(**options)
+    assert again["product"]["timed_samples"] == 0
+    again["tuning"] |= {"timed_steps": 3}
+    text = write_report([again], tmp_path / "report").read_text("utf-8")
+    assert text.count("before was interrupted") == 2 and "(of the last 3 of " in text and "(of the last 0 of " in text
 
 
 @pytest.mark.experiment

@@ -131,7 +131,13 @@ class Experiment:
         profile, adapter = self.profile, self.folder / "adapter"
 
         def work() -> dict[str, Any]:
-            started = time.monotonic()
+            started, timed_steps = time.monotonic(), 0
+
+            def progress(stage: str, done: int, total: int) -> None:
+                nonlocal timed_steps
+                timed_steps += 1
+                self.progress(stage, done, total)
+
             encoded = self.samples(records)
             base = load_model(ModelSpec(model=self.model)).model
             before = mean_loss(base, encoded[:256])
@@ -140,9 +146,7 @@ class Experiment:
                 epochs=epochs, batch=profile.batch, learning_rate=profile.learning_rate, seed=self.seed,
                 bfloat16=profile.bfloat16,
             )  # fmt: skip
-            losses = tune(
-                model, encoded, tuning, state=self.folder / "state", stage="fine-tune", progress=self.progress
-            )
+            losses = tune(model, encoded, tuning, state=self.folder / "state", stage="fine-tune", progress=progress)
             save(model, self.tokenizer, adapter)
             tail = losses[-max(len(losses) // 20, 1) :]
             return {
@@ -152,6 +156,7 @@ class Experiment:
                 "parameters": sum(p.numel() for p in base.parameters() if not p.requires_grad),
                 "theta": sum(p.numel() for p in model.parameters() if p.requires_grad),
                 "seconds": time.monotonic() - started,
+                "timed_steps": timed_steps,
             }
 
         return self.step("tuning", work)
@@ -208,13 +213,12 @@ class Experiment:
                 )  # fmt: skip
             database = rapidin_vdb.open(place)
             database.load()
-            for name, call in (
-                ("ingest", lambda: database.ingest(corpus, progress=self.progress)),
-                ("index", lambda: database.index("cpu")),
-            ):
-                started = time.monotonic()
-                call()
-                seconds[name] = time.monotonic() - started
+            started = time.monotonic()
+            added = database.ingest(corpus, progress=self.progress).added
+            seconds["ingest"] = time.monotonic() - started
+            started = time.monotonic()
+            database.index("cpu")
+            seconds["index"] = time.monotonic() - started
             rankings = database.query(queries=list(queries), top_k=10)
             seconds["gradient_a_query"] = float(np.mean([ranking.seconds.gradient for ranking in rankings]))
             seconds["search_a_query"] = float(np.mean([ranking.seconds.search for ranking in rankings]))
@@ -225,7 +229,12 @@ class Experiment:
                 differing = max(differing, float(np.abs(best - ours).max() / np.abs(best).max()))
             if differing > 0.01:
                 raise RapidInError(f"the database's scores differ from the experiment's by {differing:.3f}")
-            return {"seconds": seconds, "bytes": database.info().bytes, "largest_difference": differing}
+            return {
+                "seconds": seconds,
+                "timed_samples": added,
+                "bytes": database.info().bytes,
+                "largest_difference": differing,
+            }
 
         return self.step("product", work)
 

@@ -56,11 +56,21 @@ def _figure(triple: Sequence[float], digits: int = 3) -> str:
 
 def _tuning(result: Result) -> str:
     tuning = result["tuning"]
+    rest = _rest(tuning.get("timed_steps", tuning["steps"]), tuning["steps"], "steps")
     return (
         f"{result['samples']:,} samples; a model of {tuning['parameters']:,} parameters with LoRA (theta of "
         f"{tuning['theta']:,}), {tuning['steps']:,} steps, loss {tuning['loss_before']:.2f} before and "
-        f"{tuning['loss_after']:.2f} after, {tuning['seconds']:,.0f} s."
+        f"{tuning['loss_after']:.2f} after, {tuning['seconds']:,.0f} s{rest}."
     )
+
+
+def _rest(timed: int, whole: int, of: str) -> str:
+    """Return what the seconds are of, where a run before was interrupted.
+
+    >>> _rest(3, 10, "steps"), _rest(10, 10, "steps")
+    (' (of the last 3 of 10 steps: the run before was interrupted)', '')
+    """
+    return "" if timed == whole else f" (of the last {timed:,} of {whole:,} {of}: the run before was interrupted)"
 
 
 def _backdoor(result: Result) -> str:
@@ -124,7 +134,11 @@ def _left_out(result: Result) -> str:
 
 def _cost(result: Result) -> str:
     product = result["product"]
-    seconds = ", ".join(f"{name.replace('_', ' ')} {value:.3g} s" for name, value in product["seconds"].items())
+    rests = {"ingest": _rest(product.get("timed_samples", result["samples"]), result["samples"], "samples")}
+    seconds = ", ".join(
+        f"{name.replace('_', ' ')} {value:{',.0f' if value >= 100 else '.3g'}} s{rests.get(name, '')}"
+        for name, value in product["seconds"].items()
+    )
     table = _table(
         ["method", "seconds", "stored bytes"],
         [[name, f"{entry['seconds']:,.1f}", f"{entry['bytes']:,}"] for name, entry in result["methods"].items()],
