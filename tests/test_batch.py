@@ -9,12 +9,14 @@ import torch
 from conftest import tiny_model
 from reference import normalized, sample_gradient, sketched
 
+from rapidin_vdb.errors import ModelError
 from rapidin_vdb.gradient import RapidGradMaker, load_model
 from rapidin_vdb.gradient import batch as batch_module
 from rapidin_vdb.gradient.contribution import Rows
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.precision import adapter_layers
 from rapidin_vdb.gradient.rules import summed_rows
+from rapidin_vdb.gradient.self_check import ends, to_compare
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 from rapidin_vdb.sketch import BucketMap, draw_shuffle
 
@@ -49,10 +51,19 @@ def slow(loaded, sample, normalize="layer") -> np.ndarray:
 
 def test_the_sample_that_is_compared_is_padded_and_no_stub():
     """Behind one token, gradients of queries and keys are rounding alone."""
-    from rapidin_vdb.gradient.rapidgrad import _to_compare
+    assert to_compare(samples((2, 30, 9, 8, 12))) == 3
+    assert to_compare(samples((2, 5, 3))) == 1
 
-    assert _to_compare(samples((2, 30, 9, 8, 12))) == 3
-    assert _to_compare(samples((2, 5, 3))) == 1
+
+def test_where_memory_is_short_the_ends_of_samples_are_compared():
+    short, middle, long = samples((5, 100, 200))
+    long = dataclasses.replace(long, offsets=tuple((n, n + 1) for n in range(3)), focus=(1,))
+    middle = dataclasses.replace(middle, offsets=tuple((n, n + 1) for n in range(99)))
+    cut = ends([short, middle, long])
+    assert [len(sample.input_ids) for sample in cut] == [5, 32, 64], "padding too is as it is in the batch"
+    assert cut[0] == short and cut[2].input_ids == long.input_ids[-64:] and cut[2].offsets == long.offsets
+    assert cut[1].response_tokens == 31 and cut[1].loss_places[0] == 1, "a token before the first that carries loss"
+    assert ends([short]) == [short]
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])
@@ -231,9 +242,86 @@ def test_checkpointing_changes_nothing(kind, architecture, models, adapters):
     for (vector, loss), (expected, before) in zip(maker.make_batch(samples()), plain, strict=True):
         assert_close(vector, expected)
         assert loss == pytest.approx(before)
-    assert passes == [False, True], "each layer twice: once without keeping anything, once for its backward"
+    # A sample alone and the batch, to compare them once more, and the batch.
+    assert passes == [True, *[False, True] * 2], "once without keeping anything, once for its backward"
     assert maker._gradients.unruled == {}
     assert not any("forward" in vars(module) for module in loaded.model.modules())
+
+
+class _Beside(torch.nn.Module):
+    """A layer that is also given what the embedding wrote, by name, in a list, or by no argument at all."""
+
+    def __init__(self, layer, way, seen):
+        super().__init__()
+        self.layer, self.way, self.seen = layer, way, seen
+
+    def forward(self, hidden, **options):
+        beside = {"name": options.pop("beside", None), "list": options.pop("several", [None])[0], "none": self.seen}
+        found = beside[self.way]
+        return self.layer(hidden + (found[-1] if self.way == "none" else found), **options)
+
+
+def beside(way):
+    """A model whose layers are given the embeddings each."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    class Layer(_Beside, GradientCheckpointingLayer):
+        pass
+
+    model, seen = tiny_model("llama"), []
+    model.model.embed_tokens.register_forward_hook(lambda module, read, wrote: seen.append(wrote))
+
+    def give(module, given, options):
+        return given, options | {"name": {"beside": seen[-1]}, "list": {"several": [seen[-1]]}, "none": {}}[way]
+
+    for number in range(2):
+        layer = Layer(model.model.layers[number], way, seen)
+        layer.register_forward_pre_hook(give, with_kwargs=True)
+        model.model.layers[number] = layer
+    return model
+
+
+def shared(what):
+    """A model whose layers share their MLP, or are one and the same."""
+    model = tiny_model("llama")
+    if what == "mlp":
+        model.model.layers[1].mlp = model.model.layers[0].mlp
+    else:
+        model.model.layers[1] = model.model.layers[0]
+        model.config.use_cache = False  # which would take both for one layer's
+    return model
+
+
+@pytest.mark.parametrize("normalize", ["layer", "none"])
+@pytest.mark.parametrize(
+    "make",
+    [lambda: shared("mlp"), lambda: shared("layer"), lambda: beside("name"), lambda: beside("list")],
+    ids=["shared MLP", "shared layer", "beside by name", "beside in a list"],
+)
+def test_checkpointing_changes_nothing_where_layers_share(make, normalize):
+    """Computed again layer by layer, a shared module must not pass its part in one layer for the whole."""
+    loaded = loaded_from(make())
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize=normalize)
+    for _ in range(2):
+        for sample, (vector, _) in zip(samples(), maker.make_batch(samples()), strict=True):
+            assert_close(vector, slow(loaded, sample, normalize))
+        maker.save_memory()
+    assert maker._gradients.unruled == {}
+
+
+def test_what_checkpointing_gets_wrong_is_found_out(caplog):
+    """What a layer takes from elsewhere than its arguments gets its gradient layer by layer."""
+    loaded = loaded_from(beside("none"))
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    maker.make_batch(samples())
+    maker.save_memory()
+    for sample, (vector, _) in zip(samples(), maker.make_batch(samples()), strict=True):
+        assert_close(vector, slow(loaded, sample))
+    assert list(maker._gradients.unruled) == [list(loaded.theta).index("model.embed_tokens.weight")]
+    assert "model.embed_tokens.weight: gradients one sample at a time" in caplog.text
+    maker._gradients.unruled.clear()
+    with pytest.raises(ModelError, match="more of the gradient of model.embed_tokens.weight came after"):
+        maker.make_batch(samples())
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -9,6 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from rapidin_vdb.errors import ModelError
 from rapidin_vdb.gradient.checkpoint import checkpointed_layers
 from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows
 from rapidin_vdb.gradient.forward import batch_losses
@@ -35,6 +36,10 @@ class Receiver(Protocol):
     def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
         """Take some rows of tensor `number` for one sample, [rows] and float32 [rows, columns]; all others are zero."""
         ...
+
+
+class LateGradientError(ModelError):
+    """A tensor's gradient was handed on before all of it had come."""
 
 
 @dataclass(eq=False)
@@ -97,14 +102,25 @@ class BatchedGradients:
         logger.warning("%s: all gradients one sample at a time, which is slower (%s)", self.loaded.spec.model, reason)
 
     def stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
-        """Hand the gradients of every ruled tensor to the receiver, and return each sample's loss, [batch]."""
+        """Hand the gradients of every ruled tensor to the receiver, and return each sample's loss, [batch].
+
+        Raises:
+            LateGradientError: the receiver was given a part of a gradient for the whole; its tensor is given up.
+        """
         run = _Run(self, len(batch), receiver)
         layers = checkpointed_layers(self.loaded.model) if self.checkpointing else nullcontext()
         products = tf32_products(self._tf32_layers)
         with self._frozen(), layers, products, run.hooked(self._rules), torch.enable_grad():
             losses = batch_losses(self.loaded, batch).means()
+            run.counting = False
             losses.sum().backward()
             run.finish()
+        if run.late:
+            names = list(self.loaded.theta)
+            raise LateGradientError(
+                f"{self.loaded.spec.model}: more of the gradient of {', '.join(names[number] for number in run.late)} "
+                "came after it had been complete; --parameters can leave it out"
+            )
         return losses.detach()
 
     @contextmanager
@@ -129,6 +145,10 @@ class _Run:
         self.receiver = receiver
         self.pending: dict[int, _Pending] = {}
         self.theta = list(gradients.loaded.theta.values())
+        self.counting = True
+        """Whether calls of modules are told for the first time; in backward, checkpointed layers repeat theirs."""
+        self.late: list[int] = []
+        """Tensors of which more came when all had been handed over."""
 
     @contextmanager
     def hooked(self, modules: list[tuple[torch.nn.Module, list[tuple[int, Rule]]]]) -> Iterator[None]:
@@ -145,8 +165,6 @@ class _Run:
 
     def _watch(self, rules: list[tuple[int, Rule]]) -> Callable[[torch.nn.Module, tuple[Any, ...], Any], None]:
         def forward(module: torch.nn.Module, read: tuple[Any, ...], wrote: Any) -> None:
-            if not torch.is_grad_enabled():
-                return  # the first pass through a checkpointed layer; the second is the one that counts
             active = [(number, rule) for number, rule in rules if number not in self.gradients.unruled]
             if isinstance(wrote, tuple) and wrote:
                 wrote = wrote[0]  # a router of experts: its linear layer's output, then what it chose
@@ -154,13 +172,18 @@ class _Run:
                 for number, _ in active:
                     self.gradients.give_up(number, f"{type(module).__name__} is called in an unusual way")
                 return
-            if not wrote.requires_grad:
+            keeps = torch.is_grad_enabled()
+            if keeps and not wrote.requires_grad:
                 if not wrote.is_leaf or not active:
                     return
                 wrote.requires_grad_(True)  # a further embedding, as of positions
+            if self.counting:
+                # Before any backward, all calls of a module that several layers share.
+                for number, _ in active:
+                    self.pending.setdefault(number, _Pending()).expected += 1
+            if not keeps:
+                return  # the first pass through a checkpointed layer; the second is the one that has a backward
             sources = tuple(part.detach() if isinstance(part, Tensor) else part for part in read)
-            for number, _ in active:
-                self.pending.setdefault(number, _Pending()).expected += 1
 
             def backward(delta: Tensor) -> None:
                 for number, rule in active:
@@ -177,7 +200,12 @@ class _Run:
         except NoRuleError as reason:
             self.gradients.give_up(number, str(reason))
             return
-        pending = self.pending[number]
+        pending = self.pending.get(number)
+        if pending is None:
+            if number not in self.late:
+                self.late.append(number)
+                self.gradients.give_up(number, "more of its gradient comes after it is complete")
+            return
         pending.contributions.append(contribution)
         if len(pending.contributions) == pending.expected:
             self._hand_over(number, self.pending.pop(number).contributions)

@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -28,8 +29,28 @@ def checkpointed_layers(model: Any) -> Iterator[None]:
 
 
 def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
-    def run(hidden: Tensor, *arguments: Any, **options: Any) -> Any:
-        # Only what flows from layer to layer needs a gradient.
-        return checkpoint(lambda inner: forward(inner, *arguments, **options), hidden, use_reentrant=True)
+    def run(*arguments: Any, **options: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return forward(*arguments, **options)  # a layer within one that keeps nothing as yet
+        named = {name: value for name, value in options.items() if isinstance(value, Tensor)}
+        others = {name: value for name, value in options.items() if name not in named}
+        if any(_holds_gradients(value) for value in (*arguments, *others.values()) if not isinstance(value, Tensor)):
+            return forward(*arguments, **options)
+
+        def again(*given: Any) -> Any:
+            return forward(*given[: len(arguments)], **dict(zip(named, given[len(arguments) :], strict=True)), **others)
+
+        # Every tensor is handed in: through one that is only seen from inside, a layer's backward would go on to what
+        # made it, once for each layer.
+        return checkpoint(again, *arguments, *named.values(), use_reentrant=True)
 
     return run
+
+
+def _holds_gradients(value: Any) -> bool:
+    """Return whether a tensor in some tuples, lists and dictionaries asks for a gradient."""
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    if isinstance(value, dict):
+        return any(map(_holds_gradients, value.values()))
+    return isinstance(value, tuple | list) and any(map(_holds_gradients, value))

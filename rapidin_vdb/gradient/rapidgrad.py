@@ -9,17 +9,17 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
-from rapidin_vdb.gradient.batch import BatchedGradients, Receiver
+from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError, Receiver
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.receivers import Measuring, Sketcher
 from rapidin_vdb.gradient.sample import stream_gradient
+from rapidin_vdb.gradient.self_check import Prober, ends, kind_of, to_compare
 from rapidin_vdb.records import Encoded, Normalize, SketchSpec
 from rapidin_vdb.sketch import Sketch
 
 # How far a batched RapidGrad may be from that of the sample alone, relative to its norm: half of half precision for
 # models computed in float32; what the order of additions does to a backward pass in 16 bits.
 _TOLERANCE = {"float32": 2.0**-12, "bfloat16": 0.1, "float16": 0.02}
-_ENOUGH_TOKENS = 8
 
 
 def normalized(grad: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -51,13 +51,14 @@ class RapidGradMaker:
         self.normalize = normalize
         self._sketch = Sketch(spec, [shape.count for shape in loaded.shapes], device=loaded.device)
         self._gradients = BatchedGradients(loaded)
-        self._checked = 0  # with what kind of batch, see `_kind`
+        self._checked = 0  # with what kind of batch, see `kind_of`
 
     def save_memory(self) -> bool:
         """Compute layers twice instead of keeping their activations, from now on; return False where that is done."""
         if self._gradients.checkpointing:
             return False
         self._gradients.checkpointing = True
+        self._checked = 0
         return True
 
     def make(self, encoded: Encoded) -> tuple[np.ndarray, float]:
@@ -113,7 +114,7 @@ class RapidGradMaker:
 
         A sample whose loss is not finite has a loss of NaN. The first batch is checked, as `make_batch` says.
         """
-        if self._checked < _kind(batch):
+        if self._checked < kind_of(batch):
             self._check(batch)
         return self._stream(batch, receiver)
 
@@ -153,13 +154,17 @@ class RapidGradMaker:
 
     def _check(self, batch: Sequence[Encoded]) -> None:
         """Compare a much padded sample of a batch with the same sample alone."""
-        place = _to_compare(batch)
+        kind = kind_of(batch)
+        if self._gradients.checkpointing:
+            # Alone, activations are kept, for which there is no memory.
+            batch = ends(batch)
+        place = to_compare(batch)
         alone = torch.zeros(self.spec.width, device=self.loaded.device)
         try:
             self._add_alone(alone, batch[place])
         except GradientError:
             return  # not a sample to compare with; the next batch will do
-        self._checked = _kind(batch)
+        self._checked = kind
         if self._agrees(batch, place, alone):
             return
         self._give_up_wrong_tensors(batch, place)
@@ -168,7 +173,10 @@ class RapidGradMaker:
 
     def _agrees(self, batch: Sequence[Encoded], place: int, alone: Tensor) -> bool:
         sketcher = self.sketcher(len(batch))
-        self._stream(batch, sketcher)
+        try:
+            self._stream(batch, sketcher)
+        except LateGradientError:
+            return False
         together = sketcher.rapidgrads[place]
         tolerance = _TOLERANCE.get(self.loaded.dtype, 0.1) * float(torch.linalg.vector_norm(alone))
         return float(torch.linalg.vector_norm(together - alone)) <= tolerance
@@ -176,7 +184,7 @@ class RapidGradMaker:
     def _give_up_wrong_tensors(self, batch: Sequence[Encoded], place: int) -> None:
         """Find the tensors whose batched gradient is not that of autograd, by norm and by one random projection."""
         alone: dict[int, Tensor] = {}
-        projection = _Prober(self._sketch, place)
+        projection = Prober(self._sketch, place)
 
         def receive(number: int, grad: Tensor) -> None:
             alone[number] = projection.probe(number, grad.reshape(1, -1).float())
@@ -191,45 +199,6 @@ class RapidGradMaker:
                 min=1e-30
             ):
                 self._gradients.give_up(number, "its batched gradient differs from autograd's")
-
-
-def _to_compare(batch: Sequence[Encoded]) -> int:
-    """Return the place of the shortest sample that is long enough, else of the longest.
-
-    Behind a single token, attention has nothing to choose from: the gradients of queries and keys are zero but for
-    rounding, and differ wherever that does.
-    """
-    lengths = [len(sample.input_ids) for sample in batch]
-    enough = [place for place, length in enumerate(lengths) if length >= _ENOUGH_TOKENS]
-    if enough:
-        return min(enough, key=lengths.__getitem__)
-    return max(range(len(batch)), key=lengths.__getitem__)
-
-
-class _Prober:
-    """Keeps the norm and one random projection of each tensor's gradient, of one sample."""
-
-    def __init__(self, sketch: Sketch, place: int) -> None:
-        self._sketch = sketch
-        self._place = place
-        self.found: dict[int, Tensor] = {}
-
-    def probe(self, number: int, grads: Tensor, rows: Tensor | None = None) -> Tensor:
-        sketched = torch.zeros(self._sketch.spec.width, device=grads.device)
-        if rows is None:
-            self._sketch.add(sketched, number, grads.reshape(-1))
-        else:
-            self._sketch.add_rows(sketched, number, rows, grads, normalize=False)
-        weights = torch.linspace(-1, 1, len(sketched), device=grads.device)
-        return torch.stack([torch.linalg.vector_norm(grads), sketched @ weights]).cpu()
-
-    def dense(self, number: int, first: int, grads: Tensor) -> None:
-        if first <= self._place < first + len(grads):
-            self.found[number] = self.probe(number, grads[self._place - first].unsqueeze(0).float())
-
-    def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
-        if sample == self._place:
-            self.found[number] = self.probe(number, grads, ids)
 
 
 def judged(
@@ -272,9 +241,3 @@ def _objection(loss: float, largest: float, rounded: float) -> str | None:
             "make the database with --normalize layer"
         )
     return None
-
-
-def _kind(batch: Sequence[Encoded]) -> int:
-    """Return 1 for a sample alone, 2 for several, which may disturb one another, 3 where padding may too."""
-    lengths = {len(sample.input_ids) for sample in batch}
-    return 3 if len(lengths) > 1 else min(len(batch), 2)
