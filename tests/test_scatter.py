@@ -96,6 +96,19 @@ def test_rows_are_a_gradient_whose_other_rows_are_zero(normalize):
     np.testing.assert_allclose(rapidgrad.numpy(), expected, atol=1e-5)
 
 
+def test_the_norm_of_rows_keeps_what_is_small_beside_one_that_is_large():
+    width, rows = 1 << 16, torch.arange(1 << 11)
+    part = torch.full((len(rows), 16), 2e-4)
+    part[0, 0] = 1
+    _, buckets, signs, _, _ = drawn(part.numel(), width)
+    rapidgrad = torch.zeros(width)
+    scatter_rows(rapidgrad, part, rows=rows, buckets=buckets, signs=signs, normalize=True)
+    sums = torch.zeros(width)
+    scatter_rows(sums, part, rows=rows, buckets=buckets, signs=signs, normalize=False)
+    found = float(torch.linalg.vector_norm(rapidgrad.double()) / torch.linalg.vector_norm(sums.double()))
+    assert found == pytest.approx(1 / float(torch.linalg.vector_norm(part.double())), rel=1e-6)
+
+
 @pytest.mark.parametrize("keep", ["device", "host", "nowhere"])
 def test_where_the_map_is_kept_changes_nothing(keep):
     lengths, grads = [700, 3000, 41], torch.randn(2, 3741, generator=torch.Generator().manual_seed(1))
@@ -129,7 +142,7 @@ _CASES = [
 def check_batch_loop(scatter, batch, length, width, kind, scale, normalize):
     """Hold a loop against the obvious one in float64: what is there already stays, exactly zero stays zero."""
     grads, buckets, signs, numbers, negative = drawn(length, width, batch=batch)
-    grads[batch // 2] = 0
+    grads[batch // 2 : batch // 2 + (batch > 1)] = 0
     grads = torch.from_numpy(grads * np.float32(scale)).to(getattr(torch, kind))
     out = torch.zeros(batch, width)
     out[:, 0] = 0.5
@@ -219,7 +232,7 @@ def test_small_tensors_wait_in_lanes_whatever_parts_of_a_batch_they_come_in(batc
     for step in (3, batch, 8, 1, 5, 16):
         for number, length in enumerate(lengths):
             grads = torch.randn(batch, length, generator=draw)
-            grads[batch // 2] = 0
+            grads[batch // 2 : batch // 2 + (batch > 1)] = 0
             for first in range(0, batch, step):
                 sketcher.dense(number, first, grads[first : first + step])
             for sample, grad in enumerate(grads):

@@ -191,7 +191,8 @@ def _one(
         _kernel()(rapidgrad, flat, buckets, signs, rows, length)
     elif flat.size < len(rapidgrad):
         # A small tensor: reading it twice is cheaper than going over all buckets.
-        _kernel()(rapidgrad, flat * _scale(float(np.vdot(flat, flat)), flat), buckets, signs, rows, length)
+        wide = flat.astype(np.float64)  # many small squares are lost beside a large one
+        _kernel()(rapidgrad, flat * _scale(float(np.vdot(wide, wide)), flat), buckets, signs, rows, length)
     else:
         # The norm is known only at the end: gather apart, where it stays in the core's cache, then add scaled.
         scratch = np.zeros_like(rapidgrad)

@@ -1,4 +1,4 @@
-"""The sketch's inner loop in plain torch, for any device: slow, and right where there is neither numba nor Triton."""
+"""The sketch's inner loop in plain torch, for any device: a GPU's for rows of an embedding, and without Triton."""
 
 import torch
 from jaxtyping import Float, Integer, UInt8
