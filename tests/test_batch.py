@@ -441,9 +441,9 @@ def test_an_adapter_is_computed_under_tf32_on_a_gpu_and_nothing_else_is(checkpoi
     plain = RapidGradMaker(loaded, spec=SKETCH, normalize="layer").make_batch(samples())
     monkeypatch.setattr(batch_module, "adapter_layers", lambda loaded: layers)
     maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
-    maker.make_batch(samples())  # and the self-check, by plain autograd
     if checkpointing:
         assert maker.save_memory()
+    maker.make_batch(samples())  # and the self-check, by plain autograd
     before = torch.backends.cuda.matmul.fp32_precision, torch.get_float32_matmul_precision()
     with _Products() as products:
         made = maker.make_batch(samples())
