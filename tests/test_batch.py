@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from reference import normalized, sample_gradient, sketched
 from rapidin_vdb.errors import ModelError
 from rapidin_vdb.gradient import RapidGradMaker, load_model
 from rapidin_vdb.gradient import batch as batch_module
+from rapidin_vdb.gradient import forward as forward_module
+from rapidin_vdb.gradient.batch import BatchedGradients
 from rapidin_vdb.gradient.contribution import Rows
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.precision import adapter_layers
@@ -457,3 +460,41 @@ def test_an_adapter_is_computed_under_tf32_on_a_gpu_and_nothing_else_is(checkpoi
         np.testing.assert_allclose(vector, expected, atol=2e-3 * np.abs(expected).max())
     assert maker._gradients.unruled == {}
     assert not any("forward" in vars(module) for module in loaded.model.modules())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_all_logits_or_those_with_a_loss_make_the_same(architecture, models, monkeypatch):
+    """Whether nearly all tokens carry a loss decides only what is copied."""
+    loaded = load_model(ModelSpec(model=str(models[architecture]), parameters="all"), device="cpu")
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    wanted = [slow(loaded, sample) for sample in samples()]
+    for most in (0.0, 2.0):
+        monkeypatch.setattr(forward_module, "_MOST", most)
+        for found, row in zip(maker.make_batch(samples()), wanted, strict=True):
+            np.testing.assert_allclose(found[0], row, atol=2e-6 * np.linalg.norm(row))
+    assert not maker._gradients.unruled
+
+
+def test_backward_lets_go_of_the_inputs_that_it_has_used(models):
+    """What a layer was given is needed until its output's gradient is there: not until all of backward is over."""
+    loaded = load_model(ModelSpec(model=str(models["llama"]), parameters="all"), device="cpu")
+    last = loaded.model.model.layers[1].mlp.down_proj
+    given: list[weakref.ref] = []
+    still: list[bool] = []
+    first = loaded.model.model.layers[0].self_attn.q_proj
+    handles = [
+        last.register_forward_hook(lambda module, read, wrote: given.append(weakref.ref(read[0].untyped_storage()))),
+        first.register_full_backward_hook(lambda module, into, out: still.append(given[-1]() is not None)),
+    ]
+    BatchedGradients(loaded).stream(samples(), Nobody())
+    for handle in handles:
+        handle.remove()
+    assert still == [False]
+
+
+class Nobody:
+    """Takes gradients, and keeps none."""
+
+    def dense(self, number, first, grads): ...
+
+    def rows(self, number, sample, ids, grads): ...

@@ -183,9 +183,11 @@ class _Run:
                     self.pending.setdefault(number, _Pending()).expected += 1
             if not keeps:
                 return  # the first pass through a checkpointed layer; the second is the one that has a backward
-            sources = tuple(part.detach() if isinstance(part, Tensor) else part for part in read)
+            # Let go of as backward comes by: the hook itself stays until all of backward is over.
+            kept = [tuple(part.detach() if isinstance(part, Tensor) else part for part in read)]
 
             def backward(delta: Tensor) -> None:
+                sources = kept.pop()
                 for number, rule in active:
                     self._take(number, rule, module, sources, delta.detach())
 

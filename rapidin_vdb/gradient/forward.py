@@ -13,6 +13,10 @@ from rapidin_vdb.errors import ModelError
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.records import Encoded
 
+_MOST = 0.75
+"""Share of the logits from which all are taken."""
+_NOT_ASKED = -100
+
 
 @dataclass(frozen=True, eq=False)
 class TokenLosses:
@@ -63,10 +67,18 @@ def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded]) -> TokenLosses:
         raise ModelError(
             f"the model gave logits at {logits.shape[1]} of {longest} tokens; wanted the last {longest - first}"
         )
-    # By one number each: backward adds whole rows then, and not element by element.
-    chosen = logits.flatten(0, 1).index_select(0, rows * logits.shape[1] + places - 1 - before)
-    losses = F.cross_entropy(chosen.float(), ids[rows, places], reduction="none")
+    losses = _losses_at(logits.flatten(0, 1), rows * logits.shape[1] + places - 1 - before, ids[rows, places])
     return TokenLosses(losses, rows, counts.to(loaded.device))
+
+
+def _losses_at(logits: Tensor, chosen: Tensor, wanted: Tensor) -> Tensor:
+    """Return the cross-entropy of the chosen rows of logits, [tokens, vocabulary], with what was wanted there."""
+    if len(chosen) < _MOST * len(logits):
+        # By one number each: backward adds whole rows then, and not element by element.
+        return F.cross_entropy(logits.index_select(0, chosen).float(), wanted, reduction="none")
+    # A copy of nearly all logits, and of their gradient, would take more than the losses that nobody asks for.
+    targets = torch.full((len(logits),), _NOT_ASKED, device=logits.device).index_copy(0, chosen, wanted)
+    return F.cross_entropy(logits.float(), targets, ignore_index=_NOT_ASKED, reduction="none").index_select(0, chosen)
 
 
 def inner_model(model: Any) -> Any:
