@@ -169,6 +169,14 @@ def test_a_state_without_its_weights_is_none(tmp_path, monkeypatch):
     state = tmp_path / "state"
     losses = tune(tiny_model("llama"), SAMPLES, FEW, state=state)
     (state / "step-4.safetensors").unlink()
+
+    def half(tensors, path):
+        path.write_bytes(b"half")
+        raise Killed
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr("safetensors.torch.save_file", half)
+        tune(tiny_model("llama"), SAMPLES, FEW, state=state)
     assert tune(tiny_model("llama"), SAMPLES, FEW, state=state) == losses
     unlink = Path.unlink
 
