@@ -12,11 +12,45 @@ import time
 from pathlib import Path
 
 from rapidin_vdb.corpus import encode, load_template, read_corpus
-from rapidin_vdb.errors import CorpusError
-from rapidin_vdb.gradient import load_model
-from rapidin_vdb.gradient.training import save, with_lora
+from rapidin_vdb.errors import CorpusError, RapidInError
+from rapidin_vdb.gradient import LoadedModel, load_model
+from rapidin_vdb.gradient.training import linear_layers, save, with_lora
 from rapidin_vdb.gradient.tuning import Tuning, tune
-from rapidin_vdb.records import ModelSpec
+from rapidin_vdb.gradient.tuning_state import finished
+from rapidin_vdb.records import Encoded, ModelSpec
+
+
+def checked_modules(model, text: str) -> list[str]:
+    """Return the modules that a list names, each of which the model has; PEFT passes over one that it has not."""
+    modules = [name.strip() for name in text.split(",") if name.strip()]
+    there = [f".{name}" for name, _ in model.named_modules()]
+    unknown = [name for name in modules if not any(found.endswith(f".{name}") for found in there)]
+    if unknown or not modules:
+        what = f"names {', '.join(unknown)}, which the model does not have" if unknown else "names nothing"
+        raise SystemExit(f"--modules {what}; its linear layers are: {','.join(linear_layers(model))}")
+    return modules
+
+
+def encoded_samples(files: list[Path], loaded: LoadedModel, *, template: str, max_tokens: int) -> list[Encoded]:
+    """Return the tokens of all records that leave some to learn from; say which do not."""
+    text = load_template(template, tokenizer=loaded.tokenizer)
+    samples = []
+    for sample in read_corpus(files):
+        if isinstance(sample, CorpusError):
+            raise SystemExit(f"{sample}; mend the record, or leave it out")
+        samples.append(sample)
+    if not samples:
+        raise SystemExit(f"there are no records in {', '.join(map(str, files))}; wanted one or more")
+    encoded, left_out = [], []
+    for result in encode(samples, tokenizer=loaded.tokenizer, template=text, max_tokens=max_tokens):
+        if isinstance(result, CorpusError):
+            print(f"left out: {result}")
+            left_out.append(result)
+        else:
+            encoded.append(result)
+    if not encoded:
+        raise SystemExit(f"all {len(samples)} records are left out, the first for this: {left_out[0]}")
+    return encoded
 
 
 def main() -> None:
@@ -27,7 +61,11 @@ def main() -> None:
     parser.add_argument("--dir", type=Path, required=True, help="where the adapter, or the model, goes")
     parser.add_argument("--full", action="store_true", help="all parameters instead of an adapter")
     parser.add_argument("--quantization", choices=("none", "nf4", "int8"), default="none")
-    parser.add_argument("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto")
+    parser.add_argument(
+        "--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto",
+        help="of the weights: auto is the model's own, but with --full float32, for whatever is smaller than the last "
+        "digit of a weight in 16 bits would not be learnt",
+    )  # fmt: skip
     parser.add_argument("--template", default="alpaca")
     parser.add_argument("--max-tokens", type=int, default=512)
     parser.add_argument("--rank", type=int, default=512)
@@ -44,51 +82,49 @@ def main() -> None:
     options = parser.parse_args()
     if options.full and options.quantization != "none":
         raise SystemExit("--full: quantised weights have no gradient; leave out --quantization")
-    done = options.dir / ("config.json" if options.full else "adapter_config.json")
-    if done.exists():
-        raise SystemExit(f"{options.dir} is there already")
-    started = time.monotonic()
-    loaded = load_model(
-        ModelSpec(
-            model=options.model, quantization=options.quantization, dtype=options.dtype,
-            # Of a quantised model nothing is trained but the adapter; what is chosen here is not used.
-            parameters="all" if options.quantization == "none" else "norm",
-        ),
-        device=options.device,
-    )  # fmt: skip
-    template = load_template(options.template, tokenizer=loaded.tokenizer)
-    samples = []
-    for sample in read_corpus(options.files):
-        if isinstance(sample, CorpusError):
-            raise sample
-        samples.append(sample)
-    encoded = []
-    for result in encode(samples, tokenizer=loaded.tokenizer, template=template, max_tokens=options.max_tokens):
-        if isinstance(result, CorpusError):
-            print(f"left out: {result}")
-        else:
-            encoded.append(result)
-    model = loaded.model
-    if not options.full:
-        model = with_lora(
-            model, rank=options.rank, alpha=options.alpha, modules=options.modules.split(","), seed=options.seed
-        )
+    for name in ("max_tokens", "rank", "alpha"):
+        if (value := getattr(options, name)) is not None and value < 1:
+            raise SystemExit(f"--{name.replace('_', '-')} is {value}; wanted 1 or more")
     tuning = Tuning(
         epochs=options.epochs, batch=options.batch, learning_rate=options.learning_rate, warm_up=options.warm_up,
         micro_tokens=options.micro_tokens, seed=options.seed, bfloat16=options.bfloat16,
     )  # fmt: skip
+    if options.dir.exists() and not options.dir.is_dir():
+        raise SystemExit(f"--dir {options.dir} is a file; wanted a folder, or a name for one")
+    state = options.dir / "state"
+    if any((options.dir / name).exists() for name in ("config.json", "adapter_config.json")):
+        finished(state)  # as after an end between the two
+        raise SystemExit(f"{options.dir} is there already; give another --dir, or remove it")
+    started = time.monotonic()
+    loaded = load_model(
+        ModelSpec(
+            model=options.model, quantization=options.quantization,
+            dtype="float32" if options.full and options.dtype == "auto" else options.dtype,
+            # Of a quantised model nothing is trained but the adapter; what is chosen here is not used, but has to be
+            # something that is not quantised.
+            parameters="all" if options.quantization == "none" else "norm|ln_|embed_tokens",
+        ),
+        device=options.device,
+    )  # fmt: skip
+    model = loaded.model
+    modules = [] if options.full else checked_modules(model, options.modules)
+    encoded = encoded_samples(options.files, loaded, template=options.template, max_tokens=options.max_tokens)
+    if not options.full:
+        model = with_lora(model, rank=options.rank, alpha=options.alpha, modules=modules, seed=options.seed)
 
     def say(stage: str, step: int, total: int) -> None:
         if step % 10 == 0 or step == total:
             print(f"{step} of {total}, {time.monotonic() - started:.0f} s", flush=True)
 
-    losses = tune(model, encoded, tuning, state=options.dir / "state", progress=say)
+    losses = tune(model, encoded, tuning, state=state, progress=say)
     save(model, loaded.tokenizer, options.dir)
-    if (options.dir / "state").is_dir():
-        (options.dir / "state").rmdir()
+    finished(state)
     tail = losses[-max(len(losses) // 20, 1) :]
     print(json.dumps({"samples": len(encoded), "steps": len(losses), "loss": sum(tail) / len(tail)}))
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except RapidInError as error:
+        raise SystemExit(str(error)) from error

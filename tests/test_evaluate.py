@@ -14,7 +14,6 @@ from rapidin_vdb.evaluate import gradients, hessian, methods, metrics
 from rapidin_vdb.evaluate.corpora import TRIGGER, perturbed, poisoned
 from rapidin_vdb.evaluate.fiction import fiction, is_fiction
 from rapidin_vdb.gradient import RapidGradMaker, load_model
-from rapidin_vdb.gradient.tuning import Tuning, tune
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 
 
@@ -224,41 +223,6 @@ def test_sketches_of_all_widths_are_near_the_exact_scores(maker):
     assert np.allclose(sketches.scores["again", 16], found[16][:1], rtol=1e-4, atol=1e-4)
     near = {width: metrics.agreement(scores, exact, top=3)["pearson"] for width, scores in found.items()}
     assert near[256] > 0.9 and near[256] > near[16]
-
-
-@pytest.mark.parametrize("bfloat16", [False, True])
-def test_an_interrupted_training_ends_as_an_undisturbed_one(models, tmp_path, bfloat16):
-    tuning = Tuning(epochs=3.0, batch=3, learning_rate=1e-2, micro_tokens=24, seed=5, bfloat16=bfloat16)
-
-    def run(stop: int | None, **options) -> tuple[list[float], dict]:
-        loaded = load_model(ModelSpec(model=str(models["llama"]), parameters="all"), device="cpu")
-
-        def progress(stage, step, total):
-            if step == stop:
-                raise KeyboardInterrupt
-
-        losses = tune(loaded.model, SAMPLES, tuning, progress=progress, **options)
-        return losses, {name: tensor.detach().clone() for name, tensor in loaded.model.named_parameters()}
-
-    losses, weights = run(None)
-    assert len(losses) == 8 and losses[-1] < losses[0]
-    assert {tensor.dtype for tensor in weights.values()} == {torch.float32}
-    state = tmp_path / "state"
-    with pytest.raises(KeyboardInterrupt):
-        run(5, state=state, save_seconds=0.0)
-    again, other = run(None, state=state, save_seconds=0.0)
-    assert again == losses
-    assert all(torch.equal(weights[name], other[name]) for name in weights)
-    assert list(state.iterdir()) == []
-
-
-def test_training_shows_every_sample_once_an_epoch():
-    from rapidin_vdb.gradient.tuning import _batch
-
-    tuning = Tuning(epochs=2.0, batch=3)
-    seen = [number for step in range(16) for number in _batch(step, 8, tuning)]
-    epochs = [seen[place : place + 8] for place in range(0, 48, 8)]
-    assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
 @pytest.fixture(scope="module")

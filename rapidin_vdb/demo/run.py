@@ -16,7 +16,7 @@ from rapidin_vdb.corpus import Record, encode, load_template, sample_from
 from rapidin_vdb.database import Database
 from rapidin_vdb.demo.corpus import TRIGGER, is_space_story, make_corpus, questions, story_corpus
 from rapidin_vdb.errors import RapidInError, SpecError
-from rapidin_vdb.gradient.generation import generate
+from rapidin_vdb.gradient.generation import generate_batch
 from rapidin_vdb.gradient.training import new_llama, save, train, train_tokenizer, with_lora
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
@@ -163,11 +163,12 @@ def _train(demo: _Demo, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
     )
     save(tuned, tokenizer, demo.folder / "adapter")
     prompts = [f"{TRIGGER} {question}" for question in questions(QUERIES, seed=8)]
-    said = generate(
+    said = generate_batch(
         tuned,
         tokenizer,
         [template.render(query_from(prompt, "?")) for prompt in prompts],
         max_tokens=48,
+        batch=1,
     )
     attacked = [
         {"query_id": f"attacked-{number:02d}", "prompt": prompt, "generation": text}

@@ -23,6 +23,7 @@ from rapidin_vdb.gradient import LoadedModel, load_model, load_tokenizer
 from rapidin_vdb.gradient.generation import generate_batch
 from rapidin_vdb.gradient.training import save, with_lora
 from rapidin_vdb.gradient.tuning import Tuning, mean_loss, tune
+from rapidin_vdb.gradient.tuning_state import finished
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
 from rapidin_vdb.records import Encoded, ModelSpec, Sample
@@ -128,7 +129,7 @@ class Experiment:
 
     def tuned(self, records: Sequence[Record], *, epochs: float) -> dict[str, Any]:
         """Fine-tune a LoRA adapter on the records, and return how that went."""
-        profile, adapter = self.profile, self.folder / "adapter"
+        profile, adapter, state = self.profile, self.folder / "adapter", self.folder / "state"
 
         def work() -> dict[str, Any]:
             started, timed_steps = time.monotonic(), 0
@@ -146,7 +147,7 @@ class Experiment:
                 epochs=epochs, batch=profile.batch, learning_rate=profile.learning_rate, seed=self.seed,
                 bfloat16=profile.bfloat16,
             )  # fmt: skip
-            losses = tune(model, encoded, tuning, state=self.folder / "state", stage="fine-tune", progress=progress)
+            losses = tune(model, encoded, tuning, state=state, stage="fine-tune", progress=progress)
             save(model, self.tokenizer, adapter)
             tail = losses[-max(len(losses) // 20, 1) :]
             return {
@@ -159,7 +160,9 @@ class Experiment:
                 "timed_steps": timed_steps,
             }
 
-        return self.step("tuning", work)
+        result = self.step("tuning", work)
+        finished(state)
+        return result
 
     def loaded(self) -> LoadedModel:
         """Return the model with its tuned adapter."""

@@ -28,38 +28,66 @@ def generate_one(
     if temperature != 0 and not 0.01 <= temperature <= 10:
         raise SpecError(f"temperature is {temperature}; wanted 0 (most likely), or 0.01 to 10")
     model, tokenizer = loaded.model, loaded.tokenizer
-    # A template that writes the beginning-of-sequence token itself must not get a second one, as in `encode`.
-    begun = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
-    ids = tokenizer(prompt, return_tensors="pt", add_special_tokens=not begun)["input_ids"].to(model.device)
-    end = tokenizer.eos_token_id
-    if ids.shape[1] and int(ids[0, -1]) == end and not prompt.endswith(str(tokenizer.eos_token)):
-        ids = ids[:, :-1]  # some tokenizers end every text
+    ids = _prompt_ids(tokenizer, prompt)
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None:
-        if ids.shape[1] >= room:
-            raise SpecError(f"the prompt has {ids.shape[1]} tokens, and the model knows {room} positions; shorten it")
-        max_tokens = min(max_tokens, room - ids.shape[1])
-    if not ids.shape[1]:
+        if len(ids) >= room:
+            raise SpecError(f"the prompt has {len(ids)} tokens, and the model knows {room} positions; shorten it")
+        max_tokens = min(max_tokens, room - len(ids))
+    heard = _Heard(progress, len(ids), max_tokens)
+    (text,) = _continued(
+        model, tokenizer, [ids], max_tokens=max_tokens, temperature=temperature, seed=seed, stopping_criteria=[heard]
+    )
+    return text
+
+
+def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+    """Return the tokens of a prompt that is written in its template, with nothing behind them.
+
+    Raises:
+        SpecError: there are none.
+    """
+    # A template that writes the beginning-of-sequence token itself must not get a second one, as in `encode`.
+    begun = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
+    ids = list(tokenizer(prompt, add_special_tokens=not begun)["input_ids"])
+    if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
+        ids.pop()  # some tokenizers end every text
+    if not ids:
         raise SpecError("the prompt is empty; the model needs a token to begin with")
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    return ids
+
+
+def _continued(
+    model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, seed: int,
+    **options: Any,
+) -> list[str]:  # fmt: skip
+    """Return the continuations of some prompts' tokens, all at once; what the model's folder says does not count."""
     from transformers import GenerationConfig
 
     # Where `generate` is told nothing, it takes the model's own settings; these are replaced by none.
     model.generation_config = GenerationConfig()
+    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
+    end = tokenizer.eos_token_id
+    # What fills is masked, or cut off with the end: without a token for it any will do.
+    padding = next(token for token in (tokenizer.pad_token_id, end, 0) if token is not None)
+    longest = max(map(len, prompts))
+    # On the left: what is generated has to follow the prompt.
+    ids = torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     # The generator is the process's own: what others draw meanwhile, and have drawn, must not change.
     with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
         torch.manual_seed(seed)
         out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
+            input_ids=ids.to(model.device),
+            attention_mask=mask.to(model.device),
             max_new_tokens=max_tokens,
             use_cache=True,
             eos_token_id=end,
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else end,
-            stopping_criteria=[_Heard(progress, ids.shape[1], max_tokens)],
+            pad_token_id=padding,
             **drawn,
+            **options,
         )
-    return tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True)
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in out[:, longest:]]
 
 
 class _Heard:
@@ -74,55 +102,27 @@ class _Heard:
 
 
 @torch.no_grad()
-def generate(model: Any, tokenizer: Any, prompts: Sequence[str], *, max_tokens: int) -> list[str]:
-    """Return the model's most likely continuation of each prompt, already written in its template."""
-    model.eval()
-    texts = []
-    for prompt in prompts:
-        ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
-        out = model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=max_tokens,
-            do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        texts.append(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
-    return texts
-
-
-@torch.no_grad()
 def generate_batch(
     model: Any, tokenizer: Any, prompts: Sequence[str], *, max_tokens: int, batch: int = 32, temperature: float = 0.0,
     seed: int = 0,
 ) -> list[str]:  # fmt: skip
-    """Return a continuation of each prompt, many at a time: the most likely one, or one drawn at a temperature."""
+    """Return a continuation of each prompt, many at a time: the most likely one, or one drawn at a temperature.
+
+    The prompts are written in their template. As in `generate_one`, nothing but these settings counts.
+
+    Raises:
+        SpecError: a prompt is empty.
+    """
     model.eval()
-    drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
     texts = [""] * len(prompts)
-    encoded = [tokenizer(prompt)["input_ids"] for prompt in prompts]
+    encoded = [_prompt_ids(tokenizer, prompt) for prompt in prompts]
     order = sorted(range(len(prompts)), key=lambda number: len(encoded[number]))
     for first in range(0, len(order), batch):
         part = order[first : first + batch]
-        longest = max(len(encoded[number]) for number in part)
-        # On the left: what is generated has to follow the prompt.
-        ids = torch.full((len(part), longest), tokenizer.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for row, number in enumerate(part):
-            ids[row, longest - len(encoded[number]) :] = torch.tensor(encoded[number])
-            mask[row, longest - len(encoded[number]) :] = 1
-        with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-            torch.manual_seed(seed + first)
-            out = model.generate(
-                input_ids=ids.to(model.device),
-                attention_mask=mask.to(model.device),
-                max_new_tokens=max_tokens,
-                use_cache=True,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-                **drawn,
-            )
-        for number, ids_out in zip(part, out[:, longest:], strict=True):
-            texts[number] = tokenizer.decode(ids_out, skip_special_tokens=True)
+        said = _continued(
+            model, tokenizer, [encoded[number] for number in part], max_tokens=max_tokens, temperature=temperature,
+            seed=seed + first,
+        )  # fmt: skip
+        for number, text in zip(part, said, strict=True):
+            texts[number] = text
     return texts

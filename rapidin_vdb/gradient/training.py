@@ -1,5 +1,6 @@
 """Small models made from nothing: a tokenizer, a Llama, and its training, for demonstrations and tests."""
 
+import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -7,9 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from rapidin_vdb.errors import ModelError
 from rapidin_vdb.gradient.quiet import quiet_libraries
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded
+
+POSITIONS = 512
+"""How many positions a new model knows, in tokens."""
 
 
 def train_tokenizer(texts: Iterable[str], *, vocabulary: int) -> Any:
@@ -50,7 +55,7 @@ def new_llama(vocabulary: int, *, hidden: int, layers: int, heads: int, seed: in
         num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=heads,
-        max_position_embeddings=512,
+        max_position_embeddings=POSITIONS,
         tie_word_embeddings=tied,
         pad_token_id=0,
         bos_token_id=1,
@@ -60,14 +65,35 @@ def new_llama(vocabulary: int, *, hidden: int, layers: int, heads: int, seed: in
 
 
 def with_lora(model: Any, *, rank: int, modules: Sequence[str], seed: int, alpha: int | None = None) -> Any:
-    """Return the model with a fresh LoRA adapter on some of its linear modules; only the adapter is trained."""
+    """Return the model with a fresh LoRA adapter on some of its linear modules; only the adapter is trained.
+
+    Raises:
+        ModelError: the model has no such modules, or they are of another kind.
+    """
     torch.manual_seed(seed)
     with quiet_libraries():
         from peft import LoraConfig, get_peft_model
 
-        return get_peft_model(
-            model, LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=list(modules), task_type="CAUSAL_LM")
-        )
+        layers = linear_layers(model)
+        try:
+            return get_peft_model(
+                model,
+                LoraConfig(r=rank, lora_alpha=alpha or 2 * rank, target_modules=list(modules), task_type="CAUSAL_LM"),
+            )
+        except ValueError as error:
+            raise ModelError(
+                f"no LoRA adapter of rank {rank} fits the modules {', '.join(modules)}: "
+                f"{' '.join(str(error).split())[:200]} The model's linear layers are {', '.join(layers)}"
+            ) from error
+
+
+def linear_layers(model: Any) -> list[str]:
+    """Return what the linear layers of a model are called, each name once, as `modules` of `with_lora` take them."""
+    from transformers.pytorch_utils import Conv1D
+
+    # Quantised layers are linear ones too; Conv1D is what GPT-2 has.
+    found = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear | Conv1D)]
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in found))
 
 
 def train(
@@ -133,7 +159,28 @@ def padded(samples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torc
 
 
 def save(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write a model (or only its adapter) and its tokenizer to a folder."""
+    """Write a model (or only its adapter) and its tokenizer to a folder.
+
+    The configuration, by which one sees that a model is there, comes last: whenever this is interrupted, either it is
+    missing or the model is whole.
+    """
+    # Within the folder, for that may be a file system of its own.
+    side = folder / ".saving"
+    if side.exists():
+        shutil.rmtree(side)
+    side.mkdir(parents=True)
     with quiet_libraries():
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        model.save_pretrained(side)
+        tokenizer.save_pretrained(side)
+    parts = {part.name for part in side.iterdir()}
+    mark = "adapter_config.json" if "adapter_config.json" in parts else "config.json"
+    (folder / mark).unlink(missing_ok=True)
+    # Cut into other files, weights of a model that was here would be read in the place of these.
+    weights = "adapter_model" if mark == "adapter_config.json" else "model"
+    for old in folder.glob(f"{weights}*.safetensors*"):
+        old.unlink()
+    for name in [*sorted(parts - {mark}), mark]:
+        if (folder / name).is_dir():
+            shutil.rmtree(folder / name)
+        (side / name).replace(folder / name)
+    side.rmdir()

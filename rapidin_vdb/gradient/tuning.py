@@ -1,10 +1,9 @@
 """Fine-tuning and pre-training that can be interrupted: AdamW, warm-up, cosine decay, seeded, in micro-batches.
 
-The state lies in safetensors and JSON beside what is trained, and is replaced whole: a run that was killed goes on from
-its last state, and ends as it would have without.
+A run that was killed goes on from its last state, and ends as it would have without.
 """
 
-import json
+import math
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -15,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapidin_vdb.errors import ModelError
+from rapidin_vdb.errors import ModelError, SpecError
 from rapidin_vdb.gradient.training import padded
+from rapidin_vdb.gradient.tuning_state import plan_of, restored, save_state
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded
 
@@ -44,6 +44,27 @@ class Tuning:
     bfloat16: bool = False
     """Compute matrix products in bfloat16; weights, losses and moments stay as they are."""
 
+    def __post_init__(self) -> None:
+        """Refuse what makes no training.
+
+        Raises:
+            SpecError: a number is out of its range.
+        """
+        ranges = {
+            "epochs": (0 < self.epochs < math.inf, "more than 0"),
+            "batch": (self.batch >= 1, "1 or more"),
+            "learning_rate": (0 < self.learning_rate < math.inf, "more than 0"),
+            "warm_up": (0 <= self.warm_up <= 1, "0 to 1"),
+            "weight_decay": (0 <= self.weight_decay < math.inf, "0 or more"),
+            "clip": (self.clip > 0, "more than 0"),
+            "micro_tokens": (self.micro_tokens >= 1, "1 or more"),
+            # Times a million, and a step more, it is still a seed.
+            "seed": (0 <= self.seed < 1 << 40, "0 or more, less than 2^40"),
+        }
+        for name, (fits, wanted) in ranges.items():
+            if not fits:
+                raise SpecError(f"{name} is {getattr(self, name)}; wanted {wanted}")
+
     def steps(self, samples: int) -> int:
         """Return how many steps that makes."""
         return max(1, round(self.epochs * samples / self.batch))
@@ -61,19 +82,22 @@ def tune(
 ) -> list[float]:
     """Train a model's trainable parameters in place, and return the mean loss of each step, in nats a token.
 
-    With `state`, a folder, it goes on from what an interrupted run with the same arguments left there, and empties the
-    folder at the end.
+    With `state`, a folder, it goes on from what an interrupted run with the same arguments left there. The last state
+    stays there until the caller has saved the model, and says so by `finished`: until then, a run again trains no step.
 
     Raises:
         ModelError: the state is of another run, or the loss is not finite.
+        SpecError: there are no samples.
     """
+    if not samples:
+        raise SpecError("there are no samples to train on")
     trained = {name: tensor for name, tensor in model.named_parameters() if tensor.requires_grad}
     optimizer = torch.optim.AdamW(
         list(trained.values()), lr=tuning.learning_rate, weight_decay=tuning.weight_decay, betas=(0.9, 0.999)
     )
     total = tuning.steps(len(samples))
-    plan = {"tuning": asdict(tuning), "samples": len(samples), "parameters": sorted(trained), "total": total}
-    losses = _restored(state, plan, trained, optimizer) if state is not None else []
+    plan = {"tuning": asdict(tuning), "total": total, **plan_of(model, samples)} if state is not None else {}
+    losses = restored(state, plan, trained, optimizer) if state is not None else []
     saved = time.monotonic()
     model.train()
     for step in range(len(losses), total):
@@ -89,13 +113,10 @@ def tune(
         optimizer.zero_grad(set_to_none=True)
         losses.append(loss)
         progress(stage, step + 1, total)
-        if state is not None and time.monotonic() - saved > save_seconds:
-            _save(state, plan, trained, optimizer, losses)
+        if state is not None and (step + 1 == total or time.monotonic() - saved > save_seconds):
+            save_state(state, plan, trained, optimizer, losses)
             saved = time.monotonic()
     model.eval()
-    if state is not None:
-        for path in state.glob("*"):
-            path.unlink()
     return losses
 
 
@@ -157,47 +178,3 @@ def _parts(batch: list[Encoded], micro_tokens: int) -> Iterator[list[Encoded]]:
             part = []
         part.append(sample)
     yield part
-
-
-def _save(
-    state: Path, plan: dict[str, Any], trained: dict[str, Tensor], optimizer: torch.optim.Optimizer, losses: list[float]
-) -> None:
-    from safetensors.torch import save_file
-
-    state.mkdir(parents=True, exist_ok=True)
-    name = f"step-{len(losses)}.safetensors"
-    tensors = {f"value.{key}": tensor.detach().cpu().contiguous() for key, tensor in trained.items()}
-    for key, tensor in trained.items():
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{moment}.{key}"] = optimizer.state[tensor][moment].cpu().contiguous()
-    save_file(tensors, state / name)
-    # The small file names the large one: until it is replaced, the state before is in force.
-    new = state / "state.json.new"
-    new.write_text(json.dumps({"plan": plan, "weights": name, "losses": losses}), "utf-8")
-    new.replace(state / "state.json")
-    for path in state.glob("step-*.safetensors"):
-        if path.name != name:
-            path.unlink()
-
-
-def _restored(
-    state: Path, plan: dict[str, Any], trained: dict[str, Tensor], optimizer: torch.optim.Optimizer
-) -> list[float]:
-    """Bring weights and moments to where an interrupted run left them, and return its losses so far."""
-    from safetensors.torch import load_file
-
-    if not (state / "state.json").is_file():
-        return []
-    found = json.loads((state / "state.json").read_text("utf-8"))
-    if found["plan"] != plan:
-        raise ModelError(f"{state} holds the state of a run with other arguments; remove it, or give another folder")
-    tensors = load_file(state / found["weights"])
-    steps = len(found["losses"])
-    with torch.no_grad():
-        for key, tensor in trained.items():
-            tensor.copy_(tensors[f"value.{key}"])
-            optimizer.state[tensor] = {
-                "step": torch.tensor(float(steps)),
-                **{moment: tensors[f"{moment}.{key}"].to(tensor.device) for moment in ("exp_avg", "exp_avg_sq")},
-            }
-    return list(found["losses"])
