@@ -183,11 +183,12 @@ class _Run:
                     self.pending.setdefault(number, _Pending()).expected += 1
             if not keeps:
                 return  # the first pass through a checkpointed layer; the second is the one that has a backward
-            # Let go of as backward comes by: the hook itself stays until all of backward is over.
+            # Let go of as backward comes by, for the hook itself stays until all of backward is over. Checkpointed, it
+            # is over with the layer, and may come by again.
             kept = [tuple(part.detach() if isinstance(part, Tensor) else part for part in read)]
 
             def backward(delta: Tensor) -> None:
-                sources = kept.pop()
+                sources = kept[0] if self.gradients.checkpointing else kept.pop()
                 for number, rule in active:
                     self._take(number, rule, module, sources, delta.detach())
 
