@@ -11,10 +11,10 @@ from pathlib import Path
 import numpy as np
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index.index import ShardedIndex, make_shard
+from rapidin_vdb.index.faiss_shard import gpu_of, make_shard
+from rapidin_vdb.index.index import ShardedIndex
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.manifest import Manifest, Part, array_header
-from rapidin_vdb.index.shard import gpu_of
 from rapidin_vdb.index.source import ArraySource, FileSource, RowFile, RowSource
 from rapidin_vdb.index.texts import Texts
 from rapidin_vdb.recipe import IndexRecipe, Residence
