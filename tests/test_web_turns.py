@@ -220,11 +220,12 @@ def test_whoever_waits_is_told_when_the_server_ends(served, sign):
 @pytest.mark.parametrize("ask", ["search", "do"])
 def test_a_table_that_takes_longer_to_read_than_the_limit_is_served(served, monkeypatch, ask):
     """Whoever waits is told in time; what was read meanwhile is kept, and the next find all of it."""
-    begun, going = [], threading.Event()
+    begun, reading, going = [], threading.Event(), threading.Event()
     real = rapidin_vdb.table_index.batches_of
 
     def slow(snapshot, row_ids=None):
         begun.append(row_ids)
+        reading.set()
         for batch in real(snapshot, row_ids):
             assert going.wait(60)
             yield batch
@@ -232,7 +233,7 @@ def test_a_table_that_takes_longer_to_read_than_the_limit_is_served(served, monk
     monkeypatch.setattr("rapidin_vdb.table_index.batches_of", slow)
     database = rapidin_vdb.open(served.path)
     database._engine = served._engine
-    desk, query = Desk(database, seconds=1.0), query_from("Say 7", "blue 49")
+    desk, query = Desk(database, seconds=60.0), query_from("Say 7", "blue 49")
 
     def put() -> Job:
         if ask == "search":
@@ -240,14 +241,12 @@ def test_a_table_that_takes_longer_to_read_than_the_limit_is_served(served, monk
         return desk.do(Client("a"), lambda progress: database.nearest("toy-007", Question(top_k=3), progress=progress))
 
     first = put()
-    while not begun:
-        time.sleep(0.01)
-    time.sleep(max(0.0, first.deadline - time.monotonic()) + 0.1)
+    assert reading.wait(60)
+    first.deadline = time.monotonic() - 0.1
     desk.give_up(first, LateError())  # as whoever waits for it does
     going.set()
     with pytest.raises(LateError, match="took longer than is allowed"):
         first.future.result(20)
-    desk._seconds = 60.0
     assert len(put().future.result(60).results) == 3
     assert begun == [None], "its rows are read once"
     desk.close()
