@@ -52,25 +52,12 @@ class Database(SampleReader):
         return self._engine
 
     def ingest(
-        self,
-        *files: str | Path,
-        split: str | None = None,
-        source: str | None = None,
-        id_field: str = "id",
-        limit: int | None = None,
-        batch_tokens: int | None = None,
-        device: str = "auto",
-        workers_per_device: int = 1,
-        cluster: str | None = None,
-        on_bad_record: OnBadRecord = "stop",
-        on_duplicate: OnDuplicate = "error",
-        token_gradients: bool = False,
-        token_width: int | None = None,
-        dry_run: bool = False,
-        model: str | None = None,
-        adapter: str | None = None,
-        progress: Progress = silent,
-    ) -> IngestReport | IngestEstimate:
+        self, *files: str | Path, split: str | None = None, source: str | None = None, id_field: str = "id",
+        limit: int | None = None, batch_tokens: int | None = None, device: str = "auto", workers_per_device: int = 1,
+        cluster: str | None = None, on_bad_record: OnBadRecord = "stop", on_duplicate: OnDuplicate = "error",
+        token_gradients: bool = False, token_width: int | None = None, dry_run: bool = False, model: str | None = None,
+        adapter: str | None = None, progress: Progress = silent,
+    ) -> IngestReport | IngestEstimate:  # fmt: skip
         """Add the records of some files; samples that are there already are left alone.
 
         `device` may name several, as `cuda:0,cuda:1`. With more than one device or worker, each worker is a process
@@ -132,6 +119,12 @@ class Database(SampleReader):
         self._table.ensure_scalar_indices()
         samples, tokens = versions_for(self._table, Question(level=level))
         return self._indexes[level].build(tokens or samples, chosen, progress=progress)
+
+    @undisturbed
+    def open_index(self, *, progress: Progress = silent) -> None:
+        """Read what queries are answered from, as otherwise the first of them does; nothing of an empty database."""
+        if (snapshot := self._table.snapshot()).count():
+            self._indexes["sample"].fresh(snapshot, progress=progress)
 
     def query(
         self,

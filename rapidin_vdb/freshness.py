@@ -24,9 +24,9 @@ from rapidin_vdb.index_cache import check_room, fits, note_use
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.results import IndexInfo
-from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.store import TableVersion, undisturbed
 from rapidin_vdb.table_index import (
+    Resident,
     batches_of,
     check_coarse,
     counted,
@@ -34,7 +34,6 @@ from rapidin_vdb.table_index import (
     held_by,
     holds,
     info_of,
-    much_changed,
     of_table,
     say_what_coarse_finds,
 )
@@ -53,8 +52,8 @@ class IndexKeeper:
         self.folder = folder
         """Where they are, each in a folder of its own."""
         self._cached = cached  # the table is far away: an index of it is kept here, where it fits
-        # What is in memory, and the manifests that it was chosen from.
-        self._resident: tuple[Held, ShardedIndex, list[Manifest]] | None = None
+        self._resident: Resident | None = None
+        self._kept_out: Held | None = None  # the version of which no index could be written to the cache
         self._lock = Lock()
 
     def build(self, snapshot: TableVersion, recipe: IndexRecipe, *, progress: Progress = silent) -> IndexInfo:
@@ -66,30 +65,41 @@ class IndexKeeper:
             SpecError: the recipe cannot be honoured for this table, or the index would be larger than the cache may be.
             PurgedError: a purge removed the version meanwhile; nothing of it is left in the index.
         """
+        with self._lock:
+            built, _ = self._built(snapshot, recipe, progress)
+        self._used(recipe.name)
+        return info_of(built, snapshot)
+
+    def _built(self, snapshot: TableVersion, recipe: IndexRecipe, progress: Progress) -> tuple[Manifest, ShardedIndex]:
         check_coarse(recipe, snapshot)
         if self._cached:
             check_room(recipe, width=snapshot.width, rows=snapshot.rows())
-        with self._lock:
-            manifest = next((known for known in list_manifests(self.folder) if known.name == recipe.name), None)
-            extended = None
-            try:
-                if manifest is not None and manifest.index_recipe == recipe:
-                    extended = self._sound(manifest, snapshot, progress=progress)
-                if extended is None:
-                    count = snapshot.rows()
-                    batches = counted(batches_of(snapshot), count, progress)
-                    extended = write_index(
-                        self.folder, recipe, held_by(snapshot), batches, count=count, check=snapshot.check_kept
-                    )
-            except OSError as error:
-                text = f"the index {recipe.name} cannot be written to {self.folder}: {error}; the tables need none"
-                raise SpecError(text) from error
-            index = self._loaded_after(extended)
+        try:
+            written = self._written(snapshot, recipe, progress)
+            self._resident = None  # first: two copies of its rows might not fit
+            index = self._loaded_after(written)
             if recipe.coarse_width and index.samples:
-                extended = with_recall(self.folder, extended, measured_recall(index))
-            self._resident = (held_by(snapshot), index, self._chosen(None))
-        self._used(recipe.name)
-        return info_of(extended, snapshot)
+                written = with_recall(self.folder, written, measured_recall(index))
+        except OSError as error:
+            text = f"the index {recipe.name} cannot be written to {self.folder}: {error}; the tables need none"
+            raise SpecError(text) from error
+        self._resident = Resident(held_by(snapshot), index, self._chosen(None))
+        return written, index
+
+    def _written(self, snapshot: TableVersion, recipe: IndexRecipe, progress: Progress) -> Manifest:
+        """Bring an index of a recipe to a version of the table on disk."""
+        manifest = self._manifest(recipe.name)
+        if manifest is not None and manifest.index_recipe == recipe:
+            extended = self._sound(manifest, snapshot, progress=progress)
+            if extended is not None:
+                return extended
+        count = snapshot.rows()
+        batches = counted(batches_of(snapshot), count, progress)
+        return write_index(
+            self.folder, recipe, held_by(snapshot), batches, count=count, check=snapshot.check_kept,
+            # By somebody else, who was waited for.
+            done=lambda found: found != manifest and found.index_recipe == recipe and holds(found, snapshot),
+        )  # fmt: skip
 
     def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> ShardedIndex:
         """Return an index of exactly this version of the table: at hand, on disk, updated, or made now.
@@ -99,23 +109,21 @@ class IndexKeeper:
         Raises:
             SpecError: there is no built index of that name.
         """
-        if self._cached and name is None and not list_manifests(self.folder):
-            self._fetch(snapshot, progress)
         with self._lock:
             manifests = self._chosen(name)
-            try:
-                index = self._at_hand(snapshot, manifests, name)
-            except SpecError as error:
-                logger.warning("%s", error)
-                index = None
-            index = index or self._from_disk(snapshot, manifests, progress)
+            index = self._resident.at_hand(snapshot, manifests, name) if self._resident else None
+            if index is None:
+                # First: two copies of a table might not fit. Whoever searches it still has a hold of it.
+                self._resident = None
+                if self._cached and not manifests:
+                    index = self._fetched(snapshot, progress)
+                index = index or self._from_disk(snapshot, manifests, progress)
             if index is None:
                 if manifests:
                     logger.info("no built index can serve version %d: reading the table itself", snapshot.version)
-                self._resident = None  # first: two copies of a table might not fit
                 index = of_table(snapshot, progress)
             # As they are now: an update on disk made a new manifest.
-            self._resident = (held_by(snapshot), index, self._chosen(name))
+            self._resident = Resident(held_by(snapshot), index, self._chosen(name))
         self._used(index.recipe.name)
         if index.recipe.coarse_width:
             say_what_coarse_finds(self.folder, index)
@@ -171,16 +179,27 @@ class IndexKeeper:
         """Return what is built, and whether it holds this version of the table."""
         return tuple(info_of(manifest, snapshot) for manifest in list_manifests(self.folder))
 
-    def _fetch(self, snapshot: TableVersion, progress: Progress) -> None:
-        """Build an index of a table that is far away, if it fits the cache, so that it is read once only."""
+    def _fetched(self, snapshot: TableVersion, progress: Progress) -> ShardedIndex | None:
+        """Build an index of a table that is far away, if it fits the cache, so that it is read once only.
+
+        What cannot be built is tried once for a version: each time, all of the table would come from far away.
+        """
+        held = held_by(snapshot)
+        if held == self._kept_out:
+            return None
         try:
-            self.build(snapshot, read_recipe("cpu"), progress=progress)
+            return self._built(snapshot, read_recipe("cpu"), progress)[1]
         except SpecError as error:
             logger.warning("%s", error)
+            self._kept_out = held
+            return None
 
     def _used(self, name: str) -> None:
         if self._cached:
             note_use(self.folder / name)
+
+    def _manifest(self, name: str) -> Manifest | None:
+        return next((known for known in list_manifests(self.folder) if known.name == name), None)
 
     def _chosen(self, name: str | None) -> list[Manifest]:
         manifests = list_manifests(self.folder)
@@ -190,37 +209,12 @@ class IndexKeeper:
         chosen = [manifest for manifest in manifests if name is None or manifest.name == name]
         return sorted(chosen, key=lambda manifest: (manifest.recipe["coarse_width"] > 0, manifest.name))
 
-    def _at_hand(self, snapshot: TableVersion, manifests: list[Manifest], name: str | None) -> ShardedIndex | None:
-        """Return the index in memory, brought to this version, if it is the one to use."""
-        if self._resident is None:
-            return None
-        held, index, chosen_from = self._resident
-        if held == held_by(snapshot) and chosen_from == manifests:
-            return index
-        if name is not None and index.recipe.name != name:
-            return None
-        if manifests and index.recipe != manifests[0].index_recipe:
-            return None
-        if held == held_by(snapshot):
-            return index
-        if not index.grows or snapshot.digest_of(held.version) != held.digest:
-            return None
-        keys, missing = index.keys.difference(*snapshot.row_keys())
-        # What is mapped stays on disk; and memory has an end.
-        mapped = index.recipe.residence != "resident" or bool(index.recipe.coarse_width)
-        if much_changed(index.keys, keys, missing) or (mapped and len(missing)):
-            return None
-        if 2 * snapshot.width * len(missing) > free_bytes("cpu") // 2:
-            return None
-        return index.updated(keys, batches_of(snapshot, missing))
-
     def _loaded_after(self, manifest: Manifest) -> ShardedIndex:
         """Load an index that was just written, or what somebody else has put in its place since."""
         try:
             return load_index(self.folder, manifest)
         except SpecError:
-            again = next((known for known in list_manifests(self.folder) if known.name == manifest.name), manifest)
-            return load_index(self.folder, again)
+            return load_index(self.folder, self._manifest(manifest.name) or manifest)
 
     def _from_disk(self, snapshot: TableVersion, manifests: list[Manifest], progress: Progress) -> ShardedIndex | None:
         # One that holds this version first; and what is asked for exactly is not answered by a coarse one.
@@ -232,11 +226,11 @@ class IndexKeeper:
                     index = self._loaded(manifest, snapshot, progress)
                 except SpecError as error:
                     # Damaged, or replaced by somebody else while it was read.
-                    again = [known for known in list_manifests(self.folder) if known.name == manifest.name]
-                    if not again or again[0] == manifest:
+                    again = self._manifest(manifest.name)
+                    if again is None or again == manifest:
                         logger.warning("%s", error)
                         break
-                    manifest = again[0]
+                    manifest = again
                     continue
                 if index is not None:
                     return index
@@ -268,6 +262,10 @@ class IndexKeeper:
                 check_index(self.folder, extended)
             return extended
         except SpecError as error:
+            again = self._manifest(manifest.name)
+            # Whoever held the lock may have brought it to this version, or on the way to it.
+            if again is not None and again != manifest and again.index_recipe == manifest.index_recipe:
+                return self._sound(again, snapshot, progress=progress)
             logger.warning("%s", error)
             return None
 

@@ -1,8 +1,8 @@
-"""Rows of a table on their way into an index; and the table itself as one, where none is built."""
+"""Rows of a table on their way into an index; the table itself as one, where none is built; and one in memory."""
 
 import logging
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +31,54 @@ logger = logging.getLogger(__name__)
 
 # An index is written anew when more than this share of its rows went or came.
 _MOST_CHANGED = 0.3
+
+
+@dataclass(frozen=True, eq=False)
+class Resident:
+    """An index in memory."""
+
+    held: Held
+    """Which version of which table it holds."""
+    index: ShardedIndex
+    """The index."""
+    chosen_from: list[Manifest]
+    """The built indexes that were to choose from when it was read, in the order in which they are taken."""
+
+    def at_hand(self, snapshot: TableVersion, manifests: list[Manifest], name: str | None) -> ShardedIndex | None:
+        """Return it, brought to a version of the table; None where another one is to be used, or it cannot be.
+
+        `manifests` are the built indexes to choose from now, and `name` is the one that was asked for.
+        """
+        try:
+            return self._brought_to(snapshot, manifests, name)
+        except SpecError as error:
+            logger.warning("%s", error)
+            return None
+
+    def _brought_to(self, snapshot: TableVersion, manifests: list[Manifest], name: str | None) -> ShardedIndex | None:
+        held, index = self.held, self.index
+        # Whoever names none gets a coarse one where nothing but coarse ones is built, and only then.
+        exact = not manifests or not manifests[0].recipe["coarse_width"]
+        if name is None and index.recipe.coarse_width and exact:
+            return None
+        if held == held_by(snapshot) and self.chosen_from == manifests:
+            return index
+        if name is not None and index.recipe.name != name:
+            return None
+        if manifests and index.recipe != manifests[0].index_recipe:
+            return None
+        if held == held_by(snapshot):
+            return index
+        if not index.grows or snapshot.digest_of(held.version) != held.digest:
+            return None
+        keys, missing = index.keys.difference(*snapshot.row_keys())
+        # What is mapped stays on disk; and memory has an end.
+        mapped = index.recipe.residence != "resident" or bool(index.recipe.coarse_width)
+        if much_changed(index.keys, keys, missing) or (mapped and len(missing)):
+            return None
+        if 2 * snapshot.width * len(missing) > free_bytes("cpu") // 2:
+            return None
+        return index.updated(keys, batches_of(snapshot, missing))
 
 
 def of_table(snapshot: TableVersion, progress: Progress) -> ShardedIndex:
@@ -151,9 +199,11 @@ def much_changed(before: Keys, after: Keys, missing: np.ndarray) -> bool:
 
 def say_what_coarse_finds(folder: Path, index: ShardedIndex) -> None:
     """Warn that an index is not exact, with what was measured of it."""
-    found = [known.recall for known in list_manifests(folder) if known.name == index.recipe.name]
-    if found and found[0] is not None:
-        logger.warning(
-            "the index %s is not exact: it found %.1f %% of the best %d samples when it was built",
-            index.recipe.name, 100 * found[0]["recall"], found[0]["at"],
-        )  # fmt: skip
+    for recall in (known.recall for known in list_manifests(folder) if known.name == index.recipe.name):
+        if recall is None:
+            logger.warning("the index %s is not exact, and what it finds was not measured", index.recipe.name)
+        else:
+            logger.warning(
+                "the index %s is not exact: it found %.1f %% of the best %d samples when it was built",
+                index.recipe.name, 100 * recall["recall"], recall["at"],
+            )  # fmt: skip

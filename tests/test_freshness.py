@@ -3,6 +3,9 @@
 import json
 import logging
 import shutil
+import threading
+import time
+import weakref
 
 import numpy as np
 import pytest
@@ -12,6 +15,7 @@ from reference import top_k
 
 import rapidin_vdb
 from rapidin_vdb.errors import SpecError, TableError
+from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.index import ShardedIndex, list_manifests, with_recall
 from rapidin_vdb.recipe import IndexRecipe
 
@@ -264,7 +268,7 @@ def test_both_ends_and_groups(database, tmp_path):
 def test_an_index_is_never_half_shared(database):
     """An updated index does not change the one that it came from, as far as that may still be used."""
     database.index("cpu")
-    index = database._indexes["sample"]._resident[1]
+    index = database._indexes["sample"]._resident.index
     assert isinstance(index, ShardedIndex)
     keys, missing = index.keys.difference(index.keys.row_ids[1:], index.keys.versions[1:])
     assert len(missing) == 0
@@ -309,7 +313,7 @@ def test_mapped_rows_do_not_pile_up_in_memory(database, tmp_path):
         change(database, tmp_path, number)
         assert_answers(database)
         assert [index.fresh for index in database.info().indexes] == [True], "brought up to date on disk"
-    index = database._indexes["sample"]._resident[1]
+    index = database._indexes["sample"]._resident.index
     assert all(
         isinstance(array, np.memmap) and not array.flags.writeable for s in index.shards for array in s.source.arrays
     )
@@ -373,3 +377,133 @@ def test_recall_is_not_written_over_what_somebody_else_built(database, tmp_path)
     assert now != before
     with_recall(folder, before, {"recall": 0.0})
     assert list_manifests(folder) == [now]
+
+
+COARSE = IndexRecipe(name="zcoarse", coarse_width=2, refine=1)
+
+
+def test_a_coarse_index_just_built_answers_only_who_names_it(database, tmp_path):
+    database.index("cpu")
+    database.index(COARSE)
+    assert_answers(database, k=5)
+    assert database._indexes["sample"]._resident.index.recipe.name == "cpu"
+    database.query(*ASKED, index="zcoarse")
+    assert_answers(database, k=5)
+    database.index(COARSE)
+    shutil.rmtree(tmp_path / "db" / "indexes" / "cpu")
+    database.query(*ASKED)
+    assert database._indexes["sample"]._resident.index.recipe == COARSE, "nothing else is built"
+    shutil.rmtree(tmp_path / "db" / "indexes")
+    assert_answers(database, k=5)
+
+
+def test_recall_that_cannot_be_written_is_told(database, monkeypatch, caplog):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rapidin_vdb.freshness.with_recall", full)
+    with pytest.raises(SpecError, match="the index zcoarse cannot be written to .*No space left on device"):
+        database.index(COARSE)
+    database.query(*ASKED)
+    assert "the index zcoarse is not exact, and what it finds was not measured" in caplog.text
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """Of whatever is read of the table, how many rows; None for all."""
+    real, read = rapidin_vdb.table_index.batches_of, []
+
+    def counted(snapshot, row_ids=None):
+        read.append(None if row_ids is None else len(row_ids))
+        yield from real(snapshot, row_ids)
+
+    monkeypatch.setattr("rapidin_vdb.freshness.batches_of", counted)
+    monkeypatch.setattr("rapidin_vdb.table_index.batches_of", counted)
+    return read
+
+
+@pytest.fixture
+def far(database, tmp_path, monkeypatch):
+    """As for a database in an object store: its index is kept here, and may go."""
+    monkeypatch.setenv("RAPIDIN_VDB_CACHE", str(tmp_path / "cache"))
+    database._indexes["sample"] = IndexKeeper(tmp_path / "cache" / "db-1" / "indexes", cached=True)
+    return database
+
+
+def test_a_far_table_is_not_read_again_while_its_index_is_in_memory(far, tmp_path, read):
+    assert_answers(far)
+    assert read == [None]
+    shutil.rmtree(tmp_path / "cache")  # others took its place
+    assert_answers(far)
+    assert read == [None]
+    change(far, tmp_path, 0)
+    assert_answers(far)
+    assert read == [None, 3], "the difference"
+
+
+def test_a_far_table_is_read_once_where_no_index_can_be_kept(far, tmp_path, read, monkeypatch, caplog):
+    def full(folder, recipe, held, batches, **_):
+        list(batches)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("rapidin_vdb.freshness.write_index", full)
+    for _ in range(3):
+        assert_answers(far)
+    assert read == [None, None] and caplog.text.count("No space left on device") == 1
+    # No longer in memory, as after an older version was asked for: what failed is not tried again.
+    far._indexes["sample"]._resident = None
+    assert_answers(far)
+    assert read == [None, None, None] and caplog.text.count("No space left on device") == 1
+
+
+@pytest.mark.parametrize("name", [None, "float32"])
+def test_rows_are_let_go_before_others_are_read(database, tmp_path, monkeypatch, name):
+    """Two copies of a table might not fit."""
+    database.index("cpu")
+    database.index(RECIPES["float32"])
+    database.query(*ASKED, index=name)
+    real, before = rapidin_vdb.freshness.load_index, []
+
+    def load(folder, manifest):
+        before.append(held())
+        return real(folder, manifest)
+
+    monkeypatch.setattr("rapidin_vdb.freshness.load_index", load)
+    if name is None:
+        held = weakref.ref(database._indexes["sample"]._resident.index)
+        database.query(*ASKED, index="float32")
+        held = weakref.ref(database._indexes["sample"]._resident.index)
+        database.index("cpu")
+    else:
+        held = weakref.ref(database._indexes["sample"]._resident.index)
+        change(database, tmp_path, 0)  # no rows are added in place where others may search
+        assert_answers(database, index=name)
+    assert before and before == [None] * len(before)
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_of_two_who_index_at_once_one_writes(database, tmp_path, read, built):
+    """The second waits for the first, and finds it done."""
+    folder, others = tmp_path / "db" / "indexes", []
+    if built:
+        database.index("cpu")
+        change(database, tmp_path, 0)
+    del read[:]
+    before = list_manifests(folder)
+    (folder / "cpu").mkdir(parents=True, exist_ok=True)
+    other = rapidin_vdb.open(database.path)
+    with FileLock(folder / "cpu" / ".lock", is_singleton=False) as lock:
+        threads = [
+            threading.Thread(target=lambda one=one: others.append(one.index("cpu"))) for one in (database, other)
+        ]
+        for thread in threads:
+            thread.start()
+        time.sleep(1.0)  # both have looked at what is there
+        lock.release()
+        for thread in threads:
+            thread.join(60)
+    (now,) = list_manifests(folder)
+    assert now not in before and [info.fresh for info in others] == [True, True]
+    assert read.count(None) == (0 if built else 1), "and not all of it a second time"
+    assert len(now.parts) == (len(before[0].parts) + 1 if built else now.shards)
+    assert_answers(rapidin_vdb.open(database.path))

@@ -7,7 +7,8 @@ import pytest
 from reference import top_k
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index import Batch, Keys, Texts, empty_index
+from rapidin_vdb.index import Batch, Keys, ShardedIndex, Texts, empty_index, half
+from rapidin_vdb.index.source import ArraySource
 from rapidin_vdb.recipe import IndexRecipe
 
 WIDTH = 64
@@ -221,3 +222,150 @@ def test_gpus_change_nothing(devices, element_type):
         row_ids = None if among is None else row_ids_of(vectors, among)
         for query, ranked in zip(asked, index.search(asked, 10, among=row_ids), strict=True):
             assert_same(ranked, top_k(allowed, query, 10))
+
+
+def scans_of(monkeypatch):
+    """What becomes the list of the passes over a shard's rows."""
+    scans, real = [], ArraySource.chunks
+
+    def chunks(source, wanted):
+        scans.append(wanted)
+        return real(source, wanted)
+
+    monkeypatch.setattr(ArraySource, "chunks", chunks)
+    return scans
+
+
+@pytest.mark.parametrize("case", ["one long row", "equal rows", "many wanted"])
+def test_no_search_takes_more_than_two_passes(case, monkeypatch):
+    """One row much longer than all others, or a tie of most rows, leaves open which of them are the best."""
+    monkeypatch.setattr("rapidin_vdb.index.shard.SUM_ROUNDING", 2.0**-18)  # as at a larger width
+    vectors, top = rows(3000), 300 if case == "many wanted" else 10
+    asked = queries(3)
+    names = list(vectors)
+    if case == "one long row":
+        vectors[names[5]] = vectors[names[5]] * np.float16(8000)
+    elif case == "equal rows":
+        vectors |= dict.fromkeys(names[:2000], vectors[names[0]])
+        asked[0] = vectors[names[0]]
+    index = index_of(vectors, batch=3000)
+    scans = scans_of(monkeypatch)
+    found = index.search(asked, top)
+    assert len(scans) == (1 if case == "many wanted" else 2)
+    del scans[:]
+    _, lowest = index.search_both(asked, top)
+    assert len(scans) <= 2
+    for query, ranked, worst in zip(asked, found, lowest, strict=True):
+        assert_same(ranked, top_k(vectors, query, top))
+        assert_same([(name, -score) for name, score in worst], top_k(vectors, -query, top))
+
+
+def test_what_a_second_pass_ranks_is_near(monkeypatch):
+    """Of rows of ordinary length few are, however long another one is."""
+    monkeypatch.setattr("rapidin_vdb.index.shard.SUM_ROUNDING", 2.0**-18)
+    vectors = rows(3000)
+    vectors["s0007"] = vectors["s0007"] * np.float16(8000)
+    index, ranked = index_of(vectors, batch=3000), []
+    real = ShardedIndex._exact_scores
+    monkeypatch.setattr(
+        ShardedIndex, "_exact_scores", lambda self, query, some: ranked.append(len(some)) or real(self, query, some)
+    )
+    index.search(queries(1), 10)
+    assert len(ranked) == 2 and max(ranked) < 100
+
+
+@pytest.mark.parametrize("element_type", ["float16", "float32"])
+@pytest.mark.parametrize("seed", range(6))
+def test_ties_and_lengths_of_all_kinds_change_nothing(seed, element_type, monkeypatch):
+    """With a bound of rounding so wide that everything is looked at twice, and with the usual one."""
+    draw = np.random.default_rng(seed)
+    vectors = rows(400, seed=seed, ties=bool(seed % 2))
+    scales = 2.0 ** draw.integers(-6, 9, 400)  # of two, so that ties and rows as halves stay exact
+    vectors = {
+        name: (vector * np.float16(scale)).astype(np.float16)
+        for (name, vector), scale in zip(vectors.items(), scales, strict=True)
+    }
+    if seed % 3 == 0:
+        vectors |= dict.fromkeys(list(vectors)[:150], next(iter(vectors.values())))
+    asked = queries(6)[: 1 + seed]
+    asked[0] = next(iter(vectors.values()))
+    index = index_of(vectors, shards=1 + seed % 3, element_type=element_type, batch=50)
+    for rounding in (None, 2.0**-8):
+        if rounding is not None:
+            monkeypatch.setattr("rapidin_vdb.index.shard.SUM_ROUNDING", rounding)
+            monkeypatch.setattr("rapidin_vdb.index.faiss_shard.SUM_ROUNDING", rounding)
+        for among in (None, draw.choice(sorted(vectors), 120, replace=False).tolist()):
+            allowed = vectors if among is None else {name: vectors[name] for name in among}
+            row_ids = None if among is None else row_ids_of(vectors, among)
+            for k in (1, 7, 60):
+                best, worst = index.search_both(asked, k, among=row_ids)
+                for query, high, low in zip(asked, best, worst, strict=True):
+                    assert_same(high, top_k(allowed, query, k))
+                    assert_same([(name, -score) for name, score in low], top_k(allowed, -query, k))
+
+
+def test_a_gpu_returns_so_many_and_no_more(monkeypatch):
+    """FAISS's index of a CPU stands in for it."""
+    vectors = {f"s{number:03d}": np.ones(WIDTH, np.float16) for number in reversed(range(300))}
+    vectors["long"] = np.full(WIDTH, -1000, np.float16)
+    index = index_of(vectors, element_type="float32")
+    monkeypatch.setattr(index.shards[0], "gpu", 0)
+    taken, real = [], index.shards[0]._rows
+    monkeypatch.setattr(index.shards[0], "_rows", lambda some: taken.append(len(some)) or real(some))
+    for most, passes in ((2048, 0), (100, 1)):
+        monkeypatch.setattr("rapidin_vdb.index.faiss_shard.GPU_MOST", most)
+        del taken[:]
+        (ranked,) = index.search(np.ones((1, WIDTH), np.float32), 5)
+        assert ranked == [(f"s{number:03d}", float(WIDTH)) for number in range(5)]
+        assert sum(count == len(vectors) for count in taken) == passes, "all rows come from there"
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 8, 9, 11, 32])
+def test_rows_come_from_memory_once_for_all_queries(count, monkeypatch):
+    """Some at a time, which all of few queries go over."""
+    draw = np.random.default_rng(0)
+    block = draw.standard_normal((403, WIDTH)).astype(np.float16)
+    asked, picks = draw.standard_normal((count, WIDTH)).astype(np.float32), np.arange(1, 403, 2)
+    one, four, exact = half._loops()
+    calls = []
+
+    def counted(loop):
+        return lambda rows, chosen, group, out: (
+            calls.append((rows.ctypes.data, len(group))) or loop(rows, chosen, group, out)
+        )
+
+    monkeypatch.setattr(half, "_loops", lambda: (counted(one), counted(four), exact))
+    monkeypatch.setattr(half, "_NEAR_BYTES", 100 * 2 * WIDTH, raising=False)
+    bits = block.view(np.uint16)
+    wide = asked.astype(np.float64) @ block.T.astype(np.float64)
+    np.testing.assert_allclose(half.inner_products(bits, asked), wide, atol=1e-4)
+    groups, blocks = -(-count // 4), 1 if count <= 4 else 5
+    assert [call[0] for call in calls] == [
+        bits.ctypes.data + 100 * 2 * WIDTH * n for n in range(blocks) for _ in range(groups)
+    ]
+    np.testing.assert_allclose(half.inner_products(bits, asked, picks), wide[:, picks], atol=1e-4)
+    assert half.inner_products(bits[:0], asked).shape == (count, 0)
+
+
+def test_groups_that_are_many_cost_no_more_than_rows(monkeypatch):
+    """A column may have a value for each row, and rows lie in many arrays."""
+    vectors = rows(300)
+    index, real, sums = index_of(vectors, batch=3), np.bincount, []
+    order = np.random.default_rng(0).permutation(300)
+    row_ids = row_ids_of(vectors, list(vectors))
+    few = index.group_sums(queries(2), row_ids, order % 2, 2)
+
+    def bincount(values, weights=None, minlength=0):
+        sums.append(real(values, weights=weights, minlength=minlength))
+        return sums[-1]
+
+    monkeypatch.setattr(np, "bincount", bincount)
+    found = index.group_sums(queries(2), row_ids, order, 300)
+    assert sum(map(len, sums)) == 2 * 300
+    monkeypatch.undo()
+    assert found.shape == (2, 300)
+    np.testing.assert_allclose(found[:, 0::2].sum(1), few[:, 0])
+    exact = {
+        name: float(vector.astype(np.float64) @ queries(1)[0].astype(np.float64)) for name, vector in vectors.items()
+    }
+    np.testing.assert_allclose(found[0, order], list(exact.values()), atol=1e-4)

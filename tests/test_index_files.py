@@ -344,3 +344,26 @@ def test_a_batch_larger_than_a_shard_is_cut(tmp_path):
     assert isinstance(one, Batch)
     (ranked,) = load_index(tmp_path, manifest).search(queries(1), 10)
     assert_same(ranked, top_k(vectors, queries(1)[0], 10))
+
+
+@pytest.mark.parametrize("options", [{}, {"residence": "streamed"}, {"element_type": "float32"}, {"coarse_width": 32}])
+@pytest.mark.parametrize("there, here", [(2, 5), (5, 2), (1, 3), (2, 64)])
+def test_one_shard_a_core_means_the_cores_that_are_here(tmp_path, monkeypatch, options, there, here):
+    """Wherever it was built, and after rows came and went."""
+    vectors = rows(40)
+    monkeypatch.setattr("os.cpu_count", lambda: there)
+    manifest = write(tmp_path, recipe_of(shards=0, refine=100, **options), vectors)
+    keys, _ = load_keys(tmp_path, manifest).difference(np.arange(1, 40), np.ones(39, np.int64))
+    more = {f"n{number}": vector for number, vector in enumerate(rows(7, seed=3).values())}
+    later = batches_of(more, first=40, version=2)
+    manifest = extend_index(tmp_path, manifest, held(2), keys, later, count=7)
+    monkeypatch.setattr("os.cpu_count", lambda: here)
+    index = load_index(tmp_path, manifest)
+    shares = [shard.rows for shard in index.shards]
+    assert (len(shares), sum(shares), max(shares) - min(shares)) == (here, 47, int(47 % here > 0))
+    assert np.concatenate(index.numbers).tolist() == list(range(47))
+    alive = {name: vector for place, (name, vector) in enumerate((vectors | more).items()) if place}
+    for query, ranked in zip(queries(3), index.search(queries(3), 9), strict=True):
+        assert_same(ranked, top_k(alive, query, 9))
+    written = write(tmp_path, recipe_of(shards=3, **options), vectors)
+    assert len(load_index(tmp_path, written).shards) == 3, "as the recipe says"

@@ -1,5 +1,6 @@
 """What takes long makes way for what is done in a moment, and whoever waits is told when the server ends."""
 
+import contextlib
 import json
 import re
 import signal
@@ -19,9 +20,9 @@ from rapidin_vdb.question import Question
 pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
-from rapidin_vdb.web import make_app
+from rapidin_vdb.web import make_app, serve
 from rapidin_vdb.web.desk import BusyError, Client, Desk
-from rapidin_vdb.web.lines import Job
+from rapidin_vdb.web.lines import Job, LateError
 
 LONG = ("Say 5", "blue 35 and more and more of it")
 
@@ -214,3 +215,75 @@ def test_whoever_waits_is_told_when_the_server_ends(served, sign):
         log = server.stderr.read()
     server.wait(30)
     assert log == "", "and nothing went wrong"
+
+
+@pytest.mark.parametrize("ask", ["search", "do"])
+def test_a_table_that_takes_longer_to_read_than_the_limit_is_served(served, monkeypatch, ask):
+    """Whoever waits is told in time; what was read meanwhile is kept, and the next find all of it."""
+    begun, reading, going = [], threading.Event(), threading.Event()
+    real = rapidin_vdb.table_index.batches_of
+
+    def slow(snapshot, row_ids=None):
+        begun.append(row_ids)
+        reading.set()
+        for batch in real(snapshot, row_ids):
+            assert going.wait(60)
+            yield batch
+
+    monkeypatch.setattr("rapidin_vdb.table_index.batches_of", slow)
+    database = rapidin_vdb.open(served.path)
+    database._engine = served._engine
+    desk, query = Desk(database, seconds=60.0), query_from("Say 7", "blue 49")
+
+    def put() -> Job:
+        if ask == "search":
+            return desk.search(Client("a"), Question(top_k=3), query)
+        return desk.do(Client("a"), lambda progress: database.nearest("toy-007", Question(top_k=3), progress=progress))
+
+    first = put()
+    assert reading.wait(60)
+    first.deadline = time.monotonic() - 0.1
+    desk.give_up(first, LateError())  # as whoever waits for it does
+    going.set()
+    with pytest.raises(LateError, match="took longer than is allowed"):
+        first.future.result(20)
+    assert len(put().future.result(60).results) == 3
+    assert begun == [None], "its rows are read once"
+    desk.close()
+
+
+def test_a_desk_that_closes_ends_the_reading_of_an_index(served, monkeypatch):
+    begun, real = threading.Event(), rapidin_vdb.table_index.batches_of
+
+    def endless(snapshot, row_ids=None):
+        begun.set()
+        while True:
+            time.sleep(0.02)
+            yield from real(snapshot, row_ids)
+
+    monkeypatch.setattr("rapidin_vdb.table_index.batches_of", endless)
+    database = rapidin_vdb.open(served.path)
+    database._engine = served._engine
+    desk = Desk(database, seconds=60.0)
+    job = desk.search(Client("a"), Question(top_k=3), query_from("Say 7", "blue 49"))
+    assert begun.wait(60)
+    desk.close()
+    with pytest.raises(BusyError, match="the server is stopping"):
+        job.future.result(0)
+
+
+def test_the_index_is_open_before_it_is_said_that_it_serves(served, monkeypatch):
+    told, stages = [], []
+    database = rapidin_vdb.open(served.path)
+    monkeypatch.setattr("rapidin_vdb.web.server._Server.run", lambda self, sockets: (self._ready(), sockets[0].close()))
+
+    def say(text: str) -> None:
+        told.append((text[:7], database._indexes["sample"]._resident is not None, len(stages) > 0))
+
+    @contextlib.contextmanager
+    def opening():
+        yield lambda stage, done, total: stages.append((stage, done, total))
+
+    serve(database, port=0, say=say, opening=opening)
+    assert told == [("serving", True, True)]
+    assert stages[-1] == ("index", 24, 24)

@@ -32,6 +32,7 @@ def serve(
     Example: rapidin-vdb serve db --port 8000
     """
     import rapidin_vdb
+    from rapidin_vdb.cli.progress import progress_bars
 
     try:
         from rapidin_vdb.web import serve as answer
@@ -40,4 +41,5 @@ def serve(
     answer(
         rapidin_vdb.open(db), host=host, port=port, writable=writable, token=token, served_as=served_as,
         time_limit=time_limit, device=device, model=model, adapter=adapter, say=lambda text: typer.echo(text, err=True),
+        opening=progress_bars,
     )  # fmt: skip

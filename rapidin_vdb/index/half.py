@@ -20,6 +20,8 @@ from rapidin_vdb.intrinsics import half_widener
 FEW_QUERIES = 32
 # Rows of a block, in bytes of float32: enough for the matrix product to run at full speed.
 _BLOCK_BYTES = 64 << 20
+# Rows that several groups of four queries go over one after another, while they are near: from memory they come once.
+_NEAR_BYTES = 2 << 20
 _compiling = threading.Lock()
 
 
@@ -110,23 +112,30 @@ def inner_products(
     if len(queries) > FEW_QUERIES:
         _by_matrix_products(block, queries, picks, out)
         return out
+    if not count:
+        return out
     one, four, _ = _loops()
     chosen = np.empty(0, np.int64) if picks is None else picks
-    if picks is not None and not count:
-        return out
-    for first in range(0, len(queries), 4):
-        part = queries[first : first + 4]
-        if len(part) == 1:
-            one(block, chosen, part, out[first:])
-        elif len(part) == 4:
-            four(block, chosen, part, out[first : first + 4])
-        else:
-            padded = np.zeros((4, part.shape[1]), np.float32)
-            padded[: len(part)] = part
-            products = np.empty((4, count), np.float32)
-            four(block, chosen, padded, products)
-            out[first : first + 4] = products[: len(part)]
+    groups = _groups(queries)
+    step = count if len(groups) == 1 else max(4, _NEAR_BYTES // (2 * block.shape[1]) // 4 * 4)
+    for begin in range(0, count, step):
+        part = slice(begin, min(begin + step, count))
+        near = block[part] if picks is None else block
+        for number, group in enumerate(groups):
+            mine = slice(4 * number, min(4 * number + 4, len(queries)))
+            products = np.empty((len(group), part.stop - begin), np.float32)
+            (one if len(group) == 1 else four)(near, chosen[part], group, products)
+            out[mine, part] = products[: mine.stop - mine.start]
     return out
+
+
+def _groups(queries: np.ndarray) -> list[np.ndarray]:
+    """Return queries as the loops take them: four at a time, with zeros in place of missing ones, or one alone."""
+    groups = [queries[first : first + 4] for first in range(0, len(queries), 4)]
+    if groups and 1 < len(groups[-1]) < 4:
+        missing = np.zeros((4 - len(groups[-1]), queries.shape[1]), np.float32)
+        groups[-1] = np.concatenate([groups[-1], missing])
+    return groups
 
 
 def exact_inner_products(
@@ -139,6 +148,33 @@ def exact_inner_products(
     out = np.empty(len(rows))
     _loops()[2](rows, query, out)
     return out
+
+
+def row_norms(
+    rows: UInt16[np.ndarray, "rows sketch"], picks: Int64[np.ndarray, " picked"]
+) -> Float32[np.ndarray, " picked"]:
+    """Return the lengths of some rows, a little more than they are."""
+    with _compiling:
+        squares = _squares()
+    out = np.empty(len(picks), np.float32)
+    squares(rows, picks, out)
+    return np.sqrt(out) * np.float32(1 + 1e-4)
+
+
+@cache
+def _squares() -> Any:
+    """Compile the loop for sums of squares, when it is first needed."""
+    wide = half_widener()
+
+    def squares(rows, picks, out):  # type: ignore[no-untyped-def]
+        for number in range(len(picks)):
+            row, total = rows[picks[number]], np.float32(0.0)
+            for place in range(len(row)):
+                value = wide(row[place])
+                total += value * value
+            out[number] = total
+
+    return compiled(squares, fastmath={"reassoc", "contract", "nsz"})
 
 
 _kept = threading.local()

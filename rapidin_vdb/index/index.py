@@ -1,8 +1,9 @@
 """Exact top-k over any number of shards: candidates in single precision, order and scores in double."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -10,17 +11,20 @@ from jaxtyping import Float32, Float64, Int64
 from rapidin_vdb.compiled import side_by_side
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index.coarse import folded
+from rapidin_vdb.index.faiss_shard import GPU_MOST, FaissShard, make_shard
+from rapidin_vdb.index.groups import add_up
 from rapidin_vdb.index.half import exact_inner_products
 from rapidin_vdb.index.keys import Keys, joined
-from rapidin_vdb.index.shard import FaissShard, Found, ScanShard, Shard, best_of, gpu_of
+from rapidin_vdb.index.shard import Found, ScanShard, Shard, best_of
 from rapidin_vdb.index.source import ArraySource, Rows, RowSource, TableSource, norm_of
 from rapidin_vdb.recipe import IndexRecipe
 
-# Candidates beyond top_k that are asked of each shard, so that rounding and ties rarely need a second search.
+# Candidates beyond top_k, at least, so that rounding and ties rarely need a second pass.
 _SLACK = 16
 _RESCORE_ROWS = 64
 
 Queries = Float32[np.ndarray, "queries sketch"]
+T = TypeVar("T")
 Ranked = list[tuple[str, float]]
 """Sample ids and scores, best first."""
 
@@ -111,8 +115,7 @@ class ShardedIndex:
             if not len(wanted):
                 continue
             for local, scores in shard.scores(queries, wanted):
-                for query in range(len(queries)):
-                    sums[query] += np.bincount(members[owned[local]], weights=scores[query], minlength=count)
+                add_up(sums, members[owned[local]], scores)
         return sums
 
     def scores(
@@ -159,81 +162,87 @@ class ShardedIndex:
         signs = (1.0, -1.0) if both else (1.0,)
         if count == 0 or len(queries) == 0:
             return [[[] for _ in queries] for _ in signs]
-        wanted = min(count, self.recipe.refine * top_k if self.recipe.coarse_width else top_k + _SLACK)
+        wanted = min(count, self.recipe.refine * top_k if self.recipe.coarse_width else top_k + self._slack(top_k))
         found = self._candidates(queries, wanted, rows, both=both)
-        return [
-            self._ranked(np.float32(sign) * queries, candidates, top_k, wanted, rows, count)
-            for sign, candidates in zip(signs, found, strict=True)
-        ]
+        asked = np.concatenate([np.float32(sign) * queries for sign in signs])
+        scores, numbers = (np.concatenate([end[kind] for end in found]) for kind in range(2))
+        candidates = [some[some >= 0] for some in numbers]
+        ranked = self._ranked(asked, candidates, top_k)
+        if wanted < count and self.full is None:
+            # Whatever was left out scored at most the last candidate, give or take rounding.
+            least = np.array([best[-1][1] for best in ranked])
+            rounding = max(shard.rounding for shard in self.shards)
+            margin = rounding * np.linalg.norm(asked.astype(np.float64), axis=1) * self._norm_bound()
+            pending = np.flatnonzero(least <= scores[:, -1] + margin)
+            if len(pending):
+                near = self._reaching(asked[pending], least[pending], rows)
+                more = [np.union1d(candidates[query], some) for query, some in zip(pending, near, strict=True)]
+                for query, best in zip(pending, self._ranked(asked[pending], more, top_k), strict=True):
+                    ranked[query] = best
+        return [ranked[first : first + len(queries)] for first in range(0, len(asked), len(queries))]
 
-    def _ranked(
-        self, queries: Queries, found: Found, top_k: int, wanted: int, rows: np.ndarray | None, count: int
-    ) -> list[Ranked]:
-        """Rank candidates exactly, and ask for more where rounding or ties leave open whether one is missing."""
-        results: dict[int, Ranked] = {}
-        pending = list(range(len(queries)))
-        while True:
-            everything = wanted >= count or self.full is not None
-            answers = self._settle_all(queries[pending], found, top_k, everything)
-            results |= {query: ranked for query, (ranked, _) in zip(pending, answers, strict=True)}
-            pending = [query for query, (_, settled) in zip(pending, answers, strict=True) if not settled]
-            if not pending:
-                return [results[query] for query in range(len(queries))]
-            wanted = min(count, 2 * wanted)
-            found = self._candidates(queries[pending], wanted, rows, both=False)[0]
+    def _slack(self, top_k: int) -> int:
+        """Return how many candidates beyond `top_k` to ask for: of more, more lie within rounding of the last."""
+        slack = max(_SLACK, top_k // 4)
+        on_gpu = any(isinstance(shard, FaissShard) and shard.gpu is not None for shard in self.shards)
+        return _SLACK if on_gpu and top_k + slack > GPU_MOST else slack
 
     def _candidates(self, queries: Queries, wanted: int, rows: np.ndarray | None, *, both: bool) -> list[Found]:
         """Return the best `wanted` rows of all shards with their scores in float32, best first."""
         if self.recipe.coarse_width:
             queries = queries.reshape(len(queries), self.recipe.coarse_width, -1).sum(2)
         queries = np.ascontiguousarray(queries)
-        wanted_rows = None if rows is None else np.zeros(len(self.keys), bool)
-        if wanted_rows is not None:
-            wanted_rows[rows] = True
 
-        def search(number: int) -> list[Found] | None:
-            shard, owned = self.shards[number], self.numbers[number]
-            local = None if wanted_rows is None else np.flatnonzero(wanted_rows[owned])
-            if not len(owned) or (local is not None and not len(local)):
-                return None
+        def search(shard: Shard, owned: np.ndarray, local: np.ndarray | None) -> list[Found]:
             found = shard.search(queries, wanted, local, both=both)
             return [(scores, np.where(places >= 0, owned[places], -1)) for scores, places in found]
 
-        places = range(len(self.shards))
-        if all(shard.side_by_side(len(queries)) for shard in self.shards):
-            with ThreadPoolExecutor(max_workers=len(self.shards)) as pool:
-                parts = [part for part in pool.map(search, places) if part is not None]
-        else:
-            parts = [part for part in map(search, places) if part is not None]
+        parts = self._of_shards(search, len(queries), rows)
         return [best_of([part[end] for part in parts], wanted) for end in range(1 + both)]
 
-    def _settle_all(self, queries: Queries, found: Found, top_k: int, everything: bool) -> list[tuple[Ranked, bool]]:
-        answers: dict[int, tuple[Ranked, bool]] = {}
+    def _reaching(
+        self, queries: Queries, least: Float64[np.ndarray, " queries"], rows: np.ndarray | None
+    ) -> list[np.ndarray]:
+        """Return for each query the rows whose exact score may reach `least`."""
+        queries = np.ascontiguousarray(queries)
 
-        def settle(query: int) -> None:
-            answers[query] = self._settle(queries[query], found[0][query], found[1][query], top_k, everything)
+        def search(shard: Shard, owned: np.ndarray, local: np.ndarray | None) -> list[np.ndarray]:
+            return [owned[places] for places in shard.reaching(queries, least, self._norm_bound(), local)]
 
-        side_by_side(settle, len(queries))
-        return [answers[query] for query in range(len(queries))]
+        parts = self._of_shards(search, len(queries), rows)
+        return [np.concatenate(of_query) for of_query in zip(*parts, strict=True)]
 
-    def _settle(
-        self,
-        query: Float32[np.ndarray, " sketch"],
-        scores: Float32[np.ndarray, " found"],
-        numbers: Int64[np.ndarray, " found"],
-        top_k: int,
-        everything: bool,
-    ) -> tuple[Ranked, bool]:
-        """Rank candidates exactly; say whether a row beyond them could still belong to the first `top_k`."""
-        numbers = numbers[numbers >= 0]
-        exact = self._exact_scores(query, numbers)
-        found = zip((self.keys.sample_ids[number] for number in numbers.tolist()), exact.tolist(), strict=True)
-        ranked = sorted(found, key=lambda pair: (-pair[1], pair[0]))[:top_k]
-        # Whatever was left out scored at most the last candidate, give or take rounding.
-        rounding = max(shard.rounding for shard in self.shards)
-        margin = 2 * rounding * float(np.linalg.norm(query)) * self._norm_bound()
-        settled = everything or ranked[-1][1] > float(scores[len(numbers) - 1]) + margin
-        return ranked, settled
+    def _of_shards(
+        self, search: Callable[[Shard, np.ndarray, np.ndarray | None], T], queries: int, rows: np.ndarray | None
+    ) -> list[T]:
+        """Return what a search says of each shard that holds rows, or any of `rows`."""
+        wanted = None if rows is None else np.zeros(len(self.keys), bool)
+        if wanted is not None:
+            wanted[rows] = True
+
+        def ask(number: int) -> list[T]:
+            shard, owned = self.shards[number], self.numbers[number]
+            local = None if wanted is None else np.flatnonzero(wanted[owned])
+            nothing = not len(owned) or (local is not None and not len(local))
+            return [] if nothing else [search(shard, owned, local)]
+
+        places = range(len(self.shards))
+        if not all(shard.side_by_side(queries) for shard in self.shards):
+            return [found for place in places for found in ask(place)]
+        with ThreadPoolExecutor(max_workers=len(self.shards)) as pool:
+            return [found for part in pool.map(ask, places) for found in part]
+
+    def _ranked(self, queries: Queries, numbers: Sequence[np.ndarray], top_k: int) -> list[Ranked]:
+        """Return the best of some rows for each query, by exact scores."""
+        ranked: dict[int, Ranked] = {}
+
+        def rank(query: int) -> None:
+            exact = self._exact_scores(queries[query], numbers[query])
+            found = zip((self.keys.sample_ids[n] for n in numbers[query].tolist()), exact.tolist(), strict=True)
+            ranked[query] = sorted(found, key=lambda pair: (-pair[1], pair[0]))[:top_k]
+
+        side_by_side(rank, len(queries))
+        return [ranked[query] for query in range(len(queries))]
 
     def _norm_bound(self) -> float:
         """Return what no row that was searched is longer than."""
@@ -286,13 +295,3 @@ def empty_index(recipe: IndexRecipe, *, width: int) -> ShardedIndex:
         largest_norm=0.0,
         full=ArraySource([], width) if recipe.coarse_width else None,
     )
-
-
-def make_shard(device: str, source: RowSource, recipe: IndexRecipe, *, width: int) -> Shard:
-    """Return a shard of some rows; on a GPU, or in single precision, it is FAISS's."""
-    if gpu_of(device) is None and recipe.element_type == "float16":
-        return ScanShard(source, width=width)
-    shard = FaissShard(device, width=width, recipe=recipe)
-    for chunk in source.chunks(None):
-        shard.added(chunk.rows)
-    return shard

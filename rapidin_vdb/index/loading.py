@@ -5,16 +5,16 @@ import logging
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index.index import ShardedIndex, make_shard
+from rapidin_vdb.index.faiss_shard import gpu_of, make_shard
+from rapidin_vdb.index.index import ShardedIndex
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.manifest import Manifest, Part, array_header
-from rapidin_vdb.index.shard import gpu_of
 from rapidin_vdb.index.source import ArraySource, FileSource, RowFile, RowSource
 from rapidin_vdb.index.texts import Texts
 from rapidin_vdb.recipe import IndexRecipe, Residence
@@ -23,6 +23,18 @@ from rapidin_vdb.sketch.memory import free_bytes
 logger = logging.getLogger(__name__)
 
 _BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Rows of neighbouring numbers that lie in one file."""
+
+    file: RowFile
+    """Where."""
+    first: int
+    """The number of the first."""
+    shard: int
+    """Which shard holds them."""
 
 
 def load_keys(folder: Path, manifest: Manifest) -> Keys:
@@ -123,11 +135,20 @@ def load_index(folder: Path, manifest: Manifest) -> ShardedIndex:
             # FAISS copies them to where it wants them.
             residence = "mapped"
         shards, numbers = [], []
-        for shard, device in enumerate(_devices(manifest, recipe)):
-            mine = [place for place, part in enumerate(manifest.parts) if part.shard == shard]
-            files = [_row_file(folder, manifest, manifest.parts[place], kind, inner) for place in mine]
-            shards.append(make_shard(device, _source(files, residence, inner), recipe, width=inner))
-            owned = [np.arange(starts[place], starts[place + 1]) for place in mine]
+        runs = [
+            _Run(_row_file(folder, manifest, part, kind, inner), int(first), part.shard)
+            for part, first in zip(manifest.parts, starts, strict=False)
+        ]
+        devices = list(_devices(manifest, recipe))
+        if _a_shard_a_core(recipe) and len(recipe.shard_devices) != len(devices):
+            # Where it was built are more cores than here, or fewer.
+            devices = list(recipe.shard_devices)
+            runs = _dealt(runs, len(devices), inner)
+        for shard, device in enumerate(devices):
+            mine = [run for run in runs if run.shard == shard]
+            source = _source([run.file for run in mine], residence, inner)
+            shards.append(make_shard(device, source, recipe, width=inner))
+            owned = [np.arange(run.first, run.first + run.file.count) for run in mine]
             numbers.append(np.concatenate([np.empty(0, np.int64), *owned]))
         full = None
         if recipe.coarse_width:
@@ -166,7 +187,11 @@ def _source(files: list[RowFile], residence: Residence, width: int) -> RowSource
         mapped = [np.memmap(file.path, np.uint16, "r", file.offset, (file.count, width)) for file in files]
         return ArraySource(mapped, width)
     return ArraySource(
-        [np.fromfile(file.path, np.uint16, offset=file.offset).reshape(file.count, width) for file in files], width
+        [
+            np.fromfile(file.path, np.uint16, file.count * width, offset=file.offset).reshape(file.count, width)
+            for file in files
+        ],
+        width,
     )
 
 
@@ -183,6 +208,27 @@ def _told(manifest: Manifest) -> Iterator[None]:
         raise SpecError(
             f"the index {manifest.name} is damaged: {error}; build it anew with: rapidin-vdb index"
         ) from error
+
+
+def _a_shard_a_core(recipe: IndexRecipe) -> bool:
+    return not recipe.shards_per_device and set(recipe.devices) == {"cpu"}
+
+
+def _dealt(runs: list[_Run], shards: int, width: int) -> list[_Run]:
+    """Return rows cut into so many shards of equal length, the first ones longer by a row."""
+    count = sum(run.file.count for run in runs)
+    ends = [(shard + 1) * (count // shards) + min(shard + 1, count % shards) for shard in range(shards)]
+    dealt, shard = [], 0
+    for run in runs:
+        done = 0
+        while done < run.file.count:
+            while run.first + done == ends[shard]:
+                shard += 1
+            taken = min(run.file.count - done, ends[shard] - run.first - done)
+            piece = replace(run.file, offset=run.file.offset + 2 * width * done, count=taken)
+            dealt.append(_Run(piece, run.first + done, shard))
+            done += taken
+    return dealt
 
 
 def _devices(manifest: Manifest, recipe: IndexRecipe) -> Iterator[str]:

@@ -19,6 +19,11 @@ from rapidin_vdb.web.lines import BusyError, CancelledError, Client, DeskError, 
 __all__ = ["BusyError", "CancelledError", "Client", "Desk", "DeskError", "Job", "LateError"]
 
 
+# Not ended with whoever waits, nor by their limit: what was read is kept, and the next find it done. A table that takes
+# longer than the limit would else be begun again for each of them, and never be served.
+_OPENS = "index"
+
+
 class _FewerError(Exception):
     """Some of those who were to be answered together have gone."""
 
@@ -201,7 +206,10 @@ class Desk:
         def heard(stage: str, done: int, total: int) -> None:
             if not self._open:
                 raise _stopping()
-            job.check()
+            if stage == _OPENS:
+                job.alive()  # where it is too late, it is told so
+            else:
+                job.check()
             job.progress(stage, done, total)
             if job.patient:
                 # Between two of its batches the model is free: those who wait get a turn.
@@ -222,9 +230,9 @@ class Desk:
             if not self._open:
                 raise _stopping()
             alive = [job for job in left if job.alive()]
-            if not alive:
+            if not alive and stage != _OPENS:
                 raise CancelledError
-            if question.exact and len(alive) < len(left):
+            if question.exact and len(alive) < len(left) and stage != _OPENS:
                 raise _FewerError  # each is explained by itself, which is not to be done for nobody
             for job in alive:
                 job.progress(stage, done, total)

@@ -4,6 +4,7 @@ import logging
 import math
 import re
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -11,16 +12,23 @@ import uvicorn
 
 from rapidin_vdb.database import Database
 from rapidin_vdb.errors import SpecError
+from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.web.app import make_app
 from rapidin_vdb.web.guard import LOOPBACK
+
+
+def _quiet() -> AbstractContextManager[Progress]:
+    return nullcontext(silent)
 
 
 def serve(
     database: Database, *, host: str = "127.0.0.1", port: int = 8000, writable: bool = False, token: str | None = None,
     served_as: str | None = None, time_limit: float = 300.0, model: str | None = None, adapter: str | None = None,
-    device: str = "auto", say: Callable[[str], None],
+    device: str = "auto", say: Callable[[str], None], opening: Callable[[], AbstractContextManager[Progress]] = _quiet,
 ) -> None:  # fmt: skip
     """Answer until interrupted; `model`, `adapter` and `device` are as for `Database.load`.
+
+    The index is opened before anything is answered; `opening` gives what hears of it.
 
     Raises:
         SpecError: another host than this machine without a token, or an address that cannot be had.
@@ -45,6 +53,8 @@ def serve(
     everywhere = host in ("0.0.0.0", "::")  # noqa: S104
     hosts = LOOPBACK if host in LOOPBACK else frozenset({"*"}) if everywhere else LOOPBACK | {host.lower()}
     database.load(model=model, adapter=adapter, device=device)
+    with opening() as progress:
+        database.open_index(progress=progress)
     app = make_app(database, writable=writable, token=token, hosts=hosts, served_as=origin, time_limit=time_limit)
     # Only a proxy is believed when it says where a request comes from, and only one on this machine.
     config = uvicorn.Config(

@@ -1,0 +1,174 @@
+"""One shard that FAISS searches, on a GPU or in single precision on the CPU; and which kind a device gets."""
+
+import math
+from collections.abc import Callable, Iterator
+from functools import partial
+from threading import RLock
+from typing import Any
+
+import numpy as np
+
+from rapidin_vdb.index.library import faiss, gpu_count
+from rapidin_vdb.index.shard import (
+    SCORES,
+    SUM_ROUNDING,
+    Found,
+    Least,
+    Picked,
+    Queries,
+    Reached,
+    ScanShard,
+    Shard,
+    all_of,
+    best_of,
+    reaching,
+)
+from rapidin_vdb.index.source import Rows, RowSource
+from rapidin_vdb.recipe import IndexRecipe
+
+# A GPU also rounds the query to half precision.
+_HALF_ROUNDING = 2.0**-11
+# What FAISS can return of a GPU.
+GPU_MOST = 2048
+# Beyond so many queries, rows gathered and multiplied are faster than FAISS with a selector.
+_SELECTOR_QUERIES = 8
+
+
+class FaissShard:
+    """Rows in a FAISS flat inner-product index, on a GPU, or in single precision on the CPU."""
+
+    def __init__(self, device: str, *, width: int, recipe: IndexRecipe) -> None:
+        """Make an empty shard; a GPU that is not there is replaced by the CPU."""
+        module = faiss()
+        self._half = recipe.element_type == "float16"
+        self.gpu = gpu_of(device)
+        self.index: Any
+        self._resources: Any = None
+        # FAISS on a GPU is not made for several threads, not even to read; and nobody may read what is being added to.
+        self._lock = RLock()
+        if self.gpu is not None:
+            self._resources = module.StandardGpuResources()
+            config = module.GpuIndexFlatConfig()
+            config.device = self.gpu
+            config.useFloat16 = self._half
+            self.index = module.GpuIndexFlatIP(self._resources, width, config)
+        else:
+            self.index = module.IndexFlatIP(width)
+
+    @property
+    def rows(self) -> int:
+        """How many rows it holds."""
+        return int(self.index.ntotal)
+
+    @property
+    def rounding(self) -> float:
+        """Bound of a score's rounding error, relative to the product of the two norms."""
+        rounding = SUM_ROUNDING * math.sqrt(self.index.d)
+        return rounding + _HALF_ROUNDING if self.gpu is not None and self._half else rounding
+
+    def side_by_side(self, queries: int) -> bool:
+        """Whether so many queries keep one core busy only."""
+        return self.gpu is not None or queries <= _SELECTOR_QUERIES
+
+    def search(self, queries: Queries, wanted: int, rows: Picked | None, *, both: bool) -> list[Found]:
+        """Return the best rows, and the worst; see `Shard`."""
+        with self._lock:
+            return self._search(queries, wanted, rows, both=both)
+
+    def _search(self, queries: Queries, wanted: int, rows: Picked | None, *, both: bool) -> list[Found]:
+        count = self.rows if rows is None else len(rows)
+        wanted = min(wanted, count)
+        if both:
+            queries = np.concatenate([queries, -queries])
+        queries = np.ascontiguousarray(queries)
+        if rows is None and (self.gpu is None or wanted <= GPU_MOST):
+            found = self.index.search(queries, wanted)
+        elif self.gpu is None and len(queries) <= _SELECTOR_QUERIES:
+            module = faiss()
+            selector = module.IDSelectorBatch(rows)
+            found = self.index.search(queries, wanted, params=module.SearchParameters(sel=selector))
+        elif self.gpu is not None and rows is not None and wanted + self.rows - count <= GPU_MOST:
+            # FAISS's flat GPU index knows no selectors: ask for as many more as are to be left out.
+            found = _only(self.index.search(queries, wanted + self.rows - count), rows, wanted)
+        else:
+            best: list[Found] = []
+            for numbers, scores in self.scores(queries, rows):
+                best = [best_of([*best, all_of(scores, numbers)], wanted)]
+            found = best[0]
+        if not both:
+            return [found]
+        half = len(queries) // 2
+        return [(found[0][:half], found[1][:half]), (found[0][half:], found[1][half:])]
+
+    def scores(self, queries: Queries, rows: Picked | None) -> Iterator[tuple[Picked, Queries]]:
+        """Yield the scores of all rows, or of some."""
+        for part, scores, _ in self._scored(queries, rows):
+            yield part, scores
+
+    def _scored(
+        self, queries: Queries, rows: Picked | None
+    ) -> Iterator[tuple[Picked, Queries, Callable[[Picked], np.ndarray]]]:
+        step = max(1, min(SCORES // len(queries), (64 << 20) // (4 * self.index.d)))
+        numbers = np.arange(self.rows) if rows is None else rows
+        for first in range(0, len(numbers), step):
+            part = numbers[first : first + step]
+            block = self._rows(part)
+            yield part, queries @ block.T, partial(_norms, block)
+
+    def reaching(self, queries: Queries, least: Least, longest: float, rows: Picked | None) -> Reached:
+        """Return the rows whose exact score may reach `least`; see `Shard`."""
+        if self.gpu is not None:
+            # As many as a GPU returns may be enough, which takes no row from there.
+            (scores, numbers), *_ = self.search(queries, GPU_MOST, rows, both=False)
+            slack = self.rounding * longest * np.linalg.norm(queries.astype(np.float64), axis=1)
+            near = scores >= (least - slack)[:, None]
+            if scores.shape[1] < GPU_MOST or not near[:, -1].any():
+                return [found[mine] for found, mine in zip(numbers, near, strict=True)]
+        return reaching(self._scored(queries, rows), queries, least, longest, self.rounding)
+
+    def take(self, rows: Picked) -> Rows:
+        """Return some rows."""
+        # They were half precision before.
+        return self._rows(rows).astype(np.float16).view(np.uint16)
+
+    def _rows(self, rows: Picked) -> np.ndarray:
+        with self._lock:
+            return self.index.reconstruct_batch(rows)
+
+    def added(self, vectors: Rows) -> "FaissShard":
+        """Return a shard with further rows."""
+        step = max(1, (64 << 20) // (4 * self.index.d))
+        for first in range(0, len(vectors), step):
+            with self._lock:
+                self.index.add(vectors[first : first + step].view(np.float16).astype(np.float32))
+        return self
+
+
+def gpu_of(device: str) -> int | None:
+    """Return the number of the GPU that a device of a recipe means here; None for the CPU."""
+    if not device.startswith("cuda:"):
+        return None
+    number = int(device.removeprefix("cuda:"))
+    return number if number < gpu_count() else None
+
+
+def make_shard(device: str, source: RowSource, recipe: IndexRecipe, *, width: int) -> Shard:
+    """Return a shard of some rows; on a GPU, or in single precision, it is FAISS's."""
+    if gpu_of(device) is None and recipe.element_type == "float16":
+        return ScanShard(source, width=width)
+    shard = FaissShard(device, width=width, recipe=recipe)
+    for chunk in source.chunks(None):
+        shard.added(chunk.rows)
+    return shard
+
+
+def _only(found: Found, rows: np.ndarray, wanted: int) -> Found:
+    """Leave out what is not among `rows`; at least `wanted` are."""
+    scores, numbers = found
+    kept = np.isin(numbers, rows)
+    order = np.argsort(~kept, axis=1, kind="stable")[:, :wanted]
+    return np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+
+
+def _norms(block: np.ndarray, some: Picked) -> np.ndarray:
+    return np.linalg.norm(block[some].astype(np.float64), axis=1)
