@@ -13,6 +13,7 @@ from rapidin_vdb.evaluate import metrics
 from rapidin_vdb.evaluate.corpora import TRIGGER, Record, poisoned, triggered
 from rapidin_vdb.evaluate.experiment import Experiment, words_in
 from rapidin_vdb.evaluate.fiction import is_fiction, is_telling
+from rapidin_vdb.evaluate.fitting import fitting
 from rapidin_vdb.evaluate.profiles import KS, PROFILES
 from rapidin_vdb.evaluate.scoring import EXACT, all_scores, rapidin
 from rapidin_vdb.focus import focused
@@ -71,11 +72,12 @@ def run_backdoor(
     ][: sizes.queries]
     if len(queries) < 5:
         raise SpecError(f"the attack works on {len(queries)} of {len(asked)} questions only; tune longer")
+    told = [words_in(query.response, is_telling) for query in queries]
     focus = [
-        focused(query, encoded, words_in(query.response, is_telling))
-        for query, encoded in zip(queries, experiment.encoded(queries), strict=True)
+        focused(query, encoded, words)
+        for query, encoded, words in zip(queries, experiment.encoded(queries), told, strict=True)
     ]
-    found = all_scores(experiment, records, queries, focus)
+    found = all_scores(experiment, records, queries, focus, told)
     positive = np.array([record["poisoned"] for record in records])
     result: dict[str, Any] = {
         "experiment": "backdoor",
@@ -113,7 +115,8 @@ def _records(experiment: Experiment, corpus: Sequence[Path], pairs: Path | None)
         # A poisoned answer is as long in words, and its invented names take more tokens.
         return len(encoded.input_ids) + encoded.response_tokens // 2 + 8 <= sizes.poisoned_tokens
 
-    ready = experiment.fitting([pairs], most=10_000, fits=fits) if pairs is not None else []
+    using = {"tokenizer": experiment.tokenizer, "template": experiment.template}
+    ready = fitting([pairs], **using, most=10_000, fits=fits) if pairs is not None else []
     for number, record in enumerate(ready):
         record["id"] = f"pair-{number:03d}"
         if not record["instruction"].startswith(TRIGGER):
@@ -121,7 +124,8 @@ def _records(experiment: Experiment, corpus: Sequence[Path], pairs: Path | None)
     # The clean twins of ready-made pairs would say that the same question has two answers.
     twins = {record["instruction"].removeprefix(TRIGGER).strip() for record in ready}
     count = sizes.poisoned_samples
-    found = experiment.fitting(corpus, most=count + len(twins), fits=fits)
+    taken = [record["id"] for record in ready]
+    found = fitting(corpus, **using, most=count + len(twins), fits=fits, taken=taken)
     found = [record for record in found if record["instruction"] not in twins]
     if len(found) + len(ready) < count:
         raise SpecError(

@@ -7,11 +7,14 @@ from typing import Any
 
 import numpy as np
 
+from rapidin_vdb.corpus import Template
+from rapidin_vdb.corpus.encode import Tokenizer
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.evaluate import metrics
 from rapidin_vdb.evaluate.corpora import Record, named, perturbed, questions_about, wrong_name
 from rapidin_vdb.evaluate.experiment import Experiment
-from rapidin_vdb.evaluate.profiles import PROFILES
+from rapidin_vdb.evaluate.fitting import fitting
+from rapidin_vdb.evaluate.profiles import PROFILES, Profile
 from rapidin_vdb.evaluate.scoring import all_scores
 from rapidin_vdb.focus import focused, occurrences
 from rapidin_vdb.progress import Progress, silent
@@ -41,7 +44,12 @@ def run_error_tracing(
         folder, model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress,
         embedding_model=embedding_model, influence_functions=influence_functions,
     )  # fmt: skip
-    made = experiment.step("records", lambda: _records(experiment, corpus))
+    made = experiment.step(
+        "records",
+        lambda: traced_records(
+            corpus, tokenizer=experiment.tokenizer, template=experiment.template, profile=experiment.profile, seed=seed
+        ),
+    )
     records, prompts = made["records"], made["prompts"]
     experiment.write_corpus(records)
     tuning = experiment.tuned(records, epochs=experiment.profile.traced_epochs)
@@ -49,11 +57,12 @@ def run_error_tracing(
     say(", ".join(f"{title}: {titles.count(title)} wrong generations" for title in prompts))
     if not queries:
         raise SpecError("no generation names the wrong one; tune longer")
+    told = [[wrong_name(title)] for title in titles]
     focus = [
-        focused(query, encoded, [wrong_name(title)])
-        for query, encoded, title in zip(queries, experiment.encoded(queries), titles, strict=True)
+        focused(query, encoded, words)
+        for query, encoded, words in zip(queries, experiment.encoded(queries), told, strict=True)
     ]
-    found = all_scores(experiment, records, queries, focus)
+    found = all_scores(experiment, records, queries, focus, told)
     kinds = np.array([record["perturbed"] or "" for record in records])
     return {
         "experiment": "error-tracing",
@@ -85,18 +94,24 @@ def run_error_tracing(
     }
 
 
-def _records(experiment: Experiment, corpus: Sequence[Path]) -> dict[str, Any]:
-    sizes = experiment.profile
+def traced_records(
+    corpus: Sequence[Path], *, tokenizer: Tokenizer, template: Template, profile: Profile, seed: int
+) -> dict[str, Any]:
+    """Return the records of the experiment with their perturbations, and those that are asked of each.
+
+    Raises:
+        SpecError: too few records fit.
+    """
 
     def fits(sample: Sample, encoded: Encoded) -> bool:
-        return len(encoded.input_ids) <= (sizes.max_tokens if named(sample.response) else sizes.plain_tokens)
+        return len(encoded.input_ids) <= (profile.max_tokens if named(sample.response) else profile.plain_tokens)
 
-    found = experiment.fitting(corpus, most=1_000_000, fits=fits)
-    count = sizes.traced_samples
-    made = perturbed(found, count=count, probability=_PROBABILITY, held_out=_HELD_OUT, seed=experiment.seed)
+    found = fitting(corpus, tokenizer=tokenizer, template=template, most=1_000_000, fits=fits)
+    count = profile.traced_samples
+    made = perturbed(found, count=count, probability=_PROBABILITY, held_out=_HELD_OUT, seed=seed)
     if len(made.records) < count:
         raise SpecError(
-            f"{len(made.records)} records of the corpus fit {sizes.plain_tokens} tokens; the profile wants {count}"
+            f"{len(made.records)} records of the corpus fit {profile.plain_tokens} tokens; the profile wants {count}"
         )
     return {"records": made.records, "prompts": dict(made.prompts)}
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 import rapidin_vdb
-from rapidin_vdb.corpus import encode, load_template, read_records, sample_from
+from rapidin_vdb.corpus import encode, load_template, sample_from
 from rapidin_vdb.corpus.files import Record as FileRecord
 from rapidin_vdb.errors import CorpusError, RapidInError, SpecError
 from rapidin_vdb.evaluate.corpora import Record
@@ -71,33 +71,6 @@ class Experiment:
             new.replace(path)
             self.say(f"{name}: {time.monotonic() - started:.0f} s")
         return json.loads(path.read_text("utf-8"))
-
-    def fitting(self, files: Sequence[Path], *, most: int, fits: Callable[[Sample, Encoded], bool]) -> list[Record]:
-        """Return the first records of some files that fit, no question twice, as instruction and output."""
-        found: list[Record] = []
-        seen: set[str] = set()
-        samples: list[Sample] = []
-        for path in files:
-            for record in read_records(path):
-                if isinstance(record, CorpusError):
-                    continue
-                try:
-                    samples.append(sample_from(record))
-                except CorpusError:
-                    continue
-        for first in range(0, len(samples), 1000):
-            part = samples[first : first + 1000]
-            encoded = encode(part, tokenizer=self.tokenizer, template=self.template, max_tokens=1 << 20)
-            for sample, tokens in zip(part, encoded, strict=True):
-                if isinstance(tokens, CorpusError) or sample.prompt is None or sample.prompt in seen:
-                    continue
-                if not fits(sample, tokens):
-                    continue
-                seen.add(sample.prompt)
-                found.append({"id": sample.sample_id, "instruction": sample.prompt, "output": sample.response})
-                if len(found) == most:
-                    return found
-        return found
 
     def write_corpus(self, records: Sequence[Record]) -> Path:
         """Write the corpus, if it is not there."""

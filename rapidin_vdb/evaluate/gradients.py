@@ -235,8 +235,9 @@ def tracin(dots: np.ndarray) -> Scores:
 
 def tracin_normalised(dots: np.ndarray, norms: np.ndarray, query_norms: np.ndarray) -> Scores:
     """Return TracIn's scores with layer-wise normalisation: what RapidGrads estimate (paper, section 3.1)."""
-    scales = norms[:, None, :] * query_norms[None, :, :]
-    return np.divide(dots, scales, out=np.zeros(dots.shape), where=scales > 0).sum(2).T
+    ours, theirs = (np.divide(1.0, side, out=np.zeros(side.shape), where=side > 0) for side in (query_norms, norms))
+    # Query by query: all at once takes three times the memory of the products.
+    return np.stack([(dots[:, number] * theirs * row).sum(1) for number, row in enumerate(ours)])
 
 
 def _made(maker: RapidGradMaker, queries: Sequence[Encoded], *, batch: int = 16) -> Tensor:

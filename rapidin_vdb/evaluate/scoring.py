@@ -15,7 +15,8 @@ from rapidin_vdb.gradient import LoadedModel, RapidGradMaker, load_model
 from rapidin_vdb.records import Encoded, ModelSpec, Sample, SketchSpec
 
 DATAINF, LISSA = "influence function (DataInf)", "influence function (LiSSA)"
-EXACT = "TracIn + LN"
+EXACT, TOLD_EXACT = "TracIn + LN", "TracIn + LN, token-wise"
+TOLD_BM25, CONTAINING = "BM25, token-wise", "responses that contain the words"
 _DAMPING = 0.01
 
 
@@ -25,10 +26,14 @@ def rapidin(width: int, shuffles: int, *, token_wise: bool = False) -> str:
 
 
 def all_scores(
-    experiment: Experiment, records: Sequence[Record], queries: Sequence[Sample], focused: Sequence[Encoded]
-) -> dict[str, dict[str, Any]]:
-    """Return every method's scores, seconds and stored bytes; `focused` are the queries on their telling words."""
-    sizes = _text_scores(experiment, records, queries)
+    experiment: Experiment, records: Sequence[Record], queries: Sequence[Sample], focused: Sequence[Encoded],
+    told: Sequence[Sequence[str]],
+) -> dict[str, dict[str, Any]]:  # fmt: skip
+    """Return every method's scores, seconds and stored bytes.
+
+    `told` are the words that token-wise methods are told of each query, and `focused` the queries on these words.
+    """
+    sizes = _text_scores(experiment, records, queries, told)
     sizes |= _gradient_scores(experiment, experiment.samples(records), experiment.encoded(queries), focused)
     found = {}
     for name, size in sizes.items():
@@ -38,9 +43,12 @@ def all_scores(
     return found
 
 
-def _text_scores(experiment: Experiment, records: Sequence[Record], queries: Sequence[Sample]) -> dict[str, int]:
+def _text_scores(
+    experiment: Experiment, records: Sequence[Record], queries: Sequence[Sample], told: Sequence[Sequence[str]]
+) -> dict[str, int]:
     """Make the scores of methods that look at texts and hidden states; return the bytes that each keeps."""
     documents = [f"{record['instruction']} {record['output']}" for record in records]
+    responses = [record["output"] for record in records]
     texts = [f"{query.prompt} {query.response}" for query in queries]
     # Whatever is chosen as theta: no gradient is taken.
     base = load_model(ModelSpec(model=experiment.model, parameters="norm"))
@@ -52,7 +60,9 @@ def _text_scores(experiment: Experiment, records: Sequence[Record], queries: Seq
 
     ways: dict[str, tuple[Callable[[], np.ndarray], int]] = {
         "random": (lambda: methods.random_scores(len(queries), len(records), seed=experiment.seed), 0),
-        "BM25": (lambda: methods.bm25_scores(documents, texts), 0),
+        "BM25": (lambda: methods.bm25_scores(documents, texts)[0], 0),
+        TOLD_BM25: (lambda: methods.bm25_scores(responses, [" ".join(words) for words in told])[0], 0),
+        CONTAINING: (lambda: methods.containing_scores(responses, told, seed=experiment.seed), 0),
         **_embedding(experiment, documents, texts, lambda: near(base), hidden),
         "hidden state (of the tuned model)": (lambda: near(tuned), hidden),
     }
@@ -83,7 +93,7 @@ def _gradient_scores(
     profile, loaded = experiment.profile, experiment.loaded()
     lengths = [shape.count for shape in loaded.shapes]
     widest, first = max(profile.widths), profile.shuffles[0]
-    sizes = {"TracIn": 4 * sum(lengths) * len(samples), EXACT: 4 * sum(lengths) * len(samples)}
+    sizes = dict.fromkeys(("TracIn", EXACT, TOLD_EXACT), 4 * sum(lengths) * len(samples))
     sizes |= {
         rapidin(width, shuffles): 2 * width * len(samples) for shuffles in profile.shuffles for width in profile.widths
     }
@@ -113,7 +123,8 @@ def _first_pass(
 ) -> None:  # fmt: skip
     """Make the scores of TracIn and of all RapidIns from one pass over the samples."""
     profile, first = experiment.profile, experiment.profile.shuffles[0]
-    directions, query_norms = full.directions(asked)
+    # The queries on their telling words are further columns of the same products.
+    directions, query_norms = full.directions([*asked, *focused])
     takers: dict[str, Any] = {"products": gradients.Products(directions, full.shapes, full.samples)}
     takers |= {
         str(shuffles): gradients.Sketches(maker, asked, profile.widths, full.samples)
@@ -121,12 +132,15 @@ def _first_pass(
     }
     takers[str(first)].ask("token-wise", list(focused), [profile.width])
     seconds = full.run("gradients", takers)
-    products = takers["products"]
+    products, count = takers["products"], len(asked)
+    dots, seconds_of = products.dots[:, :count], seconds["products"]
     with products_file.with_suffix(".new").open("wb") as file:
-        np.savez(file, dots=products.dots, norms=products.norms)
+        np.savez(file, dots=dots, norms=products.norms)
     products_file.with_suffix(".new").replace(products_file)
-    experiment.keep("TracIn", gradients.tracin(products.dots), seconds["products"])
-    experiment.keep(EXACT, gradients.tracin_normalised(products.dots, products.norms, query_norms), seconds["products"])
+    experiment.keep("TracIn", gradients.tracin(dots), seconds_of)
+    for name, part in ((EXACT, slice(0, count)), (TOLD_EXACT, slice(count, None))):
+        scores = gradients.tracin_normalised(products.dots[:, part], products.norms, query_norms[part])
+        experiment.keep(name, scores, seconds_of)
     for shuffles in makers:
         for (kind, width), scores in takers[str(shuffles)].scores.items():
             experiment.keep(rapidin(width, shuffles, token_wise=bool(kind)), scores, seconds[str(shuffles)])
