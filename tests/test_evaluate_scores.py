@@ -11,7 +11,7 @@ from reference import normalized, sample_gradient, token_gradients
 from rapidin_vdb.evaluate import methods
 from rapidin_vdb.evaluate.experiment import Experiment
 from rapidin_vdb.evaluate.profiles import PROFILES
-from rapidin_vdb.evaluate.scoring import CONTAINING, EXACT, TOLD_BM25, TOLD_EXACT, all_scores, rapidin
+from rapidin_vdb.evaluate.scoring import CONTAINING, EXACT, TOLD_BM25, TOLD_EXACT, all_scores, lissa, rapidin
 from rapidin_vdb.focus import focused
 from rapidin_vdb.query import query_from
 
@@ -25,7 +25,8 @@ TINY = dataclasses.replace(
 def experiment(tmp_path, models, adapters):
     shutil.copytree(adapters["llama"], tmp_path / "out" / "adapter")
     return Experiment(
-        tmp_path / "out", model=str(models["llama"]), profile=TINY, seed=7, say=lambda text: None,
+        tmp_path / "out", name="backdoor", model=str(models["llama"]), profile=TINY, seed=7, inputs={},
+        say=lambda text: None,
     )  # fmt: skip
 
 
@@ -69,6 +70,8 @@ def test_everybody_may_be_told_the_words(experiment):
         wanted = [[sum((a * b).sum() for a, b in zip(q, s, strict=True)) for s in theirs] for q in ours]
         np.testing.assert_allclose(found[name]["scores"], wanted, rtol=1e-3, atol=1e-4)
     assert np.abs(found[EXACT]["scores"] - found[TOLD_EXACT]["scores"]).max() > 0.1
+    assert found["BM25"]["bytes"] > 0 and found[TOLD_EXACT]["bytes"] == 4 * 8 * 416
+    assert lissa(2) in found
     # The sketch of the same.
     near = np.corrcoef(found[rapidin(256, 3, token_wise=True)]["scores"].ravel(), found[TOLD_EXACT]["scores"].ravel())
     assert near[0, 1] > 0.8
