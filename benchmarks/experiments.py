@@ -31,6 +31,11 @@ def records(data: Path, name: str) -> Path:
     return found
 
 
+def place_of_page(folder: Path, *, profile: str, only: str | None) -> Path:
+    """Return where the page goes: the published one is of both experiments, in full."""
+    return PAGES if profile == "full" and only is None else folder / "report"
+
+
 def main() -> None:
     """Run what was not run yet, and write the page."""
     parser = argparse.ArgumentParser()
@@ -65,9 +70,8 @@ def main() -> None:
     words += f" --only {arguments.only}" if arguments.only else ""
     words += f" --without-influence-functions {without}" if without else ""
     about = {"command": f"`{words}`", "remark": arguments.remark}
-    # The published page is of both experiments, in full.
-    published = arguments.profile == "full" and arguments.only is None
-    print(write_report([result | {"made": about} for result in results], PAGES if published else folder / "report"))
+    page = place_of_page(folder, profile=arguments.profile, only=arguments.only)
+    print(write_report([result | {"made": about} for result in results], page))
 
 
 if __name__ == "__main__":

@@ -73,11 +73,11 @@ def main() -> None:
         "methods": at,
     }
     (RESULTS / "told_words.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
-    print(write_page(result, published))
+    (PAGES / "told-words.md").write_text(page(result, published), "utf-8")
 
 
-def write_page(result: dict, published: dict) -> Path:
-    """Write the table, beside the published figures of token-wise methods, and what it means."""
+def page(result: dict, published: dict) -> str:
+    """Return the tables, beside the published figures of token-wise methods, and what they mean."""
     made, titles = result["made"], result["perturbed"]
     token_wise = {name: entry for name, entry in published["methods"].items() if name.endswith("token-wise")}
     naming = result["responses_with_the_name"]
@@ -107,9 +107,7 @@ def write_page(result: dict, published: dict) -> Path:
         head = ["method", *(f"k = {k}" for k in KS)]
         table = ["| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows)]
         lines += [f"## {title}", "\n".join(table)]
-    path = PAGES / "told-words.md"
-    path.write_text("\n\n".join(lines) + "\n", "utf-8")
-    return path
+    return "\n\n".join(lines) + "\n"
 
 
 if __name__ == "__main__":

@@ -86,6 +86,10 @@ def test_what_cannot_be_is_said_at_once(make, tmp_path, monkeypatch):
                 SpecError, match=rf"needs the extra \[evaluate\]: pip install 'rapidin-vdb\[evaluate\]'.*{name}"
             ):
                 make()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "sentence_transformers", None)
+        with pytest.raises(SpecError, match="needs the extra .*sentence_transformers"):
+            make(embedding_model="any")
     assert not (tmp_path / "out").exists()
 
 
@@ -286,6 +290,25 @@ def test_the_published_page_is_what_its_figures_give(tmp_path):
         "[0.500, 0.500] | undefined" not in auroc.replace("0.500 [0.500, 0.500]", "") and "| undefined where" in auroc
     )
     assert text.count("Made with ") == 2 and "commit 16bcfce" in text and "commit d2ff83a" in text
+
+
+def test_the_page_of_told_words_is_what_its_figures_give(monkeypatch):
+    folder = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    from told_words import PAGES, page
+
+    result = json.loads((folder / "results" / "told_words.json").read_text("utf-8"))
+    assert (PAGES / "told-words.md").read_text("utf-8") == page(result, published()[1])
+    assert result["perturbed"] == published()[1]["perturbed"]
+
+
+def test_a_part_of_the_experiments_leaves_the_published_page_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from experiments import PAGES, place_of_page
+
+    assert place_of_page(tmp_path, profile="full", only=None) == PAGES
+    for profile, only in (("quick", None), ("gpu", None), ("full", "backdoor"), ("full", "error-tracing")):
+        assert place_of_page(tmp_path, profile=profile, only=only) == tmp_path / "report"
 
 
 def test_newer_results_say_of_how_many_generations(tmp_path):

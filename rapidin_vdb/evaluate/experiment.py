@@ -52,7 +52,7 @@ class Experiment:
             SpecError: the folder holds one with other arguments or of another version, a file or a library is missing,
                 or the seed or the embedding model cannot be used.
         """
-        check_extras()
+        check_extras(embedding=embedding_model is not None)
         check_seed(seed)
         self.folder = folder
         self.model = model
@@ -67,7 +67,7 @@ class Experiment:
         self.tokenizer = load_tokenizer(model)
         self.template = load_template("alpaca")
         self.embedding_name = None if embedding_model is None else Path(embedding_model).name
-        self.encoder = None if embedding_model is None else methods.embedder(embedding_model)
+        self.encoder = None if embedding_model is None else methods.embedder(embedding_model, device=self.device)
         plan = plan_of(name, model=model, profile=profile, seed=seed, inputs=inputs, embedding_model=embedding_model)
         folder.mkdir(parents=True, exist_ok=True)
         others = differing(self.step("plan", lambda: plan), plan)

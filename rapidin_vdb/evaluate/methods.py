@@ -53,8 +53,8 @@ def containing_scores(responses: Sequence[str], told: Sequence[Sequence[str]], *
     return scores
 
 
-def embedder(model: str) -> SentenceTransformer:
-    """Return a sentence-embedding model, by its folder or name.
+def embedder(model: str, *, device: str = "cpu") -> SentenceTransformer:
+    """Return a sentence-embedding model, by its folder or name, on a device.
 
     Raises:
         SpecError: there is none.
@@ -62,7 +62,7 @@ def embedder(model: str) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(model, trust_remote_code=False)
+        return SentenceTransformer(model, device=device, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise SpecError(

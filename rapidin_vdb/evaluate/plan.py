@@ -65,13 +65,13 @@ def _digest_or_name(model: str) -> str:
     return digest(Path(model)) if Path(model).is_dir() else model
 
 
-def check_extras() -> None:
+def check_extras(*, embedding: bool) -> None:
     """See that the libraries of the extra [evaluate] are here: some are needed only after hours.
 
     Raises:
         SpecError: one is not.
     """
-    for name in _EXTRA:
+    for name in (*_EXTRA, *(["sentence_transformers"] if embedding else [])):
         try:
             importlib.import_module(name)
         except ImportError as error:

@@ -1,6 +1,7 @@
 """The tables and plots of experiments, as Markdown and SVG, from their figures alone."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
     A page `told-words.md` that is there is pointed at.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(list(results), indent=1, allow_nan=False) + "\n", "utf-8")
+    (folder / "results.json").write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", "utf-8")
     parts = [
         "# Experiments",
         "Every figure is a mean over generations with its 95 % bootstrap interval over generations in brackets; one model "
@@ -39,6 +40,19 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
     path = folder / "report.md"
     path.write_text("\n\n".join(parts) + "\n", "utf-8")
     return path
+
+
+def _plain(value: Any) -> Any:
+    """Return what JSON has: null in the place of NaN, which it has not.
+
+    >>> _plain([{"a": (1.0, float("nan"))}])
+    [{'a': [1.0, None]}]
+    """
+    if isinstance(value, dict):
+        return {name: _plain(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(part) for part in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _made(result: Result) -> str:
@@ -104,7 +118,10 @@ def _backdoor(result: Result) -> str:
         "### Agreement with exact scores (TracIn with layer normalisation)",
         table(
             ["method", *next(iter(result["agreement"].values()))],
-            [[name, *(f"{value:.4f}" for value in entry.values())] for name, entry in result["agreement"].items()],
+            [
+                [name, *("undefined" if value is None else f"{value:.4f}" for value in _plain(entry).values())]
+                for name, entry in result["agreement"].items()
+            ],
         ),
         _cost(result),
         "![Precision and recall](precision-recall.svg) ![Scores](scores.svg) ![Error](error.svg)",
