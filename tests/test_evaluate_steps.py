@@ -323,5 +323,5 @@ def test_newer_results_say_of_how_many_generations(tmp_path):
     result["provenance"] = [{"part": "scores", "steps": ["BM25"], "commit": "abc"}]
     text = write_report([result], tmp_path).read_text("utf-8")
     assert "| 0.970 [0.900, 1.000] (12 of 100) |" in text and "| undefined |" in text and "among the k lowest" in text
-    assert "scores: commit abc." in text
+    assert " Scores: commit abc." in text
     assert "NaN" not in (tmp_path / "results.json").read_text("utf-8")

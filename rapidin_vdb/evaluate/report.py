@@ -60,7 +60,8 @@ def _made(result: Result) -> str:
     made = result.get("made", {})
     about = [f"profile `{result['profile']}`", f"seed {result['seed']}", *(f"{name} {made[name]}" for name in made)]
     line = f"Made with {'; '.join(about)}."
-    return line + (f" {groups}." if (groups := said(result.get("provenance", ()))) else "")
+    groups = said(result.get("provenance", ()))
+    return line + (f" {groups[0].upper()}{groups[1:]}." if groups else "")
 
 
 def _tuning(result: Result) -> str:
