@@ -161,9 +161,11 @@ def _influence(result: Result) -> str:
         return ""
     # Older results ran with their profile's, which have not changed.
     ran = result.get("lissa", lissa_settings(PROFILES[result["profile"]]))
+    settings = f" LiSSA's recursion ran for {ran['steps']} steps of {ran['samples a step']} samples, with a damping of {ran['damping']}"
+    if ran["steps"] > 10:
+        return f"{settings}."
     return (
-        f" LiSSA's recursion ran for {ran['steps']} steps of {ran['samples a step']} samples, with a damping of "
-        f"{ran['damping']}: so few leave it close to the gradient itself, that is to plain TracIn, and say little of "
+        f"{settings}: so few leave it close to the gradient itself, that is to plain TracIn, and say little of "
         "influence functions as such. (On a toy of 2,240 parameters, scores after 5 such steps had correlations of 0.985 "
         "to 0.996 with TracIn's, after 200 of -0.23 to 0.91.)"
     )
