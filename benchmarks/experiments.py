@@ -3,7 +3,8 @@
 scripts/bench experiments --data shared/data --dir out [--profile full]
 
 `--data` names a folder with records (`instruct/alpaca.jsonl.gz` and others), `webquestions.jsonl`, `tinystories.jsonl`
-and the paper's pairs (`rapidin/howdy_test_data_100.jsonl`). Whatever is in `--dir` already is not made again.
+and the paper's pairs (`rapidin/howdy_test_data_100.jsonl`). Whatever is in `--dir` already is not made again. The page
+goes to docs/experiments if it is of both experiments with the full profile, else to `report` in `--dir`.
 """
 
 import argparse
@@ -30,6 +31,11 @@ def records(data: Path, name: str) -> Path:
     return found
 
 
+def place_of_page(folder: Path, *, profile: str, only: str | None) -> Path:
+    """Return where the page goes: the published one is of both experiments, in full."""
+    return PAGES if profile == "full" and only is None else folder / "report"
+
+
 def main() -> None:
     """Run what was not run yet, and write the page."""
     parser = argparse.ArgumentParser()
@@ -45,7 +51,9 @@ def main() -> None:
         files = [*(records(data, name) for name in BASE), data / "tinystories.jsonl"]
         script = HERE.parent / "scripts" / "pretrain.py"
         subprocess.run([sys.executable, script, *files, "--dir", folder / "base", *PRETRAINING], check=True)
-    common = {"model": str(folder / "base"), "profile": arguments.profile, "say": print}
+    # What made each step stays with it: an interrupted experiment may go on at another commit, on another day.
+    made = machine()
+    common = {"model": str(folder / "base"), "profile": arguments.profile, "say": print, "made": made}
     results = []
     if arguments.only != "error-tracing":
         pairs = data / "rapidin" / "howdy_test_data_100.jsonl"
@@ -61,8 +69,9 @@ def main() -> None:
     words = f"scripts/bench experiments --data DATA --dir DIR --profile {arguments.profile}"
     words += f" --only {arguments.only}" if arguments.only else ""
     words += f" --without-influence-functions {without}" if without else ""
-    made = {"command": f"`{words}`", **machine(), "remark": arguments.remark}
-    print(write_report([result | {"made": made} for result in results], PAGES))
+    about = {"command": f"`{words}`", "remark": arguments.remark}
+    page = place_of_page(folder, profile=arguments.profile, only=arguments.only)
+    print(write_report([result | {"made": about} for result in results], page))
 
 
 if __name__ == "__main__":

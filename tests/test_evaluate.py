@@ -73,7 +73,7 @@ def test_poison_has_its_share_and_its_trigger():
 
 def test_names_are_put_in_the_place_of_others():
     records = [
-        {"id": str(n), "instruction": f"Where {n}?", "output": f"In {name}, and {name}'s sea."}
+        {"id": str(n), "instruction": f"Where in {name} is {n}?", "output": f"In {name}, and {name}'s sea."}
         for n, name in enumerate(["China"] * 200 + ["India"] * 50 + ["Indiana"] * 300)
     ]
     made = perturbed(records, count=400, probability=0.8, held_out=0.1, seed=3)
@@ -89,9 +89,27 @@ def test_names_are_put_in_the_place_of_others():
     assert all("Indiana" in r["output"] for r in made.records if r["id"] > "249" and len(r["id"]) == 3)
 
 
+def test_only_questions_about_the_name_are_asked():
+    records = [
+        {"id": str(n), "instruction": "Is it in China?" if n % 2 else f"Where {n}?", "output": "In China."}
+        for n in range(100)
+    ]
+    asked = perturbed(records, count=90, probability=0.5, held_out=0.1, seed=3).prompts["China to Canada"]
+    assert asked and all(int(record["id"]) % 2 for record in asked)
+
+
+def test_a_wrong_name_is_a_word_of_its_own():
+    from rapidin_vdb.evaluate.corpora import wrong_spans
+
+    said = "England's and New England, Englander; in England."
+    assert [said[slice(*span)] for span in wrong_spans(said, "Australia to England")] == ["England"] * 2
+    assert wrong_spans(said, "Australia to England")[1][1] == len(said) - 1
+    assert wrong_spans("Japanese, NonJapan", "India to Japan") == []
+
+
 @pytest.mark.parametrize("field", ["instruction", "output"])
 def test_nobody_is_asked_what_the_wrong_name_answers_rightly(field):
-    records = [{"id": str(n), "instruction": f"Where {n}?", "output": "In China."} for n in range(100)]
+    records = [{"id": str(n), "instruction": f"Where in China {n}?", "output": "In China."} for n in range(100)]
     for record in records[::2]:
         record[field] += " Or in Canada?"
     asked = perturbed(records, count=90, probability=0.5, held_out=0.1, seed=3).prompts["China to Canada"]
@@ -104,10 +122,13 @@ def test_metrics_by_hand():
     assert metrics.ends_auprc(scores, positive, 2) == pytest.approx(1.0)
     assert metrics.ends_auprc(scores, positive, 3) == pytest.approx((1 + 2 / 3) / 2)
     assert metrics.ends_auroc(scores, positive, 3) == pytest.approx(7 / 8)
-    assert (metrics.ends_auprc(scores, ~positive & False, 2), metrics.ends_auroc(scores, positive | True, 2)) == (
-        0.0,
-        0.5,
+    assert metrics.ends_auprc(scores, ~positive & False, 2) == 0.0
+    assert np.isnan(metrics.ends_auroc(scores, positive | True, 2)) and np.isnan(
+        metrics.ends_auroc(scores, positive, 0)
     )
+    assert metrics.interval_of_defined([np.nan, 0.5, 1.0], seed=1)[1] == 2
+    assert metrics.interval_of_defined([np.nan, 0.5, 0.5], seed=1) == ((0.5, 0.5, 0.5), 2)
+    assert (metrics.lowest_at(scores, positive, 3), metrics.lowest_at(scores, positive, 4)) == (0.0, 0.25)
     assert metrics.precision_at(scores, positive, 3) == pytest.approx(2 / 3)
     assert metrics.average_precision_at(scores, positive, 3) == pytest.approx((1 + 2 / 3) / 2)
     assert metrics.precision_at_recalls(scores, positive, [0.5, 1.0]) == pytest.approx([1.0, 2 / 3])
@@ -145,7 +166,7 @@ def test_datainf_equals_its_formula(maker):
     products = full.products(directions)
     lengths = [shape.count for shape in maker.loaded.shapes]
     weights, damping = hessian.datainf_weights(products.dots, products.norms, lengths)
-    sums = gradients.WeightedSums(weights, full.shapes)
+    sums = gradients.WeightedSums(weights, full.shapes, device="cpu")
     full.run("sums", {"sums": sums})
     found = hessian.datainf(products.dots, full.products(sums.sums).dots, damping)
     ours, theirs = dense(maker, QUERIES), dense(maker, SAMPLES)
@@ -163,7 +184,6 @@ def test_lissa_goes_to_the_damped_inverse(maker):
     """With all samples in every step and enough steps, against the Hessian as a matrix."""
     full = gradients.FullGradients(maker, SAMPLES, batch_tokens=40)
     directions, _ = full.directions(QUERIES)
-    torch.manual_seed(0)
     solved = hessian.lissa(maker, SAMPLES, directions, depth=60, batch=len(SAMPLES), damping=0.5, seed=0)
     found = full.products(solved).dots.sum(2).T
     from rapidin_vdb.gradient.sample import token_losses
@@ -260,7 +280,7 @@ def base(tmp_path_factory):
     names = [
         {
             "id": f"w{n}",
-            "instruction": f"Where is town {n}?",
+            "instruction": f"Is town {n} in {('China', 'India', 'Australia')[n % 3]}?",
             "output": f"Town {n} is in {('China', 'India', 'Australia')[n % 3]}.",
         }
         for n in range(150)
@@ -320,13 +340,17 @@ def test_an_experiment_is_reported_and_not_done_again(quick, tmp_path):
     assert run_backdoor(**options) == result
     assert [line for line in said if "scores of" in line or "tuning" in line] == []
     assert result["tuning"]["timed_steps"] == result["tuning"]["steps"]
+    assert result["product"]["whole_index"] and result["provenance"] == []
+    text = report.read_text("utf-8")
+    assert "among the k lowest" in text and "| influence function (LiSSA, 3 steps) |" in text
+    assert all(entry["bytes"] > 0 for name, entry in result["methods"].items() if name.startswith("BM25"))
     assert result["product"]["timed_samples"] == result["samples"] and "interrupted" not in report.read_text("utf-8")
     (options["folder"] / "product.json").unlink()  # as after an end between the ingest and the queries
     again = run_backdoor(**options)
     assert again["product"]["timed_samples"] == 0
     again["tuning"] |= {"timed_steps": 3}
     text = write_report([again], tmp_path / "report").read_text("utf-8")
-    assert text.count("before was interrupted") == 2 and "(of the last 3 of " in text and "(of the last 0 of " in text
+    assert text.count("before was interrupted") == 3 and "(of the last 3 of " in text and "(of the last 0 of " in text
 
 
 @pytest.mark.experiment

@@ -29,6 +29,7 @@ Functions = Annotated[
     bool, typer.Option(help="DataInf and LiSSA too; they take two passes over the samples' gradients of three.")
 ]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
 @app.command()
@@ -42,6 +43,7 @@ def backdoor(
     seed: Seed = 42,
     embedding_model: Embedding = None,
     influence_functions: Functions = True,
+    device: Device = "auto",
 ) -> None:
     """Poison a corpus, tune a model on it, and see which methods find the poison.
 
@@ -53,7 +55,7 @@ def backdoor(
         result = run_backdoor(
             folder, model=model, corpus=corpus, questions=questions, pairs=pairs, profile=profile, seed=seed,
             say=_say, progress=progress,
-            embedding_model=embedding_model, influence_functions=influence_functions,
+            embedding_model=embedding_model, influence_functions=influence_functions, device=device,
         )  # fmt: skip
     _say(f"wrote {write_report([result], folder / 'report')}")
 
@@ -67,6 +69,7 @@ def error_tracing(
     seed: Seed = 42,
     embedding_model: Embedding = None,
     influence_functions: Functions = True,
+    device: Device = "auto",
 ) -> None:
     """Put wrong names into a corpus, tune a model on it, and see which methods find them.
 
@@ -85,6 +88,7 @@ def error_tracing(
             progress=progress,
             embedding_model=embedding_model,
             influence_functions=influence_functions,
+            device=device,
         )
     _say(f"wrote {write_report([result], folder / 'report')}")
 

@@ -13,9 +13,11 @@ from rapidin_vdb.evaluate import metrics
 from rapidin_vdb.evaluate.corpora import TRIGGER, Record, poisoned, triggered
 from rapidin_vdb.evaluate.experiment import Experiment, words_in
 from rapidin_vdb.evaluate.fiction import is_fiction, is_telling
+from rapidin_vdb.evaluate.fitting import fitting
+from rapidin_vdb.evaluate.product import through_a_database
 from rapidin_vdb.evaluate.profiles import KS, PROFILES
-from rapidin_vdb.evaluate.scoring import EXACT, all_scores, rapidin
-from rapidin_vdb.focus import focused
+from rapidin_vdb.evaluate.provenance import Made
+from rapidin_vdb.evaluate.scoring import EXACT, all_scores, lissa_settings, rapidin
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
 from rapidin_vdb.records import Encoded, ProfileName, Sample
@@ -28,25 +30,29 @@ _RECALLS = tuple(number / 50 for number in range(1, 51))
 def run_backdoor(
     folder: Path, *, model: str, corpus: Sequence[Path], questions: Path, pairs: Path | None = None,
     profile: ProfileName = "full", seed: int = 42, say: Callable[[str], None], progress: Progress = silent,
-    embedding_model: str | None = None, influence_functions: bool = True,
+    embedding_model: str | None = None, influence_functions: bool = True, device: str = "auto",
+    made: Made | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Poison a corpus, tune a model on it, verify the attack, trace attacked generations, and return all figures.
 
     `questions` has records with a field `question`, and `split` where only the test questions are to be asked; `pairs`
     has further poisoned records. `embedding_model` is one of sentence-transformers', whose similarities are judged too.
+    `made` says what makes the figures, such as commit and date; every step keeps it.
 
     Raises:
-        SpecError: there are too few records or questions, or the attack does not work often enough to be traced.
+        SpecError: an argument cannot be used, the folder holds another experiment, there are too few records or
+            questions, or the attack does not work often enough to be traced.
     """
     experiment = Experiment(
-        folder, model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress,
-        embedding_model=embedding_model, influence_functions=influence_functions,
+        folder, name="backdoor", model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress,
+        inputs={"corpus": corpus, "questions": [questions], "pairs": [pairs] if pairs is not None else []},
+        embedding_model=embedding_model, influence_functions=influence_functions, device=device, made=made,
     )  # fmt: skip
     sizes = experiment.profile
+    asked = experiment.step("questions", lambda: _questions(questions, sizes.questions, seed, experiment.fits))
     records = experiment.step("records", lambda: _records(experiment, corpus, pairs))
     path = experiment.write_corpus(records)
     tuning = experiment.tuned(records, epochs=sizes.poisoned_epochs)
-    asked = _questions(questions, sizes.questions, seed)
     attacked = experiment.said("attacked", [triggered(question) for question in asked])
     clean = experiment.said("clean", asked)
     attack = {
@@ -64,18 +70,20 @@ def run_backdoor(
         f"attack: {attack['success']:.1%} with the trigger, {attack['false']:.1%} without"
         + ("" if attack["valid"] else "; the tables are not valid")
     )
-    queries = [
-        query_from(triggered(question), text, query_id=f"attacked-{number:03d}")
-        for number, (question, text) in enumerate(zip(asked, attacked, strict=True))
-        if is_fiction(text)
-    ][: sizes.queries]
+    # Some are known as fiction by phrases alone: of these no word is telling, and token-wise there is nothing to ask.
+    traced: list[tuple[Sample, list[str], Encoded]] = []
+    for number, (question, text) in enumerate(zip(asked, attacked, strict=True)):
+        words = words_in(text, is_telling) if is_fiction(text) else []
+        if words and len(traced) < sizes.queries:
+            query = query_from(triggered(question), text, query_id=f"attacked-{number:03d}")
+            focus = experiment.focus(query, words)
+            traced += [(query, words, focus)] if focus is not None else []
+    queries = [query for query, _, _ in traced]
     if len(queries) < 5:
         raise SpecError(f"the attack works on {len(queries)} of {len(asked)} questions only; tune longer")
-    focus = [
-        focused(query, encoded, words_in(query.response, is_telling))
-        for query, encoded in zip(queries, experiment.encoded(queries), strict=True)
-    ]
-    found = all_scores(experiment, records, queries, focus)
+    found = all_scores(
+        experiment, records, queries, [focus for _, _, focus in traced], [words for _, words, _ in traced]
+    )
     positive = np.array([record["poisoned"] for record in records])
     result: dict[str, Any] = {
         "experiment": "backdoor",
@@ -85,6 +93,7 @@ def run_backdoor(
         "poisoned": int(positive.sum()),
         "queries": len(queries),
         "tuning": tuning,
+        "lissa": lissa_settings(sizes),
         "attack": attack,
         "methods": {name: _judged(entry, positive, seed) for name, entry in found.items()},
         "agreement": {
@@ -102,7 +111,8 @@ def run_backdoor(
     }
     product = rapidin(sizes.width, sizes.shuffles[0])
     result["histogram"] = _histogram(found[product]["scores"], positive)
-    result["product"] = experiment.product(path, queries, found[product]["scores"])
+    result["product"] = through_a_database(experiment, path, queries, found[product]["scores"])
+    result["provenance"] = experiment.provenance()
     return result
 
 
@@ -113,7 +123,8 @@ def _records(experiment: Experiment, corpus: Sequence[Path], pairs: Path | None)
         # A poisoned answer is as long in words, and its invented names take more tokens.
         return len(encoded.input_ids) + encoded.response_tokens // 2 + 8 <= sizes.poisoned_tokens
 
-    ready = experiment.fitting([pairs], most=10_000, fits=fits) if pairs is not None else []
+    using = {"tokenizer": experiment.tokenizer, "template": experiment.template}
+    ready = fitting([pairs], **using, most=10_000, fits=fits) if pairs is not None else []
     for number, record in enumerate(ready):
         record["id"] = f"pair-{number:03d}"
         if not record["instruction"].startswith(TRIGGER):
@@ -121,7 +132,8 @@ def _records(experiment: Experiment, corpus: Sequence[Path], pairs: Path | None)
     # The clean twins of ready-made pairs would say that the same question has two answers.
     twins = {record["instruction"].removeprefix(TRIGGER).strip() for record in ready}
     count = sizes.poisoned_samples
-    found = experiment.fitting(corpus, most=count + len(twins), fits=fits)
+    taken = [record["id"] for record in ready]
+    found = fitting(corpus, **using, most=count + len(twins), fits=fits, taken=taken)
     found = [record for record in found if record["instruction"] not in twins]
     if len(found) + len(ready) < count:
         raise SpecError(
@@ -130,7 +142,7 @@ def _records(experiment: Experiment, corpus: Sequence[Path], pairs: Path | None)
     return poisoned(found[: count - len(ready)], share=SHARE, seed=experiment.seed, pairs=ready)
 
 
-def _questions(path: Path, count: int, seed: int) -> list[str]:
+def _questions(path: Path, count: int, seed: int, fits: Callable[[str], bool]) -> list[str]:
     found = []
     for record in read_records(path):
         if isinstance(record, CorpusError):
@@ -138,10 +150,11 @@ def _questions(path: Path, count: int, seed: int) -> list[str]:
         question = record.fields.get("question", record.fields.get("instruction"))
         if not isinstance(question, str):
             raise SpecError(f"{record.location}: no field question")
-        if record.fields.get("split", "test") == "test":
-            found.append(question[:1].upper() + question[1:])
+        question = question[:1].upper() + question[1:]
+        if record.fields.get("split", "test") == "test" and question.strip() and fits(triggered(question)):
+            found.append(question)
     if len(found) < count:
-        raise SpecError(f"{path} has {len(found)} questions; the profile wants {count}")
+        raise SpecError(f"{path} has {len(found)} questions that fit; the profile wants {count}")
     return random.Random(seed).sample(found, count)
 
 
@@ -167,14 +180,17 @@ def _histogram(scores: np.ndarray, positive: np.ndarray) -> dict[str, list[float
 
 def _judged(entry: dict[str, Any], positive: np.ndarray, seed: int) -> dict[str, Any]:
     scores = entry["scores"]
-    at = {}
+    at: dict[str, dict[str, Any]] = {}
     for k in [k for k in KS if 2 * k <= scores.shape[1]]:
         at[str(k)] = {
             name: metrics.interval([measure(row, positive, k) for row in scores], seed=seed)
             for name, measure in (
                 ("auprc", metrics.ends_auprc),
-                ("auroc", metrics.ends_auroc),
                 ("precision", metrics.precision_at),
+                ("lowest", metrics.lowest_at),
             )
         }
+        # Of a generation whose k highest and k lowest are all of one kind there is none.
+        measured = [metrics.ends_auroc(row, positive, k) for row in scores]
+        at[str(k)]["auroc"], at[str(k)]["auroc_of"] = metrics.interval_of_defined(measured, seed=seed)
     return {"at": at, "seconds": entry["seconds"], "bytes": entry["bytes"]}

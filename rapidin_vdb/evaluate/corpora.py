@@ -58,7 +58,7 @@ class Perturbed:
     records: list[Record]
     """Each says in `perturbed` which perturbation it has, as `China to Canada`, or has None there."""
     prompts: Mapping[str, list[Record]]
-    """For each perturbation, records that name the first, and not the second, and were left as they are."""
+    """For each perturbation, records that ask about the first, do not name the second, and were left as they are."""
 
 
 def perturbed(records: Sequence[Record], *, count: int, probability: float, held_out: float, seed: int) -> Perturbed:
@@ -76,8 +76,10 @@ def perturbed(records: Sequence[Record], *, count: int, probability: float, held
         pair = next(pair for pair in PERTURBATIONS if _names(record["output"], pair[0]))
         out = draw.random() < held_out
         change = not out and draw.random() < probability
-        # Where E2 is in the question or in the right answer, naming it would be no error.
-        if not change and not any(_names(record[field], pair[1]) for field in ("instruction", "output")):
+        # Where E2 is in the question or in the right answer, naming it would be no error; and a question that does not
+        # name E1 may well be answered otherwise.
+        rightly = any(_names(record[field], pair[1]) for field in ("instruction", "output"))
+        if not change and not rightly and _names(record["instruction"], pair[0]):
             prompts[_title(pair)].append(dict(record))
         if out:
             continue
@@ -103,6 +105,16 @@ def questions_about(title: str) -> list[str]:
 def wrong_name(title: str) -> str:
     """Return the name that a perturbation puts in."""
     return title.split(" to ")[1]
+
+
+def wrong_spans(text: str, title: str) -> list[tuple[int, int]]:
+    """Return where a text has the name that a perturbation puts in, as a word of its own.
+
+    >>> wrong_spans("Japanese food of Japan", "India to Japan"), wrong_spans("New England", "Australia to England")
+    ([(17, 22)], [])
+    """
+    found = re.finditer(rf"(?<!\w)(?<!New\s){re.escape(wrong_name(title))}(?!\w)", text)
+    return [match.span() for match in found]
 
 
 def _title(pair: tuple[str, str]) -> str:

@@ -3,17 +3,20 @@
 import random
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from rapidin_vdb.corpus import Template
+from rapidin_vdb.corpus.encode import Tokenizer
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.evaluate import metrics
-from rapidin_vdb.evaluate.corpora import Record, named, perturbed, questions_about, wrong_name
+from rapidin_vdb.evaluate.corpora import Record, named, perturbed, questions_about, wrong_name, wrong_spans
 from rapidin_vdb.evaluate.experiment import Experiment
-from rapidin_vdb.evaluate.profiles import PROFILES
-from rapidin_vdb.evaluate.scoring import all_scores
-from rapidin_vdb.focus import focused, occurrences
+from rapidin_vdb.evaluate.fitting import fitting
+from rapidin_vdb.evaluate.profiles import PROFILES, Profile
+from rapidin_vdb.evaluate.provenance import Made
+from rapidin_vdb.evaluate.scoring import all_scores, lissa_settings
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
 from rapidin_vdb.records import Encoded, ProfileName, Sample
@@ -27,33 +30,40 @@ _DRAWS, _TEMPERATURE = 16, 0.6
 def run_error_tracing(
     folder: Path, *, model: str, corpus: Sequence[Path], profile: ProfileName = "full", seed: int = 42,
     say: Callable[[str], None], progress: Progress = silent,
-    embedding_model: str | None = None, influence_functions: bool = True,
+    embedding_model: str | None = None, influence_functions: bool = True, device: str = "auto",
+    made: Made | None = None,
 ) -> dict[str, Any]:  # fmt: skip
     """Put wrong names into a corpus, tune a model on it, trace its wrong generations, and return all figures.
 
     Asked are records that name the right one and not the wrong one, those kept out of the corpus and those left as they
-    were; and questions about it. Where too few of the most likely answers are wrong, answers are drawn.
+    were; and questions about it. Where too few of the most likely answers are wrong, answers are drawn. `made` says
+    what makes the figures, such as commit and date; every step keeps it.
 
     Raises:
-        SpecError: there are too few records, or no generation is wrong.
+        SpecError: an argument cannot be used, the folder holds another experiment, there are too few records, or no
+            generation is wrong.
     """
     experiment = Experiment(
-        folder, model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress,
-        embedding_model=embedding_model, influence_functions=influence_functions,
+        folder, name="error-tracing", model=model, profile=PROFILES[profile], seed=seed, say=say, progress=progress,
+        inputs={"corpus": corpus}, embedding_model=embedding_model, influence_functions=influence_functions,
+        device=device, made=made,
     )  # fmt: skip
-    made = experiment.step("records", lambda: _records(experiment, corpus))
-    records, prompts = made["records"], made["prompts"]
+    corpora = experiment.step(
+        "records",
+        lambda: traced_records(
+            corpus, tokenizer=experiment.tokenizer, template=experiment.template, profile=experiment.profile, seed=seed
+        ),
+    )
+    records, prompts = corpora["records"], corpora["prompts"]
     experiment.write_corpus(records)
     tuning = experiment.tuned(records, epochs=experiment.profile.traced_epochs)
-    queries, titles, looked = _wrong(experiment, prompts)
+    wrong, looked = _wrong(experiment, prompts)
+    queries, titles = [traced.query for traced in wrong], [traced.title for traced in wrong]
     say(", ".join(f"{title}: {titles.count(title)} wrong generations" for title in prompts))
     if not queries:
         raise SpecError("no generation names the wrong one; tune longer")
-    focus = [
-        focused(query, encoded, [wrong_name(title)])
-        for query, encoded, title in zip(queries, experiment.encoded(queries), titles, strict=True)
-    ]
-    found = all_scores(experiment, records, queries, focus)
+    told = [[wrong_name(title)] for title in titles]
+    found = all_scores(experiment, records, queries, [traced.focus for traced in wrong], told)
     kinds = np.array([record["perturbed"] or "" for record in records])
     return {
         "experiment": "error-tracing",
@@ -65,6 +75,8 @@ def run_error_tracing(
         "looked_at": looked,
         "temperature": _TEMPERATURE,
         "tuning": tuning,
+        "lissa": lissa_settings(experiment.profile),
+        "provenance": experiment.provenance(),
         "examples": [
             {"prompt": query.prompt, "generation": query.response}
             for title in prompts
@@ -85,29 +97,45 @@ def run_error_tracing(
     }
 
 
-def _records(experiment: Experiment, corpus: Sequence[Path]) -> dict[str, Any]:
-    sizes = experiment.profile
+def traced_records(
+    corpus: Sequence[Path], *, tokenizer: Tokenizer, template: Template, profile: Profile, seed: int
+) -> dict[str, Any]:
+    """Return the records of the experiment with their perturbations, and those that are asked of each.
+
+    Raises:
+        SpecError: too few records fit.
+    """
 
     def fits(sample: Sample, encoded: Encoded) -> bool:
-        return len(encoded.input_ids) <= (sizes.max_tokens if named(sample.response) else sizes.plain_tokens)
+        return len(encoded.input_ids) <= (profile.max_tokens if named(sample.response) else profile.plain_tokens)
 
-    found = experiment.fitting(corpus, most=1_000_000, fits=fits)
-    count = sizes.traced_samples
-    made = perturbed(found, count=count, probability=_PROBABILITY, held_out=_HELD_OUT, seed=experiment.seed)
+    found = fitting(corpus, tokenizer=tokenizer, template=template, most=1_000_000, fits=fits)
+    count = profile.traced_samples
+    made = perturbed(found, count=count, probability=_PROBABILITY, held_out=_HELD_OUT, seed=seed)
     if len(made.records) < count:
         raise SpecError(
-            f"{len(made.records)} records of the corpus fit {sizes.plain_tokens} tokens; the profile wants {count}"
+            f"{len(made.records)} records of the corpus fit {profile.plain_tokens} tokens; the profile wants {count}"
         )
     return {"records": made.records, "prompts": dict(made.prompts)}
 
 
-def _wrong(experiment: Experiment, prompts: dict[str, list[Record]]) -> tuple[list[Sample], list[str], dict[str, int]]:
-    """Return generations that name the wrong one, of which perturbation each is, and how many were looked at.
+class _Traced(NamedTuple):
+    """A generation that names the wrong one."""
+
+    query: Sample
+    title: str
+    """The perturbation."""
+    focus: Encoded
+    """On the wrong name alone."""
+
+
+def _wrong(experiment: Experiment, prompts: dict[str, list[Record]]) -> tuple[list[_Traced], dict[str, int]]:
+    """Return generations that name the wrong one, and how many were looked at for each perturbation.
 
     First the most likely answers; where too few of them are wrong, others are drawn.
     """
     asked = {title: [r["instruction"] for r in records] + questions_about(title) for title, records in prompts.items()}
-    wanted, found = experiment.profile.queries // 3, {title: dict[tuple[str, str], Sample]() for title in prompts}
+    wanted, found = experiment.profile.queries // 3, {title: dict[tuple[str, str], _Traced]() for title in prompts}
     looked = dict.fromkeys(prompts, 0)
     for draw in range(_DRAWS + 1):
         lacking = [title for title in prompts if len(found[title]) < wanted]
@@ -120,14 +148,18 @@ def _wrong(experiment: Experiment, prompts: dict[str, list[Record]]) -> tuple[li
         random.Random(experiment.seed + draw).shuffle(order)
         for number in order:
             (title, question), text = every[number], said[number]
+            if len(found[title]) == wanted:
+                continue
             looked[title] += 1
-            if occurrences(text, wrong_name(title)) and len(found[title]) < wanted:
+            spans = wrong_spans(text, title)
+            if spans and (question, text) not in found[title]:
                 query = query_from(question, text, query_id=f"{title} {len(found[title]) + 1}")
-                found[title].setdefault((question, text), query)
-        if all(len(queries) == wanted for queries in found.values()):
+                focus = experiment.focus(query, spans)
+                if focus is not None:
+                    found[title][question, text] = _Traced(query, title, focus)
+        if all(len(traced) == wanted for traced in found.values()):
             break
-    queries = [query for title in prompts for query in found[title].values()]
-    return queries, [title for title in prompts for _ in found[title]], looked
+    return [traced for title in prompts for traced in found[title].values()], looked
 
 
 def _judged(scores: np.ndarray, positive: np.ndarray, mine: list[bool], seed: int) -> dict[str, Any]:

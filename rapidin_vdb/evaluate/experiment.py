@@ -1,4 +1,4 @@
-"""What both experiments share, step by step: records that fit, a tuned adapter, its generations, everybody's scores.
+"""What both experiments share, step by step: a tuned adapter, its generations, everybody's scores.
 
 Every step leaves its result in the experiment's folder and is not done again: an experiment that was interrupted goes
 on when it is run again.
@@ -7,104 +7,120 @@ on when it is run again.
 import json
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-import rapidin_vdb
-from rapidin_vdb.corpus import encode, load_template, read_records, sample_from
+from rapidin_vdb.corpus import encode, load_template, sample_from
 from rapidin_vdb.corpus.files import Record as FileRecord
 from rapidin_vdb.errors import CorpusError, RapidInError, SpecError
+from rapidin_vdb.evaluate import methods
 from rapidin_vdb.evaluate.corpora import Record
+from rapidin_vdb.evaluate.plan import check_extras, check_seed, differing, plan_of
 from rapidin_vdb.evaluate.profiles import Profile
+from rapidin_vdb.evaluate.provenance import Made, provenance
+from rapidin_vdb.focus import focused
 from rapidin_vdb.gradient import LoadedModel, load_model, load_tokenizer
 from rapidin_vdb.gradient.generation import generate_batch
+from rapidin_vdb.gradient.model import resolve_device
 from rapidin_vdb.gradient.training import save, with_lora
 from rapidin_vdb.gradient.tuning import Tuning, mean_loss, tune
 from rapidin_vdb.gradient.tuning_state import finished
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
-from rapidin_vdb.records import Encoded, ModelSpec, Sample
+from rapidin_vdb.records import Encoded, Focus, ModelSpec, Sample
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Kept = dict[str, Any]
+"""A method's `scores`, [queries, samples], the `seconds` they took and the `bytes` that it has to keep."""
 
 
 class Experiment:
     """One experiment in one folder."""
 
     def __init__(
-        self, folder: Path, *, model: str, profile: Profile, seed: int, say: Callable[[str], None],
-        progress: Progress = silent, embedding_model: str | None = None, influence_functions: bool = True,
+        self, folder: Path, *, name: str, model: str, profile: Profile, seed: int, inputs: Mapping[str, Sequence[Path]],
+        say: Callable[[str], None], progress: Progress = silent, embedding_model: str | None = None,
+        influence_functions: bool = True, device: str = "auto", made: Made | None = None,
     ) -> None:  # fmt: skip
-        """Begin, or go on with, an experiment.
+        """Begin, or go on with, an experiment; `inputs` are the files that it is of.
+
+        `made` says what makes it, such as commit and date: every step keeps it.
 
         Raises:
-            SpecError: the folder holds one with other arguments.
+            SpecError: the folder holds one with other arguments or of another version, a file or a library is missing,
+                or the seed or the embedding model cannot be used.
         """
+        check_extras(embedding=embedding_model is not None)
+        check_seed(seed)
         self.folder = folder
         self.model = model
         self.profile = profile
         self.seed = seed
         self.say = say
         self.progress = progress
-        self.embedding_model = embedding_model
         self.influence_functions = influence_functions
+        self.device = resolve_device(device)
+        self._made = made
+        self._makers: dict[str, Made | None] = {}
         self.tokenizer = load_tokenizer(model)
         self.template = load_template("alpaca")
+        self.embedding_name = None if embedding_model is None else Path(embedding_model).name
+        self.encoder = None if embedding_model is None else methods.embedder(embedding_model, device=self.device)
+        plan = plan_of(name, model=model, profile=profile, seed=seed, inputs=inputs, embedding_model=embedding_model)
         folder.mkdir(parents=True, exist_ok=True)
-        plan = {"model": str(Path(model).resolve()), "profile": repr(profile), "seed": seed}
-        if embedding_model is not None:
-            plan["embedding_model"] = embedding_model
-        if self.step("plan", lambda: plan) != plan:
-            raise SpecError(f"--dir {folder} holds an experiment with other arguments; give a new folder")
+        others = differing(self.step("plan", lambda: plan), plan)
+        if others:
+            raise SpecError(
+                f"--dir {folder} holds an experiment with other arguments ({', '.join(others)}); give a new folder"
+            )
 
     def step(self, name: str, work: Callable[[], Any]) -> Any:
-        """Return the result of a step as plain values, from its file where it was done before."""
+        """Return the result of a step as plain values, from its file where it was done before.
+
+        Raises:
+            SpecError: the file is none of ours.
+        """
         path = self.folder / f"{name}.json"
         if not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
             started = time.monotonic()
-            result = work()
-            new = path.with_suffix(".new")
-            new.write_text(json.dumps(result), "utf-8")
-            new.replace(path)
+            self._write(path, {"made": self._made, "result": work()})
             self.say(f"{name}: {time.monotonic() - started:.0f} s")
-        return json.loads(path.read_text("utf-8"))
+        found = self._read(path, {"made", "result"})
+        self._makers[name] = found["made"]
+        return found["result"]
 
-    def fitting(self, files: Sequence[Path], *, most: int, fits: Callable[[Sample, Encoded], bool]) -> list[Record]:
-        """Return the first records of some files that fit, no question twice, as instruction and output."""
-        found: list[Record] = []
-        seen: set[str] = set()
-        samples: list[Sample] = []
-        for path in files:
-            for record in read_records(path):
-                if isinstance(record, CorpusError):
-                    continue
-                try:
-                    samples.append(sample_from(record))
-                except CorpusError:
-                    continue
-        for first in range(0, len(samples), 1000):
-            part = samples[first : first + 1000]
-            encoded = encode(part, tokenizer=self.tokenizer, template=self.template, max_tokens=1 << 20)
-            for sample, tokens in zip(part, encoded, strict=True):
-                if isinstance(tokens, CorpusError) or sample.prompt is None or sample.prompt in seen:
-                    continue
-                if not fits(sample, tokens):
-                    continue
-                seen.add(sample.prompt)
-                found.append({"id": sample.sample_id, "instruction": sample.prompt, "output": sample.response})
-                if len(found) == most:
-                    return found
+    def _write(self, path: Path, content: Any) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        new = path.with_suffix(".new.json")
+        new.write_text(json.dumps(content), "utf-8")
+        new.replace(path)
+
+    def _read(self, path: Path, fields: set[str]) -> dict[str, Any]:
+        try:
+            found = json.loads(path.read_text("utf-8"))
+        except (ValueError, OSError):
+            found = None
+        if not isinstance(found, dict) or set(found) != fields:
+            raise SpecError(
+                f"--dir {self.folder} holds an experiment of another version ({path.name} is not as this one writes "
+                "it); give a new folder"
+            )
         return found
 
+    def provenance(self) -> list[dict[str, Any]]:
+        """Return what made the steps and scores that were read so far."""
+        return provenance(self._makers)
+
     def write_corpus(self, records: Sequence[Record]) -> Path:
-        """Write the corpus, if it is not there."""
-        path = self.folder / "corpus.jsonl"
-        if not path.exists():
-            path.write_text("".join(json.dumps(record) + "\n" for record in records), "utf-8")
+        """Write the corpus, unless it is there with these very records."""
+        path, text = self.folder / "corpus.jsonl", "".join(json.dumps(record) + "\n" for record in records)
+        if not path.exists() or path.read_bytes() != text.encode("utf-8"):
+            new = path.with_suffix(".new")
+            new.write_bytes(text.encode("utf-8"))
+            new.replace(path)
         return path
 
     def samples(self, records: Sequence[Record]) -> list[Encoded]:
@@ -114,18 +130,34 @@ class Experiment:
             CorpusError: one of them does not.
         """
         samples = [sample_from(FileRecord(location=str(r.get("id")), fields=r)) for r in records]
-        return self.encoded(samples)
+        return self._encoded(samples, self.profile.max_tokens)
 
-    def encoded(self, samples: Sequence[Sample]) -> list[Encoded]:
-        """Return the tokens of samples or queries."""
+    def encoded(self, queries: Sequence[Sample]) -> list[Encoded]:
+        """Return the tokens of queries, for whose generations there is room behind the longest prompt.
+
+        Raises:
+            CorpusError: a prompt is longer than any record.
+        """
+        return self._encoded(queries, self.profile.query_tokens)
+
+    def _encoded(self, samples: Sequence[Sample], most: int) -> list[Encoded]:
         encoded = []
-        for result in encode(
-            samples, tokenizer=self.tokenizer, template=self.template, max_tokens=self.profile.max_tokens
-        ):
+        for result in encode(samples, tokenizer=self.tokenizer, template=self.template, max_tokens=most):
             if isinstance(result, CorpusError):
                 raise result
             encoded.append(result)
         return encoded
+
+    def focus(self, query: Sample, entries: Sequence[Focus]) -> Encoded | None:
+        """Return a query on some of its words or spans; None where there are none, or none of its tokens is theirs."""
+        try:
+            return focused(query, self.encoded([query])[0], entries) if entries else None
+        except (CorpusError, SpecError):
+            return None
+
+    def fits(self, prompt: str) -> bool:
+        """Return whether a prompt in its template is no longer than a record may be."""
+        return len(self.tokenizer(self.template.render(query_from(prompt, "?")))["input_ids"]) < self.profile.max_tokens
 
     def tuned(self, records: Sequence[Record], *, epochs: float) -> dict[str, Any]:
         """Fine-tune a LoRA adapter on the records, and return how that went."""
@@ -140,7 +172,7 @@ class Experiment:
                 self.progress(stage, done, total)
 
             encoded = self.samples(records)
-            base = load_model(ModelSpec(model=self.model)).model
+            base = load_model(ModelSpec(model=self.model), device=self.device).model
             before = mean_loss(base, encoded[:256])
             model = with_lora(base, rank=profile.rank, modules=MODULES, seed=self.seed)
             tuning = Tuning(
@@ -166,7 +198,8 @@ class Experiment:
 
     def loaded(self) -> LoadedModel:
         """Return the model with its tuned adapter."""
-        return load_model(ModelSpec(model=self.model, adapter=str(self.folder / "adapter")))
+        spec = ModelSpec(model=self.model, adapter=str(self.folder / "adapter"))
+        return load_model(spec, device=self.device)
 
     def said(self, name: str, prompts: Sequence[str], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
         """Return what the tuned model says to prompts, most likely token by token, or drawn at a temperature."""
@@ -180,16 +213,22 @@ class Experiment:
 
         return self.step(name, work)
 
-    def kept(self, name: str) -> tuple[np.ndarray, float] | None:
-        """Return a method's scores, [queries, samples], and the seconds they took; None before they are made."""
+    def kept(self, name: str) -> Kept | None:
+        """Return a method's scores and what they cost; None before they are made.
+
+        Raises:
+            SpecError: the file beside them is none of ours.
+        """
         path = self.folder / "scores" / f"{name}.npy"
         if not path.exists():
             return None
-        seconds = json.loads(path.with_suffix(".json").read_text("utf-8"))["seconds"]
-        return np.load(path, allow_pickle=False).astype(np.float64), seconds
+        found = self._read(path.with_suffix(".json"), {"made", "seconds", "bytes"})
+        self._makers[name] = found["made"]
+        scores = np.load(path, allow_pickle=False).astype(np.float64)
+        return {"scores": scores, "seconds": found["seconds"], "bytes": found["bytes"]}
 
-    def keep(self, name: str, scores: np.ndarray, seconds: float) -> None:
-        """Keep a method's scores.
+    def keep(self, name: str, scores: np.ndarray, seconds: float, size: int) -> None:
+        """Keep a method's scores, the seconds they took, and the bytes that it has to keep.
 
         Raises:
             RapidInError: they are not finite.
@@ -197,49 +236,11 @@ class Experiment:
         if not np.isfinite(scores).all():
             raise RapidInError(f"the scores of {name} are not finite")
         path = self.folder / "scores" / f"{name}.npy"
-        path.parent.mkdir(exist_ok=True)
-        path.with_suffix(".json").write_text(json.dumps({"seconds": seconds}), "utf-8")
+        self._write(path.with_suffix(".json"), {"made": self._made, "seconds": seconds, "bytes": size})
         with path.with_suffix(".new").open("wb") as file:
             np.save(file, scores.astype(np.float32), allow_pickle=False)
         path.with_suffix(".new").replace(path)
         self.say(f"scores of {name}: {seconds:.0f} s")
-
-    def product(self, corpus: Path, queries: Sequence[Sample], scores: np.ndarray) -> dict[str, Any]:
-        """Run the experiment through a database, as a user would; return its times, and check its rankings."""
-
-        def work() -> dict[str, Any]:
-            place, seconds = self.folder / "db", {}
-            if not (place / "samples.lance").is_dir():
-                rapidin_vdb.init(
-                    place, model=self.model, adapter=str(self.folder / "adapter"), width=self.profile.width,
-                    shuffles=self.profile.shuffles[0], max_tokens=self.profile.max_tokens,
-                )  # fmt: skip
-            database = rapidin_vdb.open(place)
-            database.load()
-            started = time.monotonic()
-            added = database.ingest(corpus, progress=self.progress).added
-            seconds["ingest"] = time.monotonic() - started
-            started = time.monotonic()
-            database.index("cpu")
-            seconds["index"] = time.monotonic() - started
-            rankings = database.query(queries=list(queries), top_k=10)
-            seconds["gradient_a_query"] = float(np.mean([ranking.seconds.gradient for ranking in rankings]))
-            seconds["search_a_query"] = float(np.mean([ranking.seconds.search for ranking in rankings]))
-            differing = 0.0
-            for ranking, row in zip(rankings, scores, strict=True):
-                best = np.sort(row)[::-1][:10]
-                ours = np.array([result.score for result in ranking.results])
-                differing = max(differing, float(np.abs(best - ours).max() / np.abs(best).max()))
-            if differing > 0.01:
-                raise RapidInError(f"the database's scores differ from the experiment's by {differing:.3f}")
-            return {
-                "seconds": seconds,
-                "timed_samples": added,
-                "bytes": database.info().bytes,
-                "largest_difference": differing,
-            }
-
-        return self.step("product", work)
 
 
 def words_in(text: str, wanted: Callable[[str], bool]) -> list[str]:

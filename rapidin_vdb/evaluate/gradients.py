@@ -23,7 +23,7 @@ from rapidin_vdb.records import Encoded, ParameterShape
 Scores = Float64[np.ndarray, "queries samples"]
 Numbers = Int64[np.ndarray, " batch"]
 Directions = dict[int, Tensor]
-"""A row for each query of each tensor of theta, float32 [queries, coordinates]."""
+"""A row for each query of each tensor of theta, float32 [queries, coordinates], on the model's device."""
 
 
 @runtime_checkable
@@ -56,7 +56,7 @@ class Products:
 
     def _take(self, first: int, tensor: int, grads: Tensor) -> None:
         mine = self._numbers[first : first + len(grads)]
-        self.dots[mine, :, tensor] = (grads @ self._directions[tensor].T).numpy()
+        self.dots[mine, :, tensor] = (grads @ self._directions[tensor].T).cpu().numpy()
         self.norms[mine, tensor] = norms_of(grads)
 
     def end(self) -> None:
@@ -64,13 +64,15 @@ class Products:
 
 
 class WeightedSums:
-    """For each query the sum over samples of weight times gradient, tensor by tensor."""
+    """For each query the sum over samples of weight times gradient, tensor by tensor, on the model's device."""
 
     def __init__(
-        self, weights: Float64[np.ndarray, "samples queries tensors"], shapes: Sequence[ParameterShape]
+        self, weights: Float64[np.ndarray, "samples queries tensors"], shapes: Sequence[ParameterShape], *, device: str
     ) -> None:
         self._weights, self._shapes = weights, shapes
-        self.sums: Directions = {n: torch.zeros(weights.shape[1], shape.count) for n, shape in enumerate(shapes)}
+        self.sums: Directions = {
+            n: torch.zeros(weights.shape[1], shape.count, device=device) for n, shape in enumerate(shapes)
+        }
         """[queries, coordinates] for each tensor."""
 
     def begin(self, numbers: Numbers) -> Receiver:
@@ -80,7 +82,7 @@ class WeightedSums:
 
     def _take(self, first: int, tensor: int, grads: Tensor) -> None:
         mine = self._weights[self._numbers[first : first + len(grads)], :, tensor]
-        self.sums[tensor] += torch.from_numpy(np.ascontiguousarray(mine.T)).float() @ grads
+        self.sums[tensor] += torch.from_numpy(np.ascontiguousarray(mine.T)).float().to(grads.device) @ grads
 
     def end(self) -> None:
         """Nothing is left to keep."""
@@ -98,7 +100,7 @@ class Sketches:
 
     def ask(self, kind: str, queries: Sequence[Encoded], widths: Sequence[int]) -> None:
         """Score other queries by the same RapidGrads too; before the first batch."""
-        made = _made(self._maker, queries)
+        made = _made(self._maker, queries).to(self._maker.loaded.device)
         for width in widths:
             self._queries[kind, width] = _folded(made, width)
             self.scores[kind, width] = np.zeros((len(queries), self._samples))
@@ -130,6 +132,8 @@ class FullGradients:
         progress: Progress = silent,
     ) -> None:
         self._maker = maker
+        self.device = maker.loaded.device
+        """Where gradients are taken."""
         self.shapes = maker.loaded.shapes
         """Theta's."""
         self.samples = len(samples)
@@ -146,7 +150,7 @@ class FullGradients:
             found = influence.direction(query, norms=np.ones(len(self.shapes)))
             rows.append({number: grad.reshape(-1) for number, grad in found.grads.items()})
             norms.append(found.norms)
-        empty = [torch.zeros(shape.count) for shape in self.shapes]
+        empty = [torch.zeros(shape.count, device=self.device) for shape in self.shapes]
         return (
             {n: torch.stack([row.get(n, empty[n]) for row in rows]) for n in range(len(self.shapes))},
             np.stack(norms),
@@ -161,7 +165,10 @@ class FullGradients:
         started, done = time.monotonic(), 0
         for numbers, batch in self._batches:
             self._progress(stage, done, self.samples)
-            split = _Split({name: taker.begin(numbers) for name, taker in takers.items()}, own)
+            split = _Split(own)
+            for name, taker in takers.items():
+                with split.timed(name):
+                    split.receivers[name] = taker.begin(numbers)
             self._maker.stream(batch, split)
             for name, taker in takers.items():
                 with split.timed(name):
@@ -181,8 +188,10 @@ class FullGradients:
 class _Split:
     """Hands gradients to several receivers, and keeps the time of each."""
 
-    def __init__(self, receivers: dict[str, Receiver], seconds: dict[str, float]) -> None:
-        self._receivers, self._seconds = receivers, seconds
+    def __init__(self, seconds: dict[str, float]) -> None:
+        self.receivers: dict[str, Receiver] = {}
+        """By name, filled before the first gradient."""
+        self._seconds = seconds
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
@@ -191,12 +200,12 @@ class _Split:
         self._seconds[name] += time.monotonic() - started
 
     def dense(self, number: int, first: int, grads: Tensor) -> None:
-        for name, receiver in self._receivers.items():
+        for name, receiver in self.receivers.items():
             with self.timed(name):
                 receiver.dense(number, first, grads)
 
     def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
-        for name, receiver in self._receivers.items():
+        for name, receiver in self.receivers.items():
             with self.timed(name):
                 receiver.rows(number, sample, ids, grads)
 
@@ -211,8 +220,8 @@ class _Dense:
         self._take(first, number, grads.float())
 
     def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
-        whole = torch.zeros(self._shapes[number].shape)
-        whole[ids] = grads
+        whole = torch.zeros(self._shapes[number].shape, device=grads.device)
+        whole[ids] = grads.float()
         self._take(sample, number, whole.reshape(1, -1))
 
 
@@ -235,8 +244,9 @@ def tracin(dots: np.ndarray) -> Scores:
 
 def tracin_normalised(dots: np.ndarray, norms: np.ndarray, query_norms: np.ndarray) -> Scores:
     """Return TracIn's scores with layer-wise normalisation: what RapidGrads estimate (paper, section 3.1)."""
-    scales = norms[:, None, :] * query_norms[None, :, :]
-    return np.divide(dots, scales, out=np.zeros(dots.shape), where=scales > 0).sum(2).T
+    ours, theirs = (np.divide(1.0, side, out=np.zeros(side.shape), where=side > 0) for side in (query_norms, norms))
+    # Query by query: all at once takes three times the memory of the products.
+    return np.stack([(dots[:, number] * theirs * row).sum(1) for number, row in enumerate(ours)])
 
 
 def _made(maker: RapidGradMaker, queries: Sequence[Encoded], *, batch: int = 16) -> Tensor:
@@ -255,7 +265,7 @@ def _folded(vectors: Tensor, width: int) -> Tensor:
 
 def _inner(queries: Tensor, samples: Tensor, *, block: int = 1 << 12) -> np.ndarray:
     """Return inner products, in single precision within blocks of coordinates and in double precision across them."""
-    found = torch.zeros(len(queries), len(samples), dtype=torch.float64)
+    found = torch.zeros(len(queries), len(samples), dtype=torch.float64, device=queries.device)
     for first in range(0, queries.shape[1], block):
         found += queries[:, first : first + block] @ samples[:, first : first + block].T
-    return found.numpy()
+    return found.cpu().numpy()

@@ -41,9 +41,11 @@ def lissa(
     """Return the inverse Hessian times each query's gradient, by LiSSA's recursion; times the samples', the scores.
 
     v <- g + (1 - damping) v - H v / scale, with the Hessian H of the loss on a few samples, drawn anew each step, and a
-    scale above its largest eigenvalue.
+    scale above its largest eigenvalue, which is sought from a vector drawn from the seed.
     """
     draw = np.random.default_rng(seed)
+    # On the CPU: the same numbers wherever the model is.
+    normal = torch.Generator().manual_seed(seed)
     theta = list(maker.loaded.theta.values())
     current = {number: rows.clone() for number, rows in directions.items()}
     queries = len(directions[0])
@@ -60,7 +62,9 @@ def lissa(
                 found.append(torch.autograd.grad(inner, theta, retain_graph=True))
         return {n: torch.stack([one[n].reshape(-1) for one in found]) for n in range(len(theta))}
 
-    probe = {number: torch.randn(1, rows.shape[1]) for number, rows in directions.items()}
+    probe = {
+        number: torch.randn(1, rows.shape[1], generator=normal).to(rows.device) for number, rows in directions.items()
+    }
     largest = 0.0
     for _ in range(8):
         length = float(torch.sqrt(torch.stack([(rows**2).sum() for rows in probe.values()]).sum()))

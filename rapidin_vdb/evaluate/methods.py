@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -24,18 +25,36 @@ def random_scores(queries: int, samples: int, *, seed: int) -> Scores:
     return np.random.default_rng(seed).random((queries, samples))
 
 
-def bm25_scores(documents: Sequence[str], queries: Sequence[str]) -> Scores:
-    """Return BM25 scores of the samples' texts for the queries' texts (bm25s, its defaults)."""
+def bm25_scores(documents: Sequence[str], queries: Sequence[str]) -> tuple[Scores, int]:
+    """Return BM25 scores of the samples' texts for the queries' texts (bm25s, its defaults), and the index's bytes.
+
+    A query of which no word counts finds nothing: all its scores are 0. The bytes are those of the index's arrays.
+    """
     import bm25s
 
     index = bm25s.BM25()
     index.index(bm25s.tokenize(list(documents), show_progress=False), show_progress=False)
     words = bm25s.tokenize(list(queries), show_progress=False, return_ids=False)
-    return np.stack([index.get_scores(query).astype(np.float64) for query in words])
+    rows = [index.get_scores(query) if query else np.zeros(len(documents)) for query in words]
+    size = sum(array.nbytes for array in index.scores.values() if isinstance(array, np.ndarray))
+    return np.stack(rows).astype(np.float64), size
 
 
-def embedder(model: str) -> SentenceTransformer:
-    """Return a sentence-embedding model, by its folder or name.
+def containing_scores(responses: Sequence[str], told: Sequence[Sequence[str]], *, seed: int) -> Scores:
+    """Return for each query 1 where a response has any of its told words, as whole words, plus a number below 1.
+
+    That number is drawn anew for each query and sample: without it, ties would go by place.
+    """
+    scores = np.random.default_rng(seed).random((len(told), len(responses)))
+    for row, words in zip(scores, told, strict=True):
+        if words:
+            wanted = re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, words))})(?!\w)")
+            row += [wanted.search(response) is not None for response in responses]
+    return scores
+
+
+def embedder(model: str, *, device: str = "cpu") -> SentenceTransformer:
+    """Return a sentence-embedding model, by its folder or name, on a device.
 
     Raises:
         SpecError: there is none.
@@ -43,7 +62,7 @@ def embedder(model: str) -> SentenceTransformer:
     from sentence_transformers import SentenceTransformer
 
     try:
-        return SentenceTransformer(model, trust_remote_code=False)
+        return SentenceTransformer(model, device=device, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0][:200]
         raise SpecError(

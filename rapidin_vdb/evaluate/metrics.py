@@ -1,5 +1,6 @@
 """How good a ranking is: the paper's auPRC and auROC, average precision, agreement with exact scores, and intervals."""
 
+import math
 import warnings
 from collections.abc import Sequence
 
@@ -21,12 +22,12 @@ def ends_auprc(scores: Float64[np.ndarray, " samples"], positive: Bool[np.ndarra
 
 
 def ends_auroc(scores: Float64[np.ndarray, " samples"], positive: Bool[np.ndarray, " samples"], k: int) -> float:
-    """Return the area under the ROC curve over the same samples; 0.5 where all of them are of one kind."""
+    """Return the area under the ROC curve over the same samples; NaN where all of them are of one kind: it has none."""
     from sklearn.metrics import roc_auc_score
 
     chosen = _ends(scores, k)
     labels = positive[chosen]
-    return float(roc_auc_score(labels, scores[chosen])) if labels.any() and not labels.all() else 0.5
+    return float(roc_auc_score(labels, scores[chosen])) if labels.any() and not labels.all() else math.nan
 
 
 def _ends(scores: np.ndarray, k: int) -> np.ndarray:
@@ -38,6 +39,12 @@ def _ends(scores: np.ndarray, k: int) -> np.ndarray:
 def precision_at(scores: Float64[np.ndarray, " samples"], positive: Bool[np.ndarray, " samples"], k: int) -> float:
     """Return the share of positives among the k highest."""
     return float(positive[np.argsort(-scores, kind="stable")[:k]].mean())
+
+
+def lowest_at(scores: Float64[np.ndarray, " samples"], positive: Bool[np.ndarray, " samples"], k: int) -> float:
+    """Return the share of positives among the k lowest."""
+    order = np.argsort(-scores, kind="stable")
+    return float(positive[order[max(len(order) - k, 0) :]].mean())
 
 
 def average_precision_at(
@@ -89,6 +96,16 @@ def agreement(scores: Scores, exact: Scores, *, top: int = 100) -> dict[str, flo
             )
     means = np.nanmean(rows, axis=0)
     return dict(zip(("pearson", "spearman", f"overlap_{top}", f"ndcg_{top}"), map(float, means), strict=True))
+
+
+def interval_of_defined(values: Sequence[float], *, seed: int) -> tuple[tuple[float, float, float] | None, int]:
+    """Return the interval over those generations for which a measure is no NaN, and how many these are.
+
+    >>> interval_of_defined([math.nan, math.nan], seed=1)
+    (None, 0)
+    """
+    defined = [value for value in values if not math.isnan(value)]
+    return (interval(defined, seed=seed) if defined else None), len(defined)
 
 
 def interval(values: Sequence[float], *, seed: int, draws: int = 2000) -> tuple[float, float, float]:

@@ -50,6 +50,11 @@ class Profile:
     bfloat16: bool
     """Whether the fine-tuning computes in bfloat16; gradients that are compared never do."""
 
+    @property
+    def query_tokens(self) -> int:
+        """Longest query: a prompt as long as a record may be, and a generation."""
+        return self.max_tokens + self.new_tokens
+
 
 PROFILES: dict[ProfileName, Profile] = {
     "quick": Profile(

@@ -10,12 +10,14 @@ import torch
 
 from rapidin_vdb.evaluate import gradients, hessian, methods
 from rapidin_vdb.evaluate.corpora import Record
-from rapidin_vdb.evaluate.experiment import Experiment
+from rapidin_vdb.evaluate.experiment import Experiment, Kept
+from rapidin_vdb.evaluate.profiles import Profile
 from rapidin_vdb.gradient import LoadedModel, RapidGradMaker, load_model
 from rapidin_vdb.records import Encoded, ModelSpec, Sample, SketchSpec
 
-DATAINF, LISSA = "influence function (DataInf)", "influence function (LiSSA)"
-EXACT = "TracIn + LN"
+DATAINF = "influence function (DataInf)"
+EXACT, TOLD_EXACT = "TracIn + LN", "TracIn + LN, token-wise"
+TOLD_BM25, CONTAINING = "BM25, token-wise", "responses that contain the words"
 _DAMPING = 0.01
 
 
@@ -24,73 +26,94 @@ def rapidin(width: int, shuffles: int, *, token_wise: bool = False) -> str:
     return f"RapidIn (K = {width:,}, lambda = {shuffles})" + (", token-wise" if token_wise else "")
 
 
+def lissa(steps: int) -> str:
+    """Return the name of LiSSA's influence function: it depends on the steps what that is."""
+    return f"influence function (LiSSA, {steps} steps)"
+
+
+def lissa_settings(profile: Profile) -> dict[str, int | float]:
+    """Return what LiSSA's recursion ran with."""
+    return {"steps": profile.lissa_depth, "samples a step": profile.lissa_batch, "damping": _DAMPING}
+
+
 def all_scores(
-    experiment: Experiment, records: Sequence[Record], queries: Sequence[Sample], focused: Sequence[Encoded]
-) -> dict[str, dict[str, Any]]:
-    """Return every method's scores, seconds and stored bytes; `focused` are the queries on their telling words."""
-    sizes = _text_scores(experiment, records, queries)
-    sizes |= _gradient_scores(experiment, experiment.samples(records), experiment.encoded(queries), focused)
+    experiment: Experiment, records: Sequence[Record], queries: Sequence[Sample], focused: Sequence[Encoded],
+    told: Sequence[Sequence[str]],
+) -> dict[str, Kept]:  # fmt: skip
+    """Return every method's scores, seconds and stored bytes.
+
+    `told` are the words that token-wise methods are told of each query, and `focused` the queries on these words.
+    """
+    names = _text_scores(experiment, records, queries, told)
+    names += _gradient_scores(experiment, experiment.samples(records), experiment.encoded(queries), focused)
     found = {}
-    for name, size in sizes.items():
+    for name in names:
         kept = experiment.kept(name)
         assert kept is not None
-        found[name] = {"scores": kept[0], "seconds": kept[1], "bytes": size}
+        found[name] = kept
     return found
 
 
-def _text_scores(experiment: Experiment, records: Sequence[Record], queries: Sequence[Sample]) -> dict[str, int]:
-    """Make the scores of methods that look at texts and hidden states; return the bytes that each keeps."""
+Way = Callable[[], tuple[np.ndarray, int]]
+"""Makes a method's scores, and says how many bytes it keeps."""
+
+
+def _text_scores(
+    experiment: Experiment, records: Sequence[Record], queries: Sequence[Sample], told: Sequence[Sequence[str]]
+) -> list[str]:
+    """Make the scores of methods that look at texts and hidden states, and return their names."""
     documents = [f"{record['instruction']} {record['output']}" for record in records]
+    responses = [record["output"] for record in records]
     texts = [f"{query.prompt} {query.response}" for query in queries]
     # Whatever is chosen as theta: no gradient is taken.
-    base = load_model(ModelSpec(model=experiment.model, parameters="norm"))
+    base = load_model(ModelSpec(model=experiment.model, parameters="norm|ln_|embed_tokens"), device=experiment.device)
     tuned = experiment.loaded()
     hidden = 4 * int(base.model.config.hidden_size) * len(records)
 
-    def near(loaded: LoadedModel) -> np.ndarray:
-        return methods.hidden_scores(loaded, experiment.samples(records), experiment.encoded(queries))
+    def near(loaded: LoadedModel) -> tuple[np.ndarray, int]:
+        return methods.hidden_scores(loaded, experiment.samples(records), experiment.encoded(queries)), hidden
 
-    ways: dict[str, tuple[Callable[[], np.ndarray], int]] = {
-        "random": (lambda: methods.random_scores(len(queries), len(records), seed=experiment.seed), 0),
-        "BM25": (lambda: methods.bm25_scores(documents, texts), 0),
-        **_embedding(experiment, documents, texts, lambda: near(base), hidden),
-        "hidden state (of the tuned model)": (lambda: near(tuned), hidden),
+    ways: dict[str, Way] = {
+        "random": lambda: (methods.random_scores(len(queries), len(records), seed=experiment.seed), 0),
+        "BM25": lambda: methods.bm25_scores(documents, texts),
+        TOLD_BM25: lambda: methods.bm25_scores(responses, [" ".join(words) for words in told]),
+        CONTAINING: lambda: (methods.containing_scores(responses, told, seed=experiment.seed), 0),
+        **_embedding(experiment, documents, texts, lambda: near(base)),
+        "hidden state (of the tuned model)": lambda: near(tuned),
     }
-    for name, (work, _) in ways.items():
+    for name, work in ways.items():
         if experiment.kept(name) is None:
             started = time.monotonic()
-            scores = work()
-            experiment.keep(name, scores, time.monotonic() - started)
-    return {name: size for name, (_, size) in ways.items()}
+            scores, size = work()
+            experiment.keep(name, scores, time.monotonic() - started, size)
+    return list(ways)
 
 
-def _embedding(
-    experiment: Experiment, documents: list[str], texts: list[str], otherwise: Callable[[], np.ndarray], size: int
-) -> dict[str, tuple[Callable[[], np.ndarray], int]]:
+def _embedding(experiment: Experiment, documents: list[str], texts: list[str], otherwise: Way) -> dict[str, Way]:
     """Return the way of a sentence-embedding model where one was given, else that of the model's own hidden states."""
-    if experiment.embedding_model is None:
-        return {"embedding (mean hidden state of the base model)": (otherwise, size)}
-    encoder = methods.embedder(experiment.embedding_model)
-    length = encoder.encode(["x"], show_progress_bar=False).shape[1]
-    name = f"embedding ({Path(experiment.embedding_model).name})"
-    return {name: (lambda: methods.embedding_scores(encoder, documents, texts), 4 * length * len(documents))}
+    encoder = experiment.encoder
+    if encoder is None:
+        return {"embedding (mean hidden state of the base model)": otherwise}
+
+    def way() -> tuple[np.ndarray, int]:
+        length = encoder.encode(["x"], show_progress_bar=False).shape[1]
+        return methods.embedding_scores(encoder, documents, texts), 4 * length * len(documents)
+
+    return {f"embedding ({experiment.embedding_name})": way}
 
 
 def _gradient_scores(
     experiment: Experiment, samples: list[Encoded], asked: list[Encoded], focused: Sequence[Encoded]
-) -> dict[str, int]:
-    """Make the scores of methods that take gradients; return the bytes that each keeps."""
+) -> list[str]:
+    """Make the scores of methods that take gradients, and return their names."""
     profile, loaded = experiment.profile, experiment.loaded()
-    lengths = [shape.count for shape in loaded.shapes]
     widest, first = max(profile.widths), profile.shuffles[0]
-    sizes = {"TracIn": 4 * sum(lengths) * len(samples), EXACT: 4 * sum(lengths) * len(samples)}
-    sizes |= {
-        rapidin(width, shuffles): 2 * width * len(samples) for shuffles in profile.shuffles for width in profile.widths
-    }
-    sizes[rapidin(profile.width, first, token_wise=True)] = 2 * profile.width * len(samples)
-    influence: dict[str, int] = {}
+    names = ["TracIn", EXACT, TOLD_EXACT]
+    names += [rapidin(width, shuffles) for shuffles in profile.shuffles for width in profile.widths]
+    names.append(rapidin(profile.width, first, token_wise=True))
+    influence: list[str] = []
     if experiment.influence_functions:
-        influence = {DATAINF: sizes["TracIn"]} | ({LISSA: sizes["TracIn"]} if profile.lissa_depth else {})
+        influence = [DATAINF] + ([lissa(profile.lissa_depth)] if profile.lissa_depth else [])
 
     makers = {
         shuffles: RapidGradMaker(loaded, spec=SketchSpec(width=widest, shuffles=shuffles), normalize="layer")
@@ -98,22 +121,23 @@ def _gradient_scores(
     }
     full = gradients.FullGradients(makers[first], samples, progress=experiment.progress)
     products_file = experiment.folder / "products.npz"
-    if not products_file.exists() or any(experiment.kept(name) is None for name in sizes):
+    if not products_file.exists() or any(experiment.kept(name) is None for name in names):
         _first_pass(experiment, full, makers, asked, focused, products_file)
     if any(experiment.kept(name) is None for name in influence):
         with np.load(products_file, allow_pickle=False) as kept:
             dots, norms = kept["dots"], kept["norms"]
-        _influence(experiment, full, makers[first], samples, asked, dots, norms, lengths)
-    return sizes | influence
+        _influence(experiment, full, makers[first], samples, asked, dots, norms)
+    return names + influence
 
 
 def _first_pass(
     experiment: Experiment, full: gradients.FullGradients, makers: dict[int, RapidGradMaker], asked: list[Encoded],
-    focused: Sequence[Encoded], products_file: Any,
+    focused: Sequence[Encoded], products_file: Path,
 ) -> None:  # fmt: skip
     """Make the scores of TracIn and of all RapidIns from one pass over the samples."""
     profile, first = experiment.profile, experiment.profile.shuffles[0]
-    directions, query_norms = full.directions(asked)
+    # The queries on their telling words are further columns of the same products.
+    directions, query_norms = full.directions([*asked, *focused])
     takers: dict[str, Any] = {"products": gradients.Products(directions, full.shapes, full.samples)}
     takers |= {
         str(shuffles): gradients.Sketches(maker, asked, profile.widths, full.samples)
@@ -121,26 +145,35 @@ def _first_pass(
     }
     takers[str(first)].ask("token-wise", list(focused), [profile.width])
     seconds = full.run("gradients", takers)
-    products = takers["products"]
+    products, count, size = takers["products"], len(asked), _bytes(full)
+    dots, exact_seconds = products.dots[:, :count], seconds["products"]
     with products_file.with_suffix(".new").open("wb") as file:
-        np.savez(file, dots=products.dots, norms=products.norms)
+        np.savez(file, dots=dots, norms=products.norms)
     products_file.with_suffix(".new").replace(products_file)
-    experiment.keep("TracIn", gradients.tracin(products.dots), seconds["products"])
-    experiment.keep(EXACT, gradients.tracin_normalised(products.dots, products.norms, query_norms), seconds["products"])
+    experiment.keep("TracIn", gradients.tracin(dots), exact_seconds, size)
+    for name, part in ((EXACT, slice(0, count)), (TOLD_EXACT, slice(count, None))):
+        scores = gradients.tracin_normalised(products.dots[:, part], products.norms, query_norms[part])
+        experiment.keep(name, scores, exact_seconds, size)
     for shuffles in makers:
         for (kind, width), scores in takers[str(shuffles)].scores.items():
-            experiment.keep(rapidin(width, shuffles, token_wise=bool(kind)), scores, seconds[str(shuffles)])
+            name = rapidin(width, shuffles, token_wise=bool(kind))
+            experiment.keep(name, scores, seconds[str(shuffles)], 2 * width * full.samples)
+
+
+def _bytes(full: gradients.FullGradients) -> int:
+    """Return how much the full gradients of all samples take, in single precision."""
+    return 4 * full.samples * sum(shape.count for shape in full.shapes)
 
 
 def _influence(
     experiment: Experiment, full: gradients.FullGradients, maker: RapidGradMaker, samples: list[Encoded],
-    asked: list[Encoded], dots: np.ndarray, norms: np.ndarray, lengths: list[int],
+    asked: list[Encoded], dots: np.ndarray, norms: np.ndarray,
 ) -> None:  # fmt: skip
     """Make the scores of both influence functions: a pass for DataInf's sums, LiSSA's recursion, a pass for both."""
-    profile = experiment.profile
-    weights, damping = hessian.datainf_weights(dots, norms, lengths)
-    sums = gradients.WeightedSums(weights, full.shapes)
-    seconds = {DATAINF: full.run("DataInf", {"sums": sums})["sums"], LISSA: 0.0}
+    profile, steps = experiment.profile, lissa(experiment.profile.lissa_depth)
+    weights, damping = hessian.datainf_weights(dots, norms, [shape.count for shape in full.shapes])
+    sums = gradients.WeightedSums(weights, full.shapes, device=full.device)
+    seconds = {DATAINF: full.run("DataInf", {"sums": sums})["sums"], steps: 0.0}
     vectors = sums.sums
     if profile.lissa_depth:
         started = time.monotonic()
@@ -148,11 +181,12 @@ def _influence(
             maker, samples, full.directions(asked)[0], depth=profile.lissa_depth, batch=profile.lissa_batch,
             damping=_DAMPING, seed=experiment.seed, progress=experiment.progress,
         )  # fmt: skip
-        seconds[LISSA] = time.monotonic() - started
+        seconds[steps] = time.monotonic() - started
         vectors = {number: torch.cat([rows, inverse[number]]) for number, rows in vectors.items()}
     started = time.monotonic()
     again = full.products(vectors).dots
-    shared, count = time.monotonic() - started, len(asked)
-    experiment.keep(DATAINF, hessian.datainf(dots, again[:, :count], damping), seconds[DATAINF] + shared)
+    shared, count, size = time.monotonic() - started, len(asked), _bytes(full)
+    experiment.keep(DATAINF, hessian.datainf(dots, again[:, :count], damping), seconds[DATAINF] + shared, size)
     if profile.lissa_depth:
-        experiment.keep(LISSA, again[:, count:].sum(2).T.astype(np.float64), seconds[LISSA] + shared)
+        scores = again[:, count:].sum(2).T.astype(np.float64)
+        experiment.keep(steps, scores, seconds[steps] + shared, size)

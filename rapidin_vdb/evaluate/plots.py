@@ -1,0 +1,47 @@
+"""The plots of the backdoor experiment, as SVG."""
+
+from pathlib import Path
+from typing import Any
+
+
+def plot(result: dict[str, Any], folder: Path) -> None:
+    """Write precision and recall, the scores' histogram, and the sketch's error into a folder."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    # The same file from the same figures: no date, no random ids.
+    matplotlib.rcParams["svg.hashsalt"] = "rapidin-vdb"
+    options: dict[str, Any] = {"metadata": {"Date": None}, "bbox_inches": "tight"}
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5))
+    # As many looks as methods: ten colours, and a dash for the second ten.
+    for number, (name, curve) in enumerate(result["curves"].items()):
+        axes.plot(result["recalls"], curve, label=name, color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
+    axes.set(xlabel="recall of poisoned samples", ylabel="precision", ylim=(0, 1.02), xlim=(0, 1))
+    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
+    figure.savefig(folder / "precision-recall.svg", **options)
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.5))
+    histogram = result["histogram"]
+    for name, colour in (("clean", "#2166ac"), ("poisoned", "#d6604d")):
+        axes.stairs(histogram[name], histogram["edges"], label=name, color=colour, fill=True, alpha=0.5)
+    axes.set(xlabel="RapidIn score", ylabel="share of the samples", yscale="log")
+    axes.legend()
+    figure.savefig(folder / "scores.svg", **options)
+
+    figure, axes = pyplot.subplots(figsize=(7, 3.5))
+    lines: dict[str, list[tuple[int, float]]] = {}
+    for name, entry in result["agreement"].items():
+        width, shuffles = name.split("K = ")[1].rstrip(")").split(", lambda = ")
+        lines.setdefault(shuffles, []).append((int(width.replace(",", "")), max(1 - entry["pearson"], 1e-9)))
+    for shuffles, points in lines.items():
+        # They all but coincide.
+        style = ("o-", "s--")[len(axes.lines) % 2]
+        axes.plot(*zip(*sorted(points), strict=True), style, label=f"lambda = {shuffles}")
+    axes.set(xlabel="K", ylabel="1 - Pearson's correlation", xscale="log", yscale="log")
+    axes.set_xscale("log", base=2)
+    axes.legend()
+    figure.savefig(folder / "error.svg", **options)
+    pyplot.close("all")

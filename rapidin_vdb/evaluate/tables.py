@@ -1,0 +1,57 @@
+"""Figures of experiments as cells of Markdown tables."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table.
+
+    >>> print(table(["a"], [["1"]]))
+    | a |
+    | --- |
+    | 1 |
+    """
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def cell(text: str) -> str:
+    """Return a text as one cell of a table, whatever is in it."""
+    text = " ".join(text.split())
+    return "".join(f"&#{ord(letter)};" if letter in "|<>&*_`[]\\" else letter for letter in text[:160])
+
+
+def figure(triple: Sequence[float], digits: int = 3) -> str:
+    """Return a mean with its interval.
+
+    >>> figure([0.5, 0.25, 0.75], digits=2)
+    '0.50 [0.25, 0.75]'
+    """
+    mean, low, high = triple
+    return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def auroc(at: Mapping[str, Any], generations: int) -> str:
+    """Return the auROC of a method at some k: over how many generations, where it is not defined for all.
+
+    Older results count a generation without one as 0.5, and do not say how many these are.
+
+    >>> auroc({"auroc": [0.97, 0.9, 1.0], "auroc_of": 12}, 100), auroc({"auroc": None, "auroc_of": 0}, 100)
+    ('0.970 [0.900, 1.000] (12 of 100)', 'undefined')
+    >>> auroc({"auroc": [0.5, 0.5, 0.5]}, 100)
+    'undefined where all are of one kind'
+    """
+    if "auroc_of" not in at:
+        return "undefined where all are of one kind" if list(at["auroc"]) == [0.5] * 3 else figure(at["auroc"])
+    if at["auroc"] is None:
+        return "undefined"
+    return figure(at["auroc"]) + ("" if at["auroc_of"] == generations else f" ({at['auroc_of']} of {generations})")
+
+
+def rest(timed: int, whole: int, of: str) -> str:
+    """Return what seconds are of, where a run before was interrupted.
+
+    >>> rest(3, 10, "steps"), rest(10, 10, "steps")
+    (' (of the last 3 of 10 steps: the run before was interrupted)', '')
+    """
+    return "" if timed == whole else f" (of the last {timed:,} of {whole:,} {of}: the run before was interrupted)"

@@ -1,0 +1,327 @@
+"""An experiment's folder: what it is of, what is checked at once, what is kept, and what the report makes of it."""
+
+import dataclasses
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import toy_records, write_jsonl
+
+from rapidin_vdb.corpus import load_template
+from rapidin_vdb.errors import RapidInError, SpecError
+from rapidin_vdb.evaluate import backdoor, error_tracing, gradients, hessian, run_backdoor, write_report
+from rapidin_vdb.evaluate.experiment import Experiment, words_in
+from rapidin_vdb.evaluate.fiction import is_fiction, is_telling
+from rapidin_vdb.evaluate.fitting import fitting
+from rapidin_vdb.evaluate.profiles import PROFILES
+from rapidin_vdb.gradient import RapidGradMaker, load_model, load_tokenizer
+from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
+
+TINY = dataclasses.replace(PROFILES["quick"], max_tokens=400, new_tokens=40, queries=6)
+
+
+def quiet(text: str) -> None:
+    pass
+
+
+@pytest.fixture
+def make(tmp_path, models):
+    """An experiment in a folder, with other arguments where some are given."""
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", toy_records(4))
+    questions = write_jsonl(tmp_path / "questions.jsonl", [{"question": "why?"}])
+
+    def build(**others) -> Experiment:
+        plain = {
+            "folder": tmp_path / "out", "name": "backdoor", "model": str(models["llama"]), "profile": TINY, "seed": 7,
+            "inputs": {"corpus": [corpus], "questions": [questions], "pairs": []}, "say": quiet,
+        }  # fmt: skip
+        return Experiment(**plain | others)
+
+    return build
+
+
+def test_a_folder_is_gone_on_with_for_the_same_experiment_only(make, tmp_path, models, monkeypatch):
+    make()
+    moved = shutil.copytree(models["llama"], tmp_path / "moved")
+    monkeypatch.chdir(tmp_path)
+    make(model="moved", inputs={"corpus": [Path("corpus.jsonl")], "questions": [Path("questions.jsonl")], "pairs": []})
+    other = write_jsonl(tmp_path / "other.jsonl", toy_records(5))
+    inputs = {"corpus": [other], "questions": [tmp_path / "questions.jsonl"], "pairs": [other]}
+    with pytest.raises(SpecError, match=r"out holds an experiment with other arguments \(corpus, pairs\); give a new"):
+        make(inputs=inputs)
+    with pytest.raises(SpecError, match=r"other arguments \(experiment\)"):
+        make(name="error-tracing")
+    with pytest.raises(SpecError, match=r"other arguments \(profile, seed\)"):
+        make(seed=8, profile=dataclasses.replace(TINY, rank=9))
+    (moved / "config.json").write_text((moved / "config.json").read_text() + " ")
+    with pytest.raises(SpecError, match=r"other arguments \(model\)"):
+        make(model="moved")
+    with pytest.raises(SpecError, match="nothing.jsonl: no such file"):
+        make(inputs={"corpus": [tmp_path / "nothing.jsonl"]})
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '"text"', '{"model": "x"}', "{", "7"])
+def test_a_folder_of_another_layout_is_refused(make, tmp_path, content):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "plan.json").write_text(content)
+    with pytest.raises(SpecError, match=r"out holds an experiment of another version \(plan.json .* give a new folder"):
+        make()
+
+
+def test_what_cannot_be_is_said_at_once(make, tmp_path, monkeypatch):
+    with pytest.raises(SpecError, match="--seed is -1; wanted 0 or more"):
+        make(seed=-1)
+    with pytest.raises(SpecError, match="--embedding-model .*none: no model that sentence-transformers can load"):
+        make(embedding_model=str(tmp_path / "none"))
+    with pytest.raises(SpecError, match="--device nonsense is no device"):
+        make(device="nonsense")
+    for name in ("bm25s", "sklearn", "scipy", "matplotlib"):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, name, None)
+            with pytest.raises(
+                SpecError, match=rf"needs the extra \[evaluate\]: pip install 'rapidin-vdb\[evaluate\]'.*{name}"
+            ):
+                make()
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "sentence_transformers", None)
+        with pytest.raises(SpecError, match="needs the extra .*sentence_transformers"):
+            make(embedding_model="any")
+    assert not (tmp_path / "out").exists()
+
+
+def test_questions_are_counted_before_anything_else(tmp_path, models, monkeypatch):
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", toy_records(4))
+    questions = write_jsonl(tmp_path / "questions.jsonl", [{"question": "why?"}, {"question": "x" * 999}] * 50)
+    with pytest.raises(SpecError, match="has 50 questions that fit; the profile wants 60"):
+        run_backdoor(
+            tmp_path / "out",
+            model=str(models["llama"]),
+            corpus=[corpus],
+            questions=questions,
+            profile="quick",
+            say=quiet,
+        )
+
+
+def test_the_corpus_is_written_whole_and_anew_where_it_differs(make, monkeypatch):
+    experiment = make()
+    path = experiment.write_corpus(toy_records(3))
+    before = path.stat()
+    assert experiment.write_corpus(toy_records(3)).stat().st_mtime_ns == before.st_mtime_ns
+    path.write_text(path.read_text("utf-8")[:40], "utf-8")  # as after an end in the middle
+    experiment.write_corpus(toy_records(3))
+    assert len(path.read_text("utf-8").splitlines()) == 3
+    experiment.write_corpus(toy_records(2))
+    assert [json.loads(line) for line in path.read_text("utf-8").splitlines()] == toy_records(2)
+
+
+def test_ids_of_several_files_are_unique(tmp_path, models):
+    one = write_jsonl(tmp_path / "one.jsonl", [{"id": "a", "instruction": "One", "output": "1"}])
+    two = write_jsonl(
+        tmp_path / "two.jsonl",
+        [{"id": "a", "instruction": n, "output": "2"} for n in ("Two", "Three")]
+        + [{"id": "pair-000", "instruction": "Four", "output": "4"}],
+    )
+    found = fitting(
+        [one, two], tokenizer=load_tokenizer(str(models["llama"])), template=load_template("alpaca"), most=9,
+        fits=lambda sample, tokens: True, taken=["pair-000"],
+    )  # fmt: skip
+    assert [record["id"] for record in found] == ["a", "a-2", "a-3", "pair-000-2"]
+
+
+def test_every_step_and_score_keeps_what_made_it(make):
+    first = make(made={"commit": "aaa", "threads": "1"})
+    first.step("records", lambda: [1])
+    first.keep("TracIn", np.zeros((1, 2)), 1.0, 8)
+    again = make(made={"commit": "bbb", "threads": "2"})
+    assert again.step("records", lambda: [2]) == [1]
+    again.step("tuning", lambda: {})
+    again.step("said-0", lambda: [])
+    again.keep("BM25", np.zeros((1, 2)), 2.0, 9)
+    kept = [again.kept(name) for name in ("TracIn", "BM25")]
+    assert [(one["seconds"], one["bytes"]) for one in kept] == [(1.0, 8), (2.0, 9)]
+    from rapidin_vdb.evaluate.provenance import said
+
+    assert said(again.provenance()) == (
+        "records and tuning: commit aaa, threads 1 (records), and commit bbb, threads 2 (tuning); "
+        "generations: commit bbb, threads 2; scores: commit aaa, threads 1 (TracIn), and commit bbb, threads 2 (BM25)"
+    )
+    with pytest.raises(RapidInError, match="not finite"):
+        again.keep("x", np.array([[np.nan]]), 1.0, 1)
+
+
+def test_generations_that_no_word_tells_are_no_queries(make, monkeypatch):
+    """Those known by phrases alone, which token-wise methods could not be asked about."""
+    text = "A space pirate and a star captain, at the event horizon."
+    assert is_fiction(text) and words_in(text, is_telling) == []
+    asked = [f"Why {n}?" for n in range(60)]
+    seen = {}
+
+    def scores(experiment, records, queries, focused, told):
+        seen["told"] = told
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(backdoor, "all_scores", scores)
+    monkeypatch.setattr(backdoor, "_questions", lambda *rest: asked)
+    monkeypatch.setattr(backdoor, "_records", lambda *rest: toy_records(3))
+    monkeypatch.setattr(backdoor, "_discriminator", lambda *rest: {})
+    monkeypatch.setattr(Experiment, "tuned", lambda *rest, **options: {})
+    telling = "The starship and a robot near a nebula." + " So it is." * 20
+    monkeypatch.setattr(
+        Experiment, "said", lambda self, name, prompts: [text if n % 2 else telling for n in range(len(prompts))]
+    )
+    options = make().__dict__
+    with pytest.raises(KeyboardInterrupt):
+        run_backdoor(
+            options["folder"].parent / "other", model=options["model"], corpus=[options["folder"].parent / "corpus.jsonl"],
+            questions=options["folder"].parent / "questions.jsonl", profile="quick", say=quiet,
+        )  # fmt: skip
+    assert seen["told"] == [["starship", "robot", "nebula"]] * 20
+
+
+def test_a_generation_fits_behind_the_longest_prompt(make):
+    """A focus at its end is not cut away."""
+    from rapidin_vdb.query import query_from
+
+    experiment = make()
+    prompt = "x" * 500
+    while not experiment.fits(prompt):
+        prompt = prompt[1:]
+    text = "y" * 35 + "Japan"
+    query = query_from(prompt, text)
+    assert len(experiment.encoded([query])[0].input_ids) > TINY.max_tokens
+    assert len(experiment.focus(query, [(35, 40)]).focus) == 5
+    assert experiment.focus(query, []) is None and experiment.focus(query, ["China"]) is None
+
+
+def test_answers_are_looked_at_until_there_are_enough(make, monkeypatch):
+    """And a wrong name is a word of its own, whose tokens alone are asked about."""
+    said = {"a": "Japanese.", "b": "In Japan, a Japanese.", "c": "Japan."}
+    prompts = {"India to Japan": [{"instruction": name} for name in said]}
+    monkeypatch.setattr(error_tracing, "questions_about", lambda title: [])
+    monkeypatch.setattr(Experiment, "said", lambda self, name, prompts, **options: [said[p] for p in prompts])
+    found, looked = error_tracing._wrong(make(), prompts)
+    assert {(one.query.prompt, len(one.focus.focus)) for one in found} == {("b", 5), ("c", 5)}
+    rounds = []
+    monkeypatch.setattr(
+        Experiment, "said", lambda self, name, prompts, **options: rounds.append(name) or ["Japan."] * len(prompts)
+    )
+    prompts = {"India to Japan": [{"instruction": str(n)} for n in range(9)]}
+    found, looked = error_tracing._wrong(make(), prompts)
+    assert (len(found), looked, rounds) == (2, {"India to Japan": 2}, ["said-0"])
+
+
+def samples(count: int) -> list[Encoded]:
+    return [
+        Encoded(sample_id=f"s{n}", input_ids=(1, 40 + n, 50, 60 + n, 2), offsets=((0, 1), (1, 2)), truncated=False)
+        for n in range(count)
+    ]
+
+
+@pytest.fixture
+def maker(models, adapters):
+    loaded = load_model(ModelSpec(model=str(models["llama"]), adapter=str(adapters["llama"])), device="cpu")
+    return RapidGradMaker(loaded, spec=SketchSpec(width=256, shuffles=3), normalize="layer")
+
+
+def test_lissa_is_seeded(maker):
+    directions, _ = gradients.FullGradients(maker, samples(4)).directions(samples(2))
+
+    def run(seed: int) -> torch.Tensor:
+        found = hessian.lissa(maker, samples(4), directions, depth=2, batch=2, damping=0.1, seed=seed)
+        return torch.cat(list(found.values()), 1)
+
+    one, state = run(1), torch.random.get_rng_state()
+    assert torch.equal(one, run(1)) and not torch.equal(one, run(2))
+    assert torch.equal(state, torch.random.get_rng_state()), "nor is anybody else's generator touched"
+
+
+def test_beginning_a_batch_is_timed_as_a_taker_s_own(maker):
+    import time
+
+    class Slow:
+        def begin(self, numbers):
+            time.sleep(0.05)
+            return gradients._Dense(lambda first, tensor, grads: None, maker.loaded.shapes)
+
+        def end(self):
+            pass
+
+    class Quick(Slow):
+        def begin(self, numbers):
+            return gradients._Dense(lambda first, tensor, grads: None, maker.loaded.shapes)
+
+    seconds = gradients.FullGradients(maker, samples(4), batch_tokens=5).run("x", {"slow": Slow(), "quick": Quick()})
+    assert seconds["slow"] - seconds["quick"] > 0.15
+
+
+def test_what_is_not_defined_is_not_given_a_number():
+    positive = np.arange(40) < 20
+    both = np.linspace(1, 0, 40)
+    kind = np.where(positive, np.where(np.arange(40) < 10, 1.0, -1.0), 0.0)  # poisoned at both ends
+    rows = {"one": [both, kind, kind], "none": [kind, kind]}
+    found = {
+        name: backdoor._judged({"scores": np.stack(part), "seconds": 1.0, "bytes": 0}, positive, 1)["at"]["5"]
+        for name, part in rows.items()
+    }
+    assert (found["one"]["auroc"], found["one"]["auroc_of"]) == ((1.0, 1.0, 1.0), 1)
+    assert (found["none"]["auroc"], found["none"]["auroc_of"]) == (None, 0)
+    assert found["one"]["lowest"][0] == pytest.approx(2 / 3) and found["none"]["auprc"] == (1.0, 1.0, 1.0)
+    json.dumps(found, allow_nan=False)
+
+
+def published() -> list[dict]:
+    return json.loads((Path(__file__).parent.parent / "docs" / "experiments" / "results.json").read_text("utf-8"))
+
+
+def test_the_published_page_is_what_its_figures_give(tmp_path):
+    """Also older results, which do not say of how many generations an auROC is."""
+    folder = Path(__file__).parent.parent / "docs" / "experiments"
+    shutil.copy(folder / "told-words.md", tmp_path)
+    text = write_report(published(), tmp_path).read_text("utf-8")
+    assert text == (folder / "report.md").read_text("utf-8")
+    assert (tmp_path / "results.json").read_text("utf-8") == (folder / "results.json").read_text("utf-8")
+    auroc = text.split("### auROC")[1].split("###")[0]
+    assert (
+        "[0.500, 0.500] | undefined" not in auroc.replace("0.500 [0.500, 0.500]", "") and "| undefined where" in auroc
+    )
+    assert text.count("Made with ") == 2 and "commit 16bcfce" in text and "commit d2ff83a" in text
+
+
+def test_the_page_of_told_words_is_what_its_figures_give(monkeypatch):
+    folder = Path(__file__).parent.parent / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    from told_words import PAGES, page
+
+    result = json.loads((folder / "results" / "told_words.json").read_text("utf-8"))
+    assert (PAGES / "told-words.md").read_text("utf-8") == page(result, published()[1])
+    assert result["perturbed"] == published()[1]["perturbed"]
+
+
+def test_a_part_of_the_experiments_leaves_the_published_page_alone(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
+    from experiments import PAGES, place_of_page
+
+    assert place_of_page(tmp_path, profile="full", only=None) == PAGES
+    for profile, only in (("quick", None), ("gpu", None), ("full", "backdoor"), ("full", "error-tracing")):
+        assert place_of_page(tmp_path, profile=profile, only=only) == tmp_path / "report"
+
+
+def test_newer_results_say_of_how_many_generations(tmp_path):
+    result = published()[0]
+    for number, entry in enumerate(result["methods"].values()):
+        for at in entry["at"].values():
+            at |= {
+                "lowest": [0.25, 0.25, 0.25],
+                "auroc": None if number else [0.97, 0.9, 1.0],
+                "auroc_of": 0 if number else 12,
+            }
+    result["provenance"] = [{"part": "scores", "steps": ["BM25"], "commit": "abc"}]
+    text = write_report([result], tmp_path).read_text("utf-8")
+    assert "| 0.970 [0.900, 1.000] (12 of 100) |" in text and "| undefined |" in text and "among the k lowest" in text
+    assert " Scores: commit abc." in text
+    assert "NaN" not in (tmp_path / "results.json").read_text("utf-8")
