@@ -22,7 +22,7 @@ from rapidin_vdb.index import (
 )
 from rapidin_vdb.index_cache import check_room, fits, note_use
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.recipe import IndexRecipe, read_recipe
+from rapidin_vdb.recipe import IndexRecipe, default_recipe
 from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.store import TableVersion, undisturbed
@@ -174,7 +174,7 @@ class IndexKeeper:
     def _fetch(self, snapshot: TableVersion, progress: Progress) -> None:
         """Build an index of a table that is far away, if it fits the cache, so that it is read once only."""
         try:
-            self.build(snapshot, read_recipe("cpu"), progress=progress)
+            self.build(snapshot, default_recipe(), progress=progress)
         except SpecError as error:
             logger.warning("%s", error)
 
