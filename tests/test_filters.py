@@ -101,6 +101,8 @@ TOO_DEEP = {
     "defaults in parentheses": nested("(ok = ifnull(", "ok", ", ok))", 10),
     "lengths": nested("length(", "stars", ")", 20) + " = 1",
     "ranges": "ok" + " NOT BETWEEN ok AND ok" * 25,
+    "alternatives in a call": "coalesce(ok" + " OR ok" * 1000 + ", ok)",
+    "intervals within casts": nested("CAST(", "INTERVAL " * 20 + "ok", " AS TEXT)", 3),
     "alternatives": "ok" + " and ok" * 60_000,
     "a text in dollars": "$$'$$ = (" + " = ".join(["ok"] * 900) + ") = $$'$$",
 }

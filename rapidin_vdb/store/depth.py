@@ -17,12 +17,13 @@ _PIECE = re.compile(
 _COMPARED = re.compile(r"[<>=!]+")
 _OTHERS = re.compile(r"\|\||[-+*/%|&^~]|::|\b(?:IS|IN|NOT|LIKE|ILIKE|SIMILAR|BETWEEN|CASE|CAST)\b", re.IGNORECASE)
 _JOINED = re.compile(r"\b(?:AND|OR)\b", re.IGNORECASE)
-# They hold whatever AND and comma part, so that each may stand inside the one before.
+# They hold whatever AND and comma part, so that each may stand within the one before.
 _HOLDING = re.compile(r"\b(?:CASE|INTERVAL|LAMBDA)\b|->", re.IGNORECASE)
 _NO_CALLS = frozenset("and or not in like ilike between is".split())
-# Seen to end the process: 700 comparisons in a row, which are 1,400 pieces; 20,000 to 60,000 terms of AND and OR. Calls
-# and ranges within one another take up to three times as long with each level: coalesce(x, y) becomes CASE WHEN x IS
-# NOT NULL THEN x ELSE y END, and x NOT BETWEEN a AND b becomes x < a OR x > b.
+# Seen to end the process: 700 comparisons in a row, which are 1,400 pieces; 20,000 to 60,000 terms of AND and OR, or
+# 1,000 in a call. Seen to take twice as long with each: INTERVAL, which Lance answers no more than CASE. Calls and ranges take
+# up to three times as long with each that they stand in: coalesce(x, y) becomes CASE WHEN x IS NOT NULL THEN x ELSE y
+# END, and x NOT BETWEEN a AND b becomes x < a OR x > b.
 _MOST_OPERATORS = 1000
 _MOST_OTHERS = 300
 _MOST_CHARACTERS = 1 << 24
@@ -31,7 +32,7 @@ _MOST_NESTED = 20
 _MOST_COPIED = 5
 _MOST_PIECES = 250
 _MOST_JOINED = 3000
-_MOST_HOLDING = 100
+_MOST_HOLDING = 5
 _NOT_CLOSED = "the parentheses do not match in the filter"
 
 
@@ -60,10 +61,11 @@ class _Level:
         self.end_run()
         return self.deepest[0], self.deepest[1] + self.called
 
-    def part(self, word: str) -> None:
-        """Go on behind a comma, AND or OR, which ends the run unless it is BETWEEN's own."""
-        if word.upper() == "AND" and self.waiting:
-            self.waiting -= 1
+    def part(self, word: str, *, called: bool) -> None:
+        """Go on behind a comma, AND or OR, which ends the run unless it is BETWEEN's own, or in a call."""
+        waited = word.upper() == "AND" and self.waiting > 0
+        self.waiting -= waited
+        if waited or (called and word != ","):
             self.run += 1
         else:
             self.end_run()
@@ -116,7 +118,7 @@ def check_depth(bare: str) -> None:
     for piece in _PIECE.finditer(bare):
         here, kind, word = levels[-1], piece.lastgroup, piece["call"] or piece[0]
         if word.upper() in ("AND", "OR", ","):
-            here.part(word)
+            here.part(word, called=any(level.called for level in levels))
         elif kind != "close":
             here.run += 1
         if word.upper() == "BETWEEN":
