@@ -21,9 +21,9 @@ _JOINED = re.compile(r"\b(?:AND|OR)\b", re.IGNORECASE)
 _HOLDING = re.compile(r"\b(?:CASE|INTERVAL|LAMBDA)\b|->", re.IGNORECASE)
 _NO_CALLS = frozenset("and or not in like ilike between is".split())
 # Seen to end the process: 700 comparisons in a row, which are 1,400 pieces; 20,000 to 60,000 terms of AND and OR, or
-# 1,000 in a call. Seen to take twice as long with each: INTERVAL, which Lance answers no more than CASE. Calls and ranges take
-# up to three times as long with each that they stand in: coalesce(x, y) becomes CASE WHEN x IS NOT NULL THEN x ELSE y
-# END, and x NOT BETWEEN a AND b becomes x < a OR x > b.
+# 1,000 in a call. Seen to take twice as long with each: INTERVAL, which Lance answers no more than CASE. Calls and
+# ranges take up to three times as long with each that they stand in: coalesce(x, y) becomes CASE WHEN x IS NOT NULL
+# THEN x ELSE y END, and x NOT BETWEEN a AND b becomes x < a OR x > b.
 _MOST_OPERATORS = 1000
 _MOST_OTHERS = 300
 _MOST_CHARACTERS = 1 << 24
