@@ -47,7 +47,7 @@ def versions_for(table: SampleTable, question: Question) -> Versions:
             raise TableError(f"version {question.as_of} of the database {place} is empty; `info` says the newest")
         raise TableError(f"the database {place} is empty; add samples first: rapidin-vdb ingest {place} FILE")
     if question.group_by is not None:
-        snapshot.group_of(question.group_by)
+        snapshot.group_column(question.group_by)
     if question.where is not None:
         snapshot.count(question.where)
     if question.level == "sample":
@@ -77,6 +77,8 @@ def answer(
         GradientError: a query gives no finite gradient.
         SpecError: a focus is not in its generation, or there is no such index.
     """
+    if not queries:
+        return
     snapshot, tokens = versions
     stored = snapshot.fingerprint
     encoded = encode_queries(

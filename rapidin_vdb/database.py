@@ -163,8 +163,7 @@ class Database(SampleReader):
         many of the first results again by exact score. `group_by` names a column, by whose values the influence of all
         samples is added up or averaged; `histogram` counts all scores in so many bins. `index` names the built index to
         use, and `as_of` an older version of the table. `model`, `adapter` and `device` are as for `load`, where nothing
-        is loaded yet.
-        `cluster`, the address of a Ray cluster, `auto` or `local`, searches on its nodes, a share of the rows on each.
+        is loaded yet. `cluster`, a Ray cluster's address, `auto` or `local`, searches a share of the rows on each node.
 
         Raises:
             CorpusError: a query cannot be read or encoded.
@@ -188,7 +187,8 @@ class Database(SampleReader):
             queries = [query_from(prompt, generation)]
         elif file is not None:
             queries = read_queries(Path(file))
-        assert queries is not None
+        if not queries:
+            return []
         if self._engine is None:
             undisturbed(versions_for)(self._table, question)  # what it cannot answer is said before a model is loaded
             self.load(model=model, adapter=adapter, device=device)

@@ -22,7 +22,7 @@ from rapidin_vdb.index import (
 )
 from rapidin_vdb.index_cache import check_room, fits, note_use
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.recipe import IndexRecipe, read_recipe
+from rapidin_vdb.recipe import IndexRecipe, default_recipe
 from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.store import TableVersion, undisturbed
 from rapidin_vdb.table_index import (
@@ -188,7 +188,7 @@ class IndexKeeper:
         if held == self._kept_out:
             return None
         try:
-            return self._built(snapshot, read_recipe("cpu"), progress)[1]
+            return self._built(snapshot, default_recipe(), progress)[1]
         except SpecError as error:
             logger.warning("%s", error)
             self._kept_out = held

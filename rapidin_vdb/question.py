@@ -1,10 +1,19 @@
 """What may be asked of a database, and what may not be asked together."""
 
 from dataclasses import dataclass
+from typing import get_args
 
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.focus import check_focus
 from rapidin_vdb.records import Aggregate, Focus, Level
+
+_WHOLE: tuple[tuple[str, int, int | None, str], ...] = (
+    ("top_k", 1, None, "1 or more"),
+    ("refine", 0, None, "0 or more"),
+    ("most_groups", 0, None, "0 (all) or more"),
+    ("histogram", 0, 1000, "a number of bins from 0 (none) to 1000"),
+)
+_OPTIONS = {"top_k": "--top-k", "refine": "--refine"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,6 +44,8 @@ class Question:
     """Column by whose values the influence of all samples is added up."""
     aggregate: Aggregate = "sum"
     """Or averaged."""
+    most_groups: int = 0
+    """How many groups at most, by absolute influence; 0 for all."""
     histogram: int = 0
     """Into how many bins the scores of all samples are counted; 0 for none."""
     index: str | None = None
@@ -48,12 +59,18 @@ class Question:
         Raises:
             SpecError: a value out of range, or options that exclude one another.
         """
-        if self.top_k < 1:
-            raise SpecError(f"--top-k is {self.top_k}; wanted 1 or more")
-        if self.refine < 0:
-            raise SpecError(f"--refine is {self.refine}; wanted 0 or more")
-        if not 0 <= self.histogram <= 1000:
-            raise SpecError(f"histogram is {self.histogram}; wanted a number of bins from 0 (none) to 1000")
+        for name, least, most, wanted in _WHOLE:
+            value = getattr(self, name)
+            if type(value) is not int or value < least or (most is not None and value > most):
+                raise SpecError(f"{_OPTIONS.get(name, name)} is {value!r}; wanted {wanted}")
+        for name, text, known in (
+            ("--level", self.level, get_args(Level)),
+            ("--aggregate", self.aggregate, get_args(Aggregate)),
+        ):
+            if text not in known:
+                raise SpecError(f"{name} is {text!r}; wanted {' or '.join(known)}")
+        if self.as_of is not None and type(self.as_of) is not int:
+            raise SpecError(f"--as-of is {self.as_of!r}; wanted the number of a version (see `info`)")
         if self.harmful and self.both:
             raise SpecError("give one of --harmful and --both")
         check_focus(self.focus)

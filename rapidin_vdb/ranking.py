@@ -8,7 +8,7 @@ import numpy as np
 from rapidin_vdb.index import Searchable
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
-from rapidin_vdb.records import Aggregate, Scalar
+from rapidin_vdb.records import Scalar
 from rapidin_vdb.results import GroupInfluence, Histogram, RankedSample, Ranking, Seconds, StoredSample
 from rapidin_vdb.store import Snapshot
 
@@ -28,7 +28,7 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
     factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
     groups = None
     if question.group_by is not None:
-        groups = _groups(snapshot, index, sketched.vectors, among, question.group_by, question.aggregate, factor)
+        groups = _groups(snapshot, index, sketched.vectors, among, question, factor)
     histograms = None
     if question.histogram:
         histograms = [
@@ -46,7 +46,8 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
             seconds=seconds_of(sketched, number, seconds),
             results=_results(ends[0][number], samples, factor),
             harmful=_results(ends[1][number], samples, factor) if question.both else None,
-            groups=None if groups is None else groups[number],
+            groups=None if groups is None else groups[0][number],
+            groups_left_out=None if groups is None else groups[1] or None,
             histogram=None if histograms is None else histograms[number],
             focus=sketched.focus[number] or None,
             note=cut_note(sketched, number),
@@ -126,12 +127,11 @@ def _groups(
     index: Searchable,
     vectors: np.ndarray,
     among: np.ndarray | None,
-    column: str,
-    aggregate: Aggregate,
+    question: Question,
     factor: float,
-) -> list[tuple[GroupInfluence, ...]]:
-    """Return for each query the influence of every value of a column, largest first."""
-    row_ids, values = snapshot.group_of(column)
+) -> tuple[list[tuple[GroupInfluence, ...]], int]:
+    """Return for each query the influence of a column's values, largest first, and how many are left out of each."""
+    row_ids, values = snapshot.group_of(question.group_by or "")
     if among is not None:
         mine = np.isin(row_ids, among)
         row_ids, values = row_ids[mine], [value for value, wanted in zip(values, mine, strict=True) if wanted]
@@ -140,13 +140,19 @@ def _groups(
     of_row = np.array([places.setdefault((type(value), value), len(places)) for value in values], dtype=np.int64)
     counts = np.bincount(of_row, minlength=len(places))
     sums = index.group_sums(vectors, row_ids, of_row, len(places))
-    if aggregate == "mean":
+    if question.aggregate == "mean":
         sums = sums / counts
     names = [value for _, value in places]
+    most = question.most_groups or len(names)
     return [
         tuple(
             GroupInfluence(value=names[place], samples=int(counts[place]), score=float(row[place]) * factor)
-            for place in sorted(range(len(names)), key=lambda place: (-row[place], str(names[place])))
+            for place in sorted(_largest(row, most), key=lambda place: (-row[place], str(names[place])))
         )
         for row in sums
-    ]
+    ], max(0, len(names) - most)
+
+
+def _largest(row: np.ndarray, most: int) -> list[int]:
+    """Return the places of the values that are farthest from zero; of equal ones the first."""
+    return np.argsort(-np.abs(row), kind="stable")[:most].tolist()

@@ -1,6 +1,7 @@
 """Index recipes: the files in `indexes/`, named for the hardware they suit."""
 
 import os
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
@@ -11,6 +12,16 @@ from rapidin_vdb.errors import SpecError
 
 ElementType = Literal["float16", "float32"]
 Residence = Literal["resident", "mapped", "streamed"]
+
+# An index's folder has its recipe's name.
+_NAME = re.compile(r"[A-Za-z0-9_][\w.-]{0,199}")
+_DEVICE = re.compile(r"cpu|cuda:[0-9]{1,4}")
+_MOST_SHARDS = 256
+_WHOLE: tuple[tuple[str, str, Callable[[int], bool]], ...] = (
+    ("shards_per_device", "0 (automatic) to 1024", lambda n: 0 <= n <= 1024),
+    ("coarse_width", "0 (exact) or a power of two", lambda n: 0 <= n < 1 << 31 and n & (n - 1) == 0),
+    ("refine", "1 or more", lambda n: 1 <= n < 1 << 31),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +42,14 @@ class IndexRecipe:
     """Width of folded vectors, held in memory, that a search looks at first; 0 for an exact search."""
     refine: int = 10
     """How many times `top_k` candidates of a coarse search are scored again at full width."""
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be honoured, however the recipe was made.
+
+        Raises:
+            SpecError: a name that is none of a file, or a value out of range.
+        """
+        _check({field.name: getattr(self, field.name) for field in fields(self)}, f"index recipe {self.name}")
 
     @property
     def shard_devices(self) -> tuple[str, ...]:
@@ -54,72 +73,84 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*.toml"))}
 
 
+def default_recipe() -> IndexRecipe:
+    """Return the shipped recipe of an exact search on the CPU, which serves where nobody named one."""
+    return _from_file(shipped_recipes()["cpu"])
+
+
 def read_recipe(name_or_path: str | Path) -> IndexRecipe:
-    """Return the recipe in a file, or the shipped one of that name.
+    """Return the recipe in a file, or the shipped one of that name; a name alone, as `cpu`, is never a file's.
 
     Raises:
         SpecError: no such recipe, not TOML, an unknown key, or a value that cannot be honoured.
     """
-    path = Path(name_or_path)
-    if not path.is_file():
-        shipped = shipped_recipes()
+    path, shipped = Path(name_or_path), shipped_recipes()
+    named = str(name_or_path)
+    # A file that happens to be called `cpu`, in whatever folder one is, is no recipe.
+    means_file = path.suffix == ".toml" or any(sign in named for sign in (os.sep, os.altsep) if sign)
+    if not (means_file and _is_file(path)):
         if path.stem not in shipped or str(path) not in (path.stem, f"{path.stem}.toml", f"indexes/{path.name}"):
             raise SpecError(
                 f"no index recipe at {name_or_path}; give a TOML file or one of: "
                 + ", ".join(f"indexes/{name}.toml" for name in shipped)
             )
         path = shipped[path.stem]
+    return _from_file(path)
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except (OSError, ValueError):
+        return False  # a name too long, or one that no file can have
+
+
+def _from_file(path: Path) -> IndexRecipe:
     try:
         values = tomllib.loads(path.read_text("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise SpecError(f"index recipe {path} cannot be read: {error}") from error
+    # Not TOML errors alone: numbers of thousands of digits, and lists of thousands of lists, raise others.
+    except (ValueError, RecursionError) as error:
         raise SpecError(f"index recipe {path} is not TOML: {error}") from error
-    return _recipe(path, values)
-
-
-def _recipe(path: Path, values: dict[str, Any]) -> IndexRecipe:
     known = [field.name for field in fields(IndexRecipe) if field.name != "name"]
     unknown = sorted(set(values) - set(known))
     if unknown:
         raise SpecError(f"index recipe {path} has unknown keys {', '.join(unknown)}; known are {', '.join(known)}")
     devices = values.get("devices", ["cpu"])
-    if not isinstance(devices, list) or not devices or not all(isinstance(name, str) for name in devices):
+    if not isinstance(devices, list):
         raise SpecError(f'index recipe {path}: devices is {devices!r}; wanted a list such as ["cpu"] or ["cuda:0"]')
-    for name in devices:
-        if name != "cpu" and not (name.startswith("cuda:") and name[5:].isdecimal()):
-            raise SpecError(f"index recipe {path}: device {name!r} is neither cpu nor cuda:N")
-    shards = _whole(path, values, "shards_per_device", 0, "0 (automatic) to 1024", lambda n: 0 <= n <= 1024)
-    coarse = _whole(
-        path, values, "coarse_width", 0, "0 (exact) or a power of two", lambda n: n >= 0 and n & (n - 1) == 0
-    )
-    refine = _whole(path, values, "refine", 10, "1 or more", lambda n: n >= 1)
-    element_type = _one_of(path, values, "element_type", get_args(ElementType))
-    residence = _one_of(path, values, "residence", get_args(Residence))
-    recipe = IndexRecipe(
-        name=path.stem,
-        devices=tuple(devices),
-        shards_per_device=shards,
-        element_type=element_type,
-        residence=residence,
-        coarse_width=coarse,
-        refine=refine,
-    )
-    if residence != "resident" and (set(devices) != {"cpu"} or element_type != "float16"):
+    values |= {"name": path.stem, "devices": tuple(devices)}
+    defaults = {field.name: field.default for field in fields(IndexRecipe)}
+    _check(defaults | values, f"index recipe {path}")
+    return IndexRecipe(**values)
+
+
+def _check(values: dict[str, Any], what: str) -> None:
+    """Refuse values of a recipe's fields that cannot be honoured."""
+    name, devices = values["name"], values["devices"]
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
         raise SpecError(
-            f'index recipe {path}: residence is {residence!r}, which goes with devices = ["cpu"] and element_type = '
+            f"{what} has no name that an index may have, but {name!r}; wanted letters, digits, _, - and ., beginning "
+            "with a letter, a digit or _"
+        )
+    if not isinstance(devices, tuple) or not devices or not all(isinstance(device, str) for device in devices):
+        raise SpecError(f'{what}: devices is {devices!r}; wanted some, such as "cpu" or "cuda:0"')
+    for device in devices:
+        if not _DEVICE.fullmatch(device):
+            raise SpecError(f"{what}: device {device!r} is neither cpu nor cuda:N")
+    for key, wanted, fits in _WHOLE:
+        if type(values[key]) is not int or not fits(values[key]):
+            raise SpecError(f"{what}: {key} is {values[key]!r}; wanted {wanted}")
+    for key, known in (("element_type", get_args(ElementType)), ("residence", get_args(Residence))):
+        if values[key] not in known:
+            raise SpecError(f"{what}: {key} is {values[key]!r}; wanted {' or '.join(known)}")
+    if values["residence"] != "resident" and (set(devices) != {"cpu"} or values["element_type"] != "float16"):
+        raise SpecError(
+            f'{what}: residence is {values["residence"]!r}, which goes with devices = ["cpu"] and element_type = '
             '"float16" only'
         )
-    return recipe
-
-
-def _whole(path: Path, values: dict[str, Any], key: str, default: int, wanted: str, fits: Callable[[int], bool]) -> int:
-    value = values.get(key, default)
-    if type(value) is not int or not fits(value):
-        raise SpecError(f"index recipe {path}: {key} is {value!r}; wanted {wanted}")
-    return value
-
-
-def _one_of(path: Path, values: dict[str, Any], key: str, known: tuple[str, ...]) -> Any:
-    value = values.get(key, known[0])
-    if value not in known:
-        raise SpecError(f"index recipe {path}: {key} is {value!r}; wanted {' or '.join(known)}")
-    return value
+    # Automatic ones are one a core, however many this machine has.
+    shards = len(devices) * max(values["shards_per_device"], 1)
+    if shards > _MOST_SHARDS:
+        raise SpecError(f"{what}: it has {shards:,} shards in all; wanted at most {_MOST_SHARDS}")

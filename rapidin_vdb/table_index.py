@@ -22,7 +22,7 @@ from rapidin_vdb.index import (
     make_shard,
 )
 from rapidin_vdb.progress import Progress
-from rapidin_vdb.recipe import IndexRecipe, read_recipe
+from rapidin_vdb.recipe import IndexRecipe, default_recipe
 from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.store import SAMPLES, TableVersion
@@ -83,7 +83,7 @@ class Resident:
 
 def of_table(snapshot: TableVersion, progress: Progress) -> ShardedIndex:
     """Return an index of the table itself: its rows in memory, or streamed from it where they do not fit."""
-    recipe, width, count = read_recipe("cpu"), snapshot.width, snapshot.rows()
+    recipe, width, count = default_recipe(), snapshot.width, snapshot.rows()
     if 2 * width * count < free_bytes("cpu") // 2:
         return empty_index(recipe, width=width).updated(
             empty_index(recipe, width=width).keys, counted(batches_of(snapshot), count, progress)

@@ -74,3 +74,64 @@ def test_a_delete_tells_what_it_did(database, monkeypatch):
 def test_ids_that_are_no_text_are_not_there(database):
     assert database.delete(ids=["\ud800", "toy-001"]) == ["toy-001"]
     assert database.count() == 23
+
+
+def nested(before, inmost, behind, count):
+    return before * count + inmost + behind * count
+
+
+# Each ended the process, or never came to an end, in fewer than 10,000 characters.
+TOO_DEEP = {
+    "comparisons": "ok" + " = ok" * 700,
+    "inequalities": "ok" + " <> ok" * 700,
+    "comparisons in parentheses": "ok" + " = (ok)" * 700,
+    "after a comparison": "stars = 1" + " = ok" * 700,
+    "of both": "ok" + " = ok" * 100 + " = (ok" + " = ok" * 100 + ")",
+    "intervals": "INTERVAL " * 400 + "ok",
+    "patterns": "split" + " RLIKE split" * 400,
+    "zones": "split" + " AT TIME ZONE 'x'" * 300,
+    "exclusive": "ok" + " XOR ok" * 900,
+    "arrays": nested("ARRAY[", "1", "]", 48) + " IS NULL",
+    "lists": nested("[", "1", "]", 48) + " IS NULL",
+    "structs": nested("{'a': ", "1", "}", 48) + " IS NULL",
+    "negations": nested("NOT (", "ok", ")", 40),
+    "casts": nested("CAST(", "ok", " AS BOOLEAN)", 120),
+    "defaults": nested("coalesce(", "ok", ", ok)", 12),
+    "other defaults": nested("nvl(", "ok", ", ok)", 12),
+    "defaults in parentheses": nested("(ok = ifnull(", "ok", ", ok))", 10),
+    "lengths": nested("length(", "stars", ")", 20) + " = 1",
+    "ranges": "ok" + " NOT BETWEEN ok AND ok" * 25,
+    "alternatives in a call": "coalesce(ok" + " OR ok" * 1000 + ", ok)",
+    "intervals within casts": nested("CAST(", "INTERVAL " * 20 + "ok", " AS TEXT)", 3),
+    "alternatives": "ok" + " and ok" * 60_000,
+    "a text in dollars": "$$'$$ = (" + " = ".join(["ok"] * 900) + ") = $$'$$",
+}
+
+
+@pytest.mark.parametrize("kind", TOO_DEEP)
+def test_what_would_end_the_process_or_never_end_is_refused(kind):
+    with pytest.raises(FilterError, match=r"wanted at most|which no filter needs"):
+        checked_filter(TOO_DEEP[kind])
+
+
+def test_what_is_long_for_good_reasons_is_answered(database):
+    ids = ", ".join(f"'id-{number:030}'" for number in range(100_000))
+    numbers = ", ".join(f"-{number}" for number in range(100_000))
+    long = [
+        f"sample_id NOT IN ({ids})",
+        f"stars NOT IN ({numbers}) OR stars = 0",
+        "(stars >= 0" + " AND stars >= 0" * 900 + ")",
+        " OR ".join(f"stars BETWEEN {number} AND {number}" for number in range(250)),
+        "+".join(["abs(stars)"] * 40) + " >= 0",
+        nested("(", "ok OR true", ")", 20).replace("ok", "stars < 0"),
+        "prompt != '" + "x" * 1_000_000 + "'",
+        "prompt != '" + "[{$$?#" * 30 + "'",
+    ]
+    assert [database.count(where) for where in long] == [24] * len(long)
+
+
+def test_a_filter_longer_than_any_is_refused():
+    with pytest.raises(FilterError, match="has 16,777,217 characters; wanted at most 16,777,216"):
+        checked_filter("a" * ((1 << 24) + 1))
+    with pytest.raises(FilterError, match="a quote is not closed"):
+        checked_filter('split = "train')

@@ -1,6 +1,7 @@
 """Built indexes on disk: whatever the recipe, an answer is that of the rows in memory; and never that of damaged files."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from rapidin_vdb.index import (
 from rapidin_vdb.index import source as sources
 from rapidin_vdb.index.coarse import folded
 from rapidin_vdb.index.half import exact_inner_products, inner_products
+from rapidin_vdb.index.manifest import checksum_of
 from rapidin_vdb.index.source import ahead
 from rapidin_vdb.recipe import IndexRecipe, read_recipe, shipped_recipes
 
@@ -367,3 +369,45 @@ def test_one_shard_a_core_means_the_cores_that_are_here(tmp_path, monkeypatch, o
         assert_same(ranked, top_k(alive, query, 9))
     written = write(tmp_path, recipe_of(shards=3, **options), vectors)
     assert len(load_index(tmp_path, written).shards) == 3, "as the recipe says"
+
+
+def test_what_is_not_of_an_index_is_left_alone(tmp_path):
+    """Whatever folder an index was given: it takes away files of its own kind, and no others."""
+    (tmp_path / "test" / "samples.lance").mkdir(parents=True)
+    others = ["samples.lance", "notes.txt", "rows.npy", "a" * 32]
+    for name in others[1:]:
+        (tmp_path / "test" / name).write_text("mine")
+    half = tmp_path / "test" / f".{'0' * 32}.json"
+    half.write_text("{")
+    manifest = write(tmp_path, recipe_of(), rows(30))
+    write(tmp_path, recipe_of(), rows(30))
+    left = {path.name for path in (tmp_path / "test").iterdir()} - {".lock", "manifest.json"}
+    assert set(others) <= left and not half.exists()
+    assert len(left - set(others)) == 4 and not any(manifest.parts[0].name in name for name in left)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "nested", {"shards": "2"}, {"width": None}, {"samples": -1}, {"shard": 2}, {"shard": -1}, {"shard": 0.0},
+        {"checksums": {"rows.npy": "1"}}, {"count": "30"}, {"largest_norm": "1"}, {"recall": 3}, {"gone": 3},
+        {"name": 5}, {"refine": 0},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_manifest_of_other_kinds_is_as_good_as_none(tmp_path, damage):
+    """With a right checksum, too: that does not say who wrote it."""
+    manifest = write(tmp_path, recipe_of(shards=2), rows(30))
+    path = tmp_path / "test" / "manifest.json"
+    assert list_manifests(tmp_path) == [manifest]
+    if damage == "nested":
+        path.write_text("[" * 100_000)
+        assert list_manifests(tmp_path) == []
+        return
+    values = json.loads(path.read_text())
+    del values["checksum"]
+    for name, value in damage.items():
+        inside = next(part for part in (values, values["parts"][0], values["recipe"]) if name in part)
+        inside[name] = value
+    path.write_text(json.dumps(values | {"checksum": checksum_of(values)}))
+    assert list_manifests(tmp_path) == []

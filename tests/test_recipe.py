@@ -5,7 +5,7 @@ import os
 import pytest
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.recipe import IndexRecipe, read_recipe, shipped_recipes
+from rapidin_vdb.recipe import IndexRecipe, default_recipe, read_recipe, shipped_recipes
 
 
 def test_every_shipped_recipe_loads():
@@ -52,3 +52,75 @@ def test_a_recipe_that_is_not_there():
         read_recipe("indexes/tpu.toml")
     with pytest.raises(SpecError, match="no index recipe at /elsewhere/cpu.toml"):
         read_recipe("/elsewhere/cpu.toml")
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"name": ".."}, "has no name that an index may have, but '..'"),
+        ({"name": "."}, "has no name"),
+        ({"name": ""}, "has no name"),
+        ({"name": ".fast"}, "has no name"),
+        ({"name": "a/b"}, "has no name"),
+        ({"name": "a\n"}, "has no name"),
+        ({"devices": ("cuda:x",)}, "device 'cuda:x' is neither cpu nor cuda:N"),
+        ({"devices": ("cuda:" + "9" * 30,)}, "is neither cpu nor cuda:N"),
+        ({"devices": ()}, "devices is \\(\\); wanted some"),
+        ({"devices": ["cpu"]}, "devices is \\['cpu'\\]"),
+        ({"coarse_width": 3}, "coarse_width is 3; wanted 0 .exact. or a power of two"),
+        ({"refine": True}, "refine is True"),
+        ({"residence": "disk"}, "residence is 'disk'"),
+        ({"shards_per_device": 257}, "it has 257 shards in all; wanted at most 256"),
+        ({"devices": ("cpu",) * 2, "shards_per_device": 129}, "it has 258 shards"),
+        ({"devices": ("cuda:0",) * 257}, "it has 257 shards"),
+    ],
+)
+def test_a_recipe_made_here_is_checked_as_a_file_is(changed, message):
+    recipe = IndexRecipe(name="mine")
+    for name, value in changed.items():  # by this road, for the tests' own check of types is not there otherwise
+        object.__setattr__(recipe, name, value)
+    with pytest.raises(SpecError, match=message):
+        recipe.__post_init__()
+
+
+@pytest.mark.parametrize("name", ["...toml", "..toml", ".fast.toml"])
+def test_a_recipe_whose_name_would_lead_elsewhere(tmp_path, name):
+    """`...toml` has the stem `..`: the index would have been written over the tables."""
+    (tmp_path / name).write_text("refine = 2\n")
+    with pytest.raises(SpecError, match="has no name that an index may have"):
+        read_recipe(tmp_path / name)
+
+
+def test_a_file_that_happens_to_be_called_cpu_is_no_recipe(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cpu").write_text("Intel Xeon, 2 cores\n")
+    (tmp_path / "indexes").mkdir()
+    (tmp_path / "indexes" / "cpu.toml").write_text("coarse_width = 2\n")
+    assert read_recipe("cpu") == default_recipe() == IndexRecipe(name="cpu")
+    (tmp_path / "cpu").write_text("coarse_width = 2\n")
+    assert read_recipe("cpu") == default_recipe() == IndexRecipe(name="cpu")
+    # Whoever gives a folder, too, means the file.
+    assert read_recipe(tmp_path / "cpu").coarse_width == 2
+    assert read_recipe("indexes/cpu.toml").coarse_width == 2
+
+
+@pytest.mark.parametrize("text", ["a = " + "[" * 100_000, "refine = " + "1" * 5000])
+def test_toml_that_python_cannot_read(tmp_path, text):
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(SpecError, match="mine.toml is not TOML"):
+        read_recipe(tmp_path / "mine.toml")
+
+
+def test_a_recipe_that_cannot_be_read(tmp_path, monkeypatch):
+    (tmp_path / "mine.toml").write_text("")
+
+    def refused(self, *_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr("pathlib.Path.read_text", refused)
+    with pytest.raises(SpecError, match="mine.toml cannot be read: .*Permission denied"):
+        read_recipe(tmp_path / "mine.toml")
+    with pytest.raises(SpecError, match="no index recipe at "):
+        read_recipe("a\0.toml")
+    with pytest.raises(SpecError, match="no index recipe at "):
+        read_recipe("a" * 5000 + ".toml")

@@ -69,6 +69,16 @@ def test_a_query_is_answered_as_on_the_command_line(served, client, options):
     same(answer.json(), served.query(**ASKED, **options)[0].to_dict())
 
 
+def test_groups_are_at_most_so_many_over_the_web(served, client, monkeypatch):
+    monkeypatch.setattr("rapidin_vdb.web.shapes._MOST_GROUPS", 5)
+    found = client.post("/api/query", json=ASKED | {"group_by": "sample_id"}).json()
+    whole = served.query(**ASKED, group_by="sample_id")[0].to_dict()["groups"]
+    far = sorted(whole, key=lambda group: -abs(group["score"]))[:5]
+    assert (found["groups"], found["groups_left_out"]) == ([group for group in whole if group in far], 19)
+    document = client.get("/api/openapi.json").json()
+    assert "groups_left_out" in document["components"]["schemas"]["RankingInPieces"]["properties"]
+
+
 def test_pieces_give_back_the_texts(client):
     found = client.post("/api/query?pieces=true", json=ASKED | {"tokens": True, "matrix": True, "both": True}).json()
     assert "".join(text for text, _ in found["pieces"]) == "blue 35"

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from rapidin_vdb.errors import SpecError
 from rapidin_vdb.recipe import IndexRecipe
 
 MANIFEST = "manifest.json"
@@ -105,6 +106,21 @@ def checksum_of(values: dict[str, Any]) -> int:
     return zlib.crc32(json.dumps(values, sort_keys=True).encode("utf-8"))
 
 
+def _is_of_its_kinds(manifest: Manifest) -> bool:
+    """Say whether the values of a manifest are what they should be; the checksum does not say who wrote it."""
+    texts = [manifest.name, manifest.table, manifest.table_digest, *(part.name for part in manifest.parts)]
+    counts = [manifest.table_version, manifest.width, manifest.samples, manifest.shards]
+    counts += [part.count for part in manifest.parts]
+    sums = [value for part in manifest.parts for value in part.checksums.values()]
+    return (
+        all(isinstance(text, str) for text in (*texts, *([] if manifest.gone is None else [manifest.gone])))
+        and all(type(count) is int and count >= 0 for count in (*counts, *sums))
+        and all(type(part.shard) is int and 0 <= part.shard < manifest.shards for part in manifest.parts)
+        and type(manifest.largest_norm) in (int, float)
+        and isinstance(manifest.recall, dict | None)
+    )
+
+
 def _stays_inside(manifest: Manifest) -> bool:
     """Say whether all files that a manifest names lie beside it."""
     names = [part.name for part in manifest.parts] + ([] if manifest.gone is None else [manifest.gone])
@@ -126,8 +142,10 @@ def list_manifests(folder: Path) -> list[Manifest]:
             if values.get("format") == _FORMAT:
                 parts = tuple(Part(**part) for part in values["parts"])
                 manifest = Manifest(**values | {"parts": parts})
-                if path.parent.name == manifest.name == manifest.index_recipe.name and _stays_inside(manifest):
+                fits = _is_of_its_kinds(manifest) and path.parent.name == manifest.name == manifest.index_recipe.name
+                if fits and _stays_inside(manifest):
                     found.append(manifest)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        # RecursionError: lists of thousands of lists.
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SpecError):
             continue  # an index is a cache: one that cannot be read is as good as none
     return found

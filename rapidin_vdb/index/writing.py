@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -25,6 +26,8 @@ from rapidin_vdb.locks import holding
 from rapidin_vdb.recipe import IndexRecipe
 
 _LOCK = ".lock"
+# What an index's folder holds besides manifest and lock: files of parts, of what is gone, and half-written manifests.
+_OURS = re.compile(r"[0-9a-f]{32}(?:\.[a-z]+)?\.npy|gone-[0-9a-f]{8}-[0-9a-f]{32}\.npy|\.[0-9a-f]{32}\.json")
 
 
 def _nothing() -> None:
@@ -281,6 +284,7 @@ def _commit(place: Path, manifest: Manifest) -> None:
     new.replace(place / MANIFEST)
     named = {part.name for part in manifest.parts}
     for path in place.iterdir():
-        keeps = path.name in (MANIFEST, _LOCK, manifest.gone) or path.name.split(".")[0] in named
-        if not keeps:
-            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+        keeps = path.name == manifest.gone or path.name.split(".")[0] in named
+        # What is not of our own kind is somebody's, whatever it does here.
+        if not keeps and _OURS.fullmatch(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)

@@ -179,6 +179,8 @@ class Ranking:
     """Most negative first, where both ends were asked for."""
     groups: tuple[GroupInfluence, ...] | None = None
     """Influence by the values of a column, largest first, where it was asked for."""
+    groups_left_out: int | None = None
+    """How many groups of smaller absolute influence are not among these, where there are any."""
     histogram: Histogram | None = None
     """How all scores are spread, where it was asked for."""
     focus: tuple[Focus, ...] | None = None

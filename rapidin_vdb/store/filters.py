@@ -5,16 +5,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from rapidin_vdb.errors import FilterError, out_of_handles
+from rapidin_vdb.store.depth import check_depth, check_length
 from rapidin_vdb.store.telling import first_line, is_panic
 
 # Quoted texts and quoted column names; a doubled quote inside stands for itself.
-_QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`")
-# Lance walks an expression by recursion, and ends the process where it is too deep: seen at 1,000 of the first kind in
-# a row, and at 3,000 comparisons. Alternatives (AND, OR) are no deeper for being many.
-_DEEP = re.compile(r"\|\||[-+*/%|&^~]|::|\b(?:IS|IN|NOT|LIKE|ILIKE|SIMILAR|BETWEEN|CASE|CAST)\b", re.IGNORECASE)
-_COMPARED = re.compile(r"[<>=!]+")
-_MOST_DEEP = 300
-_MOST_OPERATORS = 1000
+_QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`(?:[^`]|``)*`")
 # What may stand before a parenthesis: functions of one row that give the same each time and take no more memory than
 # what they are given, and SQL's own words. Lance knows others that end the process, as `repeat`, or draw by lot.
 FUNCTIONS = (
@@ -42,31 +37,19 @@ def checked_filter(where: str) -> str:
     """
     if not where.strip():
         raise FilterError("the filter is empty; leave --where out to search all samples")
+    check_length(where)
     bare = _QUOTED.sub("''", where)
     for sign, what in ((";", "a second statement"), ("--", "a comment"), ("/*", "a comment")):
         if sign in bare:
             raise FilterError(f"the filter holds {what} ({sign}): {where}; wanted one expression")
-    if "'" in bare.replace("''", ""):
+    if any(quote in bare.replace("''", "") for quote in "'\"`"):
         raise FilterError(f"a quote is not closed in the filter: {where}")
-    deep = len(_DEEP.findall(bare))
-    operators = deep + len(_COMPARED.findall(bare))
-    if deep > _MOST_DEEP or operators > _MOST_OPERATORS:
-        raise FilterError(
-            f"the filter has {operators:,} operators, {deep:,} of them other than comparisons; wanted at most "
-            f"{_MOST_OPERATORS:,} and {_MOST_DEEP}: write alternatives as a list, column IN ('a', 'b')"
-        )
+    check_depth(bare)
     called = [name for name in _CALLED.findall(bare) if name.lower() not in _BEFORE_PARENTHESES]
     called += _CHANGING.findall(bare)
     if called:
         name = "what is quoted" if called[0] == "''" else called[0]
         raise FilterError(f"the filter calls {name}: {where}; wanted functions among: {', '.join(FUNCTIONS)}")
-    depth = 0
-    for character in bare:
-        depth += (character == "(") - (character == ")")
-        if depth < 0:
-            break
-    if depth != 0:
-        raise FilterError(f"the parentheses do not match in the filter: {where}")
     return f"({where})"
 
 

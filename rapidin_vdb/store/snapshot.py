@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 from jaxtyping import Float16, Int64
 
-from rapidin_vdb.errors import FilterError
+from rapidin_vdb.errors import FilterError, is_unicode
 from rapidin_vdb.records import Encoded, Scalar
 from rapidin_vdb.results import StoredSample
 from rapidin_vdb.store.filters import ids_filter
@@ -63,12 +63,21 @@ class Snapshot(TableVersion):
         Raises:
             FilterError: there is no such column, or it holds no plain values.
         """
+        name = self.group_column(column)
+        table = self._select([ROW_ID, name], None)
+        return int64(table[ROW_ID]), table[name].to_pylist()
+
+    def group_column(self, column: str) -> str:
+        """Return the name of a column by whose values samples can be grouped; upper and lower case are one.
+
+        Raises:
+            FilterError: there is no such column, or it holds no plain values.
+        """
         known = {field.name.lower(): field.name for field in self.schema if not pa.types.is_nested(field.type)}
         name = known.get(column.lower())
         if name is None or name in ("content_hash", "checksum"):
             raise FilterError(f"no column {column!r} to group by. Columns are: {', '.join(self.columns)}")
-        table = self._select([ROW_ID, name], None)
-        return int64(table[ROW_ID]), table[name].to_pylist()
+        return name
 
     def content_hashes(self, where: str | None = None) -> dict[str, str]:
         """Return the content hash of every sample, or of those a filter lets through, by id.
@@ -87,7 +96,7 @@ class Snapshot(TableVersion):
         """Return samples by id, without their vectors; unknown ids are left out."""
         columns, found = self._shown(), dict[str, StoredSample]()
         # Sorted: a row far from the last one costs a read of its own.
-        for batch in batches(sorted(set(sample_ids)), IDS_A_FILTER):
+        for batch in batches(_possible(sample_ids), IDS_A_FILTER):
             rows = self._select(columns, ids_filter(batch), ours=True).to_pylist()
             found |= {row["sample_id"]: stored_sample(row) for row in rows}
         return found
@@ -116,6 +125,8 @@ class Snapshot(TableVersion):
 
     def vector_of(self, sample_id: str) -> Float16[np.ndarray, " sketch"] | None:
         """Return a sample's RapidGrad; None where there is no such sample."""
+        if not _possible([sample_id]):
+            return None
         row_ids = int64(self._select([ROW_ID], ids_filter([sample_id]), ours=True)[ROW_ID])
         return next(self.vectors(row_ids)).vectors[0] if len(row_ids) else None
 
@@ -134,7 +145,7 @@ class Snapshot(TableVersion):
     def encoded(self, sample_ids: Sequence[str]) -> dict[str, Encoded]:
         """Return the tokens of samples, by id, as they were when their RapidGrads were made."""
         columns, found = ["sample_id", "input_ids", "token_offsets", "truncated"], {}
-        for batch in batches(sorted(set(sample_ids)), IDS_A_FILTER):
+        for batch in batches(_possible(sample_ids), IDS_A_FILTER):
             for row in self._select(columns, ids_filter(batch), ours=True).to_pylist():
                 found[row["sample_id"]] = Encoded(
                     sample_id=row["sample_id"],
@@ -155,3 +166,8 @@ class Snapshot(TableVersion):
 
     def _checksum(self, row: dict[str, Any], vector: np.ndarray) -> int:
         return stored_checksum(row, vector)
+
+
+def _possible(sample_ids: Sequence[str]) -> list[str]:
+    """Return ids in order, each once, but for texts with half of a surrogate pair, which are the ids of no sample."""
+    return sorted({name for name in sample_ids if is_unicode(name)})

@@ -121,16 +121,22 @@ class SampleTable:
             if version is None:
                 return Snapshot(pinned(self.place, SAMPLES), self.place)
             table = self.place.open_table(SAMPLES)
-            newest = int(table.version)
         try:
-            if not 1 <= version <= newest:
+            if not 1 <= version <= int(table.version):
                 raise ValueError(version)
             check_out(table, version)
         except (ValueError, RuntimeError, OSError) as error:
-            raise TableError(
-                f"{self.uri} has no version {version}, or no longer; wanted one from 1 to {newest} (see `info`)"
-            ) from error
+            raise TableError(f"{self.uri} has no version {version}, or no longer; {self._kept(table)}") from error
         return Snapshot(table, self.place)
+
+    def _kept(self, table: Any) -> str:
+        """Say which versions there are; a purge leaves only the newest."""
+        with told(f"the versions of {self.uri} cannot be read"):
+            kept = sorted(int(entry["version"]) for entry in table.list_versions())
+        if len(kept) < 2:
+            return f"only the newest is kept, {', '.join(map(str, kept))} (see `info`)"
+        gaps = "" if kept[-1] - kept[0] == len(kept) - 1 else f", of which {len(kept)} are kept"
+        return f"wanted one from {kept[0]} to {kept[-1]}{gaps} (see `info`)"
 
     def ensure_scalar_indices(self) -> None:
         """Let filters on `split`, `source` and `sample_id` look things up, for new rows too.

@@ -10,6 +10,8 @@ from rapidin_vdb.records import Aggregate, Level, OnBadRecord, OnDuplicate
 from rapidin_vdb.results import IndexInfo, RankedSample, RankedToken, Ranking, StoredSample
 
 _Text = Annotated[str, Field(max_length=200_000)]
+# A column may have a value of its own in every sample.
+_MOST_GROUPS = 1000
 _Span = Annotated[list[Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]], Field(min_length=2, max_length=2)]
 
 
@@ -37,7 +39,12 @@ class Search(_Shape):
         default=False, description="The same on each token of the generation (Eq. 8), as parts of the whole."
     )
     refine: int = Field(default=0, ge=0, le=1000, description="Rank so many of the first again, by exact influence.")
-    group_by: str | None = Field(default=None, max_length=200, description="Influence by the values of this column.")
+    group_by: str | None = Field(
+        default=None,
+        max_length=200,
+        description=f"Influence by the values of this column: of at most {_MOST_GROUPS:,}, those of largest "
+        "absolute influence; `groups_left_out` says how many others there are.",
+    )
     aggregate: Aggregate = Field(default="sum", description="Whether groups are added up or averaged.")
     histogram: int = Field(default=0, ge=0, le=1000, description="Count all scores in so many bins.")
     index: str | None = Field(default=None, max_length=200, description="Which built index to use.")
@@ -51,7 +58,7 @@ class Search(_Shape):
         """
         values = {name: getattr(self, name) for name in Search.model_fields}
         focus = tuple(e if isinstance(e, str) else (e[0], e[1]) for e in self.focus)
-        return Question(**values | {"focus": focus, "spans": spans})
+        return Question(**values | {"focus": focus, "spans": spans, "most_groups": _MOST_GROUPS})
 
 
 class QueryRequest(Search):

@@ -53,11 +53,12 @@ function histogram(ranking) {
 
 function groups(ranking, column) {
   const most = largest(ranking.groups.map((group) => group.score));
+  const others = Math.max(0, ranking.groups.length - 50) + (ranking.groups_left_out || 0);
   return make("section", { class: "card" }, make("h2", {}, "Influence by " + column),
     make("table", { class: "groups" }, make("thead", {}, make("tr", {}, ...[column, "samples", "influence", ""].map((name, place) => make("th", { scope: "col", class: place === 1 || place === 2 ? "number" : "" }, name)))),
       make("tbody", {}, ...ranking.groups.slice(0, 50).map((group) => make("tr", {}, make("td", {}, group.value === null ? "(none)" : String(group.value)),
         make("td", { class: "number" }, group.samples.toLocaleString("en")), make("td", { class: "number" }, show(group.score)), make("td", {}, bar(group.score, most)))))),
-    ranking.groups.length > 50 ? make("p", { class: "soft" }, "and " + (ranking.groups.length - 50).toLocaleString("en") + " more") : null);
+    others ? make("p", { class: "soft" }, "and " + others.toLocaleString("en") + " more") : null);
 }
 
 export function bar(score, most) {
