@@ -544,7 +544,13 @@ def test_an_experiment_keeps_what_it_trained(models, tmp_path, monkeypatch):
 
     def tuned(name: str) -> dict:
         made = experiment.Experiment(
-            tmp_path / name, model=str(models["llama"]), profile=profile, seed=1, say=lambda text: None
+            tmp_path / name,
+            name="any",
+            model=str(models["llama"]),
+            profile=profile,
+            seed=1,
+            inputs={},
+            say=lambda text: None,
         )
         made = made.tuned(toy_records(6), epochs=1.0)
         return {key: value for key, value in made.items() if "seconds" not in key and key != "timed_steps"}
