@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -140,6 +141,19 @@ def toy_records(count: int, *, first: int = 0) -> list[dict]:
         }
         for number in range(first, first + count)
     ]
+
+
+def encoded(number: int, length: int = 9):
+    """A sample of a few tokens, by its number."""
+    from rapidin_vdb.records import Encoded
+
+    draw = random.Random(number)
+    return Encoded(
+        sample_id=f"s{number:02d}",
+        input_ids=(1, *(draw.randrange(40, 80) for _ in range(length + number % 4)), 2),
+        offsets=tuple((place, place + 1) for place in range(4 + number % 3)),
+        truncated=False,
+    )
 
 
 def write_jsonl(path: Path, records: list[dict]) -> Path:

@@ -6,7 +6,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from conftest import write_jsonl
+from conftest import encoded, write_jsonl
 from reference import normalized, sample_gradient
 
 from rapidin_vdb.errors import SpecError
@@ -14,18 +14,7 @@ from rapidin_vdb.evaluate import gradients, hessian, methods, metrics
 from rapidin_vdb.evaluate.corpora import TRIGGER, perturbed, poisoned
 from rapidin_vdb.evaluate.fiction import fiction, is_fiction
 from rapidin_vdb.gradient import RapidGradMaker, load_model
-from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
-
-
-def encoded(number: int, length: int = 9) -> Encoded:
-    draw = random.Random(number)
-    return Encoded(
-        sample_id=f"s{number:02d}",
-        input_ids=(1, *(draw.randrange(40, 80) for _ in range(length + number % 4)), 2),
-        offsets=tuple((place, place + 1) for place in range(4 + number % 3)),
-        truncated=False,
-    )
-
+from rapidin_vdb.records import ModelSpec, SketchSpec
 
 SAMPLES = [encoded(number) for number in range(8)]
 QUERIES = [encoded(number) for number in (20, 21, 22)]

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import byte_tokenizer, save_model, tiny_model, toy_records, write_jsonl
+from conftest import byte_tokenizer, encoded, save_model, tiny_model, toy_records, write_jsonl
 from safetensors.torch import load_file
 
 from rapidin_vdb.errors import ModelError, SpecError
@@ -23,16 +23,6 @@ from rapidin_vdb.gradient.tuning_state import finished
 from rapidin_vdb.records import Encoded, ModelSpec
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
-
-
-def encoded(number: int, length: int = 9) -> Encoded:
-    draw = random.Random(number)
-    return Encoded(
-        sample_id=f"s{number:02d}",
-        input_ids=(1, *(draw.randrange(40, 80) for _ in range(length + number % 4)), 2),
-        offsets=tuple((place, place + 1) for place in range(4 + number % 3)),
-        truncated=False,
-    )
 
 
 SAMPLES = [encoded(number) for number in range(8)]
