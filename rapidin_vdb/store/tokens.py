@@ -29,7 +29,6 @@ from rapidin_vdb.store.version import (
     ROW_ID,
     TableVersion,
     batches,
-    int64,
     told,
 )
 
