@@ -26,7 +26,7 @@ def rank_tokens(
         FilterError: the filter cannot be understood.
     """
     started = time.monotonic()
-    matching = snapshot.content_hashes(question.where)
+    matching = snapshot.contents(question.where)
     among, having = tokens.matching(matching)
     factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
     vectors = np.ascontiguousarray(sketched.vectors.reshape(len(sketched.vectors), tokens.width, -1).sum(2))

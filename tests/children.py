@@ -91,7 +91,7 @@ def content(path) -> dict[tuple, tuple]:
     """Every row with everything in it, further fields last, and the row of every token that counts."""
     database = rapidin_vdb.open(path)
     snapshot, tokens = database._table.snapshot(), database._table.tokens.snapshot()
-    hashes = snapshot.content_hashes()
+    hashes = dict(snapshot.each_content())
     fields = {name: dict(sample.metadata) for name, sample in snapshot.samples(list(hashes)).items()}
     rows = {}
     for row, vector, _ in [*snapshot.whole_rows(), *(tokens.whole_rows() if tokens is not None else ())]:

@@ -56,7 +56,7 @@ def test_other_content_under_the_same_id(database, files, on_duplicate, token_gr
     assert {name for name, response in found.items() if response == "theirs"} == theirs_stay
     assert database.verify().findings == ()
     if token_gradients:
-        hashes = database._table.snapshot().content_hashes()
+        hashes = dict(database._table.snapshot().each_content())
         pairs = set(database._table.tokens.snapshot().each_content())
         assert pairs and all(hashes[name] == content for name, content in pairs), "no tokens of what was left out"
 

@@ -12,6 +12,7 @@ from rapidin_vdb.records import Encoded, Scalar
 from rapidin_vdb.results import StoredSample
 from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint
+from rapidin_vdb.store.owners import named
 from rapidin_vdb.store.place import Place
 from rapidin_vdb.store.rows import OWN_NAMES, stored_checksum, stored_sample
 from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, TableVersion, batches, int64
@@ -79,14 +80,13 @@ class Snapshot(TableVersion):
             raise FilterError(f"no column {column!r} to group by. Columns are: {', '.join(self.columns)}")
         return name
 
-    def content_hashes(self, where: str | None = None) -> dict[str, str]:
-        """Return the content hash of every sample, or of those a filter lets through, by id.
+    def contents(self, where: str | None = None) -> pa.ChunkedArray:
+        """Return what names every sample and its content, or those of what a filter lets through.
 
         Raises:
             FilterError: the filter cannot be understood.
         """
-        table = self._select(["sample_id", "content_hash"], where)
-        return dict(zip(table["sample_id"].to_pylist(), table["content_hash"].to_pylist(), strict=True))
+        return named(self._select(["sample_id", "content_hash"], where))
 
     def total_tokens(self) -> int:
         """Return the number of response tokens of all samples."""

@@ -4,14 +4,13 @@ A row counts only where the table `samples` has its sample with the same content
 that dies between the two leaves nothing that anybody sees.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 from jaxtyping import Int64
 
 from rapidin_vdb.errors import TableError
@@ -20,6 +19,7 @@ from rapidin_vdb.store.changes import delete_rows
 from rapidin_vdb.store.checksum import row_checksum
 from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import write_fingerprint
+from rapidin_vdb.store.owners import Owners, owners_of
 from rapidin_vdb.store.place import Place
 from rapidin_vdb.store.rows import vector_field
 from rapidin_vdb.store.telling import pinned
@@ -29,11 +29,11 @@ from rapidin_vdb.store.version import (
     ROW_ID,
     TableVersion,
     batches,
-    int64,
     told,
 )
 
 TOKENS = "tokens"
+_OWNERS_A_BATCH = 1 << 16
 _FIELDS = (
     pa.field("sample_id", pa.string(), nullable=False),
     pa.field("token_index", pa.int32(), nullable=False),
@@ -62,16 +62,20 @@ class TokenSnapshot(TableVersion):
     KEY = ("sample_id", "token_index")
     PLAIN = ("sample_id", "token_index", "start", "end", "content_hash")
 
-    def __init__(self, table: Any, place: Place) -> None:
+    def __init__(self, table: Any, place: Place, owners: dict[str, Owners]) -> None:
         super().__init__(table, place, TOKENS)
+        self._owners = owners
 
-    def matching(self, content_hashes: Mapping[str, str]) -> tuple[Int64[np.ndarray, " matching"], int]:
-        """Return the row ids of the tokens of samples that are given by id and content hash, and of how many."""
-        table = self._select([ROW_ID, "sample_id", "content_hash"], None)
-        known = pa.array([f"{sample_id}\0{content}" for sample_id, content in content_hashes.items()], pa.string())
-        named = pc.binary_join_element_wise(table["sample_id"], table["content_hash"], "\0")
-        mine = pc.is_in(named, known)
-        return int64(table[ROW_ID].filter(mine)), pc.count_distinct(named.filter(mine)).as_py()
+    def matching(self, samples: pa.ChunkedArray) -> tuple[Int64[np.ndarray, " matching"], int]:
+        """Return the row ids of the tokens of samples, which `Snapshot.contents` names, and how many have tokens."""
+        digest = self.digest
+        owners = self._owners.get(digest)
+        if owners is None:
+            owners = owners_of(self._scan([ROW_ID, "sample_id", "content_hash"], _OWNERS_A_BATCH), ROW_ID)
+            # The next question is of the same version or of a newer one.
+            self._owners.clear()
+            self._owners[digest] = owners
+        return owners.tokens_of(samples)
 
     def _contents(self, batch: pa.RecordBatch) -> Iterator[tuple[str, str]]:
         """Return the samples of a batch's tokens, each once."""
@@ -111,6 +115,7 @@ class TokenTable:
         self._place = place
         self._fingerprint = fingerprint
         self._committing = committing
+        self._owners: dict[str, Owners] = {}
 
     def __bool__(self) -> bool:
         with told(f"the table tokens of {self._place} cannot be read"):
@@ -122,10 +127,10 @@ class TokenTable:
             return None
         with told(f"the table tokens of {self._place} cannot be read"):
             if version is None:
-                return TokenSnapshot(pinned(self._place, TOKENS), self._place)
+                return TokenSnapshot(pinned(self._place, TOKENS), self._place, self._owners)
             table = self._place.open_table(TOKENS)
             table.checkout(version)
-        return TokenSnapshot(table, self._place)
+        return TokenSnapshot(table, self._place, self._owners)
 
     def newest(self) -> TokenSnapshot:
         """Return what `snapshot` does, where there is such a table.

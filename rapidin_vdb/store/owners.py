@@ -1,0 +1,52 @@
+"""Which sample each row of the table `tokens` belongs to, in 12 bytes a row."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from jaxtyping import Int32, Int64
+
+
+@dataclass(frozen=True, eq=False)
+class Owners:
+    """The samples of one version's tokens."""
+
+    row_ids: Int64[np.ndarray, " tokens"]
+    """Of the tokens."""
+    numbers: Int32[np.ndarray, " tokens"]
+    """Which of the samples each belongs to."""
+    samples: pa.Array
+    """The samples, each once, as `named` names them."""
+
+    def tokens_of(self, samples: pa.ChunkedArray) -> tuple[Int64[np.ndarray, " matching"], int]:
+        """Return the row ids of the tokens of some samples, named by `named`, and how many of these have any."""
+        mine = pc.is_in(self.samples, samples).to_numpy(zero_copy_only=False)
+        having = int(mine.sum())
+        return self.row_ids if having == len(mine) else self.row_ids[mine[self.numbers]], having
+
+
+def named(rows: Any) -> Any:
+    """Return what names each row's sample and its content, of a table or batch with both columns.
+
+    A hash has no NUL in it, so that no two pairs share a name.
+    """
+    return pc.binary_join_element_wise(rows.column("sample_id"), rows.column("content_hash"), "\0")
+
+
+def owners_of(batches: Iterable[pa.RecordBatch], row_id: str) -> Owners:
+    """Return the owners of tokens, whose rows come some at a time; `row_id` names the column of their row ids.
+
+    Those of one sample lie side by side as a rule: the names of a run of them are kept once.
+    """
+    row_ids, lengths, samples = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], [pa.array([], pa.string())]
+    for batch in batches:
+        runs = pc.run_end_encode(named(batch))
+        row_ids.append(batch.column(row_id).to_numpy().astype(np.int64))
+        lengths.append(np.diff(runs.run_ends.to_numpy(), prepend=0))
+        samples.append(runs.values)
+    encoded = pa.concat_arrays(samples).dictionary_encode()
+    numbers = np.repeat(encoded.indices.to_numpy().astype(np.int32), np.concatenate(lengths))
+    return Owners(np.concatenate(row_ids), numbers, encoded.dictionary)
