@@ -324,7 +324,7 @@ def test_what_checkpointing_gets_wrong_is_found_out(caplog):
     assert "model.embed_tokens.weight: gradients one sample at a time" in caplog.text
     maker._gradients.unruled.clear()
     with pytest.raises(ModelError, match="more of the gradient of model.embed_tokens.weight came after"):
-        maker.make_batch(samples())
+        maker.stream(samples(), maker.sketcher(len(samples())))
 
 
 @pytest.mark.parametrize("kind", ["lora", "full"])

@@ -108,7 +108,7 @@ class BatchedGradients:
             LateGradientError: the receiver was given a part of a gradient for the whole; its tensor is given up.
         """
         run = _Run(self, len(batch), receiver)
-        layers = checkpointed_layers(self.loaded.model) if self.checkpointing else nullcontext()
+        layers = checkpointed_layers(self.loaded.model, hooks=True) if self.checkpointing else nullcontext()
         products = tf32_products(self._tf32_layers)
         with self._frozen(), layers, products, run.hooked(self._rules), torch.enable_grad():
             losses = batch_losses(self.loaded, batch).means()
@@ -155,7 +155,12 @@ class _Run:
         """Watch the modules for as long as the block lasts."""
         # Gradients have to flow down to the first layer, though no parameter asks for any.
         embeddings = self.gradients.loaded.model.get_input_embeddings()
-        handles = [embeddings.register_forward_hook(lambda module, read, wrote: wrote.requires_grad_(True))]
+        # A copy, for some models go on to multiply it in place; and before other hooks see it.
+        handles = [
+            embeddings.register_forward_hook(
+                lambda module, read, wrote: wrote.requires_grad_(True).clone(), prepend=True
+            )
+        ]
         handles += [module.register_forward_hook(self._watch(rules)) for module, rules in modules]
         try:
             yield
@@ -174,7 +179,9 @@ class _Run:
                 return
             keeps = torch.is_grad_enabled()
             if keeps and not wrote.requires_grad:
-                if not wrote.is_leaf or not active:
+                # Not of an adapter that measures its own matrices, as DoRA's.
+                looked_up = isinstance(module, torch.nn.Embedding) or not torch.is_floating_point(read[0])
+                if not wrote.is_leaf or not active or not looked_up:
                     return
                 wrote.requires_grad_(True)  # a further embedding, as of positions
             if self.counting:

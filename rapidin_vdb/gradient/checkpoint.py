@@ -10,17 +10,19 @@ from torch.utils.checkpoint import checkpoint
 
 
 @contextmanager
-def checkpointed_layers(model: Any) -> Iterator[None]:
+def checkpointed_layers(model: Any, *, hooks: bool) -> Iterator[None]:
     """Checkpoint every decoder layer for as long as the block lasts.
 
-    Not by the model's own switch, which only works in training mode, where dropout would be at work too. In the
-    reentrant kind, hooks see the second pass through a layer with its backward, as if it were the only one.
+    Not by the model's own switch, which only works in training mode, where dropout would be at work too. With `hooks`,
+    in the reentrant kind: hooks of modules see the second pass through a layer with its backward, as if it were the
+    only one. It brings the gradient of a parameter that layers share in parts, and none at all where the first layer's
+    input asks for none; so without hooks, where parameters ask for their own, it is the other kind.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for layer in layers:
-        layer.forward = _twice(layer.forward)
+        layer.forward = _twice(layer.forward, reentrant=hooks)
     try:
         yield
     finally:
@@ -28,7 +30,7 @@ def checkpointed_layers(model: Any) -> Iterator[None]:
             del layer.forward  # the class's own comes to light again
 
 
-def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
+def _twice(forward: Callable[..., Any], *, reentrant: bool) -> Callable[..., Any]:
     def run(*arguments: Any, **options: Any) -> Any:
         if not torch.is_grad_enabled():
             return forward(*arguments, **options)  # a layer within one that keeps nothing as yet
@@ -42,7 +44,7 @@ def _twice(forward: Callable[..., Any]) -> Callable[..., Any]:
 
         # Every tensor is handed in: through one that is only seen from inside, a layer's backward would go on to what
         # made it, once for each layer.
-        return checkpoint(again, *arguments, *named.values(), use_reentrant=True)
+        return checkpoint(again, *arguments, *named.values(), use_reentrant=reentrant)
 
     return run
 

@@ -36,10 +36,15 @@ class LoadedModel:
     """Type of the base weights."""
 
     @property
+    def known_tokens(self) -> int:
+        """How many tokens the model has embeddings for."""
+        return _embedding_within(self.model)[0].num_embeddings
+
+    @property
     def learned_positions(self) -> int | None:
         """How many positions the model has embeddings for; None where positions are computed."""
-        tokens = self.model.get_input_embeddings()
-        others = [m for m in self.model.modules() if isinstance(m, torch.nn.Embedding) and m is not tokens]
+        tokens = _embedding_within(self.model)
+        others = [m for m in self.model.modules() if isinstance(m, torch.nn.Embedding) and m not in tokens]
         known = getattr(self.model.config, "max_position_embeddings", None)
         return int(known) if others and known else None
 
@@ -47,6 +52,12 @@ class LoadedModel:
     def shapes(self) -> tuple[ParameterShape, ...]:
         """Names and shapes of theta, in order."""
         return tuple(ParameterShape(name=name, shape=tuple(tensor.shape)) for name, tensor in self.theta.items())
+
+
+def _embedding_within(model: Any) -> list[torch.nn.Embedding]:
+    """Return the embedding of tokens, with the copies of it that are within an adapter's wrapper."""
+    modules = model.get_input_embeddings().modules()
+    return [module for module in modules if isinstance(module, torch.nn.Embedding)]
 
 
 def resolve_device(device: str) -> str:
@@ -237,9 +248,15 @@ def _load_adapter(model: Any, adapter: str, base: str) -> Any:
     try:
         _refuse_pickle(adapter)
         with quiet_libraries():  # the imports too: bitsandbytes says at import what it does without
-            from peft import PeftModel, get_peft_model_state_dict
+            from peft import PeftConfig, PeftModel, get_peft_model_state_dict
             from peft.utils import load_peft_weights
 
+            config = PeftConfig.from_pretrained(adapter)
+            if config.is_prompt_learning:
+                raise ModelError(
+                    f"the adapter {adapter} learns a prompt ({config.peft_type.value}), which takes places before a "
+                    "sample's own tokens; wanted one that changes the model's layers, such as LoRA"
+                )
             adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, use_safetensors=True)
             weights = load_peft_weights(adapter, device="cpu", use_safetensors=True)
     except SafetensorError as error:

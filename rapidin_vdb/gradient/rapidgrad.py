@@ -1,5 +1,6 @@
 """From samples to their RapidGrads: gradients, layer-wise normalisation, sketch, half precision."""
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -17,9 +18,15 @@ from rapidin_vdb.gradient.self_check import Prober, ends, kind_of, to_compare
 from rapidin_vdb.records import Encoded, Normalize, SketchSpec
 from rapidin_vdb.sketch import Sketch
 
+logger = logging.getLogger(__name__)
+
 # How far a batched RapidGrad may be from that of the sample alone, relative to its norm: half of half precision for
 # models computed in float32; what the order of additions does to a backward pass in 16 bits.
 _TOLERANCE = {"float32": 2.0**-12, "bfloat16": 0.1, "float16": 0.02}
+
+
+# A context of one token, and one that it predicts.
+_STUB_TOKENS = 2
 
 
 def normalized(grad: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -83,9 +90,16 @@ class RapidGradMaker:
         A RapidGrad does not depend on the batch that its sample is in. The first batch is checked against the gradient
         of one of its samples alone; a tensor whose batched rule turns out wrong for this model falls back to autograd.
         """
-        known = self.loaded.model.get_input_embeddings().num_embeddings
+        known = self.loaded.known_tokens
         fitting = [sample for sample in batch if max(sample.input_ids) < known]
-        made = dict(zip(map(id, fitting), self._make_fitting(fitting, half, norms), strict=True))
+        # Behind a single token, attention has nothing to choose from: without padding, the gradients of queries and
+        # keys are exactly zero, and with it rounding noise, which normalisation would make as long as others.
+        parts = [[s for s in fitting if (len(s.input_ids) <= _STUB_TOKENS) == stubs] for stubs in (False, True)]
+        made = {
+            id(sample): result
+            for part in parts
+            for sample, result in zip(part, self._make_fitting(part, half, norms), strict=True)
+        }
         return [
             made.get(id(sample))
             or GradientError(
@@ -99,15 +113,18 @@ class RapidGradMaker:
     ) -> list[tuple[np.ndarray, float] | GradientError]:
         if not batch:
             return []
-        sketcher = self.sketcher(len(batch))
-        if norms is None:
-            losses = self.stream(batch, sketcher)
-        else:
-            measuring = Measuring(sketcher, len(batch), len(self.loaded.theta))
-            losses = self.stream(batch, measuring)
+        while True:
+            sketcher = self.sketcher(len(batch))
+            measuring = None if norms is None else Measuring(sketcher, len(batch), len(self.loaded.theta))
+            try:
+                losses = self.stream(batch, measuring or sketcher)
+                break
+            except LateGradientError as error:
+                # Its tensor has been given up: every time there is one less that can be late.
+                logger.warning("%s; the batch is done again", error)
+        if norms is not None and measuring is not None:
             norms |= dict(zip([sample.sample_id for sample in batch], measuring.norms, strict=True))
-        rapidgrads = sketcher.rapidgrads
-        return judged(rapidgrads, losses, [sample.sample_id for sample in batch], half=half)
+        return judged(sketcher.rapidgrads, losses, [sample.sample_id for sample in batch], half=half)
 
     def stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
         """Hand each sample's gradient of every tensor of theta to a receiver; return the losses, [batch].
@@ -119,15 +136,21 @@ class RapidGradMaker:
         return self._stream(batch, receiver)
 
     def _stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
-        losses = self._gradients.stream(batch, receiver)
-        if self._gradients.unruled:
+        unruled = self._gradients.unruled
+        if len(unruled) < len(self.loaded.theta):
+            losses = self._gradients.stream(batch, receiver)
+        else:
+            losses = torch.full((len(batch),), float("nan"), device=self.loaded.device)
+        if unruled:
             for place, sample in enumerate(batch):
 
                 def alone(number: int, grad: Tensor, place: int = place) -> None:
                     receiver.dense(number, place, grad.reshape(1, -1))
 
                 try:
-                    losses[place] = stream_gradient(self.loaded, sample, alone, only=set(self._gradients.unruled))
+                    losses[place] = stream_gradient(
+                        self.loaded, sample, alone, only=set(unruled), checkpointing=self._gradients.checkpointing
+                    )
                 except GradientError:
                     losses[place] = float("nan")
         return losses
@@ -164,12 +187,12 @@ class RapidGradMaker:
             self._add_alone(alone, batch[place])
         except GradientError:
             return  # not a sample to compare with; the next batch will do
-        self._checked = kind
-        if self._agrees(batch, place, alone):
-            return
-        self._give_up_wrong_tensors(batch, place)
         if not self._agrees(batch, place, alone):
-            self._gradients.give_up_all("in a batch, its samples are not independent of one another")
+            self._give_up_wrong_tensors(batch, place)
+            if not self._agrees(batch, place, alone):
+                self._gradients.give_up_all("in a batch, its samples are not independent of one another")
+        # Not before: where memory ended within, smaller batches are to be compared.
+        self._checked = kind
 
     def _agrees(self, batch: Sequence[Encoded], place: int, alone: Tensor) -> bool:
         sketcher = self.sketcher(len(batch))

@@ -88,7 +88,9 @@ def _embedding_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Te
     if read.dim() != 2 or read.shape[0] != batch or delta.shape[0] != batch:
         raise NoRuleError(f"an embedding of ids of shape {tuple(read.shape)}, for a batch of {batch}")
     ids = read if module.padding_idx is None else read.masked_fill(read == module.padding_idx, -1)
-    return Rows(ids, delta)
+    # As of Gemma's, which multiplies what it has looked up.
+    scale = getattr(module, "embed_scale", None)
+    return Rows(ids, delta if scale is None else delta * scale)
 
 
 def dense_rows(rows: Rows, samples: slice, count: int) -> Tensor:

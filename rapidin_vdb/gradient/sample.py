@@ -1,12 +1,14 @@
 """The gradient of one sample's loss, handed on tensor by tensor as backward reaches it."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
+from rapidin_vdb.gradient.checkpoint import checkpointed_layers
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.records import Encoded
 
@@ -25,10 +27,12 @@ def stream_gradient(
     receive: Callable[[int, Tensor], None],
     *,
     only: set[int] | None = None,
+    checkpointing: bool = False,
 ) -> float:
     """Call `receive(number, gradient)` for each tensor of theta that the loss depends on, and return the loss.
 
-    `only` restricts it to the tensors of those numbers.
+    `only` restricts it to the tensors of those numbers. With `checkpointing`, layers are computed twice, so that their
+    activations need not be kept.
 
     A gradient comes as soon as backward has it, whole (a tied tensor comes once) and of the parameter's shape, and is
     freed when `receive` returns: the gradients of all tensors are never held at once.
@@ -51,12 +55,13 @@ def stream_gradient(
     for tensor in left_out:
         tensor.requires_grad_(False)
     try:
-        with torch.enable_grad():
+        with checkpointed_layers(loaded.model, hooks=False) if checkpointing else nullcontext(), torch.enable_grad():
             loss = token_losses(loaded, encoded).mean()
             value = float(loss.detach())
             if not torch.isfinite(loss):
                 raise GradientError(f"sample {encoded.sample_id}: the loss is {value}")
-            loss.backward()
+            if loss.requires_grad:  # else none of the tensors has a part in it
+                loss.backward()
     finally:
         for handle in handles:
             handle.remove()
