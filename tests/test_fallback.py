@@ -140,15 +140,20 @@ def test_a_model_that_multiplies_its_embeddings_in_place():
     check_all(maker, samples(), "none")
 
 
+@pytest.mark.parametrize("focus", [False, True])
 @pytest.mark.parametrize("architecture", ["llama", "qwen2", "gpt2"])
-def test_a_sample_of_two_tokens_is_the_same_in_any_batch(architecture):
+def test_a_sample_of_two_tokens_is_the_same_in_any_batch(architecture, focus):
     """Its queries and keys have no gradient; padded, they had one of rounding noise, scaled to the length of others."""
     maker = maker_of(loaded_from(tiny_model(architecture)))
     stub = Encoded(sample_id="stub", input_ids=(1, 50), offsets=((0, 1),), truncated=False)
+    asked = stub
+    if focus:  # on the first token: behind it, nothing matters
+        offsets = tuple((n, n + 1) for n in range(9))
+        asked = dataclasses.replace(stub, input_ids=(1, 50, *range(8)), offsets=offsets, focus=(0,))
     norms = {}
-    (first, _), *others = maker.make_batch([stub, *samples()], norms=norms)
+    (first, _), *others = maker.make_batch([asked, *samples()], norms=norms)
     assert_close(first, slow(maker.loaded, stub))
-    assert_close(first, maker.make(stub)[0])
+    assert_close(first, maker.make(asked)[0])
     for sample, (vector, _) in zip(samples(), others, strict=True):
         assert_close(vector, slow(maker.loaded, sample))
     assert set(norms) == {"stub", *(sample.sample_id for sample in samples())}

@@ -13,7 +13,7 @@ from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError, Receiver
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.receivers import Measuring, Sketcher
-from rapidin_vdb.gradient.sample import stream_gradient
+from rapidin_vdb.gradient.sample import cut_behind_loss, stream_gradient
 from rapidin_vdb.gradient.self_check import Prober, ends, kind_of, to_compare
 from rapidin_vdb.records import Encoded, Normalize, SketchSpec
 from rapidin_vdb.sketch import Sketch
@@ -91,15 +91,13 @@ class RapidGradMaker:
         of one of its samples alone; a tensor whose batched rule turns out wrong for this model falls back to autograd.
         """
         known = self.loaded.known_tokens
-        fitting = [sample for sample in batch if max(sample.input_ids) < known]
+        fitting = {id(sample): cut_behind_loss(sample) for sample in batch if max(sample.input_ids) < known}
+        made: dict[int, tuple[np.ndarray, float] | GradientError] = {}
         # Behind a single token, attention has nothing to choose from: without padding, the gradients of queries and
         # keys are exactly zero, and with it rounding noise, which normalisation would make as long as others.
-        parts = [[s for s in fitting if (len(s.input_ids) <= _STUB_TOKENS) == stubs] for stubs in (False, True)]
-        made = {
-            id(sample): result
-            for part in parts
-            for sample, result in zip(part, self._make_fitting(part, half, norms), strict=True)
-        }
+        for stubs in (False, True):
+            part = {key: sample for key, sample in fitting.items() if (len(sample.input_ids) <= _STUB_TOKENS) == stubs}
+            made |= zip(part, self._make_fitting(list(part.values()), half, norms), strict=True)
         return [
             made.get(id(sample))
             or GradientError(

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,18 @@ def token_losses(loaded: LoadedModel, encoded: Encoded) -> Tensor:
     logits = loaded.model(input_ids=ids, use_cache=False).logits
     places = torch.tensor(encoded.loss_places, device=loaded.device)
     return F.cross_entropy(logits[0, places - 1].float(), ids[0, places], reduction="none")
+
+
+def cut_behind_loss(encoded: Encoded) -> Encoded:
+    """Return a sample without what stands behind its last token that carries loss, which no causal model sees.
+
+    >>> sample = Encoded(sample_id="a", input_ids=(1, 2, 3), offsets=((0, 1), (1, 2)), truncated=False, focus=(0,))
+    >>> cut_behind_loss(sample).input_ids
+    (1, 2)
+    """
+    kept = max(encoded.loss_tokens) + 1
+    left = len(encoded.offsets) - kept
+    return replace(encoded, input_ids=encoded.input_ids[:-left], offsets=encoded.offsets[:kept]) if left else encoded
 
 
 def stream_gradient(

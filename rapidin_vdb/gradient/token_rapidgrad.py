@@ -10,6 +10,7 @@ from jaxtyping import Float64
 from rapidin_vdb.errors import GradientError, SpecError
 from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
 from rapidin_vdb.gradient.receivers import Scaler
+from rapidin_vdb.gradient.sample import cut_behind_loss
 from rapidin_vdb.records import Encoded
 from rapidin_vdb.sketch import Sketch
 
@@ -80,12 +81,7 @@ class TokenRapidGradMaker:
 
 def at_token(sample: Encoded, number: int) -> Encoded:
     """Return a sample whose loss is that at one of its response tokens, without what comes behind it."""
-    return dataclasses.replace(
-        sample,
-        input_ids=sample.input_ids[: _length(sample, number)],
-        offsets=sample.offsets[: number + 1],
-        focus=(number,),
-    )
+    return cut_behind_loss(dataclasses.replace(sample, focus=(number,)))
 
 
 def check_token_width(width: int, widest: int) -> None:
