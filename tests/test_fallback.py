@@ -92,8 +92,14 @@ def adapted(model, kind: str):
 def test_adapters_of_embeddings_and_others(architecture, kind):
     torch.manual_seed(0)
     loaded = trainable(adapted(tiny_model(architecture), kind))
-    check_all(maker_of(loaded), samples())
+    maker = maker_of(loaded)
+    check_all(maker, samples())
     assert loaded.known_tokens == 259
+    assert not [
+        name
+        for number, name in enumerate(loaded.theta)
+        if "lora_embedding" in name and number in maker._gradients.unruled
+    ]
     assert (loaded.learned_positions is not None) == (architecture == "gpt2")
 
 

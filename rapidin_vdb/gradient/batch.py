@@ -15,7 +15,7 @@ from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, 
 from rapidin_vdb.gradient.forward import batch_losses
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.precision import adapter_layers, tf32_products, tf32_rule
-from rapidin_vdb.gradient.rules import Rule, dense_rows, rule_for, summed_rows
+from rapidin_vdb.gradient.rules import Rule, dense_rows, own_parameters, rule_for, summed_rows
 from rapidin_vdb.records import Encoded
 
 logger = logging.getLogger(__name__)
@@ -72,9 +72,10 @@ class BatchedGradients:
         homes: set[int] = set()
         for module in self.loaded.model.modules():
             rules = []
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, parameter in own_parameters(module):
                 number = numbers.get(id(parameter))
-                if number is None:
+                # A dictionary of parameters computes nothing; whoever does was there before it.
+                if number is None or (number in homes and isinstance(module, torch.nn.ParameterDict)):
                     continue
                 homes.add(number)
                 rule = rule_for(module, name)

@@ -4,18 +4,32 @@ For a linear layer y = W x the gradient of sample b is the sum over its tokens o
 of the loss with respect to y: one batched matrix product gives all samples' gradients, at the price of the usual one.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapidin_vdb.gradient.adapted_embedding import (
+    first_weight,
+    is_adapted_embedding,
+    is_first,
+    matrices,
+    second_weight,
+)
 from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows, tokens_of
 from rapidin_vdb.gradient.experts import down_weight, gate_up_weight, is_experts, is_router
 
 Rule = Callable[[torch.nn.Module, tuple[Any, ...], Tensor, int], Contribution]
 """(module, its inputs, gradient of its output, batch size) -> what that call adds to the parameter's gradients."""
+
+
+def own_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield names and parameters that a module itself computes with."""
+    yield from module.named_parameters(recurse=False)
+    if is_adapted_embedding(module):
+        yield from matrices(module)
 
 
 def rule_for(module: torch.nn.Module, name: str) -> Rule | None:
@@ -33,6 +47,8 @@ def rule_for(module: torch.nn.Module, name: str) -> Rule | None:
         return {"weight": _layer_norm_weight, "bias": _bias}.get(name)
     if type(module).__name__.endswith("RMSNorm") and name == "weight" and module.get_parameter(name).dim() == 1:
         return _rms_norm_weight
+    if is_adapted_embedding(module):
+        return first_weight if is_first(name) else second_weight
     if is_experts(module):
         return {"gate_up_proj": gate_up_weight, "down_proj": down_weight}.get(name)
     return _linear_weight if is_router(module) else None
