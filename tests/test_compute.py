@@ -143,6 +143,25 @@ def test_a_batch_that_does_not_fit_the_memory_there_is_is_halved(database):
     assert found["difference"] < 2e-3
 
 
+@pytest.mark.parametrize(
+    ("said", "smaller"),
+    [
+        ("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9", True),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: device-side assert triggered", False),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`", False),
+        ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", False),
+    ],
+)
+def test_which_plain_errors_mean_that_a_smaller_batch_might_pass(said, smaller):
+    from rapidin_vdb.gradient.memory import is_out_of_memory
+
+    assert is_out_of_memory(RuntimeError(said)) == smaller
+    assert not is_out_of_memory(ValueError(said)), "an error of ours that quotes it, say"
+
+
 def test_errors_of_workers_reach_the_caller(tmp_path, models, adapters, database):
     from conftest import save_model
 
