@@ -146,7 +146,10 @@ def test_a_batch_that_does_not_fit_the_memory_there_is_is_halved(database):
 @pytest.mark.parametrize(
     ("said", "smaller"),
     [
-        ("[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9", True),
+        (
+            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+            True,
+        ),
         ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call", True),
         ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
         ("Triton Error [CUDA]: out of memory", True),
