@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from rapidin_vdb.compute import Road, WorkerSpec, road_here, road_of_workers
+from rapidin_vdb.compute import Road, WorkerSpec, road_here
 from rapidin_vdb.engine import Engine
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.gradient import default_batch_tokens, resolve_devices
 from rapidin_vdb.records import Fingerprint
+from rapidin_vdb.workers import road_of_workers
 
 
 def choose_road(
