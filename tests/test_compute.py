@@ -9,9 +9,11 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from conftest import encoded, toy_records, write_jsonl
 from test_whole import content, make
 
@@ -370,6 +372,40 @@ def test_a_dry_run_counts_and_times_and_writes_nothing(database, tmp_path, capsy
     assert 0.05 * report.seconds < expected.seconds < 20 * report.seconds
     assert expected.peak_memory > 100e6
     assert database.ingest(lines, on_bad_record="skip", dry_run=True).seconds == 0.0, "nothing left to do"
+
+
+def test_a_dry_run_promises_no_more_than_cores_and_gpus_can_do(database, tmp_path, monkeypatch):
+    """By a clock that goes as fast as one processor would be, for each thread."""
+    from rapidin_vdb import estimate, roads, workers
+
+    now, engine, at = [0.0], database._loaded(), SimpleNamespace(devices=["cpu"])
+
+    def make(batch, *, token_width=None):
+        now[0] += padded_tokens(batch) / (torch.get_num_threads() if at.devices == ["cpu"] else 1)
+        return []
+
+    monkeypatch.setattr(engine, "make", make)
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(estimate, "peak_bytes", lambda device: 1)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(roads, "resolve_devices", lambda device: at.devices)
+    lines = write_jsonl(tmp_path / "more.jsonl", toy_records(30, first=50))
+
+    def seconds(each: int) -> float:
+        return database.ingest(lines, batch_tokens=900, workers_per_device=each, dry_run=True).seconds
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone = seconds(1)
+        assert alone > 0 and [seconds(each) for each in (2, 4)] == pytest.approx([alone, alone])
+        assert torch.get_num_threads() == 2, "left as they were"
+    finally:
+        torch.set_num_threads(before)
+    at.devices = ["cuda:0"]
+    assert [seconds(each) for each in (1, 3)] == pytest.approx([2 * alone, 2 * alone])
+    at.devices = ["cuda:0", "cuda:1"]
+    assert seconds(2) == pytest.approx(alone)
 
 
 @pytest.mark.parametrize(
