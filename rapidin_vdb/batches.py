@@ -12,6 +12,11 @@ Pair = tuple[Sample, Encoded]
 _RAPIDGRAD_BYTES = 1 << 30
 
 
+def padded_tokens(batch: Sequence[Encoded]) -> int:
+    """Return how many tokens go through the model for a batch, padding included."""
+    return len(batch) * max(len(sample.input_ids) for sample in batch)
+
+
 def planned_batches(
     window: Sequence[Pair | CorpusError], todo: dict[str, str], batch_tokens: int, *, width: int
 ) -> Iterator[list[Pair]]:

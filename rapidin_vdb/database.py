@@ -82,7 +82,7 @@ class Database(SampleReader):
         single = token_width_for(self._table, token_width) if token_gradients else None
         paths = tuple(map(Path, files))
         corpus = Corpus(paths=paths, split=split, source=source, id_field=id_field, limit=limit)
-        road, tokens, workers, first = choose_road(
+        road, tokens, workers, devices = choose_road(
             self.fingerprint, place=self.path, loaded=partial(self._engine_on, model, adapter), device=device,
             workers_per_device=workers_per_device, batch_tokens=batch_tokens, dry_run=dry_run, cluster=cluster,
             model=model, adapter=adapter, token_width=single,
@@ -93,7 +93,7 @@ class Database(SampleReader):
         }  # fmt: skip
         if dry_run:
             return estimate(
-                self._table, corpus, road.compute, workers=workers, device=first, token_width=single, **options
+                self._table, corpus, road.compute, workers=workers, devices=devices, token_width=single, **options
             )
         return ingest(self._table, corpus, road.compute, progress=progress, token_width=single, **options)
 

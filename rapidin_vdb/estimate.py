@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import closing
 from itertools import islice
 
-from rapidin_vdb.batches import Pair
+from rapidin_vdb.batches import Pair, padded_tokens
 from rapidin_vdb.compute import Compute
 from rapidin_vdb.corpus import Template, Tokenizer
 from rapidin_vdb.errors import CorpusError
@@ -16,6 +16,7 @@ from rapidin_vdb.plan import Corpus, encoded_windows, make_plan, planned_windows
 from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate
 from rapidin_vdb.results import IngestEstimate
 from rapidin_vdb.store import SampleTable
+from rapidin_vdb.workers import speedup
 
 _TIMED = 5
 
@@ -29,12 +30,15 @@ def estimate(
     template: Template,
     batch_tokens: int,
     workers: int,
-    device: str,
+    devices: Sequence[str],
     on_bad_record: OnBadRecord = "stop",
     on_duplicate: OnDuplicate = "error",
     token_width: int | None = None,
 ) -> IngestEstimate:
     """Return what an ingest with these arguments would take; nothing is written.
+
+    `compute` is one of its workers, timed alone with its share of the threads; that they come into each other's way
+    where they read the same memory, and how long they take to start, is left out.
 
     Raises:
         CorpusError: a record cannot be stored, where the options do not allow it.
@@ -71,7 +75,7 @@ def estimate(
             started = time.monotonic()
             list(compute(iter(chosen)))
             measured = sum(_work(batch, token_width is not None) for batch in chosen)
-            seconds = (time.monotonic() - started) * work / measured / workers
+            seconds = (time.monotonic() - started) * work / measured / speedup(workers, devices)
     return IngestEstimate(
         samples=samples,
         tokens=tokens,
@@ -80,7 +84,7 @@ def estimate(
         # RapidGrads in half precision, token ids, and the text.
         bytes=(samples - plan.tokens_only) * 2 * width + 2 * single * (token_width or 0) + 4 * tokens + text,
         # Each worker is a process that holds the model for itself.
-        peak_memory=workers * max(peak_bytes(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10),
+        peak_memory=workers * max(peak_bytes(devices[0]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10),
         seconds=seconds,
         bad=tuple(plan.bad),
     )
@@ -88,10 +92,9 @@ def estimate(
 
 def _work(batch: Sequence[Encoded], token_gradients: bool) -> int:
     """Return how many tokens go through the model for a batch, padding included."""
-    padded = len(batch) * max(len(sample.input_ids) for sample in batch)
     # For each response token, all that stands before it.
     single = sum((len(s.input_ids) - s.response_tokens // 2) * s.response_tokens for s in batch)
-    return padded + (single if token_gradients else 0)
+    return padded_tokens(batch) + (single if token_gradients else 0)
 
 
 def _spread(sizes: Sequence[tuple[int, int]]) -> set[int]:

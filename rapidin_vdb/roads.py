@@ -2,11 +2,12 @@
 
 from collections.abc import Callable
 
-from rapidin_vdb.compute import Road, WorkerSpec, road_here, road_of_workers
+from rapidin_vdb.compute import Road, WorkerSpec, road_here
 from rapidin_vdb.engine import Engine
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.gradient import default_batch_tokens, resolve_devices
 from rapidin_vdb.records import Fingerprint
+from rapidin_vdb.workers import road_of_workers, threads_each
 
 
 def choose_road(
@@ -22,10 +23,11 @@ def choose_road(
     model: str | None = None,
     adapter: str | None = None,
     token_width: int | None = None,
-) -> tuple[Road, int, int, str]:
-    """Return a road, how many tokens a batch may have on it, how many workers it has, and their device.
+) -> tuple[Road, int, int, list[str]]:
+    """Return a road, how many tokens a batch may have on it, how many workers it has, and their devices.
 
-    `loaded` returns the engine of this process, on a device. A dry run times one worker in this process.
+    `loaded` returns the engine of this process, on a device. A dry run times one worker in this process, with as many
+    threads as each would have.
 
     Raises:
         SpecError: there is no such device or cluster, or a cluster has nothing to do with what was asked for.
@@ -44,11 +46,12 @@ def choose_road(
         road, tokens = road_on_cluster(
             spec, address=cluster, workers_per_device=workers_per_device, batch_tokens=batch_tokens
         )
-        return road, tokens, workers_per_device, device
+        return road, tokens, workers_per_device, [device]
     devices = resolve_devices(device)
     workers = len(devices) * workers_per_device
     if workers == 1 or dry_run:
-        road = road_here(loaded(devices[0]), token_width=token_width)
+        threads = threads_each(workers) if workers > 1 else None
+        road = road_here(loaded(devices[0]), token_width=token_width, threads=threads)
     else:
         road = road_of_workers(
             fingerprint, place=place, devices=devices, workers=workers, model=model, adapter=adapter,
@@ -57,4 +60,4 @@ def choose_road(
     tokens = batch_tokens or default_batch_tokens(
         road.config, dtype=fingerprint.dtype, device=devices[0], workers=workers_per_device
     )
-    return road, tokens, workers, devices[0]
+    return road, tokens, workers, devices

@@ -2,17 +2,22 @@
 
 import json
 import logging
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import toy_records, write_jsonl
+import torch
+from conftest import encoded, toy_records, write_jsonl
 from test_whole import content, make
 
+from rapidin_vdb.batches import padded_tokens
 from rapidin_vdb.errors import FingerprintError, GradientError, SpecError
 
 
@@ -57,10 +62,10 @@ def test_two_workers_write_what_one_process_writes(tmp_path, models, adapters):
 
 
 def test_a_worker_that_is_killed_is_replaced_and_its_batch_done_again(tmp_path, models, adapters, caplog, monkeypatch):
-    from rapidin_vdb import compute
+    from rapidin_vdb import workers
 
     caplog.set_level(logging.WARNING)
-    original, killed = compute._Worker.give, []
+    original, killed = workers._Worker.give, []
 
     def give(worker, batch, attempt):
         original(worker, batch, attempt)
@@ -68,7 +73,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_batch_done_again(tmp_path, 
             killed.append(worker.process.pid)
             os.kill(worker.process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(compute._Worker, "give", give)
+    monkeypatch.setattr(workers._Worker, "give", give)
     database = make(tmp_path / "db", models, adapters)
     report = database.ingest(
         write_jsonl(tmp_path / "toy.jsonl", toy_records(24)), batch_tokens=900, workers_per_device=2
@@ -82,16 +87,16 @@ def test_a_worker_that_is_killed_is_replaced_and_its_batch_done_again(tmp_path, 
 
 
 def test_a_batch_that_kills_every_worker_is_given_up(tmp_path, models, adapters, monkeypatch):
-    from rapidin_vdb import compute
+    from rapidin_vdb import workers
 
-    original = compute._Worker.give
+    original = workers._Worker.give
 
     def give(worker, batch, attempt):
         original(worker, batch, attempt)
         if any(sample.sample_id == "toy-007" for sample in batch):
             os.kill(worker.process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(compute._Worker, "give", give)
+    monkeypatch.setattr(workers._Worker, "give", give)
     database = make(tmp_path / "db", models, adapters)
     lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(9))
     with pytest.raises(GradientError, match=r"3 workers died \(the last with exit code -9\) on the 1 samples toy-007"):
@@ -99,12 +104,35 @@ def test_a_batch_that_kills_every_worker_is_given_up(tmp_path, models, adapters,
     assert "toy-007" not in content(database)
 
 
+def test_what_the_system_kills_for_its_memory_is_tried_again_in_halves(tmp_path, models, adapters, caplog, monkeypatch):
+    from rapidin_vdb import workers
+
+    caplog.set_level(logging.WARNING)
+    original, given = workers._Worker.give, []
+
+    def give(worker, batch, attempt):
+        original(worker, batch, attempt)
+        given.append(len(batch))
+        if len(batch) > 5:
+            os.kill(worker.process.pid, signal.SIGKILL)
+
+    monkeypatch.setattr(workers._Worker, "give", give)
+    whole, database = (make(tmp_path / name, models, adapters) for name in ("whole", "db"))
+    lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(44))
+    assert database.ingest(lines, batch_tokens=2520, workers_per_device=2).added == 44
+    # Two workers had one each; what comes later is not tried as it is.
+    assert given[:2] == [16, 16] and max(given[2:]) == 8, given
+    assert caplog.messages[0].endswith("go back to the queue in halves, another takes its place")
+    whole.ingest(lines, batch_tokens=2520)
+    assert_alike(database, whole)
+
+
 def starve(path: str) -> None:
     """In a process of its own: a large batch, with and without a limit of the system's on the memory."""
     import resource
 
     import rapidin_vdb
-    from rapidin_vdb.compute import make_batch
+    from rapidin_vdb.compute import BatchMaker
     from rapidin_vdb.records import Encoded
 
     engine = rapidin_vdb.open(path)._loaded()
@@ -118,14 +146,14 @@ def starve(path: str) -> None:
         )
         for number in range(480)
     ]
-    small = [made.vector for first in range(0, 480, 4) for made in make_batch(engine, batch[first : first + 4], None)]
+    small = [made.vector for first in range(0, 480, 4) for made in BatchMaker(engine).make(batch[first : first + 4])]
     told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
     logging.getLogger("rapidin_vdb").addHandler(handler)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), resource.RLIM_INFINITY))
-    starved = [made.vector for made in make_batch(engine, batch, None)]
+    starved = [made.vector for made in BatchMaker(engine).make(batch)]
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     near = [
         np.abs(a.astype(float) - b).max() / np.abs(b.astype(float)).max() for a, b in zip(small, starved, strict=True)
@@ -141,6 +169,177 @@ def test_a_batch_that_does_not_fit_the_memory_there_is_is_halved(database):
     found = json.loads(done.stdout.splitlines()[-1])
     assert found["told"][0] == "a batch of 480 samples does not fit the memory: going on with 240"
     assert found["difference"] < 2e-3
+
+
+@pytest.mark.parametrize(
+    ("said", "smaller"),
+    [
+        (
+            "[enforce fail at alloc_cpu.cpp:117] . DefaultCPUAllocator: can't allocate memory: you tried to allocate 9",
+            True,
+        ),
+        ("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported at some other API call", True),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`", True),
+        ("Triton Error [CUDA]: out of memory", True),
+        ("CUDA error: device-side assert triggered", False),
+        ("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm(...)`", False),
+        ("mat1 and mat2 shapes cannot be multiplied (3x4 and 5x6)", False),
+    ],
+)
+def test_which_plain_errors_mean_that_a_smaller_batch_might_pass(said, smaller):
+    from rapidin_vdb.gradient.memory import is_out_of_memory
+
+    assert is_out_of_memory(RuntimeError(said)) == smaller
+    assert not is_out_of_memory(ValueError(said)), "an error of ours that quotes it, say"
+
+
+@pytest.fixture
+def narrow(database, monkeypatch):
+    """An engine whose memory has room for 50 tokens, of which it tells how many samples it was given at a time."""
+    engine, sizes = database._loaded(), []
+    original = engine.make
+
+    def limited(batch, *, token_width=None):
+        sizes.append(len(batch))
+        if padded_tokens(batch) > 50 and not engine.maker._gradients.checkpointing:
+            raise MemoryError
+        return original(batch, token_width=token_width)
+
+    monkeypatch.setattr(engine, "make", limited)
+    return engine, sizes, original
+
+
+def batches_of(*sizes: int) -> list[list]:
+    """Samples of 11 tokens, each another."""
+    return [[encoded(4 * (100 * number + place)) for place in range(size)] for number, size in enumerate(sizes)]
+
+
+def test_what_did_not_fit_is_not_tried_again(narrow, caplog):
+    from rapidin_vdb.compute import BatchMaker
+
+    engine, sizes, original = narrow
+    maker, batches = BatchMaker(engine), batches_of(8, 8, 9, 4, 6, 7)
+    made = [maker.make(batch) for batch in batches]
+    assert sizes == [8, 4, 4, 4, 4, 4, 5, 2, 3, 4, 3, 3, 3, 4]
+    assert caplog.messages == [
+        "a batch of 8 samples does not fit the memory: going on with 4",
+        "a batch of 5 samples does not fit the memory: going on with 2",
+    ]
+    for parts, wanted in ((made[0], batches[0]), (made[1], batches[1])):
+        for one, other in zip(parts, original(wanted[:4]) + original(wanted[4:]), strict=True):
+            assert np.array_equal(one.vector, other.vector) and one.loss == other.loss, "bit for bit"
+    caplog.clear()
+    sizes.clear()
+    maker.make([encoded(0, length=60)])
+    maker.make(batches[0])
+    assert sizes == [1, 1, 8], "with gradient checkpointing there is more room"
+    assert caplog.messages == ["one sample does not fit the memory: going on with gradient checkpointing"]
+
+
+def test_a_worker_remembers_what_did_not_fit(narrow, database, monkeypatch):
+    from rapidin_vdb import workers
+    from rapidin_vdb.compute import WorkerSpec
+
+    engine, sizes, _ = narrow
+    monkeypatch.setattr(workers, "load_of", lambda spec: engine)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(signal, "signal", lambda *event: None)
+    mine, theirs = multiprocessing.Pipe()
+    answers = []
+
+    def parent():
+        for batch in batches_of(8, 8, 8):
+            mine.send(batch)
+            while not isinstance(answer := mine.recv(), list):
+                answers.append(answer.message)
+            answers.append(len(answer))
+        mine.close()
+
+    thread = threading.Thread(target=parent)
+    thread.start()
+    spec = WorkerSpec(fingerprint=database.fingerprint, place="", model=None, adapter=None, device="cpu", threads=1)
+    workers._work(theirs, spec, {"rapidin_vdb": logging.WARNING})
+    thread.join()
+    assert sizes == [8, 4, 4, 4, 4, 4, 4]
+    assert answers == ["a batch of 8 samples does not fit the memory: going on with 4", 8, 8, 8]
+
+
+def worker_at(database) -> list:
+    from rapidin_vdb.compute import WorkerSpec
+
+    return [WorkerSpec(fingerprint=database.fingerprint, place="", model=None, adapter=None, device="cpu", threads=1)]
+
+
+def test_a_bug_in_a_worker_is_raised_as_it_is_and_says_where_it_was(database):
+    from rapidin_vdb.records import Encoded
+    from rapidin_vdb.workers import compute_in_workers
+
+    # The child checks no types.
+    broken = object.__new__(Encoded)
+    broken.__dict__.update(sample_id="s", input_ids=None, offsets=(), truncated=False, focus=None)
+    with pytest.raises(TypeError, match="'NoneType' object is not iterable") as raised:
+        list(compute_in_workers(worker_at(database))(iter([[broken]])))
+    (note,) = raised.value.__notes__
+    assert note.startswith("in a worker:\nTraceback") and "rapidgrad.py" in note
+
+
+class StubbornError(Exception):
+    """Can be pickled, and not be made again."""
+
+    def __init__(self, first, second):
+        super().__init__(f"{first} and {second}")
+
+
+def test_an_error_that_cannot_be_sent_is_told():
+    from rapidin_vdb.workers import _sendable
+
+    class LocalError(ValueError):
+        """Cannot be pickled."""
+
+    for error, words in ((StubbornError(1, 2), "StubbornError: 1 and 2"), (LocalError("x"), "LocalError: x")):
+        sent = _sendable(error)
+        assert type(sent) is RuntimeError and str(sent) == words and "in a worker:\n" in sent.__notes__[0]
+    ours = GradientError("sample x: no")
+    assert _sendable(ours) is ours and not hasattr(ours, "__notes__")
+
+
+@pytest.mark.parametrize(("level", "times"), [("DEBUG", 1), ("INFO", 0)])
+def test_what_workers_log_is_told_once_and_as_here(tmp_path, models, adapters, caplog, capfd, level, times):
+    database = make(tmp_path / "db", models, adapters)
+    caplog.set_level(level, "rapidin_vdb")
+    lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(24))
+    assert database.ingest(lines, batch_tokens=900, workers_per_device=2).added == 24
+    said = [record for record in caplog.records if "kept in the memory of cpu" in record.getMessage()]
+    assert [(record.name, record.levelname) for record in said] == times * [("rapidin_vdb.sketch.sketch", "DEBUG")]
+    assert "kept in the memory" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("bound", "quota", "count"),
+    [({0, 1, 5}, None, 3), (set(range(8)), "max 100000", 8), (set(range(8)), "250000 100000", 2), ({3}, "400000 100000", 1),
+     ({0, 1}, "50000 100000", 1), ({0, 1}, "nonsense", 2)],
+)  # fmt: skip
+def test_cores_are_those_that_the_process_may_use(monkeypatch, tmp_path, bound, quota, count):
+    from rapidin_vdb.workers import cores
+
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: bound, raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 64)
+    if quota is not None:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert cores(tmp_path / "cpu.max") == count
+
+
+def test_each_worker_has_its_share_of_these_cores(monkeypatch, database):
+    from rapidin_vdb import workers
+
+    specs = []
+    monkeypatch.setattr(workers, "cores", lambda: 7)
+    monkeypatch.setattr(workers, "compute_in_workers", lambda these: specs.extend(these) or iter)
+    for count, threads in ((2, 3), (7, 1), (9, 1)):
+        specs.clear()
+        workers.road_of_workers(database.fingerprint, place="", devices=["cpu"], workers=count)
+        assert [spec.threads for spec in specs] == count * [threads]
 
 
 def test_errors_of_workers_reach_the_caller(tmp_path, models, adapters, database):
@@ -173,6 +372,40 @@ def test_a_dry_run_counts_and_times_and_writes_nothing(database, tmp_path, capsy
     assert 0.05 * report.seconds < expected.seconds < 20 * report.seconds
     assert expected.peak_memory > 100e6
     assert database.ingest(lines, on_bad_record="skip", dry_run=True).seconds == 0.0, "nothing left to do"
+
+
+def test_a_dry_run_promises_no_more_than_cores_and_gpus_can_do(database, tmp_path, monkeypatch):
+    """By a clock that goes as fast as one processor would be, for each thread."""
+    from rapidin_vdb import estimate, roads, workers
+
+    now, engine, at = [0.0], database._loaded(), SimpleNamespace(devices=["cpu"])
+
+    def make(batch, *, token_width=None):
+        now[0] += padded_tokens(batch) / (torch.get_num_threads() if at.devices == ["cpu"] else 1)
+        return []
+
+    monkeypatch.setattr(engine, "make", make)
+    monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(estimate, "peak_bytes", lambda device: 1)
+    monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(roads, "resolve_devices", lambda device: at.devices)
+    lines = write_jsonl(tmp_path / "more.jsonl", toy_records(30, first=50))
+
+    def seconds(each: int) -> float:
+        return database.ingest(lines, batch_tokens=900, workers_per_device=each, dry_run=True).seconds
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        alone = seconds(1)
+        assert alone > 0 and [seconds(each) for each in (2, 4)] == pytest.approx([alone, alone])
+        assert torch.get_num_threads() == 2, "left as they were"
+    finally:
+        torch.set_num_threads(before)
+    at.devices = ["cuda:0"]
+    assert [seconds(each) for each in (1, 3)] == pytest.approx([2 * alone, 2 * alone])
+    at.devices = ["cuda:0", "cuda:1"]
+    assert seconds(2) == pytest.approx(alone)
 
 
 @pytest.mark.parametrize(

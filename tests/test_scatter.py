@@ -122,12 +122,23 @@ def test_where_the_map_is_kept_changes_nothing(keep):
     assert float(found[0].abs().max()) > 0
 
 
-def test_too_large_a_map_is_computed_again_and_said_so(monkeypatch, caplog):
-    caplog.set_level("INFO")
+def test_where_the_map_is_kept_follows_the_memory_and_is_said_once(monkeypatch, caplog):
+    caplog.set_level("DEBUG", "rapidin_vdb")
     monkeypatch.setattr("rapidin_vdb.sketch.sketch.free_bytes", lambda device: 4000)
     assert Sketch(SketchSpec(width=256), [700, 3000]).keep == "nowhere"
-    assert "computed again for every batch" in caplog.text
     assert Sketch(SketchSpec(width=256), [700]).keep == "device"
+    monkeypatch.setattr("rapidin_vdb.sketch.sketch.free_bytes", lambda device: 90_000)
+    assert Sketch(SketchSpec(width=256), [700, 3000]).narrowed(64).keep == "device"
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("INFO", "the sketch's map of 1 MiB is computed again for every batch: no memory has room"),
+        ("DEBUG", "the sketch's map of 1 MiB is kept in the memory of cpu"),
+        ("DEBUG", "the sketch's map of 1 MiB is kept in the memory of cpu"),
+    ]
+    sketch = Sketch(SketchSpec(width=256), [700, 3000])
+    sketch.device = "cuda:0"
+    monkeypatch.setattr("rapidin_vdb.sketch.sketch.free_bytes", lambda device: 0 if device == "cuda:0" else 90_000)
+    assert sketch._choose() == "host"
+    assert caplog.messages[-1] == "the sketch's map of 1 MiB is kept in host memory: that of cuda:0 has no room"
 
 
 # Batches beside the 4 and 8 samples that are taken at once, tensors beside multiples of the block, and every type.

@@ -94,6 +94,35 @@ def test_permutations_leave_the_gpu_when_the_map_is_kept(monkeypatch):
     assert len(left) == 2, "composed again for every batch, they are needed again"
 
 
+@pytest.mark.parametrize("keep", ["device", "host", "nowhere"])
+@pytest.mark.parametrize(
+    ("width", "narrow"),
+    [(256, 256), (256, 64), (256, 1), (1 << 16, 1 << 15), (1 << 16, 64), (1 << 17, 1 << 16), (1 << 18, 1 << 17)],
+)
+def test_a_narrower_sketch_is_that_of_the_same_map_bit_for_bit(width, narrow, keep):
+    lengths = [700, 300_000, 41]
+    wide, own = Sketch(SketchSpec(width=width), lengths, keep=keep), Sketch(SketchSpec(width=narrow), lengths)
+    shared = wide.narrowed(narrow)
+    assert shared.spec == own.spec and wide.spec.width == width
+    draw = torch.Generator().manual_seed(0)
+    for number, length in enumerate(lengths):
+        before = wide._tensor(number)
+        for part, wanted in zip(shared._tensor(number), own._tensor(number), strict=True):
+            assert part.dtype == wanted.dtype and torch.equal(part, wanted)
+        assert all(map(torch.equal, wide._tensor(number), before)), "it is left as it was"
+        grads, sums = torch.randn(3, length, generator=draw), torch.zeros(2, 3, narrow)
+        for sketch, rapidgrads in zip((shared, own), sums, strict=True):
+            sketch.add_batch(rapidgrads, number, grads, normalize=True)
+            sketch.add_rows(rapidgrads[0], number, torch.tensor([2]), grads[:1, :9], normalize=False)
+        assert torch.equal(*sums) and sums.any()
+
+
+@pytest.mark.parametrize("narrow", [0, 48, 512])
+def test_widths_that_are_no_fold_of_a_sketch(narrow):
+    with pytest.raises(SpecError, match=f"width is {narrow}; wanted a power of two, at most 256"):
+        Sketch(SketchSpec(width=256), [700]).narrowed(narrow)
+
+
 def test_signs_are_balanced_and_independent_of_the_seed_next_door():
     count = 1 << 18
     first, second = (BucketMap(SketchSpec(width=16, seed=seed), count).negative(0, count).numpy() for seed in (1, 2))

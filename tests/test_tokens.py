@@ -192,6 +192,16 @@ def test_tokens_are_asked_for_before_they_are_there(database):
         database.index("cpu", level="token")
 
 
+def test_tokens_share_the_map_of_the_samples(database, monkeypatch):
+    """To compose it again takes as long as the first time, to keep it as much memory."""
+    from rapidin_vdb.gradient import TokenRapidGradMaker
+
+    maker, composed, original = database._loaded().maker, [], BucketMap.__init__
+    monkeypatch.setattr(BucketMap, "__init__", lambda made, *args: composed.append(args) or original(made, *args))
+    assert TokenRapidGradMaker(maker, width=16).width == 16
+    assert composed == []
+
+
 def test_token_rapidgrads_equal_the_slow_way_and_sum_to_the_samples(tokened):
     rows = token_rows(tokened)
     spec = tokened.fingerprint.sketch

@@ -65,7 +65,7 @@ def _estimated(expected: IngestEstimate) -> None:
     typer.echo(
         f"{expected.samples:,} samples of {expected.tokens:,} tokens, in {expected.batches:,} batches{single}\n"
         f"{expected.bytes / 1e6:,.1f} MB in the database, {expected.peak_memory / 1e9:,.1f} GB of memory at the most\n"
-        f"{expected.seconds:,.0f} s expected, from timing a few batches; nothing was written"
+        f"{expected.seconds:,.0f} s expected once the model is loaded, from timing a few batches; nothing was written"
     )
     for message in expected.bad:
         typer.echo(f"would be skipped: {shown(message)}", err=True)

@@ -19,16 +19,15 @@ from rapidin_vdb.cluster.connection import (
 from rapidin_vdb.cluster.layout import Layout, layout_of
 from rapidin_vdb.compute import (
     Batch,
+    BatchMaker,
     Compute,
     Result,
     Road,
     WorkerSpec,
     load_of,
-    make_batch,
     road_without_model,
     use_threads,
 )
-from rapidin_vdb.engine import Engine
 from rapidin_vdb.errors import GradientError, RapidInError, SpecError
 from rapidin_vdb.gradient import default_batch_tokens
 
@@ -50,7 +49,7 @@ class GradientWorker:
     def __init__(self, spec: WorkerSpec) -> None:
         use_threads(spec.threads)
         self._spec = spec
-        self._engine: Engine | None = None
+        self._maker: BatchMaker | None = None
 
     def ready(self) -> bool:
         """Answer, once it runs."""
@@ -59,11 +58,11 @@ class GradientWorker:
     def make(self, batch: Batch) -> list[Result] | RapidInError:
         """Return what each sample of a batch is turned into, or why the model cannot be loaded here."""
         try:
-            if self._engine is None:
-                self._engine = load_of(self._spec)
+            if self._maker is None:
+                self._maker = BatchMaker(load_of(self._spec), token_width=self._spec.token_width)
         except RapidInError as error:
             return told_from_here(error)
-        return make_batch(self._engine, batch, self._spec.token_width)
+        return self._maker.make(batch)
 
 
 def road_on_cluster(

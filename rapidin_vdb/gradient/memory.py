@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 R = TypeVar("R")
 
+# What plain errors say of it: torch's on a CPU; torch's, Triton's and the driver's on a GPU; cuBLAS's and its sisters'.
+_NO_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 # Beyond these a larger batch is no faster: a core's caches, or a GPU's arithmetic, are busy already.
 _ENOUGH_TOKENS = {"cpu": 4096, "cuda": 32768}
 
@@ -31,7 +33,7 @@ def default_batch_tokens(config: Any, *, dtype: str, device: str, workers: int =
 def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error means that a smaller batch might have passed."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or (
-        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+        isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
     )
 
 

@@ -12,7 +12,6 @@ from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
 from rapidin_vdb.gradient.receivers import Scaler
 from rapidin_vdb.gradient.sample import cut_behind_loss
 from rapidin_vdb.records import Encoded
-from rapidin_vdb.sketch import Sketch
 
 # Tokens whose RapidGrads are made at once have so many bytes of them at most.
 _SKETCH_BYTES = 256 << 20
@@ -22,7 +21,7 @@ class TokenRapidGradMaker:
     """Makes the RapidGrads of the response tokens of samples, at a width of their own."""
 
     def __init__(self, maker: RapidGradMaker, *, width: int) -> None:
-        """Compose the sketch: that of the samples, folded.
+        """Fold the sketch of the samples, whose map is shared.
 
         Raises:
             SpecError: the width cannot be honoured.
@@ -30,8 +29,7 @@ class TokenRapidGradMaker:
         check_token_width(width, maker.spec.width)
         self.width = width
         self._maker = maker
-        spec = dataclasses.replace(maker.spec, width=width)
-        self._sketch = Sketch(spec, [shape.count for shape in maker.loaded.shapes], device=maker.loaded.device)
+        self._sketch = maker._sketch.narrowed(width)
 
     def make(self, batch: Sequence[Encoded], norms: dict[str, np.ndarray]) -> dict[str, np.ndarray | GradientError]:
         """Return the RapidGrads of each sample's response tokens, float16 [tokens, width], by sample id.

@@ -79,7 +79,7 @@ class IngestEstimate:
     peak_memory: int
     """Bytes at the most, of the device or of this process, seen while a few batches were timed."""
     seconds: float
-    """Expected from the timed batches, loading the model apart."""
+    """Expected from the timed batches, apart from loading the model, in each worker that is started."""
     bad: tuple[str, ...]
     """One message for each record that could not be stored."""
 

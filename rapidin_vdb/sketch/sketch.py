@@ -2,9 +2,12 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from copy import copy
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
+import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
@@ -15,7 +18,7 @@ from rapidin_vdb.sketch.bucket_map import BucketMap
 from rapidin_vdb.sketch.lanes import Buckets
 from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.sketch.scatter import scatter_batch, scatter_rows
-from rapidin_vdb.sketch.scatter_torch import numbers, scatter_batch_torch, scatter_rows_torch, unpacked
+from rapidin_vdb.sketch.scatter_torch import numbers, scatter_batch_torch, scatter_rows_torch, signed_view, unpacked
 
 logger = logging.getLogger(__name__)
 
@@ -68,15 +71,32 @@ class Sketch:
             self._kept = [(place(buckets), place(signs)) for buckets, signs in composed]
             self._map.leave_devices()
 
+    def narrowed(self, width: int) -> "Sketch":
+        """Return the sketch that has fewer buckets but shares this one's map: it folds what this one would give.
+
+        Raises:
+            SpecError: the width is no power of two, or beyond this one's.
+        """
+        if not 1 <= width <= self.spec.width or width & (width - 1):
+            raise SpecError(f"width is {width}; wanted a power of two, at most {self.spec.width}")
+        narrow = copy(self)
+        narrow.spec, narrow._at_hand = replace(self.spec, width=width), None
+        return narrow
+
     def _choose(self) -> Keep:
         places: tuple[Keep, ...] = ("device",) if self.device == "cpu" else ("device", "host")
         # Half of what is free: the model's activations need room too.
         chosen: Keep = next(
             (p for p in places if self._bytes < free_bytes(self.device if p == "device" else "cpu") // 2), "nowhere"
         )
-        if chosen != "device":
-            what = "kept in host memory" if chosen == "host" else "computed again for every batch"
-            logger.info("the sketch's map of %d MiB does not fit the device's memory: %s", self._bytes >> 20, what)
+        where = {
+            "device": f"is kept in the memory of {self.device}",
+            "host": f"is kept in host memory: that of {self.device} has no room",
+            "nowhere": "is computed again for every batch: no memory has room",
+        }
+        # Where it belongs is no news: on the command line, whose level is info, a query has nothing to say.
+        level = logging.DEBUG if chosen == "device" else logging.INFO
+        logger.log(level, "the sketch's map of %d MiB %s", -(-self._bytes >> 20), where[chosen])
         return chosen
 
     def _keeper(self) -> Callable[[Tensor], Tensor]:
@@ -94,15 +114,23 @@ class Sketch:
 
     def _tensor(self, number: int) -> _Map:
         """Return buckets and signs of a tensor, on the device."""
-        if self._kept is not None and self.keep == "device":
+        folding = self.spec.width < self._map.spec.width
+        if self._kept is not None and self.keep == "device" and not folding:
             return self._kept[number]
         # A batch may come in parts, and embedding rows come sample by sample: the last map is likely asked for again.
         if self._at_hand is None or self._at_hand[0] != number:
             self._at_hand = None  # first: two of the largest might not fit
             buckets, signs = self._kept[number] if self._kept is not None else self._compose(number)
-            found = buckets.to(self.device, non_blocking=True), signs.to(self.device, non_blocking=True)
-            self._at_hand = number, found
+            buckets, signs = buckets.to(self.device, non_blocking=True), signs.to(self.device, non_blocking=True)
+            self._at_hand = number, (self._folded(buckets) if folding else buckets, signs)
         return self._at_hand[1]
+
+    def _folded(self, buckets: Integer[Tensor, " grad"]) -> Integer[Tensor, " grad"]:
+        """Return the buckets of the map's width as those of this one's, of the type that `BucketMap.buckets` has."""
+        shift = (self._map.spec.width // self.spec.width).bit_length() - 1
+        folded = signed_view(buckets) >> shift
+        folded &= self.spec.width - 1  # sixteen bits come as signed numbers: what the sign has filled in is cut off
+        return folded if self.spec.width > 1 << 16 else folded.to(torch.int16).view(torch.uint16)
 
     def add(self, rapidgrad: Float[Tensor, " sketch"], number: int, grad: Float[Tensor, " grad"]) -> None:
         """Add the gradient of parameter tensor `number` to a RapidGrad as it is, in place, in plain torch.
