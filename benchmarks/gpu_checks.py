@@ -65,7 +65,7 @@ def check_scatter(maker: Any) -> float:
     from rapidin_vdb.gradient.rapidgrad import normalized
     from rapidin_vdb.sketch.scatter_torch import numbers, unpacked
 
-    sketch, device = maker._sketch, maker.loaded.device
+    sketch, device = maker.sketch, maker.loaded.device
     counts = [shape.count for shape in maker.loaded.shapes]
     number = max(range(len(counts)), key=lambda n: counts[n] if counts[n] <= 1 << 26 else 0)
     grads = torch.randn(5, counts[number], device=device)
@@ -85,7 +85,7 @@ def check_map(maker: Any) -> bool:
     """Say whether the device composes the map that the CPU composes, at its beginning, middle and end."""
     import torch
 
-    composed, length = maker._sketch._map, sum(shape.count for shape in maker.loaded.shapes)
+    composed, length = maker.sketch._map, sum(shape.count for shape in maker.loaded.shapes)
     same = True
     for start in (0, length // 2, max(length - (1 << 20), 0)):
         stop = min(start + (1 << 20), length)

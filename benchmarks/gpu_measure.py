@@ -125,9 +125,9 @@ def measure(
     with Meter(device) as composing:
         maker = RapidGradMaker(loaded, spec=spec, normalize="layer")
     release_memory()
-    said |= {"width": width, "shuffles": shuffles, "float32_matmul": precision, "map_kept": maker._sketch.keep}
+    said |= {"width": width, "shuffles": shuffles, "float32_matmul": precision, "map_kept": maker.sketch.keep}
     said |= {"compose_seconds": composing.seconds, "compose_peak_bytes": composing.peak}
-    tell(f"map composed in {composing.seconds:.1f} s, kept: {maker._sketch.keep}")
+    tell(f"map composed in {composing.seconds:.1f} s, kept: {maker.sketch.keep}")
     said |= {"scatter_against_index_add": check_scatter(maker), "map_as_on_cpu": check_map(maker)}
     release_memory()
     batch_tokens = batch_tokens or default_batch_tokens(loaded.model.config, dtype=loaded.dtype, device=device)

@@ -363,9 +363,9 @@ def test_a_tensor_done_in_parts_is_done_whole(tied, models, monkeypatch):
     loaded = load_model(ModelSpec(model=str(models["qwen2" if tied else "llama"])), device="cpu")
     maker, parts = RapidGradMaker(loaded, spec=SKETCH, normalize="layer"), []
     whole = maker.make_batch(samples())
-    original = maker._sketch.add_batch
+    original = maker.sketch.add_batch
     monkeypatch.setattr(
-        maker._sketch,
+        maker.sketch,
         "add_batch",
         lambda out, *rest, **options: parts.append(len(out)) or original(out, *rest, **options),
     )

@@ -56,7 +56,8 @@ class RapidGradMaker:
         self.loaded = loaded
         self.spec = spec
         self.normalize = normalize
-        self._sketch = Sketch(spec, [shape.count for shape in loaded.shapes], device=loaded.device)
+        self.sketch = Sketch(spec, [shape.count for shape in loaded.shapes], device=loaded.device)
+        """What folds gradients into RapidGrads; `Sketch.narrowed` shares its map."""
         self._gradients = BatchedGradients(loaded)
         self._checked = 0  # with what kind of batch, see `kind_of`
 
@@ -162,14 +163,14 @@ class RapidGradMaker:
     def sketcher(self, batch: int) -> Sketcher:
         """Return what sums the gradients of so many samples into their RapidGrads."""
         rapidgrads = torch.zeros(batch, self.spec.width, device=self.loaded.device)
-        return Sketcher(self._sketch, rapidgrads, self.normalize == "layer")
+        return Sketcher(self.sketch, rapidgrads, self.normalize == "layer")
 
     def _add_alone(self, rapidgrad: Tensor, sample: Encoded) -> None:
         """Add the gradients of all tensors by autograd on the sample alone."""
 
         def receive(number: int, grad: Tensor) -> None:
             flat = grad.reshape(-1).float()
-            self._sketch.add(rapidgrad, number, normalized(flat) if self.normalize == "layer" else flat)
+            self.sketch.add(rapidgrad, number, normalized(flat) if self.normalize == "layer" else flat)
 
         stream_gradient(self.loaded, sample, receive)
 
@@ -205,7 +206,7 @@ class RapidGradMaker:
     def _give_up_wrong_tensors(self, batch: Sequence[Encoded], place: int) -> None:
         """Find the tensors whose batched gradient is not that of autograd, by norm and by one random projection."""
         alone: dict[int, Tensor] = {}
-        projection = Prober(self._sketch, place)
+        projection = Prober(self.sketch, place)
 
         def receive(number: int, grad: Tensor) -> None:
             alone[number] = projection.probe(number, grad.reshape(1, -1).float())

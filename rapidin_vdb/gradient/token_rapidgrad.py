@@ -29,7 +29,7 @@ class TokenRapidGradMaker:
         check_token_width(width, maker.spec.width)
         self.width = width
         self._maker = maker
-        self._sketch = maker._sketch.narrowed(width)
+        self._sketch = maker.sketch.narrowed(width)
 
     def make(self, batch: Sequence[Encoded], norms: dict[str, np.ndarray]) -> dict[str, np.ndarray | GradientError]:
         """Return the RapidGrads of each sample's response tokens, float16 [tokens, width], by sample id.
