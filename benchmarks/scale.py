@@ -29,7 +29,8 @@ COMMIT = 64 * 2**20  # what an ingest writes at once
 # What is said of the time of a RapidGrad, where it is among the checks.
 STEPS = (
     f"A RapidGrad's time is predicted as for GPUs: a training step is taken to run at {STEP_SHARE:.0%} of the rate of a plain matrix product. "
-    "The two benchmarks ran at different hours of a shared machine. "
+    "Of a CPU's rate a step may reach more, and a sample then takes less than is said here. The two benchmarks ran at "
+    "different hours of a shared machine. "
 )
 FRAGMENT = 139  # what a fragment takes in the manifest of every later version: measured, 13 columns
 
