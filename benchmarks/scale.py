@@ -14,8 +14,7 @@ TIB = 2**40
 # Nobody measured these here: what the machines of a cluster are taken to be.
 NODE_MEMORY, NODE_MEMORY_RATE = 0.8 * TIB, 300e9  # a server of 1 TiB, of which an index may take 80 %
 GPU_MEMORY, GPU_MEMORY_RATE = 0.9 * 141e9, 0.8 * 4.8e12  # an H200
-STEP_SHARE = 0.4  # of the rate of large matrix products, which a training step reaches
-GPU_FLOPS = STEP_SHARE * 989e12  # an H100 or H200 in bfloat16
+GPU_FLOPS = 0.4 * 989e12  # an H100 or H200 in bfloat16; the share of it that a training step reaches
 STORE_RATE = 2e9  # bytes a second that a node reads from an object store
 ANSWER_SECONDS = 2.0  # what somebody waits for
 FLEET = 100  # nodes that somebody may have
@@ -26,12 +25,6 @@ PLAN_ENTRY, KEY_ENTRY = 121, 35
 # What a row weighs as it waits besides its vector, at 300 tokens of which half are the response's (rapidin_vdb/ingest.py).
 WAITING = 2048 + 300 * 36 + 150 * 120
 COMMIT = 64 * 2**20  # what an ingest writes at once
-# What is said of the time of a RapidGrad, where it is among the checks.
-STEPS = (
-    f"A RapidGrad's time is predicted as for GPUs: a training step is taken to run at {STEP_SHARE:.0%} of the rate of a plain matrix product. "
-    "Of a CPU's rate a step may reach more, and a sample then takes less than is said here. The two benchmarks ran at "
-    "different hours of a shared machine. "
-)
 FRAGMENT = 139  # what a fragment takes in the manifest of every later version: measured, 13 columns
 
 
@@ -121,26 +114,15 @@ def checks(measured: Measured, results: Path = HERE / "results") -> list[tuple[s
             else product_seconds(*among, entry["queries"], rate=measured.product_rate, share=entry["share"])
         )
         found.append((f"{entry['queries']} queries among {entry['share']:.0%}", predicted, entry["seconds"]))
-    for entry in ingest["ratio"]:
-        # The rate of products is that of the machine that searched; it says nothing of another's training step.
-        if entry["kind"] in ("lora", "full") and same_machine(results):
-            predicted = gradient_seconds(
-                measured,
-                entry["parameters"],
-                128,
-                adapter=entry["kind"] == "lora",
-                rate=STEP_SHARE * measured.gemm_rate,
-            )
-            found.append((f"a sample's RapidGrad, {entry['kind']}", predicted, 1 / entry["samples_per_second"]))
-    return found
-
-
-def same_machine(results: Path = HERE / "results") -> bool:
-    """Say whether both benchmarks ran on processors of one kind."""
-    searched, ingested = (
-        json.loads((results / f"{name}.json").read_text())["machine"]["processor"] for name in ("search", "ingest")
+    # What share of the rate of products a step reaches is taken on trust, for GPUs: a time is predicted from the other.
+    made = {entry["kind"]: entry for entry in ingest["ratio"]}
+    lora, full = (
+        gradient_seconds(measured, made[kind]["parameters"], 128, adapter=kind == "lora", rate=measured.gemm_rate)
+        for kind in ("lora", "full")
     )
-    return bool(searched == ingested)
+    seconds = {kind: 1 / entry["samples_per_second"] for kind, entry in made.items() if kind in ("lora", "full")}
+    found.append(("a RapidGrad, all parameters, by LoRA's", seconds["lora"] * full / lora, seconds["full"]))
+    return found
 
 
 def nodes_for(samples: float, width: int, memory: float) -> int:
@@ -270,7 +252,8 @@ choice, or rows read from disk or the store, which takes as long as the last col
 
 ## The model beside what was measured
 
-{STEPS if same_machine() else "The two benchmarks ran on different processors, so that a RapidGrad's time is not among these. "}What a search costs whatever the size is not in the model: small tables take longer than it says.
+A RapidGrad's time with all parameters is predicted from that with LoRA: which share of the rate of matrix products a training step reaches is
+not among these, for a CPU's says nothing of a GPU's. What a search costs whatever the size is not in the model: small tables take longer than it says.
 
 {table(["what", "model", "measured", "model / measured"], checked)}"""
 

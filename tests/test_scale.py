@@ -24,9 +24,8 @@ def test_the_model_agrees_with_what_was_measured(scale):
     assert len(found) >= 12
     ratios = {what: said / was for what, said, was in found}
     assert 0.8 < median(ratios.values()) < 1.25, ratios
-    # A step is taken to reach 40 % of the rate of products, as on GPUs; on an AMD EPYC it reached 56 % and 68 %.
-    most = {what: 2.0 if "RapidGrad" in what else 1.6 for what in ratios}
-    assert all(0.4 < ratio < most[what] for what, ratio in ratios.items()), ratios
+    assert all(0.4 < ratio < 1.6 for ratio in ratios.values()), ratios
+    assert 0.7 < ratios["a RapidGrad, all parameters, by LoRA's"] < 1.4, ratios
 
 
 def test_it_scales_as_it_must(scale):
