@@ -18,13 +18,14 @@ from rapidin_vdb.query import query_from
 from rapidin_vdb.question import Question
 
 pytest.importorskip("fastapi")
-uvicorn = pytest.importorskip("uvicorn")
-from fastapi.testclient import TestClient  # noqa: E402
+pytest.importorskip("uvicorn")
+from fastapi.testclient import TestClient
+from servers import listening
 
-from rapidin_vdb.web import make_app, serve  # noqa: E402
-from rapidin_vdb.web.desk import Client, Desk, LateError  # noqa: E402
-from rapidin_vdb.web.document import EXAMPLES  # noqa: E402
-from rapidin_vdb.web.server import origin_of  # noqa: E402
+from rapidin_vdb.web import make_app, serve
+from rapidin_vdb.web.desk import Client, Desk, LateError
+from rapidin_vdb.web.document import EXAMPLES
+from rapidin_vdb.web.server import origin_of
 
 ASKED = {"prompt": "Say 5", "generation": "blue 35", "top_k": 3}
 
@@ -40,18 +41,10 @@ def served(tmp_path_factory, models, adapters):
 
 
 @pytest.fixture
-def listening(served):
-    """A real server, as its port."""
-    config = uvicorn.Config(make_app(served), host="127.0.0.1", port=0, log_level="warning")
-    server, bound = uvicorn.Server(config), config.bind_socket()
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    yield bound.getsockname()[1]
-    server.should_exit = True
-    thread.join(30)
-    bound.close()
+def port(served):
+    """The port of a real server."""
+    with listening(make_app(served)) as port:
+        yield port
 
 
 def send(port: int, path: str, body: dict, *, accept: str = "application/json") -> socket.socket:
@@ -76,22 +69,22 @@ def measured(port: int) -> str:
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
-def test_who_goes_away_is_not_waited_for(served, listening, accept):
+def test_who_goes_away_is_not_waited_for(served, port, accept):
     body = {"prompt": "Say 5", "max_tokens": 450}
     with served._engine.alone:  # nothing can be answered meanwhile
-        lines = [send(listening, "/api/generate", body, accept=accept) for _ in range(6)]
+        lines = [send(port, "/api/generate", body, accept=accept) for _ in range(6)]
         end = time.monotonic() + 60
-        while "rapidin_waiting 5.0" not in measured(listening):
+        while "rapidin_waiting 5.0" not in measured(port):
             assert time.monotonic() < end, "they never came to wait"
             time.sleep(0.02)
         for line in lines:
             line.close()
         end = time.monotonic() + 20
-        while "rapidin_waiting 0.0" not in measured(listening):
+        while "rapidin_waiting 0.0" not in measured(port):
             assert time.monotonic() < end, "those who went away still wait"
             time.sleep(0.02)
     if accept == "application/json":
-        while counted(measured(listening), "/api/generate", 499) < 6:
+        while counted(measured(port), "/api/generate", 499) < 6:
             assert time.monotonic() < end
             time.sleep(0.02)
 

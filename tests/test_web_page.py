@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-import threading
 from contextlib import contextmanager
 from urllib.parse import unquote
 
@@ -14,20 +13,16 @@ from test_page import CHROMIUM, FLAGS, HOSTILE
 import rapidin_vdb
 
 pytest.importorskip("fastapi")
-uvicorn = pytest.importorskip("uvicorn")
-from rapidin_vdb.web import make_app  # noqa: E402
+pytest.importorskip("uvicorn")
+from servers import listening
+
+from rapidin_vdb.web import make_app
 
 
 @contextmanager
 def serving(made, *, port=0, **options):
-    config = uvicorn.Config(make_app(made, **options), host="127.0.0.1", port=port, log_level="warning")
-    server, socket = uvicorn.Server(config), config.bind_socket()
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
-    thread.start()
-    yield f"http://127.0.0.1:{socket.getsockname()[1]}/"
-    server.should_exit = True
-    thread.join(30)
-    socket.close()
+    with listening(make_app(made, **options), port=port) as port:
+        yield f"http://127.0.0.1:{port}/"
 
 
 @pytest.fixture(scope="module")

@@ -21,13 +21,14 @@ from rapidin_vdb.query import query_from
 from rapidin_vdb.question import Question
 
 pytest.importorskip("fastapi")
-uvicorn = pytest.importorskip("uvicorn")
-from fastapi import Request  # noqa: E402
-from fastapi.testclient import TestClient  # noqa: E402
+pytest.importorskip("uvicorn")
+from fastapi import Request
+from fastapi.testclient import TestClient
+from servers import listening
 
-from rapidin_vdb.web import make_app, serve  # noqa: E402
-from rapidin_vdb.web.desk import CancelledError, Client, Desk, LateError  # noqa: E402
-from rapidin_vdb.web.reads import Reads  # noqa: E402
+from rapidin_vdb.web import make_app, serve
+from rapidin_vdb.web.desk import CancelledError, Client, Desk, LateError
+from rapidin_vdb.web.reads import Reads
 
 ASKED = {"prompt": "Say 5", "generation": "blue 35", "top_k": 3}
 
@@ -126,14 +127,8 @@ def test_reads_and_exports_have_a_time_limit(served, monkeypatch):
 
 
 def test_a_body_that_trickles_in_is_given_up(served):
-    config = uvicorn.Config(make_app(served, body_seconds=0.5), host="127.0.0.1", port=0, log_level="warning")
-    server, bound = uvicorn.Server(config), config.bind_socket()
-    thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        with socket.create_connection(bound.getsockname(), timeout=20) as line:
+    with listening(make_app(served, body_seconds=0.5)) as port:
+        with socket.create_connection(("127.0.0.1", port), timeout=20) as line:
             line.sendall(
                 b"POST /api/query HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\n"
                 b"Content-Length: 10000\r\n\r\n"
@@ -156,10 +151,6 @@ def test_a_body_that_trickles_in_is_given_up(served):
                 answer += part
         assert answer.startswith(b"HTTP/1.1 408 ") and b"did not arrive whole within 0.5 seconds" in answer
         assert b"connection: close" in answer.lower()
-    finally:
-        server.should_exit = True
-        thread.join(30)
-        bound.close()
 
 
 # Turns.
