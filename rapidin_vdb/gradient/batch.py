@@ -13,6 +13,7 @@ from rapidin_vdb.errors import ModelError
 from rapidin_vdb.gradient.checkpoint import checkpointed_layers
 from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows
 from rapidin_vdb.gradient.forward import batch_losses
+from rapidin_vdb.gradient.head import OutputLayer, find_output_layer
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.precision import adapter_layers, tf32_products, tf32_rule
 from rapidin_vdb.gradient.rules import Rule, dense_rows, own_parameters, rule_for, summed_rows
@@ -63,6 +64,8 @@ class BatchedGradients:
         """Why a tensor has no batched rule, by its number; `sample.stream_gradient` gives its gradients."""
         self.checkpointing = False
         """Whether layers are computed twice, so that their activations need not be kept."""
+        self._output: OutputLayer | None = None
+        self._looked = False
         self._tf32_layers = adapter_layers(loaded)
         self._rules = self._find_rules()
 
@@ -108,11 +111,14 @@ class BatchedGradients:
         Raises:
             LateGradientError: the receiver was given a part of a gradient for the whole; its tensor is given up.
         """
+        if not self._looked:
+            self._output = find_output_layer(self.loaded, batch[0].input_ids[:2])
+            self._looked = True
         run = _Run(self, len(batch), receiver)
         layers = checkpointed_layers(self.loaded.model, hooks=True) if self.checkpointing else nullcontext()
         products = tf32_products(self._tf32_layers)
         with self._frozen(), layers, products, run.hooked(self._rules), torch.enable_grad():
-            losses = batch_losses(self.loaded, batch).means()
+            losses = batch_losses(self.loaded, batch, output=self._output).means()
             run.counting = False
             losses.sum().backward()
             run.finish()

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapidin_vdb.errors import ModelError
+from rapidin_vdb.gradient.head import OutputLayer
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.records import Encoded
 
@@ -35,11 +37,12 @@ class TokenLosses:
         return torch.zeros(len(self.counts), device=self.losses.device).index_add(0, self.rows, shares)
 
 
-def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded]) -> TokenLosses:
+def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded], *, output: OutputLayer | None = None) -> TokenLosses:
     """Run a batch through the model, and return the loss at each token that carries one.
 
     Samples are padded on the right without an attention mask: in a causal model no token sees what follows it, and what
-    a padding token computes reaches no loss.
+    a padding token computes reaches no loss. With the model's output layer, logits are computed at tokens with a loss
+    alone, and a few at a time; what flows back is right for the samples' means, and for whatever else is asked of it.
 
     Raises:
         ModelError: the model gives other logits than it was asked for.
@@ -50,8 +53,9 @@ def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded]) -> TokenLosses:
     ids = torch.tensor(padded, device=loaded.device)
     counts = torch.tensor([len(sample.loss_tokens) for sample in batch])
     rows = torch.arange(len(batch)).repeat_interleave(counts).to(loaded.device)
+    counts = counts.to(loaded.device)
     places = torch.tensor([place for sample in batch for place in sample.loss_places], device=loaded.device)
-    known = inspect.signature(inner_model(loaded.model).forward).parameters
+    known = inspect.signature(loaded.inner.forward).parameters
     options: dict[str, Any] = {}
     first = 0
     if "logits_to_keep" in known:
@@ -61,14 +65,21 @@ def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded]) -> TokenLosses:
     if "position_ids" in known:
         # One row a sample: an embedding of positions shared by the batch would mix its samples' gradients.
         options["position_ids"] = torch.arange(longest, device=ids.device).expand(len(batch), -1)
-    logits = loaded.model(input_ids=ids, use_cache=False, **options).logits
+    with nullcontext() if output is None else output.set_aside() as read:
+        logits = loaded.model(input_ids=ids, use_cache=False, **options).logits
     before = longest - logits.shape[1]
     if not 0 <= before <= first:
         raise ModelError(
             f"the model gave logits at {logits.shape[1]} of {longest} tokens; wanted the last {longest - first}"
         )
-    losses = _losses_at(logits.flatten(0, 1), rows * logits.shape[1] + places - 1 - before, ids[rows, places])
-    return TokenLosses(losses, rows, counts.to(loaded.device))
+    if read is not None and (len(read) != 1 or logits is not read[0]):
+        raise ModelError("the model goes on computing with its logits for some samples only, which is not supported")
+    chosen, wanted = rows * logits.shape[1] + places - 1 - before, ids[rows, places]
+    if output is None:
+        losses = _losses_at(logits.flatten(0, 1), chosen, wanted)
+    else:
+        losses = output.losses(logits.flatten(0, 1).index_select(0, chosen), wanted, 1 / counts[rows])
+    return TokenLosses(losses, rows, counts)
 
 
 def _losses_at(logits: Tensor, chosen: Tensor, wanted: Tensor) -> Tensor:
@@ -79,8 +90,3 @@ def _losses_at(logits: Tensor, chosen: Tensor, wanted: Tensor) -> Tensor:
     # A copy of nearly all logits, and of their gradient, would take more than the losses that nobody asks for.
     targets = torch.full((len(logits),), _NOT_ASKED, device=logits.device).index_copy(0, chosen, wanted)
     return F.cross_entropy(logits.float(), targets, ignore_index=_NOT_ASKED, reduction="none").index_select(0, chosen)
-
-
-def inner_model(model: Any) -> Any:
-    """Return the transformers model inside an adapter, whose forward has the options."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -36,6 +36,11 @@ class LoadedModel:
     """Type of the base weights."""
 
     @property
+    def inner(self) -> Any:
+        """The transformers model itself, within an adapter where there is one."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
     def known_tokens(self) -> int:
         """How many tokens the model has embeddings for."""
         return _embedding_within(self.model)[0].num_embeddings

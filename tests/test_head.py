@@ -1,0 +1,175 @@
+"""The loss at the output layer: as cross-entropy of all logits, without holding them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import encoded, tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from rapidin_vdb.gradient import RapidGradMaker, load_model
+from rapidin_vdb.gradient import head as head_module
+from rapidin_vdb.gradient.head import OutputLayer, find_output_layer
+from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.gradient.training import with_lora
+from rapidin_vdb.records import ModelSpec, SketchSpec
+
+
+def lora_of(model, *, modules=("q_proj", "v_proj"), dtype="float32") -> LoadedModel:
+    adapted = with_lora(model, rank=4, modules=modules, seed=0)
+    for name, parameter in adapted.named_parameters():
+        if "lora_B" in name or "lora_embedding_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    theta = {name: tensor for name, tensor in adapted.named_parameters() if tensor.requires_grad}
+    return LoadedModel(
+        spec=ModelSpec(model="toy"), model=adapted.eval(), tokenizer=None, theta=theta, device="cpu", dtype=dtype
+    )
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("tokens", [1, 7, 8, 20])
+def test_losses_and_gradients_are_those_of_cross_entropy(tokens, bias, monkeypatch):
+    monkeypatch.setattr(head_module, "_FEWEST_TOKENS", {"cpu": 8})
+    monkeypatch.setattr(head_module, "_LOGIT_BYTES", {"cpu": 1})
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(6, 30, bias=bias).requires_grad_(False)
+    layer.weight.mul_(20)
+    wanted, shares = torch.randint(30, (tokens,)), torch.rand(tokens) + 0.1
+    for brought in (shares, torch.rand(tokens), torch.zeros(tokens)):
+        hidden = torch.randn(tokens, 6, requires_grad=True)
+        exact = hidden.detach().double().requires_grad_(True)
+        logits = F.linear(exact, layer.weight.double(), layer.bias.double() if bias else None)
+        expected = F.cross_entropy(logits, wanted, reduction="none")
+        losses = OutputLayer(layer).losses(hidden, wanted, shares)
+        torch.testing.assert_close(losses.double(), expected, rtol=1e-5, atol=1e-5)
+        (losses * brought).sum().backward()
+        (expected * brought).sum().backward()
+        torch.testing.assert_close(hidden.grad.double(), exact.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_what_is_all_but_certain_keeps_its_digits():
+    """Of a memorised token, large logits leave a small loss, and a small gradient."""
+    layer = torch.nn.Linear(1, 2, bias=False).requires_grad_(False)
+    layer.weight.copy_(torch.tensor([[1.0], [0.9]]))
+    hidden = torch.tensor([[100.0]], requires_grad=True)
+    losses = OutputLayer(layer).losses(hidden, torch.tensor([0]), torch.ones(1))
+    losses.sum().backward()
+    exact = math.log1p(math.exp(-(hidden.item() - float(hidden.detach()[0, 0] * layer.weight[1, 0]))))
+    assert float(losses.detach()) == pytest.approx(exact, rel=1e-3)
+
+
+def test_nobody_asks_for_a_gradient():
+    layer = torch.nn.Linear(4, 9).requires_grad_(False)
+    hidden, wanted = torch.randn(5, 4), torch.randint(9, (5,))
+    with torch.no_grad():
+        losses = OutputLayer(layer).losses(hidden, wanted, torch.ones(5))
+    torch.testing.assert_close(losses, F.cross_entropy(layer(hidden), wanted, reduction="none"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "qwen2"])
+def test_rapidgrads_are_the_same_with_and_without(architecture, dtype, models, adapters, monkeypatch):
+    monkeypatch.setattr(head_module, "_FEWEST_TOKENS", {"cpu": 8})
+    monkeypatch.setattr(head_module, "_LOGIT_BYTES", {"cpu": 1})
+    spec = ModelSpec(model=str(models[architecture]), adapter=str(adapters[architecture]), dtype=dtype)
+    batch = [encoded(number, length) for number, length in enumerate((9, 5, 14, 30))]
+    found = []
+    for without in (False, True):
+        maker = RapidGradMaker(load_model(spec, device="cpu"), spec=SketchSpec(width=128), normalize="layer")
+        if without:
+            maker._gradients._looked = True
+        found.append(maker.make_batch(batch))
+        assert (maker._gradients._output is None) == without and not maker._gradients.unruled
+    for (one, loss), (other, same) in zip(*found, strict=True):
+        assert loss == pytest.approx(same, rel=1e-5)
+        # In 16 bits, products of other shapes may be rounded elsewhere.
+        bound = 1e-5 if dtype == "float32" else 0.02
+        assert np.linalg.norm(one - other) <= bound * np.linalg.norm(other)
+
+
+def test_where_the_model_goes_on_with_its_logits_they_are_its_own():
+    from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {
+        "vocab_size": 259, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1,
+        "num_attention_heads": 2, "num_key_value_heads": 2,
+    }  # fmt: skip
+    capped = Gemma2ForCausalLM(Gemma2Config(**sizes, head_dim=8))
+    scaled = CohereForCausalLM(CohereConfig(**sizes))
+    for model in (capped, scaled):
+        assert find_output_layer(lora_of(model), [1, 2]) is None
+    capped.config.final_logit_softcapping = None
+    assert find_output_layer(lora_of(capped), [1, 2]) is not None
+
+
+class Doubling(torch.nn.Linear):
+    """A head of its own kind."""
+
+    def forward(self, hidden):
+        return 2 * super().forward(hidden)
+
+
+def test_a_layer_that_is_trained_hooked_or_of_another_kind_is_left_alone():
+    def found(change) -> OutputLayer | None:
+        model = tiny_model("llama")
+        change(model)
+        return find_output_layer(lora_of(model), [1, 2])
+
+    def doubling(model):
+        model.lm_head = Doubling(16, 259, bias=False)
+
+    def in_place(model):
+        forward = type(model).forward
+        model.forward = lambda *given, **named: doubled(forward(model, *given, **named))
+
+    def doubled(answer):
+        answer.logits.mul_(2)
+        return answer
+
+    assert found(lambda model: None) is not None
+    assert found(doubling) is None and found(in_place) is None
+    assert found(lambda model: model.lm_head.register_forward_hook(lambda *given: None)) is None
+    assert find_output_layer(lora_of(tiny_model("llama"), modules=("q_proj", "lm_head")), [1, 2]) is None
+    whole = tiny_model("llama")
+    theta = dict(whole.named_parameters())
+    full = LoadedModel(
+        spec=ModelSpec(model="toy"), model=whole, tokenizer=None, theta=theta, device="cpu", dtype="float32"
+    )
+    assert find_output_layer(full, [1, 2]) is None
+
+
+class Sizes(TorchDispatchMode):
+    """Keeps how many numbers the largest tensor has that is made within."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self.largest = max(self.largest, tensor.numel())
+        return made
+
+
+def test_the_logits_of_a_batch_are_never_held(monkeypatch):
+    """Nor are logits of a prompt computed."""
+    monkeypatch.setattr(head_module, "_FEWEST_TOKENS", {"cpu": 8})
+    monkeypatch.setattr(head_module, "_LOGIT_BYTES", {"cpu": 1})
+    batch, largest = [encoded(number, 30) for number in range(8)], {}
+    vocabulary, tokens = 259 * 16, sum(len(sample.loss_tokens) for sample in batch)
+    for without in (False, True):
+        loaded = lora_of(tiny_model("llama"))
+        loaded.inner.resize_token_embeddings(vocabulary, mean_resizing=False)
+        maker = RapidGradMaker(loaded, spec=SketchSpec(width=128), normalize="layer")
+        maker.make_batch(batch)  # checked, which looks at samples alone
+        if without:
+            maker._gradients._output = None
+        with Sizes() as sizes:
+            maker.make_batch(batch)
+        largest[without] = sizes.largest
+    assert largest[True] >= tokens * vocabulary > largest[False], (
+        "what is measured shows all logits where there are any"
+    )
