@@ -47,12 +47,13 @@ def beside_peer(entries: list[dict]) -> str:
         ],
     )  # fmt: skip
     versions = entries[0]["versions"]
+    rounds = " and ".join(f"{len(entry['runs'])} ({entry['kind']})" for entry in entries)
     return f"""## Beside bergson
 
 [bergson](https://github.com/EleutherAI/bergson) {versions["bergson"]} stores a random projection of every sample's gradient too. Its `build`
 runs in an environment of its own (torch {versions["torch"]}, transformers {versions["transformers"]}, as ours), on the same model, tokens and batches, in float32, without
 loading the model: reading the tokens, gradients, projection, writing the index. Processes of the two take turns, each with a plain
-step of its own; medians of {len(entries[0]["runs"])}. bergson draws its projection matrices in every build; our map is composed when a database is opened, which
+step of its own; medians of {rounds} rounds. bergson draws its projection matrices in every build; our map is composed when a database is opened, which
 is not counted, so one column leaves that drawing out.
 
 {ratios}

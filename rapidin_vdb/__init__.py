@@ -8,9 +8,11 @@ from typing import Any
 __version__ = "0.1.0"
 
 # Threads of torch's that have nothing to do would go on asking for work for many milliseconds after each operation, and
-# take that time from our own loops, which come between. Read once, when torch is loaded.
-if "torch" not in sys.modules:
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# take that time from our own loops, which come between. Asleep at once, they would be late for the next operation; with
+# GCC's OpenMP, torch's on Linux, they ask for some tenths of a millisecond. Read once, when torch is loaded.
+if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 # Handed out lazily: `rapidin-vdb --help` must load none of torch, faiss, lancedb.
 _HOMES = {

@@ -34,13 +34,19 @@ def test_every_finite_half_precision_number_is_widened(instruction, monkeypatch)
 
 
 @pytest.mark.parametrize(
-    ("before", "given", "found"), [("", None, "PASSIVE"), ("", "ACTIVE", "ACTIVE"), ("torch, ", None, "None")]
+    ("before", "given", "found"),
+    [
+        ("", {}, "PASSIVE 10000"),
+        ("", {"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
+        ("", {"GOMP_SPINCOUNT": "7"}, "PASSIVE 7"),
+        ("torch, ", {}, "None None"),
+    ],
 )
 def test_idle_threads_of_torch_leave_the_processor_to_ours(before, given, found):
     """Unless somebody says otherwise, or it is too late for that."""
-    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    environment |= {"OMP_WAIT_POLICY": given} if given else {}
-    code = f"import os, {before}rapidin_vdb; print(os.environ.get('OMP_WAIT_POLICY'))"
+    names = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")
+    environment = {name: value for name, value in os.environ.items() if name not in names} | given
+    code = f"import os, {before}rapidin_vdb; print(*(os.environ.get(name) for name in {names}))"
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == found, done.stderr
 
