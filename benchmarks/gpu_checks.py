@@ -47,7 +47,10 @@ def check_gradients(maker: Any, batch: list[Any]) -> dict[str, Any]:
     stream_gradient(maker.loaded, batch[place], receive)
     compare = Compare(alone, place)
     maker._gradients.stream(batch, compare)
-    together, single = maker._batched(batch)[0][place], maker._batched([batch[place]])[0][0]
+    together, single = (
+        torch.from_numpy(maker.make_batch(part)[n][0]) for part, n in ((batch, place), ([batch[place]], 0))
+    )
+    expected = expected.cpu()
     worst = sorted(compare.differences.items(), key=lambda item: -item[1])
     return {
         "batched_against_autograd": float((together - expected).norm() / expected.norm()),

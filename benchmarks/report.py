@@ -122,8 +122,8 @@ about half as long as the slow way: no ingest could be five times faster. *r = 5
 
 {ratios}
 
-What is likely to keep LoRA cheap: a gradient is formed of nothing but the adapter's matrices, and logits are computed from the first
-token that predicts one with a loss, which makes room for the sketch and the commit. What a full-parameter ingest pays beyond a plain step is one pass over every sample's
+What is likely to keep LoRA cheap: a gradient is formed of nothing but the adapter's matrices, and logits are computed
+at tokens with a loss alone, which makes room for the sketch and the commit. What a full-parameter ingest pays beyond a plain step is one pass over every sample's
 gradient of every tensor, where training needs only their sum.
 
 {beside_peer(result.get("peer", []))}## Memory

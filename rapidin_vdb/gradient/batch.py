@@ -12,7 +12,7 @@ from torch import Tensor
 from rapidin_vdb.errors import ModelError
 from rapidin_vdb.gradient.checkpoint import checkpointed_layers
 from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows
-from rapidin_vdb.gradient.forward import batch_losses
+from rapidin_vdb.gradient.forward import OutputError, TokenLosses, batch_losses
 from rapidin_vdb.gradient.head import OutputLayer, find_output_layer
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.precision import adapter_layers, tf32_products, tf32_rule
@@ -64,7 +64,8 @@ class BatchedGradients:
         """Why a tensor has no batched rule, by its number; `sample.stream_gradient` gives its gradients."""
         self.checkpointing = False
         """Whether layers are computed twice, so that their activations need not be kept."""
-        self._output: OutputLayer | None = None
+        self.output: OutputLayer | None = None
+        """What computes the losses, once the first batch has come; None where logits are had from the model."""
         self._looked = False
         self._tf32_layers = adapter_layers(loaded)
         self._rules = self._find_rules()
@@ -112,13 +113,13 @@ class BatchedGradients:
             LateGradientError: the receiver was given a part of a gradient for the whole; its tensor is given up.
         """
         if not self._looked:
-            self._output = find_output_layer(self.loaded, batch[0].input_ids[:2])
+            self.output = find_output_layer(self.loaded, batch[0].input_ids[:2])
             self._looked = True
         run = _Run(self, len(batch), receiver)
         layers = checkpointed_layers(self.loaded.model, hooks=True) if self.checkpointing else nullcontext()
         products = tf32_products(self._tf32_layers)
         with self._frozen(), layers, products, run.hooked(self._rules), torch.enable_grad():
-            losses = batch_losses(self.loaded, batch, output=self._output).means()
+            losses = self._losses(batch, run).means()
             run.counting = False
             losses.sum().backward()
             run.finish()
@@ -129,6 +130,20 @@ class BatchedGradients:
                 "came after it had been complete; --parameters can leave it out"
             )
         return losses.detach()
+
+    def _losses(self, batch: Sequence[Encoded], run: "_Run") -> TokenLosses:
+        try:
+            return batch_losses(self.loaded, batch, output=self.output)
+        except OutputError as reason:
+            self.leave_output_layer(str(reason))
+        run.pending.clear()  # of calls that have no backward
+        return batch_losses(self.loaded, batch)
+
+    def leave_output_layer(self, reason: str) -> None:
+        """Take all logits from the model itself from now on, and say so."""
+        self.output = None
+        name = self.loaded.spec.model
+        logger.warning("%s: logits are held for a whole batch, which takes more memory (%s)", name, reason)
 
     @contextmanager
     def _frozen(self) -> Iterator[None]:

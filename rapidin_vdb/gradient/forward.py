@@ -20,6 +20,10 @@ _MOST = 0.75
 _NOT_ASKED = -100
 
 
+class OutputError(ModelError):
+    """A model goes on computing with what its output layer wrote, after all."""
+
+
 @dataclass(frozen=True, eq=False)
 class TokenLosses:
     """The losses of a batch, token by token, those of a sample next to one another."""
@@ -42,9 +46,10 @@ def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded], *, output: Outpu
 
     Samples are padded on the right without an attention mask: in a causal model no token sees what follows it, and what
     a padding token computes reaches no loss. With the model's output layer, logits are computed at tokens with a loss
-    alone, and a few at a time; what flows back is right for the samples' means, and for whatever else is asked of it.
+    alone, a few hundred at a time.
 
     Raises:
+        OutputError: the output layer was given, and is not the last thing that the model computes.
         ModelError: the model gives other logits than it was asked for.
     """
     longest = max(len(sample.input_ids) for sample in batch)
@@ -67,13 +72,13 @@ def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded], *, output: Outpu
         options["position_ids"] = torch.arange(longest, device=ids.device).expand(len(batch), -1)
     with nullcontext() if output is None else output.set_aside() as read:
         logits = loaded.model(input_ids=ids, use_cache=False, **options).logits
+    if read is not None and (len(read) != 1 or logits is not read[0]):
+        raise OutputError("the model goes on computing with them")
     before = longest - logits.shape[1]
     if not 0 <= before <= first:
         raise ModelError(
             f"the model gave logits at {logits.shape[1]} of {longest} tokens; wanted the last {longest - first}"
         )
-    if read is not None and (len(read) != 1 or logits is not read[0]):
-        raise ModelError("the model goes on computing with its logits for some samples only, which is not supported")
     chosen, wanted = rows * logits.shape[1] + places - 1 - before, ids[rows, places]
     if output is None:
         losses = _losses_at(logits.flatten(0, 1), chosen, wanted)

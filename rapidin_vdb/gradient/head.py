@@ -1,4 +1,4 @@
-"""The loss at a model's output layer, a few tokens at a time: the logits of a batch are never held at once."""
+"""The loss at a model's output layer, a few hundred tokens at a time: logits of a large batch are never all held."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from rapidin_vdb.gradient.model import LoadedModel
 
-# Logits of so many bytes (float32) at a time: on a CPU, what its last cache holds. But of no fewer tokens than it takes
-# for the products to be bound by arithmetic, and not by reading the layer's weights once more.
+# Logits of so many bytes (float32) at a time: on a CPU, what its last cache may hold. But of no fewer tokens than it
+# takes for the products to be bound by arithmetic, and not by reading the layer's weights once more.
 _LOGIT_BYTES = {"cpu": 16 << 20, "cuda": 512 << 20}
 _FEWEST_TOKENS = {"cpu": 256, "cuda": 1024}
 
@@ -29,8 +29,8 @@ class OutputLayer:
         read: list[Tensor] = []
 
         def forward(hidden: Tensor) -> Tensor:
-            read.append(hidden)
-            return hidden
+            read.append(hidden.contiguous())  # as logits are: OPT asks for it, and gets what it has
+            return read[-1]
 
         self._layer.forward = forward  # type: ignore[method-assign, assignment]
         try:
@@ -43,8 +43,9 @@ class OutputLayer:
     ) -> Float[Tensor, " tokens"]:
         """Return the cross-entropy at each token, float32, in nats.
 
-        `shares` is what backward is going to bring for each: its part of what is summed. Gradients are formed with the
-        losses, and rounded where those of a cross-entropy are; another gradient than the share is scaled to.
+        `shares`, none of them zero, is what backward is expected to bring for each: its part of what is summed.
+        Gradients are formed with the losses, and rounded where those of a cross-entropy are; where something else
+        comes, they are scaled to that. There is no forward mode, and no second derivative.
         """
         found: Tensor = _Losses.apply(hidden, self._layer, wanted, shares)
         return found
@@ -105,6 +106,5 @@ class _Losses(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None, None]:
         grads, shares = ctx.saved_tensors
-        if torch.equal(delta, shares):
-            return grads, None, None, None
+        # Exactly one, as a rule: nothing is rounded once more.
         return (grads * (delta / shares).unsqueeze(1)).to(grads.dtype), None, None, None

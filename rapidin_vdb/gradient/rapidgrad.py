@@ -165,14 +165,14 @@ class RapidGradMaker:
         rapidgrads = torch.zeros(batch, self.spec.width, device=self.loaded.device)
         return Sketcher(self.sketch, rapidgrads, self.normalize == "layer")
 
-    def _add_alone(self, rapidgrad: Tensor, sample: Encoded) -> None:
-        """Add the gradients of all tensors by autograd on the sample alone."""
+    def _add_alone(self, rapidgrad: Tensor, sample: Encoded) -> float:
+        """Add the gradients of all tensors by autograd on the sample alone, and return its loss."""
 
         def receive(number: int, grad: Tensor) -> None:
             flat = grad.reshape(-1).float()
             self.sketch.add(rapidgrad, number, normalized(flat) if self.normalize == "layer" else flat)
 
-        stream_gradient(self.loaded, sample, receive)
+        return stream_gradient(self.loaded, sample, receive)
 
     def _check(self, batch: Sequence[Encoded]) -> None:
         """Compare a much padded sample of a batch with the same sample alone."""
@@ -183,25 +183,40 @@ class RapidGradMaker:
         place = to_compare(batch)
         alone = torch.zeros(self.spec.width, device=self.loaded.device)
         try:
-            self._add_alone(alone, batch[place])
+            loss = self._add_alone(alone, batch[place])
         except GradientError:
             return  # not a sample to compare with; the next batch will do
-        if not self._agrees(batch, place, alone):
+        if not self._agrees_somehow(batch, place, alone, loss):
             self._give_up_wrong_tensors(batch, place)
-            if not self._agrees(batch, place, alone):
+            if not self._agrees_somehow(batch, place, alone, loss):
                 self._gradients.give_up_all("in a batch, its samples are not independent of one another")
         # Not before: where memory ended within, smaller batches are to be compared.
         self._checked = kind
 
-    def _agrees(self, batch: Sequence[Encoded], place: int, alone: Tensor) -> bool:
+    def _agrees_somehow(self, batch: Sequence[Encoded], place: int, alone: Tensor, loss: float) -> bool:
+        """Say whether a batch agrees as it is, or with all logits from the model, which are taken from then on."""
+        if self._agrees(batch, place, alone, loss):
+            return True
+        output, self._gradients.output = self._gradients.output, None
+        if output is None:
+            return False
+        if self._agrees(batch, place, alone, loss):
+            self._gradients.leave_output_layer("gradients differ from autograd's in a batch")
+            return True
+        self._gradients.output = output
+        return False
+
+    def _agrees(self, batch: Sequence[Encoded], place: int, alone: Tensor, loss: float) -> bool:
         sketcher = self.sketcher(len(batch))
         try:
-            self._stream(batch, sketcher)
+            losses = self._stream(batch, sketcher)
         except LateGradientError:
             return False
         together = sketcher.rapidgrads[place]
-        tolerance = _TOLERANCE.get(self.loaded.dtype, 0.1) * float(torch.linalg.vector_norm(alone))
-        return float(torch.linalg.vector_norm(together - alone)) <= tolerance
+        tolerance = _TOLERANCE.get(self.loaded.dtype, 0.1)
+        if abs(float(losses[place]) - loss) > tolerance * max(loss, 1.0):
+            return False
+        return float(torch.linalg.vector_norm(together - alone)) <= tolerance * float(torch.linalg.vector_norm(alone))
 
     def _give_up_wrong_tensors(self, batch: Sequence[Encoded], place: int) -> None:
         """Find the tensors whose batched gradient is not that of autograd, by norm and by one random projection."""
