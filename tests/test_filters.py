@@ -57,6 +57,10 @@ def test_a_filter_that_stops_lance_is_told_as_a_filter(database):
     """Lance's own code comes to a stop over it; the table is not damaged."""
     with pytest.raises(FilterError, match="cannot be answered: Lance gave up over it"):
         database.count("CAST(stars AS DECIMAL(99, 99)) > 0")
+    with pytest.raises(FilterError, match="cannot be answered: Lance gave up over it"):
+        database.count("DATE 1 OR stars > 0")
+    with pytest.raises(FilterError, match="is not understood: .*Cannot access field"):
+        database.count("stars.a = 1")
     with pytest.raises(FilterError, match="is not understood: .*Arithmetic overflow"):
         database.count("-(-9223372036854775807 - 1) > stars")
     assert database.count() == 24

@@ -21,8 +21,10 @@ FUNCTIONS = (
 _BEFORE_PARENTHESES = {*FUNCTIONS, *"and between cast decimal ilike in is like not or try_cast".split()}
 _CALLED = re.compile(r"([^\W\d]\w*|'')\s*\(")
 _CHANGING = re.compile(r"\b(?:current_(?:date|time|timestamp)|localtime(?:stamp)?)\b", re.IGNORECASE)
-# How Lance says that an expression was understood, but cannot be had of some row: a text that is no number, a division.
-_OF_ITS_VALUES = ("applying filter expression", "Arrow error: ", "LanceError(Arrow)")
+# How Lance says that an expression was understood, but cannot be had of some row: a text that is no number, a division,
+# a part of what has none.
+_OF_ITS_VALUES = ("applying filter expression", "Arrow error: ", "LanceError(Arrow)", "Cannot access field at argument")
+_GAVE_UP = "Encountered internal error"
 
 
 def checked_filter(where: str) -> str:
@@ -64,6 +66,8 @@ def understood(where: str, columns: Sequence[str]) -> Iterator[str]:
     try:
         yield expression
     except (ValueError, TypeError, RuntimeError) as error:
+        if _GAVE_UP in str(error):
+            raise _unanswered(where, error) from error
         # The planner raises ValueErrors; whatever else goes wrong is not the filter's fault.
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in _OF_ITS_VALUES):
             raise
@@ -73,10 +77,14 @@ def understood(where: str, columns: Sequence[str]) -> Iterator[str]:
     except BaseException as error:
         if not is_panic(error) or out_of_handles(error):
             raise
-        raise FilterError(
-            f"the filter {where!r} cannot be answered: Lance gave up over it ({first_line(error)}). If it does over "
-            "others, too, the table may be damaged: look with rapidin-vdb verify"
-        ) from error
+        raise _unanswered(where, error) from error
+
+
+def _unanswered(where: str, error: BaseException) -> FilterError:
+    return FilterError(
+        f"the filter {where!r} cannot be answered: Lance gave up over it ({first_line(error)}). If it does over "
+        "others, too, the table may be damaged: look with rapidin-vdb verify"
+    )
 
 
 def ids_filter(sample_ids: list[str]) -> str:
