@@ -2,6 +2,7 @@
 
 import logging
 import sys
+from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -96,6 +97,35 @@ class Room:
     def lacked(self, batch: Batch) -> None:
         """Note a batch that did not fit."""
         self._too_large = min(padded_tokens(batch), self._too_large or sys.maxsize)
+
+
+class Waiting:
+    """Batches for workers: first those that came back, in halves where they are known not to fit the memory."""
+
+    def __init__(self, batches: Iterator[Batch]) -> None:
+        """Begin with those that are to come."""
+        self._batches = batches
+        self._again: deque[tuple[Batch, int]] = deque()
+        self._room = Room()
+
+    def next(self) -> tuple[Batch, int] | None:
+        """Return the next batch, with the number of the attempt at it; None where there is none just now."""
+        if not self._again:
+            fresh = next(self._batches, None)
+            if fresh is None:
+                return None
+            self._again.append((fresh, 1))
+        batch, attempt = self._again.popleft()
+        while len(batch) > 1 and not self._room.has(batch):
+            (batch, rest), attempt = halves(batch), 1  # nobody has died of a half as yet
+            self._again.appendleft((rest, attempt))
+        return batch, attempt
+
+    def back(self, batch: Batch, attempt: int, *, too_large: bool = False) -> None:
+        """Take a batch that is to be tried once more; with `too_large`, batches that are no smaller come in halves."""
+        if too_large:
+            self._room.lacked(batch)
+        self._again.append((batch, attempt))
 
 
 class BatchMaker:

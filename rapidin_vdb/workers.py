@@ -6,7 +6,6 @@ import os
 import pickle
 import signal
 import traceback
-from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -21,9 +20,8 @@ from rapidin_vdb.compute import (
     Compute,
     Result,
     Road,
-    Room,
+    Waiting,
     WorkerSpec,
-    halves,
     load_of,
     road_without_model,
     use_threads,
@@ -146,23 +144,9 @@ class _Worker:
 
 
 def _share(workers: list[_Worker], batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
-    waiting: deque[tuple[Batch, int]] = deque()
-    room, told = Room(), set[_Told]()
-
-    def next_batch() -> tuple[Batch, int] | None:
-        if not waiting:
-            batch = next(batches, None)
-            if batch is None:
-                return None
-            waiting.append((batch, 1))
-        batch, attempt = waiting.popleft()
-        while len(batch) > 1 and not room.has(batch):
-            batch, rest = halves(batch)
-            waiting.appendleft((rest, attempt))
-        return batch, attempt
-
+    waiting, told = Waiting(batches), set[_Told]()
     for worker in workers:
-        if (task := next_batch()) is not None:
+        if (task := waiting.next()) is not None:
             worker.give(*task)
     while busy := [worker for worker in workers if worker.busy is not None]:
         ready = wait([worker.pipe for worker in busy])
@@ -174,7 +158,7 @@ def _share(workers: list[_Worker], batches: Iterator[Batch]) -> Iterator[tuple[B
             try:
                 answer = worker.pipe.recv()
             except (EOFError, OSError):
-                waiting.append(_bury(worker, batch, attempt, room))
+                waiting.back(batch, attempt + 1, too_large=_bury(worker, batch, attempt))
                 answer = None
             if isinstance(answer, _Told):
                 if answer not in told:  # each of them finds out the same
@@ -184,14 +168,14 @@ def _share(workers: list[_Worker], batches: Iterator[Batch]) -> Iterator[tuple[B
             worker.busy = None
             if isinstance(answer, BaseException):
                 raise answer
-            if (task := next_batch()) is not None:
+            if (task := waiting.next()) is not None:
                 worker.give(*task)
             if answer is not None:
                 yield batch, answer
 
 
-def _bury(worker: _Worker, batch: Batch, attempt: int, room: Room) -> tuple[Batch, int]:
-    """Report a dead worker, start another in its place, and return its batch for the queue."""
+def _bury(worker: _Worker, batch: Batch, attempt: int) -> bool:
+    """Report a dead worker, start another in its place, and say whether its batch is likely to have been too large."""
     worker.process.join()
     code = worker.process.exitcode
     names = f"{batch[0].sample_id} to {batch[-1].sample_id}" if len(batch) > 1 else batch[0].sample_id
@@ -202,14 +186,12 @@ def _bury(worker: _Worker, batch: Batch, attempt: int, room: Room) -> tuple[Batc
         )
     # So ends what takes more memory than the system has, which raises nothing.
     killed = code == -signal.SIGKILL and len(batch) > 1
-    if killed:
-        room.lacked(batch)
     logger.warning(
         "a worker on %s died with exit code %s: its %d samples (%s) go back to the queue%s, another takes its place",
         worker.spec.device, code, len(batch), names, " in halves" if killed else "",
     )  # fmt: skip
     worker.start()
-    return batch, attempt + 1
+    return killed
 
 
 @dataclass(frozen=True)

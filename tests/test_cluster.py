@@ -419,8 +419,8 @@ class Stand:
         ObjectLostError = type("ObjectLostError", (Exception,), {})
         OutOfMemoryError = type("OutOfMemoryError", (Exception,), {})
 
-    def __init__(self, draw, deadly):
-        self.draw, self.deadly = draw, deadly
+    def __init__(self, draw, deadly, *, of_memory=False):
+        self.draw, self.deadly, self.of_memory = draw, deadly, of_memory
         self.found, self.queues, self.dead = {}, {}, []
 
     def remote(self, _):
@@ -455,8 +455,9 @@ class Stand:
     def kill(self, actor):
         self.dead.append(actor)
         kind = self.draw.choice([self.exceptions.RayActorError, self.exceptions.OutOfMemoryError])
+        words = "The actor is dead because its worker process has died." if self.of_memory else "dead"
         for ref, _ in self.queues.pop(actor, ()):
-            self.found[ref] = kind("dead")
+            self.found[ref] = kind(words)
 
 
 class Handle:
@@ -492,6 +493,27 @@ def test_every_batch_is_done_once_whoever_dies(database):
         assert stand.dead, "nobody died"
         with pytest.raises(GradientError, match=f"{_LIVES} workers died on the 1 samples s7 "):
             list(_Crew(Stand(draw, lambda batch: batch[0].sample_id == "s7"), spec, layout).share(iter(batches)))
+
+
+def test_a_batch_that_takes_more_memory_than_a_node_has_is_tried_in_halves(database, caplog):
+    """And so are those that are as large, without a death for each."""
+    from rapidin_vdb.cluster.layout import Layout
+    from rapidin_vdb.cluster.making import _Crew
+    from rapidin_vdb.compute import WorkerSpec
+    from rapidin_vdb.records import Encoded
+
+    layout = Layout(workers=2, device="cpu", cpus=1.0, gpus=0.0)
+    spec = WorkerSpec(fingerprint=database.fingerprint, place="", model=None, adapter=None, device="cpu", threads=1)
+    samples = [Encoded(sample_id=f"s{n:03}", input_ids=(1,), offsets=(), truncated=False) for n in range(160)]
+    batches = [samples[first : first + 16] for first in range(0, 160, 16)]
+    for seed in range(30):
+        stand = Stand(random.Random(seed), lambda batch: len(batch) > 1, of_memory=True)
+        found = [batch for batch, _ in _Crew(stand, spec, layout).share(iter(batches))]
+        assert sorted(sample.sample_id for batch in found for sample in batch) == [s.sample_id for s in samples], seed
+        assert max(map(len, found)) == 1
+        # Of 16, 8, 4 and 2; and what the other was at, or had been given, before that was known.
+        assert len(stand.dead) <= 2 * 8, seed
+    assert "go back to the queue in halves" in caplog.text
 
 
 def test_settings_of_a_store_are_told_and_secrets_are_not(monkeypatch):

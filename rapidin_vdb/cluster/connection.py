@@ -91,6 +91,14 @@ def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
     return tuple(getattr(ray.exceptions, name) for name in _LOST if hasattr(ray.exceptions, name))
 
 
+def may_lack_memory(ray: Any, error: Exception) -> bool:
+    """Say whether a worker ended by itself, its node living on: so ends what takes more memory than there is.
+
+    By Ray's own watch, or by the system's, which Ray cannot tell from any other end of a process.
+    """
+    return isinstance(error, ray.exceptions.OutOfMemoryError) or "its worker process has died" in str(error)
+
+
 def could_not_begin(error: Exception) -> bool:
     """Say whether a worker ended because of what it is, as without a package, which another would do as well."""
     return bool(getattr(error, "actor_init_failed", False))

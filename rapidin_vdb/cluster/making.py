@@ -2,7 +2,6 @@
 
 import logging
 import time
-from collections import deque
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import chain
@@ -12,6 +11,7 @@ from rapidin_vdb.cluster.connection import (
     connect,
     first_words,
     lost_errors,
+    may_lack_memory,
     model_from_anywhere,
     nodes_of,
     told_from_here,
@@ -23,6 +23,7 @@ from rapidin_vdb.compute import (
     Compute,
     Result,
     Road,
+    Waiting,
     WorkerSpec,
     load_of,
     road_without_model,
@@ -151,7 +152,6 @@ class _Crew:
         # What each actor that runs has been given, in the order in which it does it.
         self._given: dict[Any, list[Any]] = {}
         self._busy: dict[Any, tuple[Any, Batch, int]] = {}
-        self._again: deque[tuple[Batch, int]] = deque()
         self._failed = 0
         for _ in range(layout.workers):
             self._start()
@@ -161,9 +161,9 @@ class _Crew:
         self._starting[actor.ready.remote()] = actor
 
     def share(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
-        since = time.monotonic()
+        waiting, since = Waiting(batches), time.monotonic()
         while True:
-            while self._give(batches):
+            while self._give(waiting):
                 pass
             if self._given and not self._busy:
                 return  # nobody has anything to do
@@ -180,22 +180,19 @@ class _Crew:
                 if ref in self._starting:
                     self._started(ref)
                     continue
-                for done in self._done(ref):
+                for done in self._done(ref, waiting):
                     # The next one is on its way before this one is written.
-                    self._give(batches)
+                    self._give(waiting)
                     yield done
 
-    def _give(self, batches: Iterator[Batch]) -> bool:
+    def _give(self, waiting: Waiting) -> bool:
         """Give the next batch to the actor that has least to do; say whether it could be."""
         actor = min(self._given, key=lambda actor: len(self._given[actor]), default=None)
         if actor is None or len(self._given[actor]) >= _AHEAD:
             return False
-        task = self._again.popleft() if self._again else None
+        task = waiting.next()
         if task is None:
-            fresh = next(batches, None)
-            if fresh is None:
-                return False
-            task = fresh, 1
+            return False
         ref = actor.make.remote(task[0])
         self._given[actor].append(ref)
         self._busy[ref] = (actor, *task)
@@ -214,13 +211,13 @@ class _Crew:
         self._failed = 0
         self._given[actor] = []
 
-    def _done(self, ref: Any) -> list[tuple[Batch, list[Result]]]:
+    def _done(self, ref: Any, waiting: Waiting) -> list[tuple[Batch, list[Result]]]:
         """Return what has become of a batch, or of all that an actor had which is lost."""
         actor = self._busy[ref][0]
         try:
             answer = self._answer(ref)
         except self._lost:
-            return self._parted(actor)
+            return self._parted(actor, waiting)
         self._given[actor].remove(ref)
         return [(self._busy.pop(ref)[1], answer)]
 
@@ -230,7 +227,7 @@ class _Crew:
             raise answer
         return answer
 
-    def _parted(self, actor: Any) -> list[tuple[Batch, list[Result]]]:
+    def _parted(self, actor: Any, waiting: Waiting) -> list[tuple[Batch, list[Result]]]:
         """Part with an actor that is lost: return what it has done, and put the rest back into the queue."""
         self._ray.kill(actor)  # it may only be out of reach
         done, blamed = [], False
@@ -240,23 +237,25 @@ class _Crew:
                 done.append((batch, self._answer(ref)))
             except self._lost as error:
                 if blamed:
-                    self._again.append((batch, attempt))  # it had not begun
+                    waiting.back(batch, attempt)  # it had not begun
                 else:
-                    self._bury(batch, attempt, error)
+                    waiting.back(batch, attempt + 1, too_large=self._bury(batch, attempt, error))
                 blamed = True
         self._start()
         return done
 
-    def _bury(self, batch: Batch, attempt: int, error: Exception) -> None:
+    def _bury(self, batch: Batch, attempt: int, error: Exception) -> bool:
+        """Report a dead worker, and say whether its batch is likely to have been too large."""
         names = f"{batch[0].sample_id} to {batch[-1].sample_id}" if len(batch) > 1 else batch[0].sample_id
         if attempt >= _LIVES:
             raise GradientError(
                 f"{attempt} workers died on the {len(batch)} samples {names} (the last: {first_words(error)}); what "
                 "was done before is kept. Run again with fewer --workers-per-device or smaller --batch-tokens"
             ) from error
-        logger.warning("a worker died: its %d samples (%s) go back to the queue, and another is started",
-                       len(batch), names)  # fmt: skip
-        self._again.append((batch, attempt + 1))
+        killed = len(batch) > 1 and may_lack_memory(self._ray, error)
+        logger.warning("a worker died: its %d samples (%s) go back to the queue%s, and another is started",
+                       len(batch), names, " in halves" if killed else "")  # fmt: skip
+        return killed
 
     def end(self) -> None:
         """Let all actors go."""
