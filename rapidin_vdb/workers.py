@@ -113,6 +113,7 @@ class _Worker:
 
     spec: WorkerSpec
     busy: tuple[Batch, int] | None = None
+    loaded: bool = False
     process: Any = field(init=False)
     pipe: Connection = field(init=False)
 
@@ -120,6 +121,7 @@ class _Worker:
         self.start()
 
     def start(self) -> None:
+        self.loaded = False
         # Spawned, not forked: CUDA and OpenMP do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
@@ -145,9 +147,14 @@ class _Worker:
 
 def _share(workers: list[_Worker], batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
     waiting, told = Waiting(batches), set[_Told]()
-    for worker in workers:
-        if (task := waiting.next()) is not None:
-            worker.give(*task)
+
+    def give() -> None:
+        # To all that have nothing to do: what comes back in halves is for several.
+        for worker in workers:
+            if worker.busy is None and (task := waiting.next()) is not None:
+                worker.give(*task)
+
+    give()
     while busy := [worker for worker in workers if worker.busy is not None]:
         ready = wait([worker.pipe for worker in busy])
         for worker in busy:
@@ -160,6 +167,9 @@ def _share(workers: list[_Worker], batches: Iterator[Batch]) -> Iterator[tuple[B
             except (EOFError, OSError):
                 waiting.back(batch, attempt + 1, too_large=_bury(worker, batch, attempt))
                 answer = None
+            if isinstance(answer, _Loaded):
+                worker.loaded = True
+                continue
             if isinstance(answer, _Told):
                 if answer not in told:  # each of them finds out the same
                     told.add(answer)
@@ -168,8 +178,7 @@ def _share(workers: list[_Worker], batches: Iterator[Batch]) -> Iterator[tuple[B
             worker.busy = None
             if isinstance(answer, BaseException):
                 raise answer
-            if (task := waiting.next()) is not None:
-                worker.give(*task)
+            give()
             if answer is not None:
                 yield batch, answer
 
@@ -184,14 +193,18 @@ def _bury(worker: _Worker, batch: Batch, attempt: int) -> bool:
             f"{attempt} workers died (the last with exit code {code}) on the {len(batch)} samples {names}; "
             "what was done before is kept. Run again with fewer --workers-per-device or smaller --batch-tokens"
         )
-    # So ends what takes more memory than the system has, which raises nothing.
-    killed = code == -signal.SIGKILL and len(batch) > 1
+    # So ends what takes more memory than the system has, which raises nothing; the batch's or the model's.
+    killed = code == -signal.SIGKILL and len(batch) > 1 and worker.loaded
     logger.warning(
         "a worker on %s died with exit code %s: its %d samples (%s) go back to the queue%s, another takes its place",
         worker.spec.device, code, len(batch), names, " in halves" if killed else "",
     )  # fmt: skip
     worker.start()
     return killed
+
+
+class _Loaded:
+    """A worker has its model."""
 
 
 @dataclass(frozen=True)
@@ -237,6 +250,7 @@ def _work(pipe: Connection, spec: WorkerSpec, levels: Mapping[str, int]) -> None
             try:
                 if maker is None:
                     maker = BatchMaker(load_of(spec), token_width=spec.token_width)
+                    line.send(_Loaded())
                 answer = maker.make(batch)
             except Exception as error:
                 answer = _sendable(error)

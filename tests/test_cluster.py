@@ -455,7 +455,9 @@ class Stand:
     def kill(self, actor):
         self.dead.append(actor)
         kind = self.draw.choice([self.exceptions.RayActorError, self.exceptions.OutOfMemoryError])
-        words = "The actor is dead because its worker process has died." if self.of_memory else "dead"
+        words = "dead"
+        if self.of_memory:
+            words = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
         for ref, _ in self.queues.pop(actor, ()):
             self.found[ref] = kind(words)
 
@@ -511,8 +513,8 @@ def test_a_batch_that_takes_more_memory_than_a_node_has_is_tried_in_halves(datab
         found = [batch for batch, _ in _Crew(stand, spec, layout).share(iter(batches))]
         assert sorted(sample.sample_id for batch in found for sample in batch) == [s.sample_id for s in samples], seed
         assert max(map(len, found)) == 1
-        # Of 16, 8, 4 and 2; and what the other was at, or had been given, before that was known.
-        assert len(stand.dead) <= 2 * 8, seed
+        # Twice of 16, 8, 4 and 2, where Ray does not say why; and what the other was at, before that was known.
+        assert len(stand.dead) <= 3 * 8, seed
     assert "go back to the queue in halves" in caplog.text
 
 

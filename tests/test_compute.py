@@ -104,19 +104,35 @@ def test_a_batch_that_kills_every_worker_is_given_up(tmp_path, models, adapters,
     assert "toy-007" not in content(database)
 
 
-def test_what_the_system_kills_for_its_memory_is_tried_again_in_halves(tmp_path, models, adapters, caplog, monkeypatch):
+def kill_when(monkeypatch, loaded, deadly) -> list[int]:
+    """Kill workers that are at such a batch, before or when they have their model; return the batches' sizes."""
     from rapidin_vdb import workers
 
-    caplog.set_level(logging.WARNING)
-    original, given = workers._Worker.give, []
+    given, original = [], workers._Worker.give
+
+    def kill(worker):
+        if worker.busy and deadly(worker.busy[0]):
+            os.kill(worker.process.pid, signal.SIGKILL)
 
     def give(worker, batch, attempt):
         original(worker, batch, attempt)
         given.append(len(batch))
-        if len(batch) > 5:
-            os.kill(worker.process.pid, signal.SIGKILL)
+        if not loaded:
+            kill(worker)
+
+    def note(worker, value):
+        vars(worker)["loaded"] = value
+        if loaded and value:
+            kill(worker)
 
     monkeypatch.setattr(workers._Worker, "give", give)
+    monkeypatch.setattr(workers._Worker, "loaded", property(lambda worker: vars(worker)["loaded"], note))
+    return given
+
+
+def test_what_the_system_kills_for_its_memory_is_tried_again_in_halves(tmp_path, models, adapters, caplog, monkeypatch):
+    caplog.set_level(logging.WARNING)
+    given = kill_when(monkeypatch, True, lambda batch: len(batch) > 5)
     whole, database = (make(tmp_path / name, models, adapters) for name in ("whole", "db"))
     lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(44))
     assert database.ingest(lines, batch_tokens=2520, workers_per_device=2).added == 44
@@ -125,6 +141,19 @@ def test_what_the_system_kills_for_its_memory_is_tried_again_in_halves(tmp_path,
     assert caplog.messages[0].endswith("go back to the queue in halves, another takes its place")
     whole.ingest(lines, batch_tokens=2520)
     assert_alike(database, whole)
+
+
+def test_a_worker_that_is_killed_while_it_loads_says_nothing_of_its_batch(
+    tmp_path, models, adapters, caplog, monkeypatch
+):
+    caplog.set_level(logging.WARNING)
+    killed = []
+    given = kill_when(monkeypatch, False, lambda batch: len(killed) < 2 and not killed.append(batch))
+    database = make(tmp_path / "db", models, adapters)
+    lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(44))
+    assert database.ingest(lines, batch_tokens=2520, workers_per_device=2).added == 44
+    assert len(killed) == 2 and sorted(given) == [12, 16, 16, 16, 16], given
+    assert "in halves" not in caplog.text and "go back to the queue, another takes its place" in caplog.text
 
 
 def starve(path: str) -> None:

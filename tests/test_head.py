@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from rapidin_vdb.gradient import RapidGradMaker, load_model
 from rapidin_vdb.gradient import head as head_module
+from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError
 from rapidin_vdb.gradient.forward import TokenLosses
 from rapidin_vdb.gradient.head import OutputLayer, find_output_layer
 from rapidin_vdb.gradient.model import LoadedModel
@@ -200,6 +201,60 @@ def test_what_differs_from_autograd_is_found_out(wrong, monkeypatch, caplog):
     maker.make_batch([encoded(number, 9) for number in range(3)])
     assert maker._gradients.output is None and not maker._gradients.unruled
     assert "logits are held for a whole batch, which takes more memory (gradients differ" in caplog.text
+
+
+def test_what_is_given_up_on_the_way_is_not_the_layers_fault(monkeypatch):
+    stream, late = BatchedGradients.stream, []
+
+    def late_once(gradients, batch, receiver):
+        losses = stream(gradients, batch, receiver)
+        if not late:
+            late.append(gradients.output)
+            gradients.give_up(0, "late")
+            raise LateGradientError("late")
+        return losses
+
+    monkeypatch.setattr(BatchedGradients, "stream", late_once)
+    maker = RapidGradMaker(lora_of(tiny_model("llama")), spec=SketchSpec(width=128), normalize="layer")
+    maker.make_batch([encoded(number, 9) for number in range(3)])
+    assert late[0] is not None and maker._gradients.output is late[0] and set(maker._gradients.unruled) == {0}
+
+
+def test_a_wrong_rule_below_a_wrong_layer_takes_no_others_with_it(monkeypatch):
+    backward = head_module._Losses.backward
+    monkeypatch.setattr(
+        head_module._Losses, "backward", lambda ctx, delta: (backward(ctx, delta)[0] + 0.1, *3 * [None])
+    )
+    maker = RapidGradMaker(lora_of(tiny_model("llama")), spec=SketchSpec(width=128), normalize="layer")
+    module, ((number, rule),) = maker._gradients._rules[0]
+
+    def wrong(*given):
+        part = rule(*given)
+        return dataclasses.replace(part, form=lambda samples: part.form(samples).roll(1, 2))
+
+    maker._gradients._rules[0] = module, [(number, wrong)]
+    maker.make_batch([encoded(number, 9) for number in range(3)])
+    assert maker._gradients.output is None and set(maker._gradients.unruled) == {number}
+
+
+def test_where_memory_ends_without_the_layer_it_is_not_left(monkeypatch):
+    """In the self-check, which tries without; halves are checked anew."""
+    agrees = RapidGradMaker._agrees
+
+    def failing(maker, *given):
+        if maker._gradients.output is None:
+            raise MemoryError
+        agrees(maker, *given)
+        return False
+
+    maker = RapidGradMaker(lora_of(tiny_model("llama")), spec=SketchSpec(width=128), normalize="layer")
+    batch = [encoded(number, 9) for number in range(3)]
+    monkeypatch.setattr(RapidGradMaker, "_agrees", failing)
+    with pytest.raises(MemoryError):
+        maker.make_batch(batch)
+    monkeypatch.undo()
+    maker.make_batch(batch)
+    assert maker._gradients.output is not None and not maker._gradients.unruled
 
 
 def test_the_layer_is_itself_again_after_an_error(monkeypatch):

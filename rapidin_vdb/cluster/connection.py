@@ -91,12 +91,14 @@ def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
     return tuple(getattr(ray.exceptions, name) for name in _LOST if hasattr(ray.exceptions, name))
 
 
-def may_lack_memory(ray: Any, error: Exception) -> bool:
-    """Say whether a worker ended by itself, its node living on: so ends what takes more memory than there is.
+def may_lack_memory(ray: Any, error: Exception, attempt: int) -> bool:
+    """Say whether a worker is likely to have ended for want of memory: by Ray's own watch, or on one batch once more.
 
-    By Ray's own watch, or by the system's, which Ray cannot tell from any other end of a process.
+    Of a process that the system killed Ray knows no more than that it ended, its node living on; so may others.
     """
-    return isinstance(error, ray.exceptions.OutOfMemoryError) or "its worker process has died" in str(error)
+    words = str(error)
+    ended = "its worker process has died" in words and "SYSTEM_ERROR" in words
+    return isinstance(error, ray.exceptions.OutOfMemoryError) or (ended and attempt > 1)
 
 
 def could_not_begin(error: Exception) -> bool:

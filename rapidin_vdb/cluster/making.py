@@ -252,7 +252,7 @@ class _Crew:
                 f"{attempt} workers died on the {len(batch)} samples {names} (the last: {first_words(error)}); what "
                 "was done before is kept. Run again with fewer --workers-per-device or smaller --batch-tokens"
             ) from error
-        killed = len(batch) > 1 and may_lack_memory(self._ray, error)
+        killed = len(batch) > 1 and may_lack_memory(self._ray, error, attempt)
         logger.warning("a worker died: its %d samples (%s) go back to the queue%s, and another is started",
                        len(batch), names, " in halves" if killed else "")  # fmt: skip
         return killed

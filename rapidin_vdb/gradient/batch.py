@@ -139,6 +139,15 @@ class BatchedGradients:
         run.pending.clear()  # of calls that have no backward
         return batch_losses(self.loaded, batch)
 
+    @contextmanager
+    def without_output_layer(self) -> Iterator[None]:
+        """Take all logits from the model itself for as long as the block lasts."""
+        output, self.output = self.output, None
+        try:
+            yield
+        finally:
+            self.output = output
+
     def leave_output_layer(self, reason: str) -> None:
         """Take all logits from the model itself from now on, and say so."""
         self.output = None

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapidin_vdb.errors import ModelError
-from rapidin_vdb.gradient.head import OutputLayer
+from rapidin_vdb.gradient.head import OutputLayer, is_untouched
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.records import Encoded
 
@@ -72,7 +72,7 @@ def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded], *, output: Outpu
         options["position_ids"] = torch.arange(longest, device=ids.device).expand(len(batch), -1)
     with nullcontext() if output is None else output.set_aside() as read:
         logits = loaded.model(input_ids=ids, use_cache=False, **options).logits
-    if read is not None and (len(read) != 1 or logits is not read[0]):
+    if read is not None and not is_untouched(read, logits):
         raise OutputError("the model goes on computing with them")
     before = longest - logits.shape[1]
     if not 0 <= before <= first:

@@ -24,13 +24,14 @@ class OutputLayer:
         self._layer = layer
 
     @contextmanager
-    def set_aside(self) -> Iterator[list[Tensor]]:
-        """Let the model give what the layer reads in the place of logits, and list it."""
-        read: list[Tensor] = []
+    def set_aside(self) -> Iterator[list[tuple[Tensor, int]]]:
+        """Let the model give what the layer reads in the place of logits, and list it, with its version."""
+        read: list[tuple[Tensor, int]] = []
 
         def forward(hidden: Tensor) -> Tensor:
-            read.append(hidden.contiguous())  # as logits are: OPT asks for it, and gets what it has
-            return read[-1]
+            hidden = hidden.contiguous()  # as logits are: OPT asks for it, and gets what it has
+            read.append((hidden, hidden._version))
+            return hidden
 
         self._layer.forward = forward  # type: ignore[method-assign, assignment]
         try:
@@ -74,8 +75,12 @@ def find_output_layer(loaded: LoadedModel, ids: Sequence[int]) -> OutputLayer | 
             logits = loaded.model(input_ids=torch.tensor([list(ids)], device=loaded.device), use_cache=False).logits
     finally:
         handle.remove()
-    untouched = len(wrote) == 1 and wrote[0][0] is logits and wrote[0][1] == logits._version
-    return OutputLayer(layer) if untouched else None
+    return OutputLayer(layer) if is_untouched(wrote, logits) else None
+
+
+def is_untouched(wrote: list[tuple[Tensor, int]], logits: Tensor) -> bool:
+    """Say whether a model's logits are the one tensor that its output layer wrote, of the version that it had then."""
+    return len(wrote) == 1 and wrote[0][0] is logits and wrote[0][1] == logits._version
 
 
 class _Losses(torch.autograd.Function):

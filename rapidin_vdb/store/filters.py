@@ -66,7 +66,7 @@ def understood(where: str, columns: Sequence[str]) -> Iterator[str]:
     try:
         yield expression
     except (ValueError, TypeError, RuntimeError) as error:
-        if _GAVE_UP in str(error):
+        if _GAVE_UP in str(error) and not out_of_handles(error):
             raise _unanswered(where, error) from error
         # The planner raises ValueErrors; whatever else goes wrong is not the filter's fault.
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in _OF_ITS_VALUES):
