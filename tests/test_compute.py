@@ -278,12 +278,12 @@ def test_a_worker_remembers_what_did_not_fit(narrow, database, monkeypatch):
     answers = []
 
     def parent():
-        for batch in batches_of(8, 8, 8):
-            mine.send(batch)
-            while not isinstance(answer := mine.recv(), list):
-                answers.append(answer.message)
-            answers.append(len(answer))
-        mine.close()
+        with mine:  # the worker ends with it
+            for batch in batches_of(8, 8, 8):
+                mine.send(batch)
+                while not isinstance(answer := mine.recv(), list):
+                    answers.append(getattr(answer, "message", type(answer)))
+                answers.append(len(answer))
 
     thread = threading.Thread(target=parent)
     thread.start()
@@ -291,7 +291,7 @@ def test_a_worker_remembers_what_did_not_fit(narrow, database, monkeypatch):
     workers._work(theirs, spec, {"rapidin_vdb": logging.WARNING})
     thread.join()
     assert sizes == [8, 4, 4, 4, 4, 4, 4]
-    assert answers == ["a batch of 8 samples does not fit the memory: going on with 4", 8, 8, 8]
+    assert answers == [workers._Loaded, "a batch of 8 samples does not fit the memory: going on with 4", 8, 8, 8]
 
 
 def worker_at(database) -> list:
