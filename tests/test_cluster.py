@@ -513,8 +513,8 @@ def test_a_batch_that_takes_more_memory_than_a_node_has_is_tried_in_halves(datab
         found = [batch for batch, _ in _Crew(stand, spec, layout).share(iter(batches))]
         assert sorted(sample.sample_id for batch in found for sample in batch) == [s.sample_id for s in samples], seed
         assert max(map(len, found)) == 1
-        # Twice of 16, 8, 4 and 2, where Ray does not say why; and what the other was at, before that was known.
-        assert len(stand.dead) <= 3 * 8, seed
+        # Each of ten batches would take 15 actors with it if each had to find out for itself; 6 to 20 in all were seen.
+        assert len(set(stand.dead)) < 10 * 15 / 4, seed
     assert "go back to the queue in halves" in caplog.text
 
 
