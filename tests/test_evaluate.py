@@ -358,7 +358,7 @@ def test_the_quick_error_tracing_runs(base, tmp_path):
     assert "token-wise" in text
     for title, count in result["queries"].items():
         if count:
-            at = {name: entry["at"][title]["10"][0] for name, entry in result["methods"].items()}
+            at = {name: entry["at"][title]["10"]["proportion"][0] for name, entry in result["methods"].items()}
             assert at[f"{RAPIDIN}, token-wise"] > at["random"] + 0.2, at
 
 

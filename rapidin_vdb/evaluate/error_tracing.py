@@ -165,6 +165,12 @@ def _wrong(experiment: Experiment, prompts: dict[str, list[Record]]) -> tuple[li
 def _judged(scores: np.ndarray, positive: np.ndarray, mine: list[bool], seed: int) -> dict[str, Any]:
     rows = scores[np.array(mine)]
     return {
-        str(k): metrics.interval([metrics.average_precision_at(row, positive, k) for row in rows], seed=seed)
+        str(k): {
+            name: metrics.interval([measure(row, positive, k) for row in rows], seed=seed)
+            for name, measure in (
+                ("proportion", metrics.precision_at),
+                ("average_precision", metrics.average_precision_at),
+            )
+        }
         for k in KS
     }

@@ -37,7 +37,7 @@ def _ends(scores: np.ndarray, k: int) -> np.ndarray:
 
 
 def precision_at(scores: Float64[np.ndarray, " samples"], positive: Bool[np.ndarray, " samples"], k: int) -> float:
-    """Return the share of positives among the k highest."""
+    """Return the share of positives among the k highest; its mean over generations is the paper's AP (4.6)."""
     return float(positive[np.argsort(-scores, kind="stable")[:k]].mean())
 
 

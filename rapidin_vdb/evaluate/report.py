@@ -2,10 +2,11 @@
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rapidin_vdb.evaluate import paper
 from rapidin_vdb.evaluate.backdoor import SHARE
 from rapidin_vdb.evaluate.plots import plot
 from rapidin_vdb.evaluate.profiles import KS, PROFILES
@@ -14,9 +15,14 @@ from rapidin_vdb.evaluate.scoring import CONTAINING, lissa_settings
 from rapidin_vdb.evaluate.tables import auroc, cell, figure, rest, table
 
 Result = dict[str, Any]
-_PAPER_HOURS = "4.02 h (QLoRA, 7B) and 26.01 h (full parameters, 7B) for 52,000 samples on one H100"
-_PAPER_SEARCH = "6.84 s on two H100s, 97 s on one"
-_ENDS = ", of the k highest and k lowest samples (the paper's Tables 2 and 11)"
+_TRACED = (("proportion", "share of the k highest (the paper's Table 5)"), ("average_precision", "average precision"))
+_AP = (
+    "The paper's AP is the average over generations of the share, among the k highest, of samples with the same wrong name. "
+    "Average precision, in further tables, also asks for their order.",
+    "The figures are the average precision of the samples with the same wrong name among the k highest, which asks for their "
+    "order; the paper's AP is another measure: the average over generations of their share among the k highest.",
+)
+_ENDS = ", of the k highest and k lowest samples (the paper's Tables 4 and 11)"
 
 
 def write_report(results: Sequence[Result], folder: Path) -> Path:
@@ -99,10 +105,10 @@ def _backdoor(result: Result) -> str:
 
     lines += [
         f"### auPRC{_ENDS}",
-        _by_k(result, ks, of("auprc")),
+        _by_k(result, ks, of("auprc"), paper.backdoor("auprc", ks)),
         "Where all of the k lowest are poisoned too, auPRC is 1 in any order, and says nothing of it.",
         f"### auROC{_ENDS}",
-        _by_k(result, ks, lambda at: auroc(at, result["queries"])),
+        _by_k(result, ks, lambda at: auroc(at, result["queries"]), paper.backdoor("auroc", ks)),
         "A generation whose k highest and k lowest samples are all of one kind has no auROC"
         + (
             ". Where not all generations have one, the mean is over those that do, whose number stands behind it."
@@ -130,11 +136,11 @@ def _backdoor(result: Result) -> str:
     return "\n\n".join(lines)
 
 
-def _by_k(result: Result, ks: Sequence[int], shown: Callable[[Result], str]) -> str:
-    return table(
-        ["method", *(f"k = {k}" for k in ks)],
-        [[name, *(shown(entry["at"][str(k)]) for k in ks)] for name, entry in result["methods"].items()],
-    )
+def _by_k(
+    result: Result, ks: Sequence[int], shown: Callable[[Result], str], others: Sequence[Sequence[str]] = ()
+) -> str:
+    ours = [[name, *(shown(entry["at"][str(k)]) for k in ks)] for name, entry in result["methods"].items()]
+    return table(["method", *(f"k = {k}" for k in ks)], [*ours, *others])
 
 
 def _new(result: Result) -> bool:
@@ -190,13 +196,14 @@ def _cost(result: Result) -> str:
         for name, entry in result["methods"].items()
     ]
     return (
-        "### Cost (the paper's Tables 1, 4 and 5)\n\nSeconds for all generations and all samples. Methods that share a pass over the "
+        "### Cost (the paper's Tables 1 and 2)\n\nSeconds for all generations and all samples. Methods that share a pass over the "
         "samples are each charged with its gradients and with their own arithmetic; all widths of one lambda are made at once, for the "
         "seconds of one. The influence functions begin from TracIn's pass, whose seconds come on top. Bytes are what has to be kept to answer another "
         "generation without that pass: full gradients in single precision, RapidGrads in half.\n\n"
-        f"{table(['method', 'seconds', 'stored bytes'], rows)}\n\nThrough a database: {seconds}; {product['bytes']:,} bytes on disk. For scale, the paper's "
-        f"caching: {_PAPER_HOURS}; retrieval: {_PAPER_SEARCH}. Its models are some 700 times as large, its hardware is not "
-        "comparable with a CPU, and its other numbers are not repeated here."
+        f"{table(['method', 'seconds', 'stored bytes'], rows)}\n\nThrough a database: {seconds}; {product['bytes']:,} bytes on disk.\n\n"
+        "The paper's: the length and size of a sample's gradient, and hours of caching 52,000 samples / of retrieval for one "
+        "generation, on one H100 where nothing else is said. Its models are hundreds of times as large, and its hardware is not comparable with a CPU.\n\n"
+        f"{table(['the paper', *paper.MODELS], [*paper.SIZES, *paper.HOURS])}"
     )
 
 
@@ -210,8 +217,11 @@ def _error_tracing(result: Result, *, linked: bool) -> str:
             for title in result["perturbed"]
         )
         + f". Answers are the most likely ones first, then ones drawn at temperature {result['temperature']}"
-        + ". Average precision of the samples with the same wrong name among the k highest; token-wise asks about the wrong "
-        "name only." + _told(result) + _influence(result)
+        + ". "
+        + _AP[not _has_proportion(result)]
+        + " Token-wise methods ask about the wrong name only."
+        + _told(result)
+        + _influence(result)
     )
     if linked and CONTAINING not in result["methods"]:
         lines.append(
@@ -225,13 +235,24 @@ def _error_tracing(result: Result, *, linked: bool) -> str:
         )
     )
     titles = [title for title in result["queries"] if result["queries"][title]]
-    for title in titles:
-        ks = list(next(iter(result["methods"].values()))["at"][title])
-        lines += [
-            f"### {title}",
-            table(
-                ["method", *(f"k = {k}" for k in ks)],
-                [[name, *(figure(entry["at"][title][k]) for k in ks)] for name, entry in result["methods"].items()],
-            ),
-        ]
+    proportion = _has_proportion(result)
+    for measure, heading in _TRACED[0 if proportion else 1 :]:
+        for title in titles:
+            ks = list(next(iter(result["methods"].values()))["at"][title])
+            rows = [
+                [name, *(figure(at[measure] if proportion else at) for at in entry["at"][title].values())]
+                for name, entry in result["methods"].items()
+            ]
+            others = paper.traced(title, ks) if measure == "proportion" else []
+            lines += [f"### {title}: {heading}", table(["method", *(f"k = {k}" for k in ks)], [*rows, *others])]
     return "\n\n".join(lines)
+
+
+def _has_proportion(result: Result) -> bool:
+    """Return whether results of error tracing have the paper's measure; older ones have average precision alone."""
+    return all(
+        isinstance(at, Mapping)
+        for entry in result["methods"].values()
+        for ks in entry["at"].values()
+        for at in ks.values()
+    )
