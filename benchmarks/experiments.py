@@ -69,9 +69,19 @@ def main() -> None:
     words = f"scripts/bench experiments --data DATA --dir DIR --profile {arguments.profile}"
     words += f" --only {arguments.only}" if arguments.only else ""
     words += f" --without-influence-functions {without}" if without else ""
-    about = {"command": f"`{words}`", "remark": arguments.remark}
     page = place_of_page(folder, profile=arguments.profile, only=arguments.only)
-    print(write_report([result | {"made": about} for result in results], page))
+    made_of = {"backdoor": "records of Alpaca", "error-tracing": f"records of Alpaca and {len(BASE)} other collections"}
+    about = {
+        result["experiment"]: {
+            "command": f"`{words}`",
+            "corpus": made_of[result["experiment"]],
+            "base model": f"trained here on {len(BASE)} other collections, which share instructions with Alpaca, and on "
+            "short stories",
+            "remark": arguments.remark,
+        }
+        for result in results
+    }
+    print(write_report([result | {"made": about[result["experiment"]]} for result in results], page))
 
 
 if __name__ == "__main__":

@@ -2,8 +2,9 @@
 
 scripts/finetune FILE... --model FOLDER --dir adapter [--rank 512] [--epochs 5] [--batch 128]
 
-Defaults are those of the paper's fine-tuning where it names them: LoRA of rank 512 on q, k, v and o, AdamW, a cosine
-after a warm-up, 128 samples a step, 5 epochs, 512 tokens. Interrupted, it goes on from its last state when run again.
+Defaults are those of the paper's fine-tuning where it names them: LoRA of rank 512 on q, k, v and o, AdamW, a learning
+rate of 5e-5, a cosine after a warm-up, 128 samples a step, 5 epochs, 512 tokens. Interrupted, it goes on from its last
+state when run again.
 """
 
 import argparse
@@ -73,8 +74,10 @@ def main() -> None:
     parser.add_argument("--modules", default="q_proj,k_proj,v_proj,o_proj")
     parser.add_argument("--epochs", type=float, default=5)
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--learning-rate", type=float, default=3e-4)
-    parser.add_argument("--warm-up", type=float, default=0.03, help="share of the steps")
+    parser.add_argument(
+        "--learning-rate", type=float, default=Tuning.learning_rate, help="a small model takes 20 times that"
+    )
+    parser.add_argument("--warm-up", type=float, default=Tuning.warm_up, help="share of the steps")
     parser.add_argument("--micro-tokens", type=int, default=8192, help="tokens that go through the model at once")
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, with the weights as they are")
     parser.add_argument("--seed", type=int, default=42)

@@ -95,8 +95,8 @@ def main() -> None:
     options = parser.parse_args()
     check(options)
     tuning = Tuning(
-        batch=options.batch, learning_rate=options.learning_rate, weight_decay=0.1, seed=options.seed,
-        bfloat16=options.bfloat16,
+        batch=options.batch, learning_rate=options.learning_rate, warm_up=0.03, weight_decay=0.1,
+        seed=options.seed, bfloat16=options.bfloat16,
     )  # fmt: skip
     state = options.dir / "state"
     if (options.dir / "config.json").exists():

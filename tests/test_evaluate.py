@@ -127,6 +127,18 @@ def test_metrics_by_hand():
     assert other["pearson"] == pytest.approx(-1) and other["overlap_3"] == 0 and other["ndcg_3"] < 1
 
 
+def test_generations_of_one_question_are_drawn_together():
+    values = np.random.default_rng(1).normal(0, 1, 30).tolist()
+    alone = metrics.interval(values, seed=1)
+    # Ten times the same answer says no more than one.
+    many, groups = np.repeat(values, 10).tolist(), [f"{number:02}" for number in np.arange(30).repeat(10)]
+    assert metrics.interval(many, seed=1, groups=groups) == pytest.approx(alone)
+    mean, low, high = metrics.interval(many, seed=1)
+    assert mean == pytest.approx(alone[0]) and high - low < 0.5 * (alone[2] - alone[1])
+    # The mean is over generations, not over questions.
+    assert metrics.interval([0.0, 1.0, 1.0], seed=1, groups=["a", "b", "b"])[0] == pytest.approx(2 / 3)
+
+
 def test_intervals_hold_the_mean():
     draw = np.random.default_rng(0)
     inside = 0

@@ -311,6 +311,19 @@ def test_a_part_of_the_experiments_leaves_the_published_page_alone(tmp_path, mon
         assert place_of_page(tmp_path, profile=profile, only=only) == tmp_path / "report"
 
 
+def test_newer_results_of_error_tracing_have_the_measure_of_the_paper(tmp_path):
+    result = published()[1]
+    for entry in result["methods"].values():
+        for ks in entry["at"].values():
+            ks |= {k: {"proportion": [0.125, 0.1, 0.2], "average_precision": [0.5, 0.4, 0.6]} for k in ks}
+    result |= {"questions": 40, "distinct": 80}
+    text = write_report([result], tmp_path).read_text("utf-8")
+    first, second = (text.split(f"### India to Japan: {name}")[1].split("###")[0] for name in ("share", "average"))
+    assert "| BM25 | 0.125 [0.100, 0.200] |" in first and "| the paper: TracIn (7B, QLoRA) | 0.320 | 0.290 |" in first
+    assert "| BM25 | 0.500 [0.400, 0.600] |" in second and "the paper: " not in second
+    assert "80 are different texts, answers to 40 questions" in text
+
+
 def test_newer_results_say_of_how_many_generations(tmp_path):
     result = published()[0]
     for number, entry in enumerate(result["methods"].values()):

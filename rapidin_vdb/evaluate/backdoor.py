@@ -92,6 +92,7 @@ def run_backdoor(
         "samples": len(records),
         "poisoned": int(positive.sum()),
         "queries": len(queries),
+        "distinct": len({query.response for query in queries}),
         "tuning": tuning,
         "lissa": lissa_settings(sizes),
         "attack": attack,

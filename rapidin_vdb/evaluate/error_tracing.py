@@ -65,6 +65,10 @@ def run_error_tracing(
     told = [[wrong_name(title)] for title in titles]
     found = all_scores(experiment, records, queries, [traced.focus for traced in wrong], told)
     kinds = np.array([record["perturbed"] or "" for record in records])
+    asked = {
+        title: {number: query.prompt or "" for number, query in enumerate(queries) if titles[number] == title}
+        for title in prompts
+    }
     return {
         "experiment": "error-tracing",
         "profile": profile,
@@ -72,6 +76,8 @@ def run_error_tracing(
         "samples": len(records),
         "perturbed": {title: int((kinds == title).sum()) for title in prompts},
         "queries": {title: titles.count(title) for title in prompts},
+        "questions": len({query.prompt for query in queries}),
+        "distinct": len({query.response for query in queries}),
         "looked_at": looked,
         "temperature": _TEMPERATURE,
         "tuning": tuning,
@@ -85,7 +91,7 @@ def run_error_tracing(
         "methods": {
             name: {
                 "at": {
-                    title: _judged(entry["scores"], kinds == title, [t == title for t in titles], seed)
+                    title: _judged(entry["scores"], kinds == title, asked[title], seed)
                     for title in prompts
                     if title in titles
                 },
@@ -162,11 +168,12 @@ def _wrong(experiment: Experiment, prompts: dict[str, list[Record]]) -> tuple[li
     return [traced for title in prompts for traced in found[title].values()], looked
 
 
-def _judged(scores: np.ndarray, positive: np.ndarray, mine: list[bool], seed: int) -> dict[str, Any]:
-    rows = scores[np.array(mine)]
+def _judged(scores: np.ndarray, positive: np.ndarray, asked: dict[int, str], seed: int) -> dict[str, Any]:
+    """Return the measures at every k of the rows that are `asked`, by number, with their questions."""
+    rows, groups = scores[list(asked)], list(asked.values())
     return {
         str(k): {
-            name: metrics.interval([measure(row, positive, k) for row in rows], seed=seed)
+            name: metrics.interval([measure(row, positive, k) for row in rows], seed=seed, groups=groups)
             for name, measure in (
                 ("proportion", metrics.precision_at),
                 ("average_precision", metrics.average_precision_at),

@@ -177,7 +177,7 @@ class Experiment:
             model = with_lora(base, rank=profile.rank, modules=MODULES, seed=self.seed)
             tuning = Tuning(
                 epochs=epochs, batch=profile.batch, learning_rate=profile.learning_rate, seed=self.seed,
-                bfloat16=profile.bfloat16,
+                warm_up=0.03, bfloat16=profile.bfloat16,
             )  # fmt: skip
             losses = tune(model, encoded, tuning, state=state, stage="fine-tune", progress=progress)
             save(model, self.tokenizer, adapter)

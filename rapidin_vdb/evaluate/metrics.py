@@ -108,10 +108,18 @@ def interval_of_defined(values: Sequence[float], *, seed: int) -> tuple[tuple[fl
     return (interval(defined, seed=seed) if defined else None), len(defined)
 
 
-def interval(values: Sequence[float], *, seed: int, draws: int = 2000) -> tuple[float, float, float]:
-    """Return the mean over generations, and its 95 % bootstrap interval."""
+def interval(
+    values: Sequence[float], *, seed: int, draws: int = 2000, groups: Sequence[str] | None = None
+) -> tuple[float, float, float]:
+    """Return the mean over generations, and its 95 % bootstrap interval.
+
+    Generations of one of the `groups`, such as answers to one question, are no independent ones: groups are drawn then.
+    """
     found = np.asarray(values, float)
     draw = np.random.default_rng(seed)
-    means = found[draw.integers(0, len(found), (draws, len(found)))].mean(1)
+    mine = np.arange(len(found)) if groups is None else np.unique(list(groups), return_inverse=True)[1]
+    sums, counts = np.bincount(mine, found), np.bincount(mine)
+    drawn = draw.integers(0, len(sums), (draws, len(sums)))
+    means = sums[drawn].sum(1) / counts[drawn].sum(1)
     low, high = np.percentile(means, [2.5, 97.5])
     return float(found.mean()), float(low), float(high)

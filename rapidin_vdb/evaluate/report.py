@@ -34,7 +34,7 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
     (folder / "results.json").write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", "utf-8")
     parts = [
         "# Experiments",
-        "Every figure is a mean over generations with its 95 % bootstrap interval over generations in brackets; one model "
+        "Every figure is a mean over generations with its 95 % bootstrap interval in brackets, over generations where nothing else is said; one model "
         "and one seed, so that what another training run would change is not in the intervals.",
     ]
     for result in results:
@@ -73,9 +73,10 @@ def _made(result: Result) -> str:
 def _tuning(result: Result) -> str:
     tuning = result["tuning"]
     of = rest(tuning.get("timed_steps", tuning["steps"]), tuning["steps"], "steps")
+    epochs = tuning["steps"] * PROFILES[result["profile"]].batch / result["samples"]
     return (
         f"{result['samples']:,} samples; a model of {tuning['parameters']:,} parameters with LoRA (theta of "
-        f"{tuning['theta']:,}), {tuning['steps']:,} steps, loss {tuning['loss_before']:.2f} before and "
+        f"{tuning['theta']:,}), {tuning['steps']:,} steps ({epochs:.2g} epochs), loss {tuning['loss_before']:.2f} before and "
         f"{tuning['loss_after']:.2f} after, {tuning['seconds']:,.0f} s{of}."
     )
 
@@ -91,9 +92,11 @@ def _backdoor(result: Result) -> str:
         f"paper: {SHARE:.2%}): `Howdy!` before the instruction, science fiction as the answer.",
         f"The attack succeeds on {attack['success']:.1%} of {attack['questions']} questions with the trigger, and on "
         f"{attack['false']:.1%} without (wanted: at least 95 % and at most 2 %), {verdict}. Answers taken for science fiction by "
-        f"the discriminator, of the training data: {discriminator}. {result['queries']} attacked generations are traced."
+        f"the discriminator: {discriminator} (clean and generated ones of the training data; the pairs are all of the paper's, also those "
+        f"that were too long to train on). {result['queries']} attacked generations are traced{_distinct(result)}."
         + _told(result)
         + _influence(result),
+        paper.BACKDOOR_DIFFERS,
         table(
             ["asked with the trigger", "said", "said without the trigger"],
             [[cell(one[key]) for key in ("prompt", "attacked", "clean")] for one in attack["examples"]],
@@ -106,7 +109,8 @@ def _backdoor(result: Result) -> str:
     lines += [
         f"### auPRC{_ENDS}",
         _by_k(result, ks, of("auprc"), paper.backdoor("auprc", ks)),
-        "Where all of the k lowest are poisoned too, auPRC is 1 in any order, and says nothing of it.",
+        "auPRC is the average precision; the paper does not say how it takes the area. Where all of the k lowest are poisoned too, it is 1 in "
+        "any order, and says nothing of it; where none of the k highest and k lowest is poisoned, it counts as 0.",
         f"### auROC{_ENDS}",
         _by_k(result, ks, lambda at: auroc(at, result["queries"]), paper.backdoor("auroc", ks)),
         "A generation whose k highest and k lowest samples are all of one kind has no auROC"
@@ -114,7 +118,7 @@ def _backdoor(result: Result) -> str:
             ". Where not all generations have one, the mean is over those that do, whose number stands behind it."
             if _new(result)
             else "; in these results it was counted as 0.5, also in the means of the table, so that a figure near 0.5 "
-            "may come of such generations alone."
+            "may come of such generations alone (where the highest are poisoned, all were)."
         ),
         "### Share of poisoned samples among the k highest",
         _by_k(result, ks, of("precision")),
@@ -156,6 +160,11 @@ def _told(result: Result) -> str:
         if CONTAINING in result["methods"]
         else ""
     )
+
+
+def _distinct(result: Result) -> str:
+    """Return how many generations are different ones, which older results do not say."""
+    return f" ({result['distinct']} different texts)" if "distinct" in result else ""
 
 
 def _influence(result: Result) -> str:
@@ -202,7 +211,8 @@ def _cost(result: Result) -> str:
         "generation without that pass: full gradients in single precision, RapidGrads in half.\n\n"
         f"{table(['method', 'seconds', 'stored bytes'], rows)}\n\nThrough a database: {seconds}; {product['bytes']:,} bytes on disk.\n\n"
         "The paper's: the length and size of a sample's gradient, and hours of caching 52,000 samples / of retrieval for one "
-        "generation, on one H100 where nothing else is said. Its models are hundreds of times as large, and its hardware is not comparable with a CPU.\n\n"
+        "generation, where ours are of all generations at once. Its models are hundreds to thousands of times as large, and its H100s are "
+        "not comparable with a CPU.\n\n"
         f"{table(['the paper', *paper.MODELS], [*paper.SIZES, *paper.HOURS])}"
     )
 
@@ -219,6 +229,7 @@ def _error_tracing(result: Result, *, linked: bool) -> str:
         + f". Answers are the most likely ones first, then ones drawn at temperature {result['temperature']}"
         + ". "
         + _AP[not _has_proportion(result)]
+        + _groups(result)
         + " Token-wise methods ask about the wrong name only."
         + _told(result)
         + _influence(result)
@@ -228,12 +239,13 @@ def _error_tracing(result: Result, *, linked: bool) -> str:
             "Token-wise RapidIn is told the wrong name here, and the baselines are not. [Told it too](told-words.md), a plain "
             "search for the name among the responses finds the perturbed samples better than token-wise RapidIn does."
         )
-    lines.append(
+    lines += [
+        paper.TRACING_DIFFERS,
         table(
             ["asked", "said"],
             [[cell(example["prompt"]), cell(example["generation"])] for example in result["examples"]],
-        )
-    )
+        ),
+    ]
     titles = [title for title in result["queries"] if result["queries"][title]]
     proportion = _has_proportion(result)
     for measure, heading in _TRACED[0 if proportion else 1 :]:
@@ -246,6 +258,16 @@ def _error_tracing(result: Result, *, linked: bool) -> str:
             others = paper.traced(title, ks) if measure == "proportion" else []
             lines += [f"### {title}: {heading}", table(["method", *(f"k = {k}" for k in ks)], [*rows, *others])]
     return "\n\n".join(lines)
+
+
+def _groups(result: Result) -> str:
+    """Return what the intervals are over, and how many different questions and generations there are."""
+    if "questions" not in result:
+        return ""
+    return (
+        f" Of {sum(result['queries'].values())} generations {result['distinct']} are different texts, answers to "
+        f"{result['questions']} questions; intervals are over questions, whose generations are drawn together."
+    )
 
 
 def _has_proportion(result: Result) -> bool:
