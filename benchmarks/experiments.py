@@ -75,8 +75,8 @@ def main() -> None:
         result["experiment"]: {
             "command": f"`{words}`",
             "corpus": made_of[result["experiment"]],
-            "base model": f"trained here on {len(BASE)} other collections, which share instructions with Alpaca, and on "
-            "short stories",
+            "base model": f"trained here on {len(BASE)} other collections, which share instructions with Alpaca, and on"
+            " short stories",
             "remark": arguments.remark,
         }
         for result in results
