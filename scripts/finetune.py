@@ -78,7 +78,9 @@ def main() -> None:
         "--learning-rate", type=float, default=Tuning.learning_rate, help="a small model takes 20 times that"
     )
     parser.add_argument("--warm-up", type=float, default=Tuning.warm_up, help="share of the steps")
-    parser.add_argument("--micro-tokens", type=int, default=8192, help="tokens that go through the model at once")
+    parser.add_argument(
+        "--micro-tokens", type=int, help="at once through the model [default: 8192 on a GPU, 1024 on a CPU]"
+    )
     parser.add_argument("--bfloat16", action="store_true", help="compute in bfloat16, with the weights as they are")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--device", default="auto")
