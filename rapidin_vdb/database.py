@@ -11,7 +11,7 @@ from rapidin_vdb.errors import SpecError
 from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.ingest import ingest
-from rapidin_vdb.plan import Corpus, token_width_for
+from rapidin_vdb.plan import Corpus, paths_of, token_width_for
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from, read_queries
 from rapidin_vdb.question import Question
@@ -80,8 +80,7 @@ class Database(SampleReader):
         if token_width is not None and not token_gradients:
             raise SpecError("--token-width goes with --token-gradients")
         single = token_width_for(self._table, token_width) if token_gradients else None
-        paths = tuple(map(Path, files))
-        corpus = Corpus(paths=paths, split=split, source=source, id_field=id_field, limit=limit)
+        corpus = Corpus(paths=paths_of(files), split=split, source=source, id_field=id_field, limit=limit)
         road, tokens, workers, devices = choose_road(
             self.fingerprint, place=self.path, loaded=partial(self._engine_on, model, adapter), device=device,
             workers_per_device=workers_per_device, batch_tokens=batch_tokens, dry_run=dry_run, cluster=cluster,
@@ -257,6 +256,7 @@ class Database(SampleReader):
             token_gradients=0 if tokens is None else tokens.rows(),
             token_width=None if tokens is None else tokens.width,
             columns=snapshot.columns,
+            made_with=stored.settings,
         )
 
     def verify(self, *, progress: Progress = silent) -> VerifyReport:
@@ -278,8 +278,10 @@ class Database(SampleReader):
 
         Raises:
             FilterError: the filter cannot be understood; nothing is deleted.
-            SpecError: neither or both are given.
+            SpecError: neither or both are given, or the ids are one string.
         """
+        if isinstance(ids, str):
+            raise SpecError(f"ids is the string {ids!r}, whose letters would be the ids; wanted a list: ids=[{ids!r}]")
         if (where is None) == (ids is None) and not (purge and where is None):
             raise SpecError("give one of: --where SQL, or --ids FILE")
         gone: list[str] | int = 0

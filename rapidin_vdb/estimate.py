@@ -77,6 +77,7 @@ def estimate(
             measured = sum(_work(batch, token_width is not None) for batch in chosen)
             seconds = (time.monotonic() - started) * work / measured / speedup(workers, devices)
     return IngestEstimate(
+        truncated=plan.truncated,
         samples=samples,
         tokens=tokens,
         batches=len(sizes),

@@ -77,6 +77,7 @@ def ingest(
         unchanged=plan.unchanged + writer.unchanged,
         kept=plan.kept + writer.kept,
         bad=tuple(plan.bad),
+        truncated=plan.truncated,
         tokens=tokens,
         token_gradients=writer.token_gradients,
         seconds=time.monotonic() - started,

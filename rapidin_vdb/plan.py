@@ -3,7 +3,7 @@
 What grows with the corpus stands in the ledger, not in memory.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -14,7 +14,7 @@ from rapidin_vdb.errors import CorpusError, SpecError, check_unicode
 from rapidin_vdb.gradient import check_token_width
 from rapidin_vdb.ledger import Entry, Ledger
 from rapidin_vdb.records import OnBadRecord, OnDuplicate, Sample
-from rapidin_vdb.store import ColumnKind, SampleTable, merge_kinds, undisturbed
+from rapidin_vdb.store import ColumnKind, SampleTable, can_hold, merge_kinds, undisturbed, value_kind
 
 # Records checked, encoded and sorted by length together.
 _WINDOW = 1024
@@ -50,6 +50,18 @@ class Corpus:
         return islice(samples, self.limit)
 
 
+def paths_of(files: Sequence[str | Path]) -> tuple[Path, ...]:
+    """Return the paths of files.
+
+    Raises:
+        SpecError: one of them is something else, such as a list of names.
+    """
+    for file in files:
+        if not isinstance(file, str | Path):
+            raise SpecError(f"a file is of type {type(file).__name__}; wanted names: ingest('a.jsonl', 'b.jsonl')")
+    return tuple(map(Path, files))
+
+
 @dataclass(kw_only=True)
 class Plan:
     """What the first reading of a corpus found, besides what the ledger holds."""
@@ -68,6 +80,8 @@ class Plan:
     """The table's version that the plan was made for."""
     kept: int = 0
     """Samples whose id stands for other content, which stays."""
+    truncated: int = 0
+    """How many of the samples to write have more tokens than are looked at."""
     bad: list[str] = field(default_factory=list)
     """What is wrong with each record that cannot be stored."""
 
@@ -128,9 +142,11 @@ def make_plan(
         ScratchError: the ledger cannot be kept.
     """
     plan = Plan(seen=_note_there(table, ledger, token_gradients))
+    columns = table.snapshot().column_kinds
     for window in windows:
         entries, changed = ledger.look(_ids(window)), dict[str, Entry]()
-        for entry in window:
+        for found in window:
+            entry = found if isinstance(found, CorpusError) else _fitting(found, columns)
             if isinstance(entry, CorpusError):
                 if on_bad_record == "stop":
                     raise CorpusError(
@@ -144,6 +160,7 @@ def make_plan(
             if wanted:
                 known.replaced = known.there is not None
                 plan.kinds = merge_kinds(plan.kinds, sample.metadata)
+                plan.truncated += encoded.truncated
             lacking = token_gradients and not known.has_tokens and known.there == sample.content_hash
             if wanted or (lacking and known.planned is None):
                 known.planned = sample.content_hash
@@ -170,6 +187,17 @@ def planned_windows(
         for entry in taken.values():
             entry.taken = True
         ledger.put(taken)
+
+
+def _fitting(pair: Pair, columns: Mapping[str, ColumnKind | None]) -> Pair | CorpusError:
+    """Return a sample, or an error where a column of the table cannot hold what it has for it."""
+    for name, value in pair[0].metadata.items():
+        if value is not None and name.lower() in columns and not can_hold(columns[name.lower()], value_kind(value)):
+            return CorpusError(
+                f"{pair[0].location}: field {name} is {value_kind(value)}, but the column {name} holds "
+                f"{columns[name.lower()]}; rename the field or bring it to that type"
+            )
+    return pair
 
 
 def _ids(window: Sequence[Pair | CorpusError]) -> Iterator[str]:

@@ -183,6 +183,15 @@ class Fingerprint:
     """Library versions at `init` (not compared)."""
 
     @property
+    def settings(self) -> dict[str, str | int | float]:
+        """What was said at `init`, or followed from it, besides the model and the sketch."""
+        return {
+            "parameters": self.parameters, "gradient_length": self.gradient_length, "dtype": self.dtype,
+            "quantization": self.quantization, "template": self.template, "max_tokens": self.max_tokens,
+            "epochs": self.epochs, "learning_rate": self.learning_rate,
+        }  # fmt: skip
+
+    @property
     def gradient_length(self) -> int:
         """Number of coordinates of a gradient (the paper's D, before padding)."""
         return sum(shape.count for shape in self.theta)

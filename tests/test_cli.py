@@ -71,6 +71,12 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters):
     )
     added = run("ingest", db, lines, "--split", "test", "--limit", 10, check=0)
     assert added.stdout == "" and added.stderr.startswith("10 samples added, in ")
+    assert "; version 3\n" in added.stderr and "cut to" not in added.stderr
+    empty = write_jsonl(tmp_path / "empty.jsonl", [])
+    nothing = run("ingest", db, empty, check=0).stderr
+    assert nothing == "0 samples added: there is no record in what was given\n", nothing
+    told = run("info", db, check=0).stdout
+    assert "\nmax tokens     512\n" in told and "\ntemplate       alpaca\n" in told and "quantization" in told
     run("index", db, "--recipe", "indexes/cpu.toml", check=0)
     found = run("query", db, "--prompt", "Say 5", "--generation", "blue 35", "--top-k", 3, "--json", check=0)
     (line,) = found.stdout.splitlines()

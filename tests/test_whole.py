@@ -312,6 +312,38 @@ def test_an_index_of_a_copy_is_not_believed(database, tmp_path):
     assert "toy-001" in found and "toy-002" not in found
 
 
+def test_a_string_is_no_list(database, tmp_path):
+    lines = write_jsonl(tmp_path / "few.jsonl", [record | {"id": str(n)} for n, record in enumerate(toy_records(3))])
+    database.ingest(lines)
+    with pytest.raises(SpecError, match=r"ids is the string '12', .* wanted a list: ids=\['12'\]"):
+        database.delete(ids="12")
+    assert database.delete(ids=["1"]) == ["1"] and database.info().samples == 26
+
+
+def test_a_field_that_its_column_cannot_hold_is_a_bad_record(database, tmp_path):
+    """Told with its place, nothing written; or passed over."""
+    stars = [record | {"id": f"s{n}", "stars": n} for n, record in enumerate(toy_records(4))]
+    database.ingest(write_jsonl(tmp_path / "whole.jsonl", stars[:2]))
+    bad = write_jsonl(tmp_path / "bad.jsonl", [stars[2], stars[3] | {"Stars": "five", "stars": None}])
+    with pytest.raises(
+        CorpusError, match=r"bad.jsonl, line 2: field Stars is str, but the column Stars holds int.*Nothing was"
+    ):
+        database.ingest(bad)
+    assert database.info().samples == 26
+    report = database.ingest(bad, on_bad_record="skip")
+    assert (report.added, len(report.bad)) == (1, 1)
+    # Whole numbers go on to become floating point, and do so within one file.
+    more = write_jsonl(tmp_path / "more.jsonl", [stars[3] | {"stars": 2.5}])
+    assert database.ingest(more).added == 1 and database.info().samples == 28
+
+
+def test_samples_that_are_cut_are_counted(database, tmp_path):
+    long = [record | {"id": f"l{n}", "output": "blue " * (2000 if n else 2)} for n, record in enumerate(toy_records(3))]
+    lines = write_jsonl(tmp_path / "long.jsonl", long)
+    assert database.ingest(lines, dry_run=True).truncated == 2
+    assert database.ingest(lines).truncated == 2 and database.ingest(lines).truncated == 0
+
+
 def test_an_empty_database_and_a_filter_that_matches_nothing(tmp_path, models, adapters, database):
     empty = make(tmp_path / "empty", models, adapters)
     with pytest.raises(TableError, match="is empty; add samples first: rapidin-vdb ingest"):

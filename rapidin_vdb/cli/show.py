@@ -51,11 +51,15 @@ def ingested(report: IngestReport | IngestEstimate) -> None:
     parts += [f"{report.unchanged:,} were there already"] if report.unchanged else []
     parts += [f"{report.kept:,} kept as they were"] if report.kept else []
     parts += [f"{len(report.bad):,} skipped"] if report.bad else []
+    if parts == ["0 samples added"] and not report.token_gradients:
+        typer.echo("0 samples added: there is no record in what was given", err=True)
+        return
     parts += [f"{report.token_gradients:,} token gradients"] if report.token_gradients else []
     written = report.added + report.replaced
     rate, what = (written, "samples") if written else (report.token_gradients, "token gradients")
     speed = f"{rate / report.seconds:,.1f} {what}/s, {report.tokens / report.seconds:,.0f} tokens/s"
-    typer.echo(f"{', '.join(parts)}, in {report.seconds:.1f} s ({speed})", err=True)
+    typer.echo(f"{', '.join(parts)}, in {report.seconds:.1f} s ({speed}); version {report.table_version}", err=True)
+    _cut_short(report.truncated, "were")
     for message in report.bad:
         typer.echo(f"skipped: {shown(message)}", err=True)
 
@@ -67,8 +71,15 @@ def _estimated(expected: IngestEstimate) -> None:
         f"{expected.bytes / 1e6:,.1f} MB in the database, {expected.peak_memory / 1e9:,.1f} GB of memory at the most\n"
         f"{expected.seconds:,.0f} s expected once the model is loaded, from timing a few batches; nothing was written"
     )
+    _cut_short(expected.truncated, "would be")
     for message in expected.bad:
         typer.echo(f"would be skipped: {shown(message)}", err=True)
+
+
+def _cut_short(count: int, what: str) -> None:
+    """Say how many samples were too long, if any."""
+    if count:
+        typer.echo(f"{count:,} of them {what} cut to the database's limit of tokens (init --max-tokens)", err=True)
 
 
 def indexed(built: IndexInfo) -> None:
@@ -120,7 +131,7 @@ def info(found: DatabaseInfo, *, as_json: bool) -> None:
     if as_json:
         json_line(found.to_dict())
         return
-    for name, value in (found.to_dict() | {"columns": None}).items():
+    for name, value in (found.to_dict() | dict(found.made_with) | {"columns": None}).items():
         if name == "columns":
             typer.echo(
                 textwrap.fill(", ".join(found.columns), 80, initial_indent=f"{name:<15}", subsequent_indent=" " * 15)

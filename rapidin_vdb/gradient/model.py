@@ -1,6 +1,7 @@
 """Load a causal language model, its adapter and its tokenizer, and choose the parameters theta."""
 
 import dataclasses
+import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -241,11 +242,12 @@ def _refuse_pickle(adapter: str) -> None:
     else:
         from transformers.utils import cached_file
 
+        cached_file(adapter, "adapter_config.json")  # or it says that there is no such adapter
         there = cached_file(adapter, file, _raise_exceptions_for_missing_entries=False) is not None
     if not there:
         raise ModelError(
-            f"the adapter {adapter} has no {file}; pickled weights (.bin) are not loaded, for they can run code: "
-            "save the adapter again with save_pretrained(..., safe_serialization=True)"
+            f"the adapter {adapter} has no {file}; pickled weights (.bin) are not loaded, for they can run code: save "
+            "the adapter again with save_pretrained(..., safe_serialization=True)"
         )
 
 
@@ -287,8 +289,6 @@ def _load_adapter(model: Any, adapter: str, base: str) -> Any:
 
 
 def _made_for(adapter: str) -> str:
-    import json
-
     try:
         base = json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
     except (OSError, ValueError):

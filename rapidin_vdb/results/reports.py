@@ -52,6 +52,8 @@ class IngestReport:
     """Samples whose id stands for other content, which was kept (`--on-duplicate skip`)."""
     bad: tuple[str, ...]
     """One message for each record that could not be stored."""
+    truncated: int
+    """Samples with more tokens than the database's `max_tokens`, of which only the first ones count."""
     tokens: int
     """Tokens run through the model."""
     token_gradients: int
@@ -68,6 +70,8 @@ class IngestEstimate:
 
     samples: int
     """Samples to write."""
+    truncated: int
+    """How many of them have more tokens than the database's `max_tokens`, of which only the first ones would count."""
     tokens: int
     """Their tokens, prompts included, padding not."""
     batches: int
@@ -136,10 +140,12 @@ class DatabaseInfo:
     """Length of those; None where there are none."""
     columns: tuple[str, ...]
     """What a filter may use, with types; not in the JSON, whose fields are fixed."""
+    made_with: Mapping[str, str | int | float]
+    """What else was said at `init`, or followed from it; not in the JSON either."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that `info --json` prints."""
-        hidden = {"columns"} | (set() if self.token_width else {"token_gradients", "token_width"})
+        hidden = {"columns", "made_with"} | (set() if self.token_width else {"token_gradients", "token_width"})
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in hidden}
 
 

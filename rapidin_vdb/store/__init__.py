@@ -3,7 +3,7 @@
 from rapidin_vdb.store.cache import cache_limit, cache_root
 from rapidin_vdb.store.fingerprint import check_fingerprint
 from rapidin_vdb.store.place import size_of
-from rapidin_vdb.store.rows import ColumnKind, Row, merge_kinds
+from rapidin_vdb.store.rows import ColumnKind, Row, can_hold, merge_kinds, value_kind
 from rapidin_vdb.store.scalar import indexed_columns, make_scalar_index, wrong_lookup
 from rapidin_vdb.store.settings import store_settings
 from rapidin_vdb.store.share import Share
@@ -26,6 +26,7 @@ __all__ = [
     "TokenTable",
     "cache_limit",
     "cache_root",
+    "can_hold",
     "check_fingerprint",
     "indexed_columns",
     "make_scalar_index",
@@ -35,5 +36,6 @@ __all__ = [
     "token_of",
     "undisturbed",
     "undisturbed_each",
+    "value_kind",
     "wrong_lookup",
 ]

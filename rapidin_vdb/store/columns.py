@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 
 from rapidin_vdb.errors import TableError
-from rapidin_vdb.store.rows import OWN_NAMES, ColumnKind, column_field, column_kind
+from rapidin_vdb.store.rows import OWN_NAMES, ColumnKind, can_hold, column_field, column_kind
 
 _WIDENED = "_widened_"
 _EXACT = 1 << 53
@@ -52,7 +52,7 @@ def ensure_columns(table: Any, kinds: dict[str, ColumnKind]) -> None:
                     f"beyond {_EXACT}, which would lose digits; rename the field or write it as whole numbers"
                 )
             widened.append(field.name)
-        elif not _holds(column_kind(field), kind):
+        elif not can_hold(column_kind(field), kind):
             raise TableError(
                 f"the records' field {name} is {kind}, but the column {name} holds {field.type}; "
                 "rename the field or bring it to that type"
@@ -62,7 +62,3 @@ def ensure_columns(table: Any, kinds: dict[str, ColumnKind]) -> None:
     for name in widened:
         table.add_columns({_WIDENED + name: f"CAST(`{name}` AS DOUBLE)"})
         settle(table)
-
-
-def _holds(column: ColumnKind | None, kind: ColumnKind) -> bool:
-    return column == kind or column == "str" or (column == "float" and kind == "int")

@@ -71,8 +71,11 @@ def understood(where: str, columns: Sequence[str]) -> Iterator[str]:
         # The planner raises ValueErrors; whatever else goes wrong is not the filter's fault.
         if isinstance(error, RuntimeError) and not any(text in str(error) for text in _OF_ITS_VALUES):
             raise
+        # Lance goes on to name columns of ours that nobody asks for, in that form.
+        said = first_line(error).split(" Valid fields are", 1)[0].rstrip(".")
+        hint = " Texts take single quotes: 'train', not \"train\"." if "No field named" in said and '"' in where else ""
         raise FilterError(
-            f"the filter {where!r} is not understood: {first_line(error)}. Columns are: {', '.join(columns)}"
+            f"the filter {where!r} is not understood: {said}.{hint} Columns are: {', '.join(columns)}"
         ) from error
     except BaseException as error:
         if not is_panic(error) or out_of_handles(error):

@@ -82,6 +82,11 @@ def value_kind(value: Scalar) -> ColumnKind:
     )
 
 
+def can_hold(column: ColumnKind | None, kind: ColumnKind) -> bool:
+    """Say whether a column takes values of a kind, widened if need be."""
+    return column in (kind, "str") or {column, kind} == {"int", "float"}
+
+
 def merge_kinds(kinds: Mapping[str, ColumnKind], metadata: Mapping[str, Scalar]) -> dict[str, ColumnKind]:
     """Return the kinds of columns that hold what they held and one more sample's fields.
 

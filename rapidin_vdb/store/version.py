@@ -15,6 +15,7 @@ from jaxtyping import Float16, Int64
 from rapidin_vdb.errors import FilterError, PurgedError, TableError, is_unicode
 from rapidin_vdb.store.filters import understood
 from rapidin_vdb.store.place import Place
+from rapidin_vdb.store.rows import OWN_NAMES, ColumnKind, column_kind
 from rapidin_vdb.store.telling import told
 
 # Lance reads and writes fastest in batches of about this size.
@@ -259,6 +260,11 @@ class TableVersion:
                 return
             with understood(where, self.columns) as expression:
                 yield from query.where(expression).to_batches(size)
+
+    @property
+    def column_kinds(self) -> dict[str, ColumnKind | None]:
+        """What the columns of records' own fields hold, by name in lower case."""
+        return {field.name.lower(): column_kind(field) for field in self.schema if field.name not in OWN_NAMES}
 
     @property
     def columns(self) -> tuple[str, ...]:
