@@ -170,6 +170,7 @@ def test_half_precision_is_rounded_as_numpy_rounds_it():
         (lambda m, a, t: {"model": str(t)}, ModelError, "has no config.json"),
         (lambda m, a, t: {"model": "nobody/nothing"}, ModelError, "the model nobody/nothing cannot be loaded"),
         (lambda m, a, t: {"model": m["llama"], "adapter": str(t)}, ModelError, "has no adapter_config.json"),
+        (lambda m, a, t: {"model": m["llama"], "adapter": "nobody/nothing"}, ModelError, "no adapter at nobody/nothing: neither a folder"),
         (lambda m, a, t: {"model": m["gpt2"], "adapter": a["llama"]}, ModelError, "does not fit the model .*Was it made for another model"),
         (lambda m, a, t: {"model": m["llama"], "parameters": "nosuch"}, SpecError, "matches none of the 21 parameters; names look like"),
         (lambda m, a, t: {"model": m["llama"], "parameters": "("}, SpecError, "is no regular expression"),
