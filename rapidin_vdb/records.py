@@ -186,7 +186,7 @@ class Fingerprint:
     def settings(self) -> dict[str, str | int | float]:
         """What was said at `init`, or followed from it, besides the model and the sketch."""
         return {
-            "parameters": self.parameters, "gradient_length": self.gradient_length, "dtype": self.dtype,
+            "parameters": self.parameters, "coordinates": self.gradient_length, "dtype": self.dtype,
             "quantization": self.quantization, "template": self.template, "max_tokens": self.max_tokens,
             "epochs": self.epochs, "learning_rate": self.learning_rate,
         }  # fmt: skip
