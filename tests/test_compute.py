@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -265,11 +266,13 @@ def test_what_did_not_fit_is_not_tried_again(narrow, caplog):
     assert caplog.messages == ["one sample does not fit the memory: going on with gradient checkpointing"]
 
 
-def test_a_worker_remembers_what_did_not_fit(narrow, database, monkeypatch):
+def test_a_worker_remembers_what_did_not_fit(narrow, database, monkeypatch, request):
     from rapidin_vdb import workers
     from rapidin_vdb.compute import WorkerSpec
 
     engine, sizes, _ = narrow
+    ours = logging.getLogger("rapidin_vdb")  # whose level a worker sets in its own process
+    request.addfinalizer(partial(ours.setLevel, ours.level))
     monkeypatch.setattr(workers, "load_of", lambda spec: engine)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(logging.getLogger(), "handlers", [])

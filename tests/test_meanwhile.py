@@ -74,10 +74,11 @@ def test_single_tokens_of_samples_that_are_gone_meanwhile_are_not_written(databa
 
 
 def test_an_ingest_that_is_refused_does_not_settle_the_width_of_tokens(database, tmp_path):
-    wrong = [toy_records(1)[0] | {"id": "x", "stars": "many"}]
-    database.ingest(write_jsonl(tmp_path / "number.jsonl", [wrong[0] | {"id": "y", "stars": 3}]))
-    with pytest.raises(TableError, match="the records' field stars is str"):
-        database.ingest(write_jsonl(tmp_path / "text.jsonl", wrong), token_gradients=True, token_width=16)
+    record = toy_records(1)[0]
+    database.ingest(write_jsonl(tmp_path / "huge.jsonl", [record | {"id": "y", "huge": (1 << 53) + 1}]))
+    wrong = write_jsonl(tmp_path / "wrong.jsonl", [record | {"id": "x", "huge": 0.5}])
+    with pytest.raises(TableError, match="the column huge holds whole numbers beyond"):
+        database.ingest(wrong, token_gradients=True, token_width=16)
     assert not database._table.tokens
 
 
