@@ -53,6 +53,13 @@ def test_what_only_looks_like_a_call_is_none(database):
     assert [database.count(where) for where in allowed] == [24] * len(allowed)
 
 
+def test_a_text_in_double_quotes_is_told_as_such(database):
+    with pytest.raises(FilterError, match="No field named train") as raised:
+        database.count('split = "train"')
+    assert "Texts take single quotes" in str(raised.value) and "Columns are: sample_id" in str(raised.value)
+    assert "content_hash" not in str(raised.value), "a column of ours"
+
+
 def test_a_filter_that_stops_lance_is_told_as_a_filter(database):
     """Lance's own code comes to a stop over it; the table is not damaged."""
     with pytest.raises(FilterError, match="cannot be answered: Lance gave up over it"):
