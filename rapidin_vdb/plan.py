@@ -6,6 +6,7 @@ What grows with the corpus stands in the ledger, not in memory.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
+from os import PathLike
 from pathlib import Path
 
 from rapidin_vdb.batches import Pair, planned_batches
@@ -57,7 +58,7 @@ def paths_of(files: Sequence[str | Path]) -> tuple[Path, ...]:
         SpecError: one of them is something else, such as a list of names.
     """
     for file in files:
-        if not isinstance(file, str | Path):
+        if not isinstance(file, str | PathLike):
             raise SpecError(f"a file is of type {type(file).__name__}; wanted names: ingest('a.jsonl', 'b.jsonl')")
     return tuple(map(Path, files))
 
