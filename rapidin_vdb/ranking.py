@@ -11,6 +11,7 @@ from rapidin_vdb.question import Question
 from rapidin_vdb.records import Scalar
 from rapidin_vdb.results import GroupInfluence, Histogram, RankedSample, Ranking, Seconds, StoredSample
 from rapidin_vdb.store import Snapshot
+from rapidin_vdb.uncertainty import chance, probes, score_errors, sum_errors
 
 
 def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Question) -> list[Ranking]:
@@ -37,11 +38,13 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
     ends = both_ends(index, sketched.vectors, among, question, top_k=max(question.top_k, question.refine))
     samples = snapshot.samples([name for end in ends for ranked in end for name, _ in ranked])
     seconds = (time.monotonic() - started) / max(len(sketched.query_ids), 1)
+    searched = index.samples if among is None else len(among)
+    errors = score_errors(sketched.vectors, snapshot.fingerprint)
     return [
         Ranking(
             query_id=query_id,
             score_unit=score_unit(sketched, number),
-            searched=index.samples if among is None else len(among),
+            searched=searched,
             where=question.where,
             seconds=seconds_of(sketched, number, seconds),
             results=_results(ends[0][number], samples, factor),
@@ -50,10 +53,28 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
             groups_left_out=None if groups is None else groups[1] or None,
             histogram=None if histograms is None else histograms[number],
             focus=sketched.focus[number] or None,
-            note=cut_note(sketched, number),
+            score_error=None if errors is None else float(errors[number]),
+            note=_note(
+                sketched, number, [end[number] for end in ends], None if question.refine else errors, searched, factor
+            ),
         )
         for number, query_id in enumerate(sketched.query_ids)
     ]
+
+
+def _note(
+    sketched: Sketched, number: int, ends: Sequence[Sequence[tuple[str, float]]], errors: np.ndarray | None,
+    searched: int, factor: float,
+) -> str | None:  # fmt: skip
+    """Say that a generation was cut, and that no score is larger than chance makes some."""
+    notes = [cut_note(sketched, number)]
+    largest = max((abs(score) * factor for end in ends for _, score in end), default=None)
+    if errors is not None and largest is not None and largest < (bound := chance(errors[number], searched)):
+        notes.append(
+            f"no score stands out: by chance alone the largest of {searched:,} is about {bound:.3g}; exact scores "
+            "(refine) tell what is real, and so does a wider sketch (width at init)"
+        )
+    return " ".join(note for note in notes if note) or None
 
 
 def both_ends(
@@ -139,17 +160,25 @@ def _groups(
     places: dict[tuple[type, Scalar], int] = {}
     of_row = np.array([places.setdefault((type(value), value), len(places)) for value in values], dtype=np.int64)
     counts = np.bincount(of_row, minlength=len(places))
-    sums = index.group_sums(vectors, row_ids, of_row, len(places))
+    asked = np.concatenate([vectors, probes(vectors.shape[1])])
+    added = index.group_sums(asked, row_ids, of_row, len(places))
+    sums, probed = added[: len(vectors)], added[len(vectors) :]
+    errors = sum_errors(vectors, sums, probed, snapshot.fingerprint)
     if question.aggregate == "mean":
-        sums = sums / counts
+        sums, errors = sums / counts, errors / counts
     names = [value for _, value in places]
     most = question.most_groups or len(names)
     return [
         tuple(
-            GroupInfluence(value=names[place], samples=int(counts[place]), score=float(row[place]) * factor)
+            GroupInfluence(
+                value=names[place],
+                samples=int(counts[place]),
+                score=float(row[place]) * factor,
+                error=float(error[place]),
+            )
             for place in sorted(_largest(row, most), key=lambda place: (-row[place], str(names[place])))
         )
-        for row in sums
+        for row, error in zip(sums, errors, strict=True)
     ], max(0, len(names) - most)
 
 

@@ -82,7 +82,7 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters):
     (line,) = found.stdout.splitlines()
     ranking = json.loads(line)
     assert found.stderr == "", "quiet where stderr is no terminal"
-    assert list(ranking) == ["query_id", "score_unit", "searched", "where", "seconds", "results"]
+    assert list(ranking) == ["query_id", "score_unit", "searched", "where", "seconds", "results", "score_error"]
     assert list(ranking["seconds"]) == ["gradient", "search", "tokens", "total"]
     assert list(ranking["results"][0]) == [
         "rank", "sample_id", "score", "exact_score", "split", "source", "prompt", "response", "metadata", "tokens"
@@ -93,13 +93,18 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters):
     assert ranking["results"][0]["sample_id"] == "toy-005"
     asked = ("query", db, "--prompt", "Say 5", "--generation", "blue 35", "--top-k", 2)
     both = json.loads(run(*asked, "--both", "--group-by", "source", "--index", "cpu", "--json", check=0).stdout)
-    assert list(both)[-3:] == ["results", "harmful", "groups"]
+    assert list(both)[-4:] == ["results", "harmful", "groups", "score_error"]
+    assert all(group["error"] > 0 for group in both["groups"])
     assert {group["value"]: group["samples"] for group in both["groups"]} == {"even": 5, "odd": 5}
     assert both["harmful"][0]["score"] < both["results"][-1]["score"]
     table = run(*asked, "--both", "--group-by", "source", "--aggregate", "mean", check=0).stdout.splitlines()
     assert [line.split()[0] for line in table] == [
-        "query:", "rank", "1", "2", "most", "rank", "1", "2", "samples", "5", "5"
+        "query:", "scores", "rank", "1", "2", "most", "rank", "1", "2", "samples", "5", "5"
     ]  # fmt: skip
+    assert table[1] == f"  scores are off by {both['score_error']:.2g} or so (one standard deviation)"
+    assert [float(line.split()[2]) for line in table[-2:]] == [
+        pytest.approx(group["error"] / 5, rel=0.06) for group in both["groups"]
+    ]
     assert max(map(len, table)) <= 80
     wrong = run(*asked, "--as-of", 999, check=1)
     assert "has no version 999, or no longer; wanted one from 1 to" in wrong.stderr

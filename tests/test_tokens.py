@@ -340,7 +340,7 @@ def test_a_token_whose_gradient_is_not_finite_is_refused(tokened, tmp_path, monk
 def test_json_has_the_fixed_fields(database):
     (ranking,) = database.query(PROMPT, GENERATION, top_k=1, tokens=True)
     printed = json.loads(json.dumps(ranking.to_dict()))
-    assert list(printed) == ["query_id", "score_unit", "searched", "where", "seconds", "results"]
+    assert list(printed) == ["query_id", "score_unit", "searched", "where", "seconds", "results", "score_error"]
     (result,) = printed["results"]
     assert list(result) == [
         "rank", "sample_id", "score", "exact_score", "split", "source", "prompt", "response", "metadata", "tokens", "difference",

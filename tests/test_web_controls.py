@@ -193,11 +193,16 @@ def test_influence_by_values_is_that_of_the_api(visit, made):
     page.select_option("#group_by", "stars")
     ask(page, "Say 5", "blue 35", top_k=1)
     rows = page.locator(".groups tbody tr").evaluate_all(
-        "rows => rows.map((row) => [...row.cells].slice(0, 3).map((cell) => cell.textContent))"
+        "rows => rows.map((row) => [...row.cells].slice(0, 4).map((cell) => cell.textContent))"
     )
-    wanted = made.query("Say 5", "blue 35", group_by="stars")[0].groups
-    assert [(value, int(samples)) for value, samples, _ in rows] == [(str(one.value), one.samples) for one in wanted]
-    assert [float(score) for _, _, score in rows] == pytest.approx([one.score for one in wanted], rel=1e-2, abs=1e-4)
+    (ranking,) = made.query("Say 5", "blue 35", group_by="stars")
+    wanted = ranking.groups
+    assert [(value, int(samples)) for value, samples, *_ in rows] == [(str(one.value), one.samples) for one in wanted]
+    assert [float(score) for _, _, score, _ in rows] == pytest.approx([one.score for one in wanted], rel=1e-2, abs=1e-4)
+    assert [float(error) for *_, error in rows] == pytest.approx([one.error for one in wanted], rel=1e-2, abs=1e-4)
+    said = page.locator(".remarks").inner_text()
+    assert said.startswith("Scores are off by ") and "Note" not in said
+    assert float(said.split()[4]) == pytest.approx(ranking.score_error, abs=1e-4)
 
 
 # Marks.

@@ -20,6 +20,9 @@ def ranking_table(ranking: Ranking, query: Sample) -> None:
     typer.echo(f"{printable(ranking.query_id)}{focus}: {what}")
     if ranking.note is not None:
         typer.echo(textwrap.fill(printable(ranking.note), 80, initial_indent="  ", subsequent_indent="  "))
+    exact = any(isinstance(result, RankedSample) and result.exact_score is not None for result in ranking.results)
+    if ranking.score_error is not None and ranking.results and not exact:
+        typer.echo(f"  scores are off by {ranking.score_error:.2g} or so (one standard deviation)")
     _, _, again = ranking.score_unit.partition("; ")
     if again:
         typer.echo(f"  {again}")
@@ -37,10 +40,10 @@ def ranking_table(ranking: Ranking, query: Sample) -> None:
         typer.echo("most negative:")
         _result_lines(ranking.harmful, most)
     if ranking.groups is not None:
-        typer.echo(f"{'samples':>8}  {'influence':>10}  value")
+        typer.echo(f"{'samples':>8}  {'influence':>10}  {'off by':>8}  value")
         for group in ranking.groups:
-            value = "(none)" if group.value is None else cut(str(group.value), 56)
-            typer.echo(f"{group.samples:>8,}  {group.score:>10.4g}  {value}")
+            value = "(none)" if group.value is None else cut(str(group.value), 46)
+            typer.echo(f"{group.samples:>8,}  {group.score:>10.4g}  {group.error:>8.2g}  {value}")
 
 
 def _named(entry: Focus) -> str:

@@ -101,6 +101,8 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         "ends": _ends(spans),
         "focus": list(ranking.focus or ()),
         "unit": ranking.score_unit,
+        "error": ranking.score_error,
+        "note": ranking.note,
         "searched": ranking.searched,
         "where": ranking.where,
         "results": [_result(result) for result in ranking.results if isinstance(result, RankedSample)],

@@ -147,6 +147,8 @@ class GroupInfluence:
     """How many samples of those searched have it."""
     score: float
     """Their influence, added up or averaged (Eq. 5), no unit."""
+    error: float
+    """About how far that is from what full gradients would give: one standard deviation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -195,6 +197,11 @@ class Ranking:
     """Where tokens are ranked, how many samples the filter let through."""
     without_tokens: int | None = None
     """How many of these have no RapidGrads of their tokens, so that none of their tokens is in the ranking."""
+    score_error: float | None = None
+    """How far the score of a sample of unrelated gradient is from its exact score: one standard deviation.
+
+    Of others it is farther, up to 1.4 times. None for single tokens, and where layers are not normalised.
+    """
     note: str | None = None
     """What the ranking leaves out, in words, and what to do about it."""
 

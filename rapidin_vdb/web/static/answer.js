@@ -55,9 +55,9 @@ function groups(ranking, column) {
   const most = largest(ranking.groups.map((group) => group.score));
   const others = Math.max(0, ranking.groups.length - 50) + (ranking.groups_left_out || 0);
   return make("section", { class: "card" }, make("h2", {}, "Influence by " + column),
-    make("table", { class: "groups" }, make("thead", {}, make("tr", {}, ...[column, "samples", "influence", ""].map((name, place) => make("th", { scope: "col", class: place === 1 || place === 2 ? "number" : "" }, name)))),
+    make("table", { class: "groups" }, make("thead", {}, make("tr", {}, ...[column, "samples", "influence", "off by", ""].map((name, place) => make("th", { scope: "col", class: place > 0 && place < 4 ? "number" : "" }, name)))),
       make("tbody", {}, ...ranking.groups.slice(0, 50).map((group) => make("tr", {}, make("td", {}, group.value === null ? "(none)" : String(group.value)),
-        make("td", { class: "number" }, group.samples.toLocaleString("en")), make("td", { class: "number" }, show(group.score)), make("td", {}, bar(group.score, most)))))),
+        make("td", { class: "number" }, group.samples.toLocaleString("en")), make("td", { class: "number" }, show(group.score)), make("td", { class: "number soft", title: "one standard deviation, about" }, show(group.error)), make("td", {}, bar(group.score, most)))))),
     others ? make("p", { class: "soft" }, "and " + others.toLocaleString("en") + " more") : null);
 }
 
@@ -175,6 +175,12 @@ function generation(answer, page, alone) {
       does("link", "Copy link", page.copyLink)));
 }
 
+// How far its scores may be off, and what it leaves out.
+function remarks({ score_error: error, note }) {
+  const told = error ? "Scores are off by " + show(error) + " or so (one standard deviation), but for exact ones. " : "";
+  return told || note ? [make("p", { class: "soft remarks" }, told + (note ? note[0].toUpperCase() + note.slice(1) + "." : ""))] : [];
+}
+
 // All of an answer; `elsewhere` has the ranks of samples in the answer that stands beside it.
 export function list(answer, page, elsewhere = null) {
   const { ranking, values } = answer, results = resultsOf(answer);
@@ -182,7 +188,7 @@ export function list(answer, page, elsewhere = null) {
   const cards = (some) => some.map((result) => card(answer, result, most, longest, { page, elsewhere }));
   return [
     generation(answer, page, elsewhere === null), ...(ranking.histogram ? [histogram(ranking)] : []), ...(ranking.groups?.length ? [groups(ranking, values.group_by)] : []),
-    ...(results.length ? [] : [make("p", { class: "soft" }, "No sample matches.")]),
+    ...(results.length ? remarks(ranking) : [make("p", { class: "soft" }, "No sample matches.")]),
     ...[ranking.results, ranking.harmful || []].flatMap((some) => (some.length ? [make("h2", {}, Heat.heading(some, some === ranking.harmful)), ...cards(some)] : [])),
   ];
 }

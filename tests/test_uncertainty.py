@@ -1,0 +1,150 @@
+"""What a ranking says of the error of its scores, beside the errors that it has."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from conftest import toy_records, write_jsonl
+
+import rapidin_vdb
+from rapidin_vdb.records import SketchSpec
+from rapidin_vdb.sketch import Sketch
+from rapidin_vdb.uncertainty import chance, probes, score_errors, shared_bucket, sum_errors
+
+ASKED = [(f"Say {number}", f"blue {7 * number}") for number in (2, 5, 9)]
+
+
+def root_mean_square(values) -> float:
+    return float(np.sqrt(np.mean(np.square(values))))
+
+
+@pytest.fixture
+def fingerprint(database):
+    """Of two layers of together 416 coordinates, whose scores are 1.5 times the inner products."""
+    stored = database._table.fingerprint
+    assert stored.gradient_length == 416
+    return dataclasses.replace(stored, epochs=3.0, learning_rate=0.5)
+
+
+def drawn_gradients(*, normalised):
+    """Of 40 samples: the first 10 of unrelated directions, the others akin to the first."""
+    draw = np.random.default_rng(3)
+    gradients = draw.standard_normal((40, 416))
+    gradients[10:] += 2 * gradients[0]
+    layers = np.split(gradients, [160], axis=1)
+    lengths = np.exp(draw.standard_normal((40, 1)))
+    return np.concatenate(
+        [layer / np.linalg.norm(layer, axis=1, keepdims=True) for layer in layers], axis=1
+    ) if normalised else lengths * gradients  # fmt: skip
+
+
+def sketched(gradients, *, seed):
+    """Return their RapidGrads in double precision, by a matrix of signs."""
+    sketch = Sketch(SketchSpec(width=64, shuffles=20, seed=seed), [gradients.shape[1]])
+    matrix = np.stack([sketch_of(sketch, one) for one in np.eye(gradients.shape[1], dtype=np.float32)])
+    return gradients @ matrix
+
+
+def sketch_of(sketch, gradient):
+    rapidgrad = torch.zeros(sketch.spec.width)
+    sketch.add(rapidgrad, 0, torch.from_numpy(gradient))
+    return rapidgrad.numpy().astype(np.float64)
+
+
+@pytest.mark.parametrize("normalised", [True, False])
+def test_errors_of_scores_and_sums_are_as_large_as_said(fingerprint, normalised):
+    gradients = drawn_gradients(normalised=normalised)
+    members = np.arange(40) // 10
+    exact = 1.5 * gradients[:1] @ gradients.T
+    fingerprint = dataclasses.replace(fingerprint, normalize="layer" if normalised else "none")
+    alone, sums = [], []
+    for seed in range(60):
+        vectors = sketched(gradients, seed=seed)
+        scores = vectors[:1] @ vectors.T
+        asked = vectors[:1].astype(np.float32)
+        said = score_errors(asked, fingerprint)
+        if normalised:
+            alone.append((1.5 * scores - exact)[0] / said[0])
+        else:
+            assert said is None
+        added, probed = (
+            np.stack([of[:, members == group].sum(1) for group in range(4)], 1)
+            for of in (scores, probes(64).astype(np.float64) @ vectors.T)
+        )
+        errors = sum_errors(asked, added, probed, fingerprint)
+        wanted = np.stack([exact[:, members == group].sum(1) for group in range(4)], 1)
+        sums.append(((1.5 * added - wanted) / errors)[0])
+    if normalised:
+        by_sample = np.sqrt(np.mean(np.square(alone), 0))
+        assert by_sample[0] == pytest.approx(np.sqrt(2), rel=0.25), "the query's own gradient"
+        assert np.mean(by_sample[1:10]) == pytest.approx(1, rel=0.15), "unrelated ones"
+        assert np.all(by_sample < 1.8)
+    assert np.sqrt(np.mean(np.square(sums), 0)) == pytest.approx(np.ones(4), rel=0.4)
+
+
+def test_a_ranking_says_how_far_it_may_be_off(tmp_path, models, adapters):
+    made = rapidin_vdb.init(
+        tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64, epochs=3.0,
+        learning_rate=0.5,
+    )  # fmt: skip
+    made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(24)))
+    offs, seen = [], []
+    for asked in ASKED:
+        (exact,) = made.query(*asked, top_k=24, refine=24, group_by="source")
+        (mean,) = made.query(*asked, top_k=24, group_by="source", aggregate="mean")
+        assert mean.score_error == exact.score_error
+        offs += [result.difference / exact.score_error for result in exact.results]
+        for added, averaged in zip(sorted(exact.groups, key=str), sorted(mean.groups, key=str), strict=True):
+            of_group = [result.exact_score for result in exact.results if result.source == added.value]
+            seen.append((added.score - sum(of_group)) / added.error)
+            assert averaged.error == pytest.approx(added.error / added.samples)
+            assert averaged.score == pytest.approx(added.score / added.samples)
+    # One draw of shuffles and signs for all: errors go together.
+    assert 0.4 < root_mean_square(offs) < 2.5
+    assert 0.2 < root_mean_square(seen) < 2.5
+    (found,) = made.query(*ASKED[0], level="sample", where="source = 'odd'", group_by="stars")
+    assert len(found.groups) == 5 and all(group.error > 0 for group in found.groups)
+
+
+@pytest.mark.parametrize(("length", "width"), [(416, 64), (1000, 256), (512, 512)])
+def test_the_chance_of_sharing_a_bucket(length, width):
+    shared = []
+    for seed in range(20):
+        sketch = Sketch(SketchSpec(width=width, shuffles=20, seed=seed), [length])
+        buckets = sketch._map.buckets(0, length).numpy().astype(int)
+        shared.append(sum(one == other for one, other in itertools.combinations(buckets.tolist(), 2)))
+    pairs = length * (length - 1) / 2
+    assert np.mean(shared) / pairs == pytest.approx(shared_bucket(length, width), rel=0.05)
+
+
+def test_probes_tell_lengths():
+    drawn = np.random.default_rng(1).standard_normal((200, 4096))
+    ratios = ((drawn @ probes(4096).T.astype(np.float64)) ** 2).mean(1) / (drawn**2).sum(1)
+    assert np.mean(ratios) == pytest.approx(1, abs=0.08)
+    assert np.sqrt(ratios).std() == pytest.approx(0.18, abs=0.03)
+
+
+@pytest.mark.parametrize("samples", [100, 50_000])
+def test_the_largest_of_chance(samples):
+    draw = np.random.default_rng(2)
+    largest = np.mean([np.abs(2.0 * draw.standard_normal(samples)).max() for _ in range(30)])
+    assert largest == pytest.approx(chance(2.0, samples), rel=0.15)
+
+
+def test_scores_that_do_not_stand_out_are_told(database, monkeypatch):
+    (ranking,) = database.query(*ASKED[0], top_k=2)
+    assert ranking.note is None and abs(ranking.results[0].score) > chance(ranking.score_error, 24)
+    assert ranking.to_dict()["score_error"] == ranking.score_error
+    # Those that are left are of other colours and numbers.
+    lowest = database.query(*ASKED[0], top_k=24)[0].results
+    weak = [r.sample_id for r in lowest if abs(r.score) < chance(ranking.score_error, 2)][:2]
+    (among,) = database.query(*ASKED[0], where=f"sample_id IN ('{weak[0]}', '{weak[1]}')")
+    bound = f"{chance(ranking.score_error, 2):.3g}"
+    assert among.note.startswith(f"no score stands out: by chance alone the largest of 2 is about {bound}")
+    (refined,) = database.query(*ASKED[0], where=f"sample_id IN ('{weak[0]}', '{weak[1]}')", refine=2)
+    assert refined.note is None
+    (nobody,) = database.query(*ASKED[0], where="stars > 100")
+    assert (nobody.note, nobody.results) == (None, ())
+    assert dataclasses.replace(nobody, score_error=None).to_dict().keys() == nobody.to_dict().keys() - {"score_error"}
