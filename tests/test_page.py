@@ -55,7 +55,7 @@ def opened(rankings, tmp_path_factory):
     folder = tmp_path_factory.mktemp("browser")
     file = folder / "page.html"
     focused = replace(rankings[0], focus=("d 2", (6, 7), "nowhere"))
-    nobody = replace(rankings[0], results=(), harmful=())
+    nobody = replace(rankings[0], results=(), harmful=(), note="told of it")
     mixed = [
         replace(result, score=1.0, exact_score=exact)
         for result, exact in zip(rankings[0].results, (2.0, -1.0, 0.0), strict=True)
@@ -125,6 +125,11 @@ def check_colours(page, results, scores_of):
 
 def test_colours_and_numbers_are_those_of_the_ranking(opened, rankings):
     page = opened()
+    above = page.locator("#top").inner_text()
+    assert f", off by {rankings[0].score_error:.4f} or so (one standard deviation)." in above and "Note: " not in above
+    page.select_option("#query", str(len(rankings) + 1))
+    assert "Note: told of it." in page.locator("#top").inner_text()
+    page.select_option("#query", "0")
     results = [*rankings[0].results, *rankings[0].harmful]
     check_colours(page, results, lambda result: [token.score for token in result.tokens])
     assert page.locator("article .text:not(.prompt)").all_text_contents() == [result.response for result in results]

@@ -205,6 +205,15 @@ def test_influence_by_values_is_that_of_the_api(visit, made):
     assert float(said.split()[4]) == pytest.approx(ranking.score_error, abs=1e-4)
 
 
+def test_what_an_answer_leaves_out_is_told(visit, made):
+    long = "blue 35 " * 200
+    (ranking,) = made.query("Say 5", long)
+    page = visit()
+    ask(page, "Say 5", long, top_k=1)
+    assert ranking.note is not None
+    assert ranking.note[1:] + "." in page.locator(".remarks").inner_text()
+
+
 # Marks.
 
 
