@@ -44,7 +44,7 @@ def versions_for(table: SampleTable, question: Question) -> Versions:
     snapshot, place = table.snapshot(question.as_of), table.uri
     if not snapshot.count():
         if question.as_of is not None:
-            raise TableError(f"version {question.as_of} of the database {place} is empty; `info` says the newest")
+            raise TableError(f"version {question.as_of} of the database {place} is empty; `info --versions` lists them")
         raise TableError(f"the database {place} is empty; add samples first: rapidin-vdb ingest {place} FILE")
     if question.group_by is not None:
         snapshot.group_column(question.group_by)

@@ -70,7 +70,7 @@ class Question:
             if text not in known:
                 raise SpecError(f"{name} is {text!r}; wanted {' or '.join(known)}")
         if self.as_of is not None and type(self.as_of) is not int:
-            raise SpecError(f"--as-of is {self.as_of!r}; wanted the number of a version (see `info`)")
+            raise SpecError(f"--as-of is {self.as_of!r}; wanted the number of a version (see `info --versions`)")
         if self.harmful and self.both:
             raise SpecError("give one of --harmful and --both")
         check_focus(self.focus)

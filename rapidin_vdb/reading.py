@@ -7,7 +7,7 @@ from rapidin_vdb.corpus import Restorer, plain_record
 from rapidin_vdb.errors import SampleNotFoundError, SpecError
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Fingerprint, Sample, Scalar
-from rapidin_vdb.results import StoredSample
+from rapidin_vdb.results import KeptVersion, StoredSample
 from rapidin_vdb.store import SampleTable, undisturbed
 
 # Records between two words on how far an export is.
@@ -34,6 +34,11 @@ class SampleReader:
     def identity(self) -> str:
         """What tells it from other databases, also from one that was made anew at its place."""
         return self._table.identity
+
+    @undisturbed
+    def versions(self) -> list[KeptVersion]:
+        """Return the versions that `as_of` can name, oldest first, but for those that changed no sample."""
+        return self._table.snapshot().history()
 
     @undisturbed
     def show(self, sample_id: str) -> StoredSample:

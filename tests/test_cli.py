@@ -108,6 +108,11 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters):
     assert max(map(len, table)) <= 80
     wrong = run(*asked, "--as-of", 999, check=1)
     assert "has no version 999, or no longer; wanted one from 1 to" in wrong.stderr
+    *_, newest = map(json.loads, run("info", db, "--versions", "--json", check=0).stdout.splitlines())
+    assert list(newest) == ["version", "made", "samples"] and newest["samples"] == 10
+    assert run("info", db, "--versions", check=0).stdout.splitlines()[-1].split() == [
+        str(newest["version"]), *newest["made"].split("+")[0].split("T"), "10",
+    ]  # fmt: skip
     info = json.loads(run("info", db, "--json", check=0).stdout)
     assert list(info) == [
         "samples", "tokens", "width", "shuffles", "seed", "normalize", "model", "adapter", "table_version", "indexes", "bytes"
@@ -126,8 +131,12 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters):
     assert (shown["response"], shown["token_offsets"][0], shown["metadata"]) == ("黄 21", [0, 1], {"stars": 3})
     (tmp_path / "ids.txt").write_text("toy-001\nnobody\n")
     gone = run("delete", db, "--ids", tmp_path / "ids.txt", check=0)
-    assert gone.stderr.splitlines() == ["1 samples deleted", "1 ids were not in the database: nobody"]
-    assert run("delete", db, "--where", "source = 'odd'", check=0).stderr == "4 samples deleted\n"
+    version = newest["version"]
+    assert gone.stderr.splitlines() == [
+        f"1 samples deleted, 9 are left; version {version + 1}", "1 ids were not in the database: nobody"
+    ]  # fmt: skip
+    gone = run("delete", db, "--where", "source = 'odd'", check=0)
+    assert gone.stderr == f"4 samples deleted, 5 are left; version {version + 2}\n"
     again = run("query", db, "--prompt", "Say 5", "--generation", "blue 35", check=0)
     assert "toy-005" not in again.stdout and again.stdout.startswith("query: 5 of 5 samples\n")
 

@@ -287,7 +287,18 @@ OPTIONS = {
     ).split(),
     "nosuch": [],
 }  # fmt: skip
-FLAGS = ["--json", "--harmful", "--both", "--tokens", "--matrix", "--purge", "--dry-run", "--token-gradients", "--help"]
+FLAGS = [
+    "--json",
+    "--harmful",
+    "--both",
+    "--tokens",
+    "--matrix",
+    "--purge",
+    "--dry-run",
+    "--token-gradients",
+    "--versions",
+    "--help",
+]
 VALID = {
     "--generation": "blue 35", "--prompt": "Say 5", "--top-k": "3", "--where": "stars > 1", "--level": "token", "--refine": "5",
     "--focus": "blue", "--group-by": "source", "--index": "cpu", "--as-of": "2", "--html": "{tmp}/page.html", "--model": "{model}",

@@ -4,10 +4,12 @@ import dataclasses
 import shutil
 import subprocess
 import sys
+from datetime import datetime, timedelta
 
 import lancedb
 import numpy as np
 import pytest
+from conftest import toy_records, write_jsonl
 
 from rapidin_vdb.errors import FilterError, FingerprintError, TableError, TableExistsError, TableNotFoundError
 from rapidin_vdb.records import Encoded, Fingerprint, ParameterShape, Sample, SketchSpec
@@ -459,3 +461,24 @@ def test_a_database_that_somebody_else_made_meanwhile_is_not_removed(table, monk
     with pytest.raises(TableExistsError, match="a database is already at"):
         SampleTable.create(table.uri, FINGERPRINT)
     assert sorted(SampleTable(table.uri).snapshot().sample_ids()) == before != []
+
+
+def test_the_versions_that_can_be_asked(database, tmp_path):
+    """Each is listed once, with what a query as of it searches; what changed no sample is left out."""
+    first = database.info().table_version
+    database.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(6, first=50)))
+    database.delete(where="stars = 1")
+    changed = [record | {"output": "another"} for record in toy_records(1, first=50)]
+    database.ingest(write_jsonl(tmp_path / "changed.jsonl", changed), on_duplicate="replace")
+    before = datetime.now().astimezone()
+    database.ingest(write_jsonl(tmp_path / "none.jsonl", toy_records(1, first=2)))  # there already
+    kept = database.versions()
+    assert [version.samples for version in kept] == [0, 24, 30, 24, 24]
+    assert [version.version for version in kept][1] == first
+    assert kept[-1].version == database.info().table_version
+    assert [v.version for v in kept] == sorted(v.version for v in kept)
+    assert before - timedelta(minutes=10) < kept[0].made <= kept[-1].made <= before
+    for version in kept[1:]:
+        assert database.query("Say 5", "blue 35", as_of=version.version)[0].searched == version.samples
+    database.delete(where="stars = 2", purge=True)
+    assert [version.samples for version in database.versions()] == [database.info().samples]

@@ -160,7 +160,7 @@ def query(
         str | None, typer.Option("--index", help="Which built index to use [default: an exact one].")
     ] = None,
     as_of: Annotated[
-        int | None, typer.Option(help="Answer from an older version of the table; `info` says the newest.")
+        int | None, typer.Option(help="Answer from an older version of the table; `info --versions` lists them.")
     ] = None,
     as_json: AsJson = False,
     html: Annotated[
@@ -211,14 +211,24 @@ def show_sample(
     show.sample(rapidin_vdb.open(db).show(sample_id), as_json=as_json)
 
 
-def info(db: DB, as_json: AsJson = False) -> None:
+def info(
+    db: DB,
+    versions: Annotated[
+        bool, typer.Option("--versions", help="List the versions that query --as-of can answer from.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
     """Say what a database holds and what made it.
 
     Example: rapidin-vdb info db --json
     """
     import rapidin_vdb
 
-    show.info(rapidin_vdb.open(db).info(), as_json=as_json)
+    database = rapidin_vdb.open(db)
+    if versions:
+        show.versions(database.versions(), as_json=as_json)
+    else:
+        show.info(database.info(), as_json=as_json)
 
 
 def delete(
@@ -238,7 +248,8 @@ def delete(
     if (where is None) == (ids is None) and not (purge and where is None):
         raise typer.BadParameter("give --where SQL, or --ids FILE")
     wanted = None if ids is None else show.read_ids(ids)
-    show.deleted(rapidin_vdb.open(db).delete(where=where, ids=wanted, purge=purge), wanted)
+    database = rapidin_vdb.open(db)
+    show.deleted(database.delete(where=where, ids=wanted, purge=purge), wanted, database.versions()[-1])
 
 
 def verify(db: DB, as_json: AsJson = False) -> None:

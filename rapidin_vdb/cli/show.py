@@ -17,6 +17,7 @@ from rapidin_vdb.results import (
     IndexInfo,
     IngestEstimate,
     IngestReport,
+    KeptVersion,
     Ranking,
     StoredSample,
     VerifyReport,
@@ -147,6 +148,17 @@ def info(found: DatabaseInfo, *, as_json: bool) -> None:
             )
 
 
+def versions(kept: Sequence[KeptVersion], *, as_json: bool) -> None:
+    """Print the versions of a database, one a line."""
+    if not as_json:
+        typer.echo(f"{'version':>7}  {'made':<19}  {'samples':>12}")
+    for version in kept:
+        if as_json:
+            json_line(version.to_dict())
+        else:
+            typer.echo(f"{version.version:>7}  {version.made:%Y-%m-%d %H:%M:%S}  {version.samples:>12,}")
+
+
 def verified(report: VerifyReport, *, as_json: bool) -> None:
     """Print what `verify` found."""
     if as_json:
@@ -189,10 +201,10 @@ def _id_in(line: str, place: str) -> str:
     return str(found)
 
 
-def deleted(result: list[str] | int, wanted: list[str] | None) -> None:
-    """Say what was deleted, and which ids were not there."""
+def deleted(result: list[str] | int, wanted: list[str] | None, newest: KeptVersion) -> None:
+    """Say what was deleted, which ids were not there, and which version is the newest."""
     count = result if isinstance(result, int) else len(result)
-    typer.echo(f"{count:,} samples deleted", err=True)
+    typer.echo(f"{count:,} samples deleted, {newest.samples:,} are left; version {newest.version}", err=True)
     if wanted is not None and not isinstance(result, int):
         missing = sorted(set(wanted) - set(result))
         if missing:

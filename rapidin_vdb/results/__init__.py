@@ -16,6 +16,7 @@ from rapidin_vdb.results.reports import (
     IndexInfo,
     IngestEstimate,
     IngestReport,
+    KeptVersion,
     StoredSample,
     VerifyReport,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "IndexInfo",
     "IngestEstimate",
     "IngestReport",
+    "KeptVersion",
     "RankedSample",
     "RankedToken",
     "Ranking",

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from rapidin_vdb.records import Level, Scalar
@@ -147,6 +148,22 @@ class DatabaseInfo:
         """Return the JSON object that `info --json` prints."""
         hidden = {"columns", "made_with"} | (set() if self.token_width else {"token_gradients", "token_width"})
         return {name: value for name, value in dataclasses.asdict(self).items() if name not in hidden}
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeptVersion:
+    """A version of the table of samples that queries can be answered from (`as_of`)."""
+
+    version: int
+    """Its number."""
+    made: datetime
+    """When it was committed, in local time."""
+    samples: int
+    """How many samples it holds."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {"version": self.version, "made": self.made.isoformat(timespec="seconds"), "samples": self.samples}
 
 
 @dataclass(frozen=True, kw_only=True)

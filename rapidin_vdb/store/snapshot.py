@@ -9,13 +9,13 @@ from jaxtyping import Float16, Int64
 
 from rapidin_vdb.errors import FilterError, is_unicode
 from rapidin_vdb.records import Encoded, Scalar
-from rapidin_vdb.results import StoredSample
+from rapidin_vdb.results import KeptVersion, StoredSample
 from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint
 from rapidin_vdb.store.owners import named
 from rapidin_vdb.store.place import Place
 from rapidin_vdb.store.rows import OWN_NAMES, stored_checksum, stored_sample
-from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, TableVersion, batches, int64
+from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, TableVersion, batches, int64, told
 
 SAMPLES = "samples"
 _SAMPLES_A_BATCH = 1000
@@ -33,6 +33,25 @@ class Snapshot(TableVersion):
     def __init__(self, table: Any, place: Place) -> None:
         super().__init__(table, place, SAMPLES)
         self.fingerprint = read_fingerprint(self.schema.metadata, place=str(place))
+
+    def history(self) -> list[KeptVersion]:
+        """Return the versions that are kept, oldest first; of several that hold the same files, the last."""
+        with told(f"the versions of {self._place} cannot be read"):
+            entries = sorted(self._table.list_versions(), key=lambda entry: int(entry["version"]))
+        last: dict[Any, Any] = {}
+        for entry in entries:
+            # A commit of a scalar index changes none of these.
+            files = tuple(sorted(entry["metadata"].items()))
+            last.pop(files, None)
+            last[files] = entry
+        return [
+            KeptVersion(
+                version=int(entry["version"]),
+                made=entry["timestamp"].astimezone(),
+                samples=int(entry["metadata"]["total_rows"]),
+            )
+            for entry in last.values()
+        ]
 
     def count(self, where: str | None = None) -> int:
         """Return how many samples there are, or how many a filter lets through.

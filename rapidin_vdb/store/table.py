@@ -134,9 +134,9 @@ class SampleTable:
         with told(f"the versions of {self.uri} cannot be read"):
             kept = sorted(int(entry["version"]) for entry in table.list_versions())
         if len(kept) < 2:
-            return f"only the newest is kept, {', '.join(map(str, kept))} (see `info`)"
+            return f"only the newest is kept, {', '.join(map(str, kept))} (see `info --versions`)"
         gaps = "" if kept[-1] - kept[0] == len(kept) - 1 else f", of which {len(kept)} are kept"
-        return f"wanted one from {kept[0]} to {kept[-1]}{gaps} (see `info`)"
+        return f"wanted one from {kept[0]} to {kept[-1]}{gaps} (see `info --versions`)"
 
     def ensure_scalar_indices(self) -> None:
         """Let filters on `split`, `source` and `sample_id` look things up, for new rows too.
