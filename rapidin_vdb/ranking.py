@@ -11,7 +11,7 @@ from rapidin_vdb.question import Question
 from rapidin_vdb.records import Scalar
 from rapidin_vdb.results import GroupInfluence, Histogram, RankedSample, Ranking, Seconds, StoredSample
 from rapidin_vdb.store import Snapshot
-from rapidin_vdb.uncertainty import chance, probes, score_errors, sum_errors
+from rapidin_vdb.uncertainty import chance, group_sums, score_errors
 
 
 def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Question) -> list[Ranking]:
@@ -160,10 +160,7 @@ def _groups(
     places: dict[tuple[type, Scalar], int] = {}
     of_row = np.array([places.setdefault((type(value), value), len(places)) for value in values], dtype=np.int64)
     counts = np.bincount(of_row, minlength=len(places))
-    asked = np.concatenate([vectors, probes(vectors.shape[1])])
-    added = index.group_sums(asked, row_ids, of_row, len(places))
-    sums, probed = added[: len(vectors)], added[len(vectors) :]
-    errors = sum_errors(vectors, sums, probed, snapshot.fingerprint)
+    sums, errors = group_sums(index, vectors, row_ids, of_row, len(places), snapshot.fingerprint)
     if question.aggregate == "mean":
         sums, errors = sums / counts, errors / counts
     names = [value for _, value in places]

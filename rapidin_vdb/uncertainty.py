@@ -5,16 +5,21 @@ the chance that two coordinates share a bucket, its variance for gradients q and
 P (|q|^2 |g|^2 + <q, g>^2), as for the count sketch (Charikar, Chen, Farach-Colton 2002).
 """
 
+import hashlib
 import math
+from threading import Lock
+from weakref import WeakKeyDictionary
 
 import numpy as np
-from jaxtyping import Float32, Float64
+from jaxtyping import Float32, Float64, Int64
 
+from rapidin_vdb.index import Searchable
 from rapidin_vdb.records import Fingerprint
 from rapidin_vdb.sketch import padded_length
 
 PROBES = 16
 """Random vectors that tell the length of a sum of rows, to 18 % (one standard deviation)."""
+_GROUPINGS_KEPT = 16
 
 
 def shared_bucket(coordinates: int, width: int) -> float:
@@ -43,29 +48,48 @@ def score_errors(
     return _deviation(fingerprint) * np.einsum("qk,qk->q", vectors, vectors, dtype=np.float64)
 
 
+def group_sums(
+    index: Searchable,
+    vectors: Float32[np.ndarray, "queries sketch"],
+    row_ids: Int64[np.ndarray, " rows"],
+    groups: Int64[np.ndarray, " rows"],
+    count: int,
+    fingerprint: Fingerprint,
+) -> tuple[Float64[np.ndarray, "queries groups"], Float64[np.ndarray, "queries groups"]]:
+    """Return the sums of scores over groups of rows, and a standard deviation of the error of each.
+
+    A sum of scores is the score of the sum of gradients. The length of that is told by random vectors, which are
+    queries, too, once for these groups of this index.
+    """
+    sums = index.group_sums(vectors, row_ids, groups, count)
+    key = hashlib.blake2b(row_ids.tobytes() + groups.tobytes() + str(count).encode()).digest()
+    lengths = _LENGTHS.setdefault(index, {}).get(key)
+    if lengths is None:
+        # By themselves: scores do not depend on whether these are searched, too.
+        lengths = (index.group_sums(probes(vectors.shape[1]), row_ids, groups, count) ** 2).mean(0)
+        with _LOCK:
+            kept = _LENGTHS[index]
+            while len(kept) >= _GROUPINGS_KEPT:
+                kept.pop(next(iter(kept)))
+            kept[key] = lengths
+    squared = np.einsum("qk,qk->q", vectors, vectors, dtype=np.float64)[:, None] * lengths
+    return sums, _deviation(fingerprint) * np.sqrt(squared + sums**2)
+
+
 def probes(width: int) -> Float32[np.ndarray, "probes sketch"]:
     """Return random vectors whose inner products with any vector have its squared length for their mean square."""
     drawn = np.random.default_rng(0).integers(0, 2, (PROBES, width), dtype=np.int8)
     return 2 * drawn.astype(np.float32) - 1
 
 
-def sum_errors(
-    vectors: Float32[np.ndarray, "queries sketch"],
-    sums: Float64[np.ndarray, "queries groups"],
-    probed: Float64[np.ndarray, "probes groups"],
-    fingerprint: Fingerprint,
-) -> Float64[np.ndarray, "queries groups"]:
-    """Return a standard deviation of the error of sums of scores, given the same sums for the `probes`.
-
-    A sum of scores is the score of the sum of gradients, whose length the probes tell.
-    """
-    lengths = np.einsum("qk,qk->q", vectors, vectors, dtype=np.float64)[:, None] * (probed**2).mean(0)
-    return _deviation(fingerprint) * np.sqrt(lengths + sums**2)
-
-
 def chance(error: float, samples: int) -> float:
     """Return about what the largest of so many scores is by chance alone, where all are of unrelated gradients."""
     return error * math.sqrt(2 * math.log(max(samples, 2)))
+
+
+# By index, which is one of a version's rows; it is let go of with its index.
+_LENGTHS: WeakKeyDictionary[Searchable, dict[bytes, Float64[np.ndarray, " groups"]]] = WeakKeyDictionary()
+_LOCK = Lock()
 
 
 def _deviation(fingerprint: Fingerprint) -> float:

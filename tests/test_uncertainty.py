@@ -1,7 +1,9 @@
 """What a ranking says of the error of its scores, beside the errors that it has."""
 
 import dataclasses
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -9,9 +11,11 @@ import torch
 from conftest import toy_records, write_jsonl
 
 import rapidin_vdb
+from rapidin_vdb import uncertainty
+from rapidin_vdb.index import Searchable
 from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.sketch import Sketch
-from rapidin_vdb.uncertainty import chance, probes, score_errors, shared_bucket, sum_errors
+from rapidin_vdb.uncertainty import PROBES, chance, group_sums, probes, score_errors, shared_bucket
 
 ASKED = [(f"Say {number}", f"blue {7 * number}") for number in (2, 5, 9)]
 
@@ -26,6 +30,20 @@ def fingerprint(database):
     stored = database._table.fingerprint
     assert stored.gradient_length == 416
     return dataclasses.replace(stored, epochs=3.0, learning_rate=0.5)
+
+
+class Matrix(Searchable):
+    """Stands for an index of some rows."""
+
+    samples = 0
+
+    def __init__(self, rows):
+        self.rows, self.asked = rows, []
+
+    def group_sums(self, queries, row_ids, groups, count):
+        self.asked.append(len(queries))
+        scores = queries.astype(np.float64) @ self.rows[row_ids].T
+        return np.stack([scores[:, groups == group].sum(1) for group in range(count)], 1)
 
 
 def drawn_gradients(*, normalised):
@@ -69,11 +87,7 @@ def test_errors_of_scores_and_sums_are_as_large_as_said(fingerprint, normalised)
             alone.append((1.5 * scores - exact)[0] / said[0])
         else:
             assert said is None
-        added, probed = (
-            np.stack([of[:, members == group].sum(1) for group in range(4)], 1)
-            for of in (scores, probes(64).astype(np.float64) @ vectors.T)
-        )
-        errors = sum_errors(asked, added, probed, fingerprint)
+        added, errors = group_sums(Matrix(vectors), asked, np.arange(40), members, 4, fingerprint)
         wanted = np.stack([exact[:, members == group].sum(1) for group in range(4)], 1)
         sums.append(((1.5 * added - wanted) / errors)[0])
     if normalised:
@@ -106,6 +120,30 @@ def test_a_ranking_says_how_far_it_may_be_off(tmp_path, models, adapters):
     assert 0.2 < root_mean_square(seen) < 2.5
     (found,) = made.query(*ASKED[0], level="sample", where="source = 'odd'", group_by="stars")
     assert len(found.groups) == 5 and all(group.error > 0 for group in found.groups)
+
+
+def test_the_lengths_of_groups_are_asked_for_once(fingerprint):
+    draw = np.random.default_rng(4)
+    index, queries, groups = (
+        Matrix(draw.standard_normal((9, 64))),
+        draw.standard_normal((2, 64)).astype(np.float32),
+        np.arange(9) % 2,
+    )
+    first = group_sums(index, queries, np.arange(9), groups, 2, fingerprint)
+    again = group_sums(index, queries, np.arange(9), groups, 2, fingerprint)
+    np.testing.assert_array_equal(first, again)
+    group_sums(index, queries, np.arange(9), 1 - groups, 2, fingerprint)
+    group_sums(index, queries, np.arange(8), groups[:8], 2, fingerprint)
+    assert index.asked == [2, PROBES, 2, 2, PROBES, 2, PROBES]
+    other = Matrix(index.rows + 1)
+    assert not np.allclose(group_sums(other, queries, np.arange(9), groups, 2, fingerprint)[1], first[1])
+    for number in range(40):
+        group_sums(index, queries, np.arange(9), np.roll(groups, number % 9) + number, 60, fingerprint)
+    assert len(uncertainty._LENGTHS[index]) == 16
+    held = weakref.ref(index)
+    del index
+    gc.collect()
+    assert held() is None, "no index is kept for them"
 
 
 @pytest.mark.parametrize(("length", "width"), [(416, 64), (1000, 256), (512, 512)])
