@@ -122,9 +122,15 @@ def test_metrics_by_hand():
     assert metrics.average_precision_at(scores, positive, 3) == pytest.approx((1 + 2 / 3) / 2)
     assert metrics.precision_at_recalls(scores, positive, [0.5, 1.0]) == pytest.approx([1.0, 2 / 3])
     same = metrics.agreement(scores[None], scores[None], top=3)
-    assert list(same.values()) == pytest.approx([1, 1, 1, 1])
+    assert list(same.values()) == pytest.approx([1, 1, 1, 1, 1])
     other = metrics.agreement(-scores[None], scores[None], top=3)
     assert other["pearson"] == pytest.approx(-1) and other["overlap_3"] == 0 and other["ndcg_3"] < 1
+    pair = metrics.agreement(scores[None], -scores[None], top=1)
+    assert (pair["overlap_1"], pair["top_1_in_4"]) == (0, 0)
+    near = metrics.agreement(np.array([[1.0, 9.0, 8.0, 7.0, 6.0, 5.0]]), np.arange(6.0, 0, -1)[None], top=1)
+    assert (near["overlap_1"], near["top_1_in_4"]) == (0, 0)
+    near = metrics.agreement(np.array([[6.0, 9.0, 8.0, 7.0, 1.0, 5.0]]), np.arange(6.0, 0, -1)[None], top=1)
+    assert (near["overlap_1"], near["top_1_in_4"]) == (0, 1)
 
 
 def test_generations_of_one_question_are_drawn_together():

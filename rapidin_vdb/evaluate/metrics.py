@@ -75,27 +75,30 @@ def precision_at_recalls(
 def agreement(scores: Scores, exact: Scores, *, top: int = 100) -> dict[str, float]:
     """Return how scores agree with exact ones: means over the queries.
 
-    Pearson's and Spearman's correlation over all samples, the share of the `top` that is common, and nDCG at `top` with
-    the exact scores above zero as gains.
+    Pearson's and Spearman's correlation over all samples, the share of the `top` that is common, the share of the exact
+    `top` that is among four times as many (what exact scores of these would bring to the top again), and nDCG at `top`
+    with the exact scores above zero as gains.
     """
     from scipy.stats import pearsonr, spearmanr
     from sklearn.metrics import ndcg_score
 
     rows = []
     for one, other in zip(scores, exact, strict=True):
-        best = (set(np.argsort(-side, kind="stable")[:top].tolist()) for side in (one, other))
+        ours, theirs = (np.argsort(-side, kind="stable") for side in (one, other))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of constant scores, whose correlation is none
             rows.append(
                 (
                     pearsonr(one, other).statistic,
                     spearmanr(one, other).statistic,
-                    len(set.intersection(*best)) / top,
+                    np.isin(theirs[:top], ours[:top]).mean(),
+                    np.isin(theirs[:top], ours[: 4 * top]).mean(),
                     ndcg_score(np.maximum(other, 0)[None], one[None], k=top),
                 )
             )
     means = np.nanmean(rows, axis=0)
-    return dict(zip(("pearson", "spearman", f"overlap_{top}", f"ndcg_{top}"), map(float, means), strict=True))
+    names = ("pearson", "spearman", f"overlap_{top}", f"top_{top}_in_{4 * top}", f"ndcg_{top}")
+    return dict(zip(names, map(float, means), strict=True))
 
 
 def interval_of_defined(values: Sequence[float], *, seed: int) -> tuple[tuple[float, float, float] | None, int]:
