@@ -40,6 +40,8 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
     seconds = (time.monotonic() - started) / max(len(sketched.query_ids), 1)
     searched = index.samples if among is None else len(among)
     errors = score_errors(sketched.vectors, snapshot.fingerprint)
+    said: list[float | None] = [None] * len(sketched.query_ids) if errors is None else errors.tolist()
+    scored = [[[(name, score * factor) for name, score in ranked] for ranked in end] for end in ends]
     return [
         Ranking(
             query_id=query_id,
@@ -53,28 +55,29 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
             groups_left_out=None if groups is None else groups[1] or None,
             histogram=None if histograms is None else histograms[number],
             focus=sketched.focus[number] or None,
-            score_error=None if errors is None else float(errors[number]),
-            note=_note(
-                sketched, number, [end[number] for end in ends], None if question.refine else errors, searched, factor
-            ),
+            score_error=said[number],
+            note=_note(sketched, number, [end[number] for end in scored], said[number], searched, question),
         )
         for number, query_id in enumerate(sketched.query_ids)
     ]
 
 
 def _note(
-    sketched: Sketched, number: int, ends: Sequence[Sequence[tuple[str, float]]], errors: np.ndarray | None,
-    searched: int, factor: float,
+    sketched: Sketched, number: int, ends: Sequence[Sequence[tuple[str, float]]], error: float | None, searched: int,
+    question: Question,
 ) -> str | None:  # fmt: skip
     """Say that a generation was cut, and that no score is larger than chance makes some."""
     notes = [cut_note(sketched, number)]
-    largest = max((abs(score) * factor for end in ends for _, score in end), default=None)
-    if errors is not None and largest is not None and largest < (bound := chance(errors[number], searched)):
-        notes.append(
-            f"no score stands out: by chance alone the largest of {searched:,} is about {bound:.3g}; exact scores "
-            "(refine) tell what is real, and so does a wider sketch (width at init)"
-        )
-    return " ".join(note for note in notes if note) or None
+    if error and not question.exact and any(ends):
+        bound = chance(error, searched)
+        signs = [-1 if question.harmful else 1, -1]
+        if all(sign * end[0][1] < bound for sign, end in zip(signs, ends, strict=False) if end):
+            which = "" if question.both else "negative " if question.harmful else "positive "
+            notes.append(
+                f"no {which}score stands out: by chance alone the largest of {searched:,} is about {bound:.3g}; exact "
+                "scores (refine) would tell what is real, and so would a wider sketch (width at init)"
+            )
+    return "; ".join(note for note in notes if note) or None
 
 
 def both_ends(
@@ -160,7 +163,7 @@ def _groups(
     places: dict[tuple[type, Scalar], int] = {}
     of_row = np.array([places.setdefault((type(value), value), len(places)) for value in values], dtype=np.int64)
     counts = np.bincount(of_row, minlength=len(places))
-    sums, errors = group_sums(index, vectors, row_ids, of_row, len(places), snapshot.fingerprint)
+    sums, errors = group_sums(index, vectors, row_ids, of_row, counts, snapshot.fingerprint)
     if question.aggregate == "mean":
         sums, errors = sums / counts, errors / counts
     names = [value for _, value in places]

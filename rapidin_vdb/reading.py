@@ -37,8 +37,13 @@ class SampleReader:
 
     @undisturbed
     def versions(self) -> list[KeptVersion]:
-        """Return the versions that `as_of` can name, oldest first, but for those that changed no sample."""
+        """Return the versions that `as_of` can name, oldest first; every commit makes one, also that of a look-up."""
         return self._table.snapshot().history()
+
+    @property
+    def version(self) -> int:
+        """The number of the newest version."""
+        return self._table.snapshot().version
 
     @undisturbed
     def show(self, sample_id: str) -> StoredSample:

@@ -44,7 +44,8 @@ def score_errors(
     """
     if fingerprint.normalize != "layer":
         return None
-    # With every layer of norm 1, all gradients are as long as the query's.
+    # With every layer of norm 1, gradients are as long as the query's; but for layers whose gradient is exactly zero,
+    # such as those of queries and keys where there is one token to attend to.
     return _deviation(fingerprint) * np.einsum("qk,qk->q", vectors, vectors, dtype=np.float64)
 
 
@@ -53,27 +54,30 @@ def group_sums(
     vectors: Float32[np.ndarray, "queries sketch"],
     row_ids: Int64[np.ndarray, " rows"],
     groups: Int64[np.ndarray, " rows"],
-    count: int,
+    counts: Int64[np.ndarray, " groups"],
     fingerprint: Fingerprint,
 ) -> tuple[Float64[np.ndarray, "queries groups"], Float64[np.ndarray, "queries groups"]]:
-    """Return the sums of scores over groups of rows, and a standard deviation of the error of each.
+    """Return the sums of scores over groups of so many rows, and a standard deviation of the error of each.
 
     A sum of scores is the score of the sum of gradients. The length of that is told by random vectors, which are
     queries, too, once for these groups of this index.
     """
-    sums = index.group_sums(vectors, row_ids, groups, count)
-    key = hashlib.blake2b(row_ids.tobytes() + groups.tobytes() + str(count).encode()).digest()
+    sums = index.group_sums(vectors, row_ids, groups, len(counts))
+    key = hashlib.blake2b(row_ids.tobytes() + groups.tobytes() + counts.tobytes()).digest()
     lengths = _LENGTHS.setdefault(index, {}).get(key)
     if lengths is None:
         # By themselves: scores do not depend on whether these are searched, too.
-        lengths = (index.group_sums(probes(vectors.shape[1]), row_ids, groups, count) ** 2).mean(0)
+        probed = index.group_sums(probes(vectors.shape[1]), row_ids, groups, len(counts))
+        lengths = np.einsum("pg,pg->g", probed, probed) / PROBES
         with _LOCK:
             kept = _LENGTHS[index]
             while len(kept) >= _GROUPINGS_KEPT:
                 kept.pop(next(iter(kept)))
             kept[key] = lengths
-    squared = np.einsum("qk,qk->q", vectors, vectors, dtype=np.float64)[:, None] * lengths
-    return sums, _deviation(fingerprint) * np.sqrt(squared + sums**2)
+    squared = np.einsum("qk,qk->q", vectors, vectors, dtype=np.float64)[:, None]
+    if fingerprint.normalize == "layer":
+        lengths = np.where(counts == 1, squared, lengths)  # of a single sample it is known, as in `score_errors`
+    return sums, _deviation(fingerprint) * np.sqrt(squared * lengths + sums**2)
 
 
 def probes(width: int) -> Float32[np.ndarray, "probes sketch"]:

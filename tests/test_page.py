@@ -126,7 +126,10 @@ def check_colours(page, results, scores_of):
 def test_colours_and_numbers_are_those_of_the_ranking(opened, rankings):
     page = opened()
     above = page.locator("#top").inner_text()
-    assert f", off by {rankings[0].score_error:.4f} or so (one standard deviation)." in above and "Note: " not in above
+    assert (
+        f" Scores are off by {rankings[0].score_error:.4f} or so (one standard deviation), but" in above
+        and "Note: " not in above
+    )
     page.select_option("#query", str(len(rankings) + 1))
     assert "Note: told of it." in page.locator("#top").inner_text()
     page.select_option("#query", "0")

@@ -226,9 +226,9 @@ def test_a_difference_is_shown_beside_an_exact_score(capsys, tmp_path, models, a
     asked = ("query", made.path, "--prompt", "Say 5", "--generation", "blue 35")
     _, out, _ = call(capsys, *asked, "--refine", 3)
     (ranking,) = made.query("Say 5", "blue 35", refine=3)
-    assert out.splitlines()[1] == "  the first 3 are ranked by exact_score, the inner product of full gradients"
-    assert out.splitlines()[2].split() == ["rank", "score", "exact", "differs", "sample_id", "text"]
-    for line, result in zip(out.splitlines()[3:], ranking.results, strict=True):
+    assert out.splitlines()[2] == "  the first 3 are ranked by exact_score, the inner product of full gradients"
+    assert out.splitlines()[3].split() == ["rank", "score", "exact", "differs", "sample_id", "text"]
+    for line, result in zip(out.splitlines()[4:], ranking.results, strict=True):
         if result.exact_score is None:
             assert line.split()[2] == result.sample_id
         else:

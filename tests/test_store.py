@@ -464,21 +464,42 @@ def test_a_database_that_somebody_else_made_meanwhile_is_not_removed(table, monk
 
 
 def test_the_versions_that_can_be_asked(database, tmp_path):
-    """Each is listed once, with what a query as of it searches; what changed no sample is left out."""
+    """Each is listed with what a query as of it searches, also where only an answer changed."""
     first = database.info().table_version
-    database.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(6, first=50)))
-    database.delete(where="stars = 1")
-    changed = [record | {"output": "another"} for record in toy_records(1, first=50)]
-    database.ingest(write_jsonl(tmp_path / "changed.jsonl", changed), on_duplicate="replace")
+    new = toy_records(1, first=50)
+    database.ingest(write_jsonl(tmp_path / "more.jsonl", new))
+    for answer in ("another", "a third"):
+        database.ingest(write_jsonl(tmp_path / "new.jsonl", [new[0] | {"output": answer}]), on_duplicate="replace")
+    database.delete(ids=["toy-050"])
     before = datetime.now().astimezone()
-    database.ingest(write_jsonl(tmp_path / "none.jsonl", toy_records(1, first=2)))  # there already
-    kept = database.versions()
-    assert [version.samples for version in kept] == [0, 24, 30, 24, 24]
-    assert [version.version for version in kept][1] == first
-    assert kept[-1].version == database.info().table_version
-    assert [v.version for v in kept] == sorted(v.version for v in kept)
-    assert before - timedelta(minutes=10) < kept[0].made <= kept[-1].made <= before
-    for version in kept[1:]:
-        assert database.query("Say 5", "blue 35", as_of=version.version)[0].searched == version.samples
+    kept = {version.version: version for version in database.versions()}
+    assert sorted(kept) == list(range(min(kept), database.version + 1)) and first in kept
+    assert database.version == database.info().table_version == max(kept)
+    assert [kept[first + more].samples for more in (0, 1, 2, 3, 4)] == [24, 25, 25, 25, 24]
+    assert before - timedelta(minutes=10) < kept[first].made < kept[max(kept)].made <= before
+    for version in kept.values():
+        (ranking,) = database.query("Say 5", "blue 35", top_k=99, as_of=version.version)
+        assert ranking.searched == len(ranking.results) == version.samples
+    said = [
+        [r.response for r in database.query("Say 5", "blue 35", top_k=99, as_of=version)[0].results if r.sample_id == "toy-050"]
+        for version in range(first, first + 5)
+    ]  # fmt: skip
+    assert said == [[], [new[0]["output"]], ["another"], ["a third"], []]
     database.delete(where="stars = 2", purge=True)
-    assert [version.samples for version in database.versions()] == [database.info().samples]
+    (newest,) = database.versions()
+    assert newest.samples == database.info().samples
+
+
+def test_a_list_of_versions_beside_a_purge(database, monkeypatch):
+    """One that goes away meanwhile is no error: the list is read anew."""
+    read, calls = type(database._table.snapshot()).history, []
+
+    def history(snapshot):
+        if not calls:
+            database.delete(where="stars = 1", purge=True)
+        calls.append(snapshot.version)
+        return read(snapshot)
+
+    monkeypatch.setattr(type(database._table.snapshot()), "history", history)
+    (newest,) = database.versions()
+    assert newest.version == database.version and calls == sorted(calls)

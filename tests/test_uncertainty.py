@@ -17,6 +17,7 @@ from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.sketch import Sketch
 from rapidin_vdb.uncertainty import PROBES, chance, group_sums, probes, score_errors, shared_bucket
 
+TWO = np.array([5, 4])
 ASKED = [(f"Say {number}", f"blue {7 * number}") for number in (2, 5, 9)]
 
 
@@ -87,7 +88,7 @@ def test_errors_of_scores_and_sums_are_as_large_as_said(fingerprint, normalised)
             alone.append((1.5 * scores - exact)[0] / said[0])
         else:
             assert said is None
-        added, errors = group_sums(Matrix(vectors), asked, np.arange(40), members, 4, fingerprint)
+        added, errors = group_sums(Matrix(vectors), asked, np.arange(40), members, np.full(4, 10), fingerprint)
         wanted = np.stack([exact[:, members == group].sum(1) for group in range(4)], 1)
         sums.append(((1.5 * added - wanted) / errors)[0])
     if normalised:
@@ -129,16 +130,19 @@ def test_the_lengths_of_groups_are_asked_for_once(fingerprint):
         draw.standard_normal((2, 64)).astype(np.float32),
         np.arange(9) % 2,
     )
-    first = group_sums(index, queries, np.arange(9), groups, 2, fingerprint)
-    again = group_sums(index, queries, np.arange(9), groups, 2, fingerprint)
+    first = group_sums(index, queries, np.arange(9), groups, TWO, fingerprint)
+    again = group_sums(index, queries, np.arange(9), groups, TWO, fingerprint)
     np.testing.assert_array_equal(first, again)
-    group_sums(index, queries, np.arange(9), 1 - groups, 2, fingerprint)
-    group_sums(index, queries, np.arange(8), groups[:8], 2, fingerprint)
+    group_sums(index, queries, np.arange(9), 1 - groups, TWO[::-1], fingerprint)
+    group_sums(index, queries, np.arange(8), groups[:8], np.array([4, 4]), fingerprint)
     assert index.asked == [2, PROBES, 2, 2, PROBES, 2, PROBES]
+    alone = group_sums(index, queries, np.arange(9), np.arange(9), np.ones(9, np.int64), fingerprint)
+    known = score_errors(queries, fingerprint)[:, None]
+    np.testing.assert_allclose(alone[1] ** 2, known**2 + (shared_bucket(416, 64) ** 0.5 * 1.5 * alone[0]) ** 2)
     other = Matrix(index.rows + 1)
-    assert not np.allclose(group_sums(other, queries, np.arange(9), groups, 2, fingerprint)[1], first[1])
+    assert not np.allclose(group_sums(other, queries, np.arange(9), groups, TWO, fingerprint)[1], first[1])
     for number in range(40):
-        group_sums(index, queries, np.arange(9), np.roll(groups, number % 9) + number, 60, fingerprint)
+        group_sums(index, queries, np.arange(9), np.roll(groups, number % 9) + number, np.full(60, 9), fingerprint)
     assert len(uncertainty._LENGTHS[index]) == 16
     held = weakref.ref(index)
     del index
@@ -172,17 +176,34 @@ def test_the_largest_of_chance(samples):
 
 
 def test_scores_that_do_not_stand_out_are_told(database, monkeypatch):
-    (ranking,) = database.query(*ASKED[0], top_k=2)
-    assert ranking.note is None and abs(ranking.results[0].score) > chance(ranking.score_error, 24)
-    assert ranking.to_dict()["score_error"] == ranking.score_error
-    # Those that are left are of other colours and numbers.
-    lowest = database.query(*ASKED[0], top_k=24)[0].results
-    weak = [r.sample_id for r in lowest if abs(r.score) < chance(ranking.score_error, 2)][:2]
-    (among,) = database.query(*ASKED[0], where=f"sample_id IN ('{weak[0]}', '{weak[1]}')")
-    bound = f"{chance(ranking.score_error, 2):.3g}"
-    assert among.note.startswith(f"no score stands out: by chance alone the largest of 2 is about {bound}")
-    (refined,) = database.query(*ASKED[0], where=f"sample_id IN ('{weak[0]}', '{weak[1]}')", refine=2)
-    assert refined.note is None
+    """By the end that was asked for, and not where exact scores stand beside."""
+    everything = database.query(*ASKED[0], top_k=24)[0]
+    error, scores = everything.score_error, {result.sample_id: result.score for result in everything.results}
+    assert everything.note is None and max(scores.values()) > chance(error, 24)
+    assert everything.to_dict()["score_error"] == error
+    weak = tuple(sorted(scores, key=lambda name: abs(scores[name]))[:3])
+
+    def note(*names, **options):
+        (ranking,) = database.query(*ASKED[0], where=f"sample_id IN {names}", **options)
+        return ranking.note
+
+    assert note(*weak).startswith(
+        f"no positive score stands out: by chance alone the largest of 3 is about {chance(error, 3):.3g}; exact"
+    )
+    # The toy has no negative scores that stand out: the bound is set between the weak ones and the lowest.
+    lowest = min(scores, key=scores.get)
+    bound = (abs(scores[weak[-1]]) - scores[lowest]) / 2
+    assert abs(scores[weak[-1]]) < bound < -scores[lowest]
+    monkeypatch.setattr("rapidin_vdb.ranking.chance", lambda error, samples: bound)
+    assert note(*weak).startswith("no positive score stands out")
+    assert note(*weak, harmful=True).startswith("no negative score stands out")
+    assert note(*weak, both=True).startswith("no score stands out")
+    assert note(*weak, lowest).startswith("no positive score stands out")
+    assert note(*weak, lowest, top_k=1).startswith("no positive score stands out")
+    assert note(*weak, lowest, both=True) is note(*weak, lowest, harmful=True) is None
+    assert note(*weak, refine=2) is note(*weak, tokens=True) is None
     (nobody,) = database.query(*ASKED[0], where="stars > 100")
     assert (nobody.note, nobody.results) == (None, ())
-    assert dataclasses.replace(nobody, score_error=None).to_dict().keys() == nobody.to_dict().keys() - {"score_error"}
+    monkeypatch.setattr("rapidin_vdb.ranking.chance", lambda error, samples: 1e9)
+    (cut,) = database.query("Say 5", "blue 35 " * 200, top_k=1)
+    assert "has no part in the scores; no positive score stands out" in cut.note

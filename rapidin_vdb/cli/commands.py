@@ -249,7 +249,8 @@ def delete(
         raise typer.BadParameter("give --where SQL, or --ids FILE")
     wanted = None if ids is None else show.read_ids(ids)
     database = rapidin_vdb.open(db)
-    show.deleted(database.delete(where=where, ids=wanted, purge=purge), wanted, database.versions()[-1])
+    show.deleted(database.delete(where=where, ids=wanted, purge=purge), wanted)
+    typer.echo(f"version {database.version}", err=True)
 
 
 def verify(db: DB, as_json: AsJson = False) -> None:

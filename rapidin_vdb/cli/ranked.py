@@ -20,8 +20,8 @@ def ranking_table(ranking: Ranking, query: Sample) -> None:
     typer.echo(f"{printable(ranking.query_id)}{focus}: {what}")
     if ranking.note is not None:
         typer.echo(textwrap.fill(printable(ranking.note), 80, initial_indent="  ", subsequent_indent="  "))
-    exact = any(isinstance(result, RankedSample) and result.exact_score is not None for result in ranking.results)
-    if ranking.score_error is not None and ranking.results and not exact:
+    exact = all(isinstance(result, RankedSample) and result.exact_score is not None for result in ranking.results)
+    if ranking.score_error and not exact:
         typer.echo(f"  scores are off by {ranking.score_error:.2g} or so (one standard deviation)")
     _, _, again = ranking.score_unit.partition("; ")
     if again:

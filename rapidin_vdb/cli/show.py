@@ -201,10 +201,10 @@ def _id_in(line: str, place: str) -> str:
     return str(found)
 
 
-def deleted(result: list[str] | int, wanted: list[str] | None, newest: KeptVersion) -> None:
-    """Say what was deleted, which ids were not there, and which version is the newest."""
+def deleted(result: list[str] | int, wanted: list[str] | None) -> None:
+    """Say what was deleted, and which ids were not there."""
     count = result if isinstance(result, int) else len(result)
-    typer.echo(f"{count:,} samples deleted, {newest.samples:,} are left; version {newest.version}", err=True)
+    typer.echo(f"{count:,} samples deleted", err=True)
     if wanted is not None and not isinstance(result, int):
         missing = sorted(set(wanted) - set(result))
         if missing:

@@ -15,7 +15,7 @@ from rapidin_vdb.store.fingerprint import read_fingerprint
 from rapidin_vdb.store.owners import named
 from rapidin_vdb.store.place import Place
 from rapidin_vdb.store.rows import OWN_NAMES, stored_checksum, stored_sample
-from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, TableVersion, batches, int64, told
+from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, TableVersion, batches, int64
 
 SAMPLES = "samples"
 _SAMPLES_A_BATCH = 1000
@@ -35,23 +35,18 @@ class Snapshot(TableVersion):
         self.fingerprint = read_fingerprint(self.schema.metadata, place=str(place))
 
     def history(self) -> list[KeptVersion]:
-        """Return the versions that are kept, oldest first; of several that hold the same files, the last."""
-        with told(f"the versions of {self._place} cannot be read"):
+        """Return the versions that are kept and hold any sample, oldest first."""
+        with self._reading(f"the versions of {self._place} cannot be read"):
             entries = sorted(self._table.list_versions(), key=lambda entry: int(entry["version"]))
-        last: dict[Any, Any] = {}
-        for entry in entries:
-            # A commit of a scalar index changes none of these.
-            files = tuple(sorted(entry["metadata"].items()))
-            last.pop(files, None)
-            last[files] = entry
-        return [
+        kept = [
             KeptVersion(
                 version=int(entry["version"]),
                 made=entry["timestamp"].astimezone(),
                 samples=int(entry["metadata"]["total_rows"]),
             )
-            for entry in last.values()
+            for entry in entries
         ]
+        return [version for version in kept if version.samples]
 
     def count(self, where: str | None = None) -> int:
         """Return how many samples there are, or how many a filter lets through.

@@ -188,7 +188,7 @@ export function list(answer, page, elsewhere = null) {
   const cards = (some) => some.map((result) => card(answer, result, most, longest, { page, elsewhere }));
   return [
     generation(answer, page, elsewhere === null), ...(ranking.histogram ? [histogram(ranking)] : []), ...(ranking.groups?.length ? [groups(ranking, values.group_by)] : []),
-    ...(results.length ? remarks(ranking) : [make("p", { class: "soft" }, "No sample matches.")]),
+    ...(results.length ? [] : [make("p", { class: "soft" }, "No sample matches.")]), ...remarks(ranking),
     ...[ranking.results, ranking.harmful || []].flatMap((some) => (some.length ? [make("h2", {}, Heat.heading(some, some === ranking.harmful)), ...cards(some)] : [])),
   ];
 }
