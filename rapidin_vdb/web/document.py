@@ -74,7 +74,7 @@ EXAMPLES: dict[str, Any] = {
         "query_id": "query", "score_unit": "epochs * learning_rate * inner product of RapidGrads (Eq. 5)",
         "searched": 1000, "where": "split = 'train'",
         "seconds": {"gradient": 0.02, "search": 0.01, "tokens": 0.0, "total": 0.03},
-        "results": [_RANKED],
+        "results": [_RANKED], "score_error": 0.36,
     },
     "sample": _SAMPLE,
     "page": {"samples": [_SAMPLE], "total": 1, "offset": 0, "limit": 50},
