@@ -66,7 +66,7 @@ The same database with drawn samples beside, in headless Chromium: seconds from 
 {steps}
 
 *Ask* is until the influence of each word of ten samples stands there and, where that is cheap, that on each of the generation's words; *ask, without* is
-without both; *the first time* includes what happens once in a process: reading the index, compiling loops. The cleaned file has all samples but one.
+without both; *the first time* includes what happens once in a process: compiling loops, and, at that commit, reading the index, which the server now does before it says that it serves. The cleaned file has all samples but one.
 """,
         "utf-8",
     )

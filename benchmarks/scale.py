@@ -228,7 +228,7 @@ arithmetic binds them: on the two cores from about {measured.product_rate / meas
 How many nodes hold all rows in memory and pass over them within {ANSWER_SECONDS:.0f} s, and whether somebody with {FLEET} of them can ask exactly.
 
 {table(["samples", "width K", "nodes for an exact answer", f"possible with {FLEET}", "else: rows folded to a width, on so many nodes"], fleet)}
-The last column is the widest fold whose rows such nodes hold and pass over in the same time. It is past what the code does today: an index that is coarse to fine
+The last column is the widest of the folds 4,096, 2,048 and 1,024 whose rows such nodes hold and pass over in the same time. The code cannot do it yet: an index that is coarse to fine
 (folded rows in memory, candidates scored at full width from disk) is of one machine, and `query --cluster` is exact only and takes no `--index`. What share of the
 exact answer it finds depends on the data (`index` measures and says it), and the narrower the fold, the less. Where that is too little, a smaller K at `init` is the honest
 choice, or rows read from disk or the store, which takes as long as the last column of the section before says.

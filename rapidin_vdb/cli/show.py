@@ -139,7 +139,8 @@ def info(found: DatabaseInfo, *, as_json: bool) -> None:
             )
         elif name == "indexes":
             for built in found.indexes:
-                state = "fresh" if built.fresh else f"of version {built.table_version}; a query brings it up to date"
+                old = f"of version {built.table_version}; a query brings it up to date, unless over 30 % changed"
+                state = "fresh" if built.fresh else old
                 line = f"{built.name}: {built.samples:,} {built.level}s, {state}{_recalled(built)}"
                 typer.echo(textwrap.fill(line, 80, initial_indent=f"{'index':<15}", subsequent_indent=" " * 15))
         else:
