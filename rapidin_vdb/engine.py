@@ -70,11 +70,12 @@ class Engine:
         sample = sample_from(
             Record(location="the prompt", fields={"prompt": prompt, "generation": "?", "id": "prompt"})
         )
-        text = self.template.render(sample)
+        text, end = self.template.render(sample), self.template.end(sample)
         with self.alone:
             return generate_one(
-                self.loaded, text, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress
-            )
+                self.loaded, text, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress,
+                special=not self.template.whole, end=end,
+            )  # fmt: skip
 
     def make(self, batch: Sequence[Encoded], *, token_width: int | None = None) -> list[Made | GradientError]:
         """Return what each sample of a batch is turned into, or why it cannot be.
@@ -128,9 +129,7 @@ def load_engine(
                 f"{error}. If it has moved since init, say where it is: --model FOLDER --adapter FOLDER"
             ) from error
         raise
-    # A chat template is the tokenizer's, and may have changed with it; a Jinja file is the database's own.
-    own = stored.template_text if stored.template == "jinja" else None
-    template = load_template(stored.template, tokenizer=loaded.tokenizer, text=own)
+    template = load_template(stored.template, tokenizer=loaded.tokenizer, text=stored.template_text)
     here = fingerprint_of(
         loaded,
         template=template.name,

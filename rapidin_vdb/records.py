@@ -29,6 +29,8 @@ class Message:
     """`system`, `user` or `assistant`."""
     content: str
     """What was said."""
+    more: Mapping[str, Any] = field(default_factory=dict, hash=False)
+    """What else the turn holds, such as calls of tools."""
 
 
 @dataclass(frozen=True, kw_only=True)

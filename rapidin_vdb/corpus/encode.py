@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rapidin_vdb.corpus.template import Template
+from rapidin_vdb.corpus.template import Template, Written
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import Encoded, Sample
 
@@ -17,56 +17,60 @@ def encode(
 ) -> list[Encoded | CorpusError]:
     """Return each sample's token ids, an error in the place of each that leaves no token with a loss.
 
-    Prompt and response are tokenised together as one text, and the end-of-sequence token follows. A token belongs to
-    the response when it starts at or after the response's first character; the very first token of all is predicted
-    from nothing and so carries no loss. Longer samples are cut from the right.
+    Prompt and response are tokenised together as one text, and the end-of-sequence token follows, or what a chat
+    template ends an answer with. A token belongs to the response when it starts at or after the response's first
+    character; the very first token of all is predicted from nothing and so carries no loss. Longer samples are cut from
+    the right.
     """
     results: list[Encoded | CorpusError | None] = [None] * len(samples)
-    prompts: list[tuple[int, str]] = []
+    texts: list[tuple[int, Written]] = []
     for place, sample in enumerate(samples):
         try:
-            prompts.append((place, template.render(sample)))
+            texts.append((place, template.write(sample)))
         except CorpusError as error:
             results[place] = error
-    # A chat template may write the beginning-of-sequence token itself.
-    for with_bos in (False, True):
-        group = [(place, prompt) for place, prompt in prompts if _starts_with_bos(prompt, tokenizer) == with_bos]
+    for special in (True, False):
+        group = [(place, written) for place, written in texts if adds_special(written, tokenizer) == special]
         if not group:
             continue
         tokens = tokenizer(
-            [prompt + samples[place].response for place, prompt in group],
-            add_special_tokens=not with_bos,
+            [written.text for _, written in group],
+            add_special_tokens=special,
             return_offsets_mapping=True,
             return_attention_mask=False,
             truncation=False,
             verbose=False,
         )
-        for (place, prompt), ids, spans in zip(group, tokens["input_ids"], tokens["offset_mapping"], strict=True):
-            results[place] = _encoded(samples[place], len(prompt), ids, spans, tokenizer.eos_token_id, max_tokens)
+        for (place, written), ids, spans in zip(group, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+            results[place] = _encoded(samples[place], written, ids, spans, tokenizer.eos_token_id, max_tokens)
     return [result for result in results if result is not None]
 
 
-def _starts_with_bos(prompt: str, tokenizer: Tokenizer) -> bool:
-    return bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
+def adds_special(written: Written, tokenizer: Tokenizer) -> bool:
+    """Return whether a tokenizer is to add its own tokens: not where the text begins with the first of them."""
+    return written.special and not (bool(tokenizer.bos_token) and written.text.startswith(str(tokenizer.bos_token)))
 
 
 def _encoded(
-    sample: Sample, response_start: int, ids: list[int], spans: list[tuple[int, int]], eos: int | None, max_tokens: int
+    sample: Sample, written: Written, ids: list[int], spans: list[tuple[int, int]], eos: int | None, max_tokens: int
 ) -> Encoded | CorpusError:
-    length = len(sample.response)
-    if eos is not None and not (ids and ids[-1] == eos and tuple(spans[-1]) == (0, 0)):
+    length, begin, end = len(sample.response), written.start, written.start + len(written.response)
+    # Nor a second one behind a text that ends with it.
+    if not written.ended and eos is not None and not (ids and ids[-1] == eos):
         ids, spans = [*ids, eos], [*spans, (0, 0)]
     offsets: list[tuple[int, int]] = []
-    # The response is a suffix: walk back until a token starts before it.
+    # The response is a suffix, with what ends it: walk back until a token starts before it.
     for place in range(len(ids) - 1, 0, -1):
-        start, end = spans[place]
-        if (start, end) == (0, 0):
+        first, last = spans[place]
+        if (first, last) == (0, 0):
             # A special token of no text: the end of the sequence, or (with no response token behind it) a beginning.
             if offsets and offsets[-1][0] < length:
                 break
             offsets.append((length, length))
-        elif start >= response_start:
-            offsets.append((start - response_start, min(end - response_start, length)))
+        elif first >= end:
+            offsets.append((length, length))
+        elif first >= begin:
+            offsets.append((first - begin + written.left_out, min(last, end) - begin + written.left_out))
         else:
             break
     offsets.reverse()

@@ -12,6 +12,8 @@ from rapidin_vdb.corpus.files import Record, read_records
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import OWN_COLUMNS, Message, Sample, Scalar
 
+# What a turn may say outside of its content.
+_SAID_BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
 _SHAPES = "instruction/input/output, prompt/response (or completion), messages, or text"
 RESPONSES = ("output", "response", "completion", "generation")
 """Names of a response; the first that is there counts."""
@@ -104,16 +106,30 @@ def _conversation(fields: dict[str, Any], location: str) -> tuple[tuple[Message,
 
 
 def _turns(value: Any, location: str) -> tuple[tuple[Message, ...], str]:
-    if not isinstance(value, list) or not all(
-        isinstance(turn, dict) and isinstance(turn.get("role"), str) and isinstance(turn.get("content"), str)
-        for turn in value
-    ):
+    turns = [_turn(turn) for turn in value] if isinstance(value, list) else [None]
+    if None in turns:
         raise CorpusError(f"{location}: messages must be a list of objects with texts role and content")
-    turns = [Message(role=turn["role"], content=turn["content"]) for turn in value]
-    last = max((place for place, turn in enumerate(turns) if turn.role == "assistant"), default=None)
+    said = [turn for turn in turns if turn is not None]
+    last = max((place for place, turn in enumerate(said) if turn.role == "assistant"), default=None)
     if last is None:
         raise CorpusError(f"{location}: messages has no turn of the role assistant, which would be the response")
-    return tuple(turns[:last]), turns[last].content
+    lost = [name for name in _SAID_BESIDE if said[last].more.get(name)]
+    if lost:
+        raise CorpusError(
+            f"{location}: the response has {lost[0]}, which would be lost; write all that the model is to say into its "
+            "content, as the model would write it"
+        )
+    return tuple(said[:last]), said[last].content
+
+
+def _turn(turn: Any) -> Message | None:
+    if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
+        return None
+    more = {name: value for name, value in turn.items() if name not in ("role", "content") and value is not None}
+    content = turn.get("content")
+    if content is None and more.get("tool_calls"):
+        content = ""  # a turn that only calls tools
+    return Message(role=turn["role"], content=content, more=more) if isinstance(content, str) else None
 
 
 def _prompt_text(messages: tuple[Message, ...]) -> str | None:

@@ -11,6 +11,27 @@ import jinja2.sandbox
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.records import Sample
 
+# In the fingerprint, before a chat template that writes the response, too. Databases that were made before it did have
+# the template alone; they go on as they were: prompt, response, end-of-sequence token.
+_WHOLE = "{#- the response and its end are written by this, too -#}"
+# Some write the day: samples and queries of different days would differ. All are of the day that Llama 3.2 takes where
+# it is told none, a Friday. Callables cannot be handed to a chat template, but one can define a macro.
+_DAY = (
+    "{%- macro strftime_now(form) -%}{{ form"
+    + "".join(
+        f" | replace('%{letter}', '{value}')"
+        for letter, value in (
+            ("d", "26"), ("-d", "26"), ("e", "26"), ("b", "Jul"), ("B", "July"), ("m", "07"), ("-m", "7"),
+            ("Y", "2024"), ("y", "24"), ("A", "Friday"), ("a", "Fri"), ("F", "2024-07-26"), ("H", "12"), ("M", "00"),
+            ("S", "00"),
+        )
+    )
+    + " }}{%- endmacro -%}"
+)  # fmt: skip
+# Stands for a response, to see what a chat template writes around it.
+_MARK = "\ue0a1response\ue0a2"
+_REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError, AttributeError)
+
 _ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
     "### Instruction:\n{{ prompt }}\n\n### Response:\n"
@@ -23,9 +44,27 @@ class ChatTokenizer(Protocol):
 
     chat_template: str | None
 
-    def apply_chat_template(self, conversation: list[dict[str, str]], **options: Any) -> str:
+    def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> str:
         """Write a conversation out."""
         ...
+
+
+@dataclass(frozen=True)
+class Written:
+    """A sample as one text."""
+
+    text: str
+    """Prompt, response, and what ends it where the template writes that."""
+    start: int
+    """Where the response begins in it."""
+    response: str
+    """The response as it stands there: a template may leave out spaces around it."""
+    left_out: int = 0
+    """How many code points of the response, at its beginning, do not stand there."""
+    special: bool = True
+    """Whether the tokenizer's own tokens, such as that of the beginning of a sequence, are to be added."""
+    ended: bool = False
+    """Whether what ends the response is part of the text; else the end-of-sequence token is to follow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +79,53 @@ class Template:
     """Needed by `chat` alone."""
     _compiled: Any = field(default=None)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is a chat template that writes a response and its end, too."""
+        return self.name == "chat" and self.text.startswith(_WHOLE)
+
+    def write(self, sample: Sample) -> Written:
+        """Return the text that the model is trained on.
+
+        A chat template writes all of the conversation, as for fine-tuning.
+
+        Raises:
+            CorpusError: the template cannot render this sample.
+        """
+        response = sample.response
+        if not self.whole or sample.prompt is None:
+            before = self.render(sample)
+            return Written(before + response, len(before), response)
+        before, after = self._around(sample)
+        text = self._chat(sample, response)
+        stands = text[len(before) : len(text) - len(after)]
+        kept = (response, response.strip(), response.lstrip(), response.rstrip())
+        if not (text.startswith(before) and text.endswith(after) and stands in kept):
+            # Rewritten by the template, as the thoughts of an answer may be: it follows what the model goes on from.
+            before, stands = self.render(sample), response
+        markers = [marker for marker in _markers(self.tokenizer) if marker in after]
+        first = min(markers, key=lambda marker: (after.index(marker), -len(marker)), default=None)
+        end = "" if first is None else after[: after.index(first) + len(first)]
+        return Written(
+            before + stands + end, len(before), stands, response.index(stands), special=False, ended=bool(end)
+        )
+
+    def end(self, sample: Sample) -> str:
+        """Return the text with which a response ends, where the template writes one.
+
+        Raises:
+            CorpusError: the template cannot render this sample.
+        """
+        written = self.write(sample)
+        return written.text[written.start + len(written.response) :]
+
+    def _around(self, sample: Sample) -> tuple[str, str]:
+        """Return what a chat template writes before and behind a response."""
+        parts = self._chat(sample, _MARK).split(_MARK)
+        if len(parts) == 2:
+            return parts[0], parts[1]
+        return self.render(sample), ""
+
     def render(self, sample: Sample) -> str:
         """Return the text that stands before the response.
 
@@ -51,7 +137,7 @@ class Template:
         if sample.prompt is None:
             return ""
         if self.name == "chat":
-            return self._render_chat(sample)
+            return self._chat(sample, None)
         if len(sample.messages) > 1:
             raise CorpusError(
                 f"{sample.location}: a conversation of {len(sample.messages)} turns before the response does not fit "
@@ -59,28 +145,41 @@ class Template:
             )
         return _ALPACA.replace("{{ prompt }}", sample.prompt) if self.name == "alpaca" else sample.prompt
 
-    def _render_chat(self, sample: Sample) -> str:
-        turns = [{"role": turn.role, "content": turn.content} for turn in sample.messages]
+    def _chat(self, sample: Sample, response: str | None) -> str:
+        """Return a conversation with a response, or with what a response is to follow."""
+        turns: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in sample.messages]
+        options: dict[str, Any] = {}
+        if self.whole:
+            turns = [dict(turn.more) | one for turn, one in zip(sample.messages, turns, strict=True)]
+            if "strftime_now" in self.text:
+                options["chat_template"] = _DAY + self.text.removeprefix(_WHOLE)
+            if sample.fields.get("messages") is not None and sample.fields.get("tools"):
+                options["tools"] = sample.fields["tools"]
+        if response is not None:
+            turns.append({"role": "assistant", "content": response})
         assert self.tokenizer is not None  # load_template saw to it
         try:
-            return self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except jinja2.TemplateError as error:
+            return self.tokenizer.apply_chat_template(
+                turns, tokenize=False, add_generation_prompt=response is None, **options
+            )
+        except _REFUSALS as error:
             raise CorpusError(f"{sample.location}: the chat template refuses this conversation: {error}") from error
 
     def _render_jinja(self, sample: Sample) -> str:
-        fields = dict(sample.fields)
         # A query has a prompt only; a template written for a record's fields finds it under the usual names too.
-        if "instruction" not in fields:
-            fields |= {"instruction": sample.prompt or "", "input": ""}
-        fields |= {"prompt": sample.prompt or "", "messages": [vars(turn) for turn in sample.messages]}
+        fields = {"instruction": sample.prompt or "", "input": ""} | dict(sample.fields)
+        turns = [dict(turn.more) | {"role": turn.role, "content": turn.content} for turn in sample.messages]
+        fields |= {"prompt": sample.prompt or "", "messages": turns}
         try:
             return str(self._compiled.render(fields))
-        except (jinja2.TemplateError, TypeError, ValueError, ArithmeticError) as error:
+        except _REFUSALS as error:
             raise CorpusError(f"{sample.location}: the template cannot render this record: {error}") from error
 
 
 def load_template(name: str, *, tokenizer: ChatTokenizer | None = None, text: str | None = None) -> Template:
-    """Return the template of that name, or the Jinja template in that file; `text` stands for the file's content.
+    """Return the template of that name, or the Jinja template in that file.
+
+    `text` is what a fingerprint says of it: the file's content, or how a chat template is used.
 
     Raises:
         SpecError: no such template, a syntax error, or a tokenizer without a chat template.
@@ -96,7 +195,8 @@ def load_template(name: str, *, tokenizer: ChatTokenizer | None = None, text: st
                     "--template chat: this model's tokenizer has no chat template; give alpaca, text or a file"
                 )
             assert tokenizer is not None
-            return Template(name, str(tokenizer.chat_template), tokenizer)
+            own = str(tokenizer.chat_template)
+            return Template(name, own if text == own else _WHOLE + own, tokenizer)
     if text is None:
         path = Path(name)
         if not path.is_file():
@@ -118,3 +218,9 @@ def load_template(name: str, *, tokenizer: ChatTokenizer | None = None, text: st
 def known_templates() -> Sequence[str]:
     """Return the names that are not files."""
     return ("alpaca", "chat", "text")
+
+
+def _markers(tokenizer: Any) -> set[str]:
+    """Return the texts of the tokens that were added to a tokenizer's vocabulary, such as those between turns."""
+    added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+    return {text for text in added if text.strip()}  # some have runs of spaces, too

@@ -12,12 +12,14 @@ from rapidin_vdb.progress import Progress, silent
 
 @torch.no_grad()
 def generate_one(
-    loaded: LoadedModel, prompt: str, *, max_tokens: int, temperature: float, seed: int, progress: Progress = silent
-) -> str:
+    loaded: LoadedModel, prompt: str, *, max_tokens: int, temperature: float, seed: int, progress: Progress = silent,
+    special: bool = True, end: str = "",
+) -> str:  # fmt: skip
     """Return the continuation of a prompt that is written in its template; at temperature 0 the most likely one.
 
-    Nothing but these settings counts: what the model's folder says about generation does not. `progress` hears of every
-    token, and may end it by raising.
+    It ends with the end-of-sequence token, or with the last token of `end`. Without `special`, the tokenizer adds none
+    of its own tokens to the prompt. Nothing but these settings counts: what the model's folder says about generation
+    does not. `progress` hears of every token, and may end it by raising.
 
     Raises:
         SpecError: an option is out of range, or the prompt leaves no room.
@@ -28,7 +30,7 @@ def generate_one(
     if temperature != 0 and not 0.01 <= temperature <= 10:
         raise SpecError(f"temperature is {temperature}; wanted 0 (most likely), or 0.01 to 10")
     model, tokenizer = loaded.model, loaded.tokenizer
-    ids = _prompt_ids(tokenizer, prompt)
+    ids = _prompt_ids(tokenizer, prompt, special=special)
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None:
         if len(ids) >= room:
@@ -36,12 +38,13 @@ def generate_one(
         max_tokens = min(max_tokens, room - len(ids))
     heard = _Heard(progress, len(ids), max_tokens)
     (text,) = _continued(
-        model, tokenizer, [ids], max_tokens=max_tokens, temperature=temperature, seed=seed, stopping_criteria=[heard]
-    )
+        model, tokenizer, [ids], max_tokens=max_tokens, temperature=temperature, seed=seed, end=end,
+        stopping_criteria=[heard],
+    )  # fmt: skip
     return text
 
 
-def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
+def _prompt_ids(tokenizer: Any, prompt: str, *, special: bool = True) -> list[int]:
     """Return the tokens of a prompt that is written in its template, with nothing behind them.
 
     Raises:
@@ -49,7 +52,7 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
     """
     # A template that writes the beginning-of-sequence token itself must not get a second one, as in `encode`.
     begun = bool(tokenizer.bos_token) and prompt.startswith(str(tokenizer.bos_token))
-    ids = list(tokenizer(prompt, add_special_tokens=not begun)["input_ids"])
+    ids = list(tokenizer(prompt, add_special_tokens=special and not begun)["input_ids"])
     if ids and ids[-1] == tokenizer.eos_token_id and not prompt.endswith(str(tokenizer.eos_token)):
         ids.pop()  # some tokenizers end every text
     if not ids:
@@ -59,7 +62,7 @@ def _prompt_ids(tokenizer: Any, prompt: str) -> list[int]:
 
 def _continued(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, seed: int,
-    **options: Any,
+    end: str = "", **options: Any,
 ) -> list[str]:  # fmt: skip
     """Return the continuations of some prompts' tokens, all at once; what the model's folder says does not count."""
     from transformers import GenerationConfig
@@ -67,9 +70,11 @@ def _continued(
     # Where `generate` is told nothing, it takes the model's own settings; these are replaced by none.
     model.generation_config = GenerationConfig()
     drawn = {"do_sample": True, "temperature": temperature, "top_k": 0} if temperature else {"do_sample": False}
-    end = tokenizer.eos_token_id
+    eos = tokenizer.eos_token_id
+    last = tokenizer(end, add_special_tokens=False)["input_ids"][-1:] if end else []
+    ends = list(dict.fromkeys([*([] if eos is None else [eos]), *last]))
     # What fills is masked, or cut off with the end: without a token for it any will do.
-    padding = next(token for token in (tokenizer.pad_token_id, end, 0) if token is not None)
+    padding = next(token for token in (tokenizer.pad_token_id, eos, 0) if token is not None)
     longest = max(map(len, prompts))
     # On the left: what is generated has to follow the prompt.
     ids = torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
@@ -82,12 +87,16 @@ def _continued(
             attention_mask=mask.to(model.device),
             max_new_tokens=max_tokens,
             use_cache=True,
-            eos_token_id=end,
+            eos_token_id=ends or None,
             pad_token_id=padding,
             **drawn,
             **options,
         )
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in out[:, longest:]]
+    said = [
+        row[: next((place for place, token in enumerate(row) if token in ends), None)]
+        for row in out[:, longest:].tolist()
+    ]
+    return [tokenizer.decode(row, skip_special_tokens=True) for row in said]
 
 
 class _Heard:

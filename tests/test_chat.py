@@ -1,0 +1,222 @@
+"""Conversations as a model is fine-tuned on them: what `apply_chat_template` makes of all of one, answer included."""
+
+import datetime
+import json
+
+import pytest
+import torch
+from conftest import byte_tokenizer, save_model, toy_records, write_jsonl
+
+import rapidin_vdb
+from rapidin_vdb.corpus import Record, encode, load_template, sample_from
+from rapidin_vdb.errors import CorpusError, FingerprintError
+from rapidin_vdb.gradient import generation
+
+LOOP = "{% for m in messages %}"
+PLAIN = LOOP + "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ASKING = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+TEMPLATES = {
+    "as it is": PLAIN + ASKING,
+    "trimmed": PLAIN.replace("m.content", "m.content | trim") + ASKING,
+    "its own beginning": "<s>" + PLAIN + ASKING,
+    "a line before the beginning": "\n<s>" + PLAIN + ASKING,
+    "another end": PLAIN.replace("<|im_end|>", "</s>") + ASKING,
+    "spaces around": LOOP + "{% if m.role == 'user' %}<s>[INST] {{ m.content | trim }} [/INST]{% else %} {{ m.content | trim }} </s>{% endif %}{% endfor %}",
+    "an empty thought": LOOP
+    + "<|im_start|>{{ m.role }}\n{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    + ASKING,
+    "a system prompt": "<|im_start|>system\nHelp.<|im_end|>\n" + PLAIN + ASKING,
+    "an end that is no end": PLAIN + "{% if add_generation_prompt %}<|im_start|>assistant\n{% else %}</s>{% endif %}",
+}  # fmt: skip
+ANSWERS = (
+    "Snow is white.",
+    "  two\n lines \n",
+    "é黄🏳️‍🌈",
+    "assistant",
+    "user\nHelp.",
+    "<|im_end|> is the end",
+    "think",
+    "[/INST]",
+)
+
+
+def tokenizer_with(template: str):
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def talk(answer: str, **more):
+    turns = [("system", "Be kind."), ("user", "Hi"), ("assistant", "Hello."), ("user", "What is snow?")]
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return {"messages": [*messages, {"role": "assistant", "content": answer, **more}]}
+
+
+def encoded(fields, tokenizer, text=None):
+    sample = sample_from(Record(location="here", fields=fields))
+    template = load_template("chat", tokenizer=tokenizer, text=text)
+    (result,) = encode([sample], tokenizer=tokenizer, template=template, max_tokens=999)
+    if isinstance(result, CorpusError):
+        raise result
+    return result
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+@pytest.mark.parametrize("answer", ANSWERS)
+def test_tokens_are_those_of_fine_tuning(name, answer):
+    tokenizer, fields = tokenizer_with(TEMPLATES[name]), talk(answer)
+    found = encoded(fields, tokenizer)
+    wanted = list(tokenizer.apply_chat_template(fields["messages"], tokenize=True, return_dict=False))
+    # What stands behind the end of an answer has no part in it.
+    assert list(found.input_ids) == wanted[: len(found.input_ids)]
+    left = tokenizer.decode(wanted[len(found.input_ids) :])
+    assert left.strip() in ("", "</s>") and found.input_ids[-1] in tokenizer.convert_tokens_to_ids(
+        ["<|im_end|>", "</s>"]
+    )
+    # Every token with a loss stands where it says in the answer; what ends it stands nowhere.
+    spans = [span for span in found.offsets if span[0] < len(answer)]
+    ids = found.input_ids[len(found.input_ids) - len(found.offsets) :]
+    said = answer.strip() if "trim" in TEMPLATES[name] else answer
+    for (start, end), token in zip(spans, ids, strict=False):
+        text = tokenizer.convert_ids_to_tokens(token)
+        shown = tokenizer.decode([token])
+        assert shown == answer[start:end] or "\ufffd" in shown or text in ("<|im_end|>",), (text, answer[start:end])
+    assert tokenizer.decode(ids[: len(spans)]) == said and spans[0][0] == answer.index(said[0])
+    assert set(found.offsets[len(spans) :]) == {(len(answer), len(answer))}
+    assert spans[-1][1] == answer.index(said[0]) + len(said)
+
+
+def test_an_answer_that_the_template_rewrites_follows_what_the_model_goes_on_from():
+    tokenizer = tokenizer_with(PLAIN.replace("m.content", "m.content.split('</think>')[-1]") + ASKING)
+    found = encoded(talk("<think>no</think>yes"), tokenizer)
+    assert tokenizer.decode(found.input_ids).endswith("assistant\n<think>no</think>yes<|im_end|>")
+    assert found.offsets[0] == (0, 1) and found.offsets[-2:] == ((19, 20), (20, 20))
+
+
+def test_a_template_without_an_end_has_the_end_of_sequence():
+    tokenizer = tokenizer_with(LOOP + "{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    found = encoded(talk("yes"), tokenizer)
+    assert tokenizer.decode(found.input_ids).endswith("assistant: yes</s>")
+
+
+def test_one_without_a_prompt_is_a_text_as_ever():
+    found = encoded({"text": "yes"}, tokenizer_with(TEMPLATES["as it is"]))
+    assert found.input_ids == (*byte_tokenizer()("yes")["input_ids"], 2)
+
+
+def test_days_do_not_count():
+    forms = "%d %b %Y, %B %-d, %Y-%m-%d"
+    tokenizer = tokenizer_with("{% set day = strftime_now('" + forms + "') %}{{ day }}\n" + PLAIN + ASKING)
+    text = tokenizer.decode(encoded(talk("yes"), tokenizer).input_ids)
+    assert text.startswith(datetime.datetime(2024, 7, 26).strftime(forms) + "\n<|im_start|>system\nBe kind.")
+
+
+def test_calls_of_tools_are_handed_to_the_template():
+    tokenizer = tokenizer_with(
+        "{{ tools | tojson }}" + LOOP + "<|im_start|>{{ m.role }}{{ m.name }}{% if m.tool_calls %}{{ m.tool_calls[0].function.name }}"
+        "{% endif %}: {{ m.content }}<|im_end|>\n{% endfor %}" + ASKING
+    )  # fmt: skip
+    call = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    messages = [
+        {"role": "user", "content": "1 + 1?", "name": "Ann"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "2"},
+        {"role": "assistant", "content": "two"},
+    ]
+    found = encoded({"messages": messages, "tools": tools}, tokenizer)
+    text = tokenizer.decode(found.input_ids)
+    assert text == json.dumps(tools) + (
+        "<|im_start|>userAnn: 1 + 1?<|im_end|>\n<|im_start|>assistantadd: <|im_end|>\n<|im_start|>tool: 2<|im_end|>\n"
+        "<|im_start|>assistant: two<|im_end|>"
+    )
+
+
+@pytest.mark.parametrize("name", ["tool_calls", "reasoning_content"])
+def test_what_an_answer_says_beside_its_content_is_not_lost(name):
+    with pytest.raises(CorpusError, match=f"here: the response has {name}, which would be lost; write all"):
+        encoded(talk("yes", **{name: ["x"]}), tokenizer_with(TEMPLATES["as it is"]))
+
+
+@pytest.mark.parametrize("what", ["messages[9].content", "1 // 0", "messages + 1", "raise_exception('no')"])
+def test_a_template_that_fails_is_told(what):
+    with pytest.raises(CorpusError, match="here: the chat template refuses this conversation: "):
+        encoded(talk("yes"), tokenizer_with("{% set x = " + what + " %}" + TEMPLATES["as it is"]))
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"text": "<s>a b</s>"}, "<s>a b</s>"),
+        ({"prompt": "<s>a", "response": " b"}, "<s>a b</s>"),
+        ({"prompt": "a", "response": " b</s>"}, "<s>a b</s>"),
+        ({"prompt": "a", "response": "</s> b"}, "<s>a</s> b</s>"),
+    ],
+)
+def test_nothing_begins_or_ends_twice(fields, wanted):
+    tokenizer = byte_tokenizer()
+    (found,) = encode(
+        [sample_from(Record(location="here", fields=fields))], tokenizer=tokenizer, template=load_template("text"),
+        max_tokens=99,
+    )  # fmt: skip
+    assert tokenizer.decode(found.input_ids) == wanted
+
+
+def test_databases_of_before_go_on_as_they_were(tmp_path, monkeypatch):
+    """Their fingerprint has the template alone: prompt, response, end-of-sequence token."""
+    folder = save_model(tmp_path / "model", "llama")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATES["as it is"].replace("<|im_end|>", "<pad>")
+    tokenizer.save_pretrained(folder)
+    old = load_template("chat", tokenizer=tokenizer, text=tokenizer.chat_template)
+    new = load_template("chat", tokenizer=tokenizer)
+    assert old.text == tokenizer.chat_template != new.text and new.text.endswith(old.text)
+    assert load_template("chat", tokenizer=tokenizer, text=new.text).text == new.text
+    for name, template in (("old", old), ("new", new)):
+        monkeypatch.setattr("rapidin_vdb.creation.load_template", lambda *_, template=template, **__: template)
+        made = rapidin_vdb.init(tmp_path / name, model=str(folder), parameters="norm", width=16, template="chat")
+        monkeypatch.undo()
+        made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(2)))
+        opened = rapidin_vdb.open(tmp_path / name)
+        assert opened.fingerprint.template_text == template.text
+        assert opened.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(1, first=5))).added == 1
+        found = opened._table.snapshot().encoded(["toy-001"])["toy-001"]
+        text = tokenizer.decode(found.input_ids)
+        assert text.endswith("\nblue 7</s>" if name == "old" else "\nblue 7<pad>")
+        assert text.startswith("<s>") == (name == "old")
+        assert opened.query("Say 1", "blue 7")[0].results[0].sample_id == "toy-001"
+    tokenizer.chat_template += " "
+    tokenizer.save_pretrained(folder)
+    for name in ("old", "new"):
+        with pytest.raises(FingerprintError, match="template_text is"):
+            rapidin_vdb.open(tmp_path / name).query("Say 1", "blue 7")
+
+
+def test_generation_ends_where_an_answer_does(monkeypatch):
+    """With the token that the template writes behind an answer, and without a second beginning."""
+    tokenizer = tokenizer_with(TEMPLATES["its own beginning"])
+    asked = {}
+
+    class Model:
+        config, device = None, torch.device("cpu")
+
+        def generate(self, input_ids, eos_token_id, **options):
+            asked.update(ids=input_ids[0].tolist(), ends=eos_token_id)
+            end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+            return torch.cat([input_ids, torch.tensor([[40, 41, end, 0]])], 1)
+
+    template = load_template("chat", tokenizer=tokenizer)
+    sample = sample_from(Record(location="here", fields={"prompt": "Hi", "generation": "?"}))
+    assert template.end(sample) == "<|im_end|>"
+    ids = generation._prompt_ids(tokenizer, template.render(sample), special=not template.whole)
+    (said,) = generation._continued(
+        Model(), tokenizer, [ids], max_tokens=9, temperature=0.0, seed=0, end=template.end(sample)
+    )
+    assert asked["ids"] == list(
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "Hi"}], add_generation_prompt=True, return_dict=False
+        )
+    )
+    assert asked["ends"] == [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+    assert said == tokenizer.decode([40, 41])
