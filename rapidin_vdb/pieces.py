@@ -33,7 +33,8 @@ def pieces_of(text: str, spans: Sequence[tuple[int, int]]) -> tuple[Piece, ...]:
         while first < len(order) and order[first][1] <= start:
             first += 1
         inside = []
-        for begin, last, number in order[first:]:
+        for place in range(first, len(order)):
+            begin, last, number = order[place]
             if begin >= end:
                 break
             if last > start:

@@ -54,7 +54,8 @@ def read_queries(path: Path) -> list[Sample]:
     for number, record in enumerate(read_records(path), start=1):
         if isinstance(record, CorpusError):
             raise record
-        name = record.fields.get("query_id", record.fields.get("id"))
+        names = (record.fields.get("query_id"), record.fields.get("id"))
+        name = next((name for name in names if name is not None), None)
         fields = record.fields | {"query_id": str(number) if name is None else name}
         queries.append(sample_from(Record(location=record.location, fields=fields), id_field="query_id"))
     if not queries:

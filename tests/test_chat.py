@@ -171,7 +171,7 @@ def test_databases_of_before_go_on_as_they_were(tmp_path, monkeypatch):
     tokenizer.save_pretrained(folder)
     old = load_template("chat", tokenizer=tokenizer, text=tokenizer.chat_template)
     new = load_template("chat", tokenizer=tokenizer)
-    assert old.text == tokenizer.chat_template != new.text and new.text.endswith(old.text)
+    assert old.text == tokenizer.chat_template != new.text and new.text.startswith(old.text)
     assert load_template("chat", tokenizer=tokenizer, text=new.text).text == new.text
     for name, template in (("old", old), ("new", new)):
         monkeypatch.setattr("rapidin_vdb.creation.load_template", lambda *_, template=template, **__: template)
@@ -220,3 +220,34 @@ def test_generation_ends_where_an_answer_does(monkeypatch):
     )
     assert asked["ends"] == [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
     assert said == tokenizer.decode([40, 41])
+
+
+def test_a_space_before_a_response_is_the_prompts(tmp_path):
+    """Tokenizers that leave it out of a token's place, as RoBERTa's, would count its token to the response."""
+    from tokenizers import processors
+
+    from rapidin_vdb.gradient import load_tokenizer
+
+    tokenizer = byte_tokenizer()
+    backend = tokenizer.backend_tokenizer
+    backend.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=True), backend.post_processor])
+    tokenizer.save_pretrained(tmp_path)
+    loaded = load_tokenizer(str(tmp_path))
+    assert tokenizer("a b")["input_ids"] == loaded("a b")["input_ids"]
+    sample = sample_from(Record(location="here", fields={"prompt": "a ", "response": "b c"}))
+    (found,) = encode([sample], tokenizer=loaded, template=load_template("text"), max_tokens=99)
+    assert found.offsets == ((0, 1), (1, 2), (2, 3), (3, 3))
+    (trimmed,) = encode([sample], tokenizer=tokenizer, template=load_template("text"), max_tokens=99)
+    assert trimmed.offsets != found.offsets, "the toy is of that kind"
+
+
+def test_what_is_left_of_a_training_changes_no_fingerprint(tmp_path):
+    folder = save_model(tmp_path / "model", "llama")
+    made = rapidin_vdb.init(tmp_path / "db", model=str(folder), parameters="norm", width=16)
+    made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(2)))
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.enable_truncation(7)
+    tokenizer.backend_tokenizer.enable_padding(length=9)
+    tokenizer.save_pretrained(folder)
+    assert '"truncation": {' in (folder / "tokenizer.json").read_text()
+    assert rapidin_vdb.open(tmp_path / "db").query("Say 1", "blue 7")[0].results[0].sample_id == "toy-001"

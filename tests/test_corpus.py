@@ -313,3 +313,31 @@ def test_byte_fallback_of_a_real_tokenizer(shared):
     seen = sorted({place for start, end in found.offsets for place in range(start, end)})
     assert seen == list(range(len(response)))
     assert tokenizer.decode(found.input_ids[-found.response_tokens : -1]) == response
+
+
+def test_whole_numbers_in_csv_keep_their_digits(tmp_path):
+    path = tmp_path / "a.csv"
+    long = "9" * 5000
+    path.write_text(
+        f"prompt,response,uid,many,real\na,b,12345678901234567890,1,1\nc,d,12345678901234567891,{long},2.5\n"
+    )
+    first, second = read_corpus([path], id_field="uid")
+    assert (first.sample_id, second.sample_id) == ("12345678901234567890", "12345678901234567891")
+    assert (first.metadata["many"], second.metadata["many"], second.metadata["real"]) == ("1", long, 2.5)
+
+
+def test_a_jinja_file_sees_the_input_of_a_record(tmp_path):
+    (tmp_path / "t.jinja").write_text("{{ instruction }}|{{ input }}|")
+    template = load_template(str(tmp_path / "t.jinja"))
+    assert template.render(sample(prompt="P", input="ctx", response="r")) == "P|ctx|"
+    assert template.render(sample(prompt="P", response="r")) == "P||"
+
+
+def test_a_query_without_a_query_id_keeps_its_id(tmp_path):
+    from rapidin_vdb.query import read_queries
+
+    path = tmp_path / "q.jsonl"
+    path.write_text(
+        '{"query_id": null, "id": "mine", "prompt": "a", "generation": "b"}\n{"prompt": "a", "generation": "b"}\n'
+    )
+    assert [query.sample_id for query in read_queries(path)] == ["mine", "2"]

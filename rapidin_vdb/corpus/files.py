@@ -156,8 +156,10 @@ def _csv_kinds(path: Path) -> dict[str, type]:
     for _, names, row in _csv_rows(path):
         for name, value in zip(names, row, strict=False):
             kind = kinds.setdefault(name, str if name in _TEXTS else int)
-            if kind is int and value and not (_INT.fullmatch(value) and -(2**63) <= int(value) < 2**63):
+            if kind is int and value and not _INT.fullmatch(value):
                 kind = float
+            elif kind is not str and _INT.fullmatch(value) and (len(value) > 20 or not -(2**63) <= int(value) < 2**63):
+                kind = str  # no number would keep all of its digits
             if kind is float and value and not _FLOAT.fullmatch(value):
                 kind = str
             kinds[name] = kind
@@ -175,7 +177,7 @@ def _read_parquet(path: Path) -> Iterator[Record | CorpusError]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             yield from _arrow_records(path, file.iter_batches(batch_size=1024))
-    except (pyarrow.ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError, ValueError, OverflowError) as error:
         raise CorpusError(f"{path}: not readable as Parquet: {error}") from error
 
 

@@ -11,9 +11,9 @@ import jinja2.sandbox
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.records import Sample
 
-# In the fingerprint, before a chat template that writes the response, too. Databases that were made before it did have
+# In the fingerprint, behind a chat template that writes the response, too. Databases that were made before it did have
 # the template alone; they go on as they were: prompt, response, end-of-sequence token.
-_WHOLE = "{#- the response and its end are written by this, too -#}"
+_WHOLE = "{#- with the response -#}"
 # Some write the day: samples and queries of different days would differ. All are of the day that Llama 3.2 takes where
 # it is told none, a Friday. Callables cannot be handed to a chat template, but one can define a macro.
 _DAY = (
@@ -82,7 +82,7 @@ class Template:
     @property
     def whole(self) -> bool:
         """Whether it is a chat template that writes a response and its end, too."""
-        return self.name == "chat" and self.text.startswith(_WHOLE)
+        return self.name == "chat" and self.text.endswith(_WHOLE)
 
     def write(self, sample: Sample) -> Written:
         """Return the text that the model is trained on.
@@ -152,7 +152,7 @@ class Template:
         if self.whole:
             turns = [dict(turn.more) | one for turn, one in zip(sample.messages, turns, strict=True)]
             if "strftime_now" in self.text:
-                options["chat_template"] = _DAY + self.text.removeprefix(_WHOLE)
+                options["chat_template"] = _DAY + self.text.removesuffix(_WHOLE)
             if sample.fields.get("messages") is not None and sample.fields.get("tools"):
                 options["tools"] = sample.fields["tools"]
         if response is not None:
@@ -196,7 +196,7 @@ def load_template(name: str, *, tokenizer: ChatTokenizer | None = None, text: st
                 )
             assert tokenizer is not None
             own = str(tokenizer.chat_template)
-            return Template(name, own if text == own else _WHOLE + own, tokenizer)
+            return Template(name, own if text == own else own + _WHOLE, tokenizer)
     if text is None:
         path = Path(name)
         if not path.is_file():

@@ -4,11 +4,12 @@ from rapidin_vdb.gradient.fingerprint import fingerprint_of
 from rapidin_vdb.gradient.generation import generate_one
 from rapidin_vdb.gradient.influence import Direction, Exact, ExactInfluence
 from rapidin_vdb.gradient.memory import default_batch_tokens
-from rapidin_vdb.gradient.model import LoadedModel, load_config, load_model, load_tokenizer, resolve_devices
+from rapidin_vdb.gradient.model import LoadedModel, load_config, load_model, resolve_devices
 from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
 from rapidin_vdb.gradient.receivers import norms_of
 from rapidin_vdb.gradient.sample import stream_gradient
 from rapidin_vdb.gradient.token_rapidgrad import TokenRapidGradMaker, check_token_width
+from rapidin_vdb.gradient.tokenizer import load_tokenizer
 
 __all__ = [
     "Direction",

@@ -117,9 +117,15 @@ def _sorted(value: object) -> object:
 
 
 def _hash_tokenizer(loaded: LoadedModel) -> str:
-    text = json.dumps(
-        [loaded.tokenizer.backend_tokenizer.to_str(), loaded.tokenizer.eos_token_id, loaded.tokenizer.bos_token_id]
-    )
+    from tokenizers import Tokenizer
+
+    backend = loaded.tokenizer.backend_tokenizer
+    if backend.truncation is not None or backend.padding is not None:
+        # What was left of a training's settings, and counts for nothing here.
+        backend = Tokenizer.from_str(backend.to_str())
+        backend.no_truncation()
+        backend.no_padding()
+    text = json.dumps([backend.to_str(), loaded.tokenizer.eos_token_id, loaded.tokenizer.bos_token_id])
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 

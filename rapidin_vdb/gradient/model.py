@@ -12,7 +12,8 @@ from torch import Tensor
 
 from rapidin_vdb.errors import ModelError, SpecError, check_unicode, without_secrets
 from rapidin_vdb.gradient.parameters import choose_parameters
-from rapidin_vdb.gradient.quiet import quiet_libraries
+from rapidin_vdb.gradient.quiet import quiet_libraries, short
+from rapidin_vdb.gradient.tokenizer import load_tokenizer
 from rapidin_vdb.records import DType, ModelSpec, ParameterShape
 
 _WANTED = "Wanted a folder with config.json and model.safetensors, or the name of a model on the Hugging Face hub"
@@ -110,27 +111,7 @@ def load_config(name: str) -> Any:
         with quiet_libraries():
             return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the model {name} cannot be loaded: {_short(error)}. {_WANTED}") from error
-
-
-def load_tokenizer(name: str) -> Any:
-    """Return the tokenizer of a model.
-
-    Raises:
-        ModelError: there is none, or it cannot say where its tokens stand in the text.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        with quiet_libraries():
-            tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"no tokenizer can be loaded from {name}: {_short(error)}") from error
-    if not tokenizer.is_fast:
-        raise ModelError(
-            f"the tokenizer of {name} cannot say where its tokens stand in the text (not a fast tokenizer)"
-        )
-    return tokenizer
+        raise ModelError(f"the model {name} cannot be loaded: {short(error)}. {_WANTED}") from error
 
 
 def load_model(spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
@@ -193,7 +174,7 @@ def _load_base(spec: ModelSpec, device: str) -> Any:
                 **options,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the model {spec.model} cannot be loaded: {_short(error)}. {_WANTED}") from error
+        raise ModelError(f"the model {spec.model} cannot be loaded: {short(error)}. {_WANTED}") from error
     missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
     if missing:
         raise ModelError(f"the model {spec.model} lacks weights of {len(missing)} parameters, such as {missing[0]}")
@@ -268,13 +249,13 @@ def _load_adapter(model: Any, adapter: str, base: str) -> Any:
             weights = load_peft_weights(adapter, device="cpu", use_safetensors=True)
     except SafetensorError as error:
         raise ModelError(
-            f"the adapter {adapter} cannot be read: {_short(error)}; save it again, or copy it anew"
+            f"the adapter {adapter} cannot be read: {short(error)}; save it again, or copy it anew"
         ) from error
     except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
         if not Path(adapter).is_dir() and isinstance(error, OSError | ValueError) and "find" in str(error).lower():
             raise ModelError(f"no adapter at {adapter}: neither a folder nor a name that can be reached") from error
         raise ModelError(
-            f"the adapter {adapter} does not fit the model {base}: {_short(error)}. "
+            f"the adapter {adapter} does not fit the model {base}: {short(error)}. "
             f"Was it made for another model?{_made_for(adapter)}"
         ) from error
     # PEFT only warns of keys that it could not place, or did not find.
@@ -294,7 +275,3 @@ def _made_for(adapter: str) -> str:
     except (OSError, ValueError):
         return ""
     return f" Its configuration names {base}." if base else ""
-
-
-def _short(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]

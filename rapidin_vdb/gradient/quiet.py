@@ -27,3 +27,8 @@ def quiet_libraries() -> Iterator[None]:
         if bars:
             transformers_logging.enable_progress_bar()
         bitsandbytes.setLevel(level)
+
+
+def short(error: BaseException) -> str:
+    """Return what a library's error says on one line, cut to what can be read."""
+    return " ".join(str(error).split())[:300]
