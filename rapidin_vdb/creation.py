@@ -7,7 +7,7 @@ from rapidin_vdb.corpus import load_template
 from rapidin_vdb.database import Database
 from rapidin_vdb.engine import Engine
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.gradient import fingerprint_of, load_model
+from rapidin_vdb.gradient import check_chat_template, fingerprint_of, load_model
 from rapidin_vdb.records import DType, ModelSpec, Normalize, Quantization, SketchSpec
 from rapidin_vdb.store import SampleTable
 
@@ -68,6 +68,8 @@ def init(
             f"--max-tokens is {max_tokens}, but this model knows only {positions} positions; give {positions}"
         )
     chosen = load_template(template, tokenizer=loaded.tokenizer)
+    if chosen.name == "chat" and adapter is not None:
+        check_chat_template(loaded.tokenizer, adapter)
     fingerprint = fingerprint_of(
         loaded,
         template=chosen.name,

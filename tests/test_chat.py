@@ -2,6 +2,7 @@
 
 import datetime
 import json
+import shutil
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from conftest import byte_tokenizer, save_model, toy_records, write_jsonl
 
 import rapidin_vdb
 from rapidin_vdb.corpus import Record, encode, load_template, sample_from
-from rapidin_vdb.errors import CorpusError, FingerprintError
+from rapidin_vdb.errors import CorpusError, FingerprintError, ModelError
 from rapidin_vdb.gradient import generation
 
 LOOP = "{% for m in messages %}"
@@ -251,3 +252,25 @@ def test_what_is_left_of_a_training_changes_no_fingerprint(tmp_path):
     tokenizer.save_pretrained(folder)
     assert '"truncation": {' in (folder / "tokenizer.json").read_text()
     assert rapidin_vdb.open(tmp_path / "db").query("Say 1", "blue 7")[0].results[0].sample_id == "toy-001"
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
+def test_an_adapter_with_a_chat_template_of_its_own_is_told(tmp_path, adapters, place):
+    folder, adapter = save_model(tmp_path / "model", "llama"), tmp_path / "adapter"
+    shutil.copytree(adapters["llama"], adapter)
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = TEMPLATES["as it is"]
+    tokenizer.save_pretrained(folder)
+    options = {"model": str(folder), "adapter": str(adapter), "width": 64, "template": "chat"}
+
+    def save(template):
+        text = template if place.endswith("jinja") else json.dumps({"chat_template": template})
+        (adapter / place).write_text(text)
+
+    save(TEMPLATES["trimmed"])
+    with pytest.raises(ModelError, match="holds a chat template other than that of the model's tokenizer"):
+        rapidin_vdb.init(tmp_path / "db", **options)
+    assert not (tmp_path / "db").exists()
+    rapidin_vdb.init(tmp_path / "alpaca", **(options | {"template": "alpaca"}))
+    save(TEMPLATES["as it is"])
+    rapidin_vdb.init(tmp_path / "db", **options)

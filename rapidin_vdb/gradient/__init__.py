@@ -9,7 +9,7 @@ from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
 from rapidin_vdb.gradient.receivers import norms_of
 from rapidin_vdb.gradient.sample import stream_gradient
 from rapidin_vdb.gradient.token_rapidgrad import TokenRapidGradMaker, check_token_width
-from rapidin_vdb.gradient.tokenizer import load_tokenizer
+from rapidin_vdb.gradient.tokenizer import check_chat_template, load_tokenizer
 
 __all__ = [
     "Direction",
@@ -18,6 +18,7 @@ __all__ = [
     "LoadedModel",
     "RapidGradMaker",
     "TokenRapidGradMaker",
+    "check_chat_template",
     "check_token_width",
     "default_batch_tokens",
     "fingerprint_of",

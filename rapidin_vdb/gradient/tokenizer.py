@@ -1,6 +1,7 @@
 """A model's tokenizer, which has to say where its tokens stand in the text."""
 
 import json
+from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.errors import ModelError
@@ -26,6 +27,32 @@ def load_tokenizer(name: str) -> Any:
         )
     _keep_spaces(tokenizer.backend_tokenizer)
     return tokenizer
+
+
+def check_chat_template(tokenizer: Any, adapter: str) -> None:
+    """See to it that an adapter was not trained with another chat template than its model's tokenizer has.
+
+    Trainers save the tokenizer that they used beside the adapter. On the hub it is not looked at.
+
+    Raises:
+        ModelError: its folder holds another one.
+    """
+    folder = Path(adapter)
+    try:
+        if (folder / "chat_template.jinja").is_file():
+            own = (folder / "chat_template.jinja").read_text("utf-8")
+        elif (folder / "tokenizer_config.json").is_file():
+            own = json.loads((folder / "tokenizer_config.json").read_text("utf-8")).get("chat_template")
+        else:
+            return
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"the tokenizer in the adapter's folder {adapter} cannot be read: {short(error)}") from error
+    if own is not None and own != tokenizer.chat_template:
+        raise ModelError(
+            f"the adapter's folder {adapter} holds a chat template other than that of the model's tokenizer, which is "
+            "the one that is used: it was most likely trained with its own. Give --model a folder with the model's "
+            "weights and the adapter's tokenizer, or take the template out of the adapter's folder"
+        )
 
 
 def _keep_spaces(backend: Any) -> None:
