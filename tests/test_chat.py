@@ -1,6 +1,7 @@
 """Conversations as a model is fine-tuned on them: what `apply_chat_template` makes of all of one, answer included."""
 
 import datetime
+import hashlib
 import json
 import shutil
 
@@ -242,16 +243,88 @@ def test_a_space_before_a_response_is_the_prompts(tmp_path):
     assert trimmed.offsets != found.offsets, "the toy is of that kind"
 
 
-def test_what_is_left_of_a_training_changes_no_fingerprint(tmp_path):
+def test_what_is_left_of_a_training_changes_no_fingerprint(tmp_path, monkeypatch):
+    """Nor does it in databases of before, whose hash took it in."""
     folder = save_model(tmp_path / "model", "llama")
-    made = rapidin_vdb.init(tmp_path / "db", model=str(folder), parameters="norm", width=16)
-    made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(2)))
+    corpus = write_jsonl(tmp_path / "toy.jsonl", toy_records(2))
+    options = {"model": str(folder), "parameters": "norm", "width": 16}
+    rapidin_vdb.init(tmp_path / "clean", **options).ingest(corpus)
+    clean = (folder / "tokenizer.json").read_text()
     tokenizer = byte_tokenizer()
     tokenizer.backend_tokenizer.enable_truncation(7)
     tokenizer.backend_tokenizer.enable_padding(length=9)
     tokenizer.save_pretrained(folder)
     assert '"truncation": {' in (folder / "tokenizer.json").read_text()
-    assert rapidin_vdb.open(tmp_path / "db").query("Say 1", "blue 7")[0].results[0].sample_id == "toy-001"
+    with monkeypatch.context() as patch:
+        made_with = []
+
+        def of_before(loaded, *, known):
+            text = [
+                loaded.tokenizer.backend_tokenizer.to_str(),
+                loaded.tokenizer.eos_token_id,
+                loaded.tokenizer.bos_token_id,
+            ]
+            made_with.append(hashlib.sha256(json.dumps(text).encode()).hexdigest())
+            return made_with[0]
+
+        patch.setattr("rapidin_vdb.gradient.fingerprint._hash_tokenizer", of_before)
+        rapidin_vdb.init(tmp_path / "before", **options).ingest(corpus)
+    rapidin_vdb.init(tmp_path / "left", **options).ingest(corpus)
+    hashes = {}
+    for name in ("clean", "before", "left"):
+        database = rapidin_vdb.open(tmp_path / name)
+        assert database.query("Say 1", "blue 7")[0].results[0].sample_id == "toy-001"
+        hashes[name] = database.fingerprint.tokenizer_hash
+    assert hashes["clean"] == hashes["left"] != hashes["before"]
+    (folder / "tokenizer.json").write_text(clean)
+    assert rapidin_vdb.open(tmp_path / "left").query("Say 1", "blue 7")[0].results
+
+
+def test_a_thought_that_is_begun_is_not_begun_twice():
+    """R1's kind leaves out the thoughts of answers, and ends what asks for one with their beginning."""
+    tokenizer = tokenizer_with(
+        LOOP + "<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    texts = [
+        tokenizer.decode(encoded(talk(answer), tokenizer).input_ids)
+        for answer in ("<think>\nno</think>yes", "no</think>yes")
+    ]
+    assert texts[0] == texts[1] and texts[0].endswith("<|im_start|>assistant\n<think>\nno</think>yes<|im_end|>")
+
+
+@pytest.mark.parametrize("kept", ["m.content | upper", "m.content[:3]", "m.content ~ m.content", "m.content | tojson"])
+def test_answers_that_are_rewritten_end_with_the_end_of_sequence_at_least(kept):
+    tokenizer = tokenizer_with(PLAIN.replace("m.content", kept) + ASKING)
+    text = tokenizer.decode(encoded(talk("Snow is white.\nYes."), tokenizer).input_ids)
+    assert text.endswith(("assistant\nSnow is white.\nYes.</s>", "assistant\nSnow is white.\nYes.<|im_end|>"))
+
+
+def test_a_template_that_refuses_to_end_with_an_answer():
+    refusal = "{% if messages[-1].role == 'assistant' %}{{ raise_exception('no') }}{% endif %}"
+    tokenizer = tokenizer_with(refusal + PLAIN + ASKING)
+    assert tokenizer.decode(encoded(talk("yes"), tokenizer).input_ids).endswith("assistant\nyes</s>")
+    sample = sample_from(Record(location="here", fields=talk("yes")))
+    assert load_template("chat", tokenizer=tokenizer).end(sample) == ""
+
+
+def test_a_prompt_that_holds_the_mark_changes_nothing():
+    from rapidin_vdb.corpus.template import _MARK
+
+    tokenizer = tokenizer_with(TEMPLATES["as it is"])
+    found = encoded({"prompt": f"{_MARK} {_MARK}{_MARK}", "response": "yes"}, tokenizer)
+    assert tokenizer.decode(found.input_ids).endswith("assistant\nyes<|im_end|>")
+
+
+@pytest.mark.parametrize("tools", [None, "", [], '[{"a": 1}]', [{"a": 1}]])
+def test_tools_may_be_a_text(tools):
+    tokenizer = tokenizer_with("{{ tools | tojson }}" + PLAIN + ASKING)
+    text = tokenizer.decode(encoded(talk("yes") | {"tools": tools}, tokenizer).input_ids)
+    assert text.startswith('[{"a": 1}]<|' if tools else "null<|")
+    plain = tokenizer_with(TEMPLATES["as it is"])
+    assert encoded(talk("yes") | {"tools": "nonsense"}, plain).input_ids == encoded(talk("yes"), plain).input_ids
+    with pytest.raises(CorpusError, match="here: tools is a text that is no JSON: "):
+        encoded(talk("yes") | {"tools": "nonsense"}, tokenizer)
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
@@ -265,12 +338,17 @@ def test_an_adapter_with_a_chat_template_of_its_own_is_told(tmp_path, adapters, 
 
     def save(template):
         text = template if place.endswith("jinja") else json.dumps({"chat_template": template})
-        (adapter / place).write_text(text)
+        (adapter / place).write_bytes(text.encode())
 
     save(TEMPLATES["trimmed"])
     with pytest.raises(ModelError, match="holds a chat template other than that of the model's tokenizer"):
         rapidin_vdb.init(tmp_path / "db", **options)
     assert not (tmp_path / "db").exists()
     rapidin_vdb.init(tmp_path / "alpaca", **(options | {"template": "alpaca"}))
-    save(TEMPLATES["as it is"])
-    rapidin_vdb.init(tmp_path / "db", **options)
+    # The same, as others write it.
+    for same in (TEMPLATES["as it is"], TEMPLATES["as it is"].replace("\n", "\r\n")):
+        save(same)
+        rapidin_vdb.init(tmp_path / str(len(same)), **options)
+    if place.endswith("json"):
+        save([{"name": "tool_use", "template": "x"}, {"name": "default", "template": TEMPLATES["as it is"]}])
+        rapidin_vdb.init(tmp_path / "db", **options)

@@ -127,7 +127,7 @@ def _turn(turn: Any) -> Message | None:
         return None
     more = {name: value for name, value in turn.items() if name not in ("role", "content") and value is not None}
     content = turn.get("content")
-    if content is None and more.get("tool_calls"):
+    if content is None and (more.get("tool_calls") or more.get("function_call")):
         content = ""  # a turn that only calls tools
     return Message(role=turn["role"], content=content, more=more) if isinstance(content, str) else None
 

@@ -1,7 +1,9 @@
 """How the turns before a response are written out for the model."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -17,7 +19,7 @@ _WHOLE = "{#- with the response -#}"
 # Some write the day: samples and queries of different days would differ. All are of the day that Llama 3.2 takes where
 # it is told none, a Friday. Callables cannot be handed to a chat template, but one can define a macro.
 _DAY = (
-    "{%- macro strftime_now(form) -%}{{ form"
+    "{%- macro strftime_now(format) -%}{{ format"
     + "".join(
         f" | replace('%{letter}', '{value}')"
         for letter, value in (
@@ -26,10 +28,12 @@ _DAY = (
             ("S", "00"),
         )
     )
-    + " }}{%- endmacro -%}"
+    + " }}{%- endmacro %}"
 )  # fmt: skip
 # Stands for a response, to see what a chat template writes around it.
 _MARK = "\ue0a1response\ue0a2"
+# With which some let the model go on, and answers begin.
+_THOUGHT = "<think>"
 _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError, AttributeError)
 
 _ALPACA = (
@@ -79,6 +83,13 @@ class Template:
     """Needed by `chat` alone."""
     _compiled: Any = field(default=None)
 
+    @cached_property
+    def markers(self) -> frozenset[str]:
+        """The texts of the tokens that were added to the tokenizer's vocabulary, such as those between turns."""
+        tokenizer: Any = self.tokenizer
+        added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
+        return frozenset(text for text in added if text.strip())  # some have runs of spaces, too
+
     @property
     def whole(self) -> bool:
         """Whether it is a chat template that writes a response and its end, too."""
@@ -96,19 +107,17 @@ class Template:
         if not self.whole or sample.prompt is None:
             before = self.render(sample)
             return Written(before + response, len(before), response)
-        before, after = self._around(sample)
-        text = self._chat(sample, response)
-        stands = text[len(before) : len(text) - len(after)]
-        kept = (response, response.strip(), response.lstrip(), response.rstrip())
-        if not (text.startswith(before) and text.endswith(after) and stands in kept):
-            # Rewritten by the template, as the thoughts of an answer may be: it follows what the model goes on from.
-            before, stands = self.render(sample), response
-        markers = [marker for marker in _markers(self.tokenizer) if marker in after]
-        first = min(markers, key=lambda marker: (after.index(marker), -len(marker)), default=None)
-        end = "" if first is None else after[: after.index(first) + len(first)]
+        before, stands, after = self._parts(sample)
+        end = after[: self._marker(after)[1]]
         return Written(
             before + stands + end, len(before), stands, response.index(stands), special=False, ended=bool(end)
         )
+
+    def _marker(self, text: str) -> tuple[int, int]:
+        """Return where the first marker of a text begins and ends; both are 0 where there is none."""
+        found = [(text.index(marker), -len(marker)) for marker in self.markers if marker in text]
+        start, length = min(found, default=(0, 0))
+        return start, start - length
 
     def end(self, sample: Sample) -> str:
         """Return the text with which a response ends, where the template writes one.
@@ -119,12 +128,28 @@ class Template:
         written = self.write(sample)
         return written.text[written.start + len(written.response) :]
 
-    def _around(self, sample: Sample) -> tuple[str, str]:
-        """Return what a chat template writes before and behind a response."""
-        parts = self._chat(sample, _MARK).split(_MARK)
-        if len(parts) == 2:
-            return parts[0], parts[1]
-        return self.render(sample), ""
+    def _parts(self, sample: Sample) -> tuple[str, str, str]:
+        """Return what a chat template writes before a response, the response as it stands there, and what follows."""
+        response, asked = sample.response, self.render(sample)
+        mark = _MARK
+        while any(mark in turn.content for turn in sample.messages):
+            mark += _MARK
+        try:
+            around, text = self._chat(sample, mark).split(mark), self._chat(sample, response)
+        except CorpusError:
+            return asked, response, ""  # some refuse a conversation that ends with an answer
+        before, after = around if len(around) == 2 else (asked, "")
+        stands = text[len(before) : len(text) - len(after)]
+        whole = text.startswith(before) and text.endswith(after)
+        # But for space around it.
+        if len(around) == 2 and whole and stands in response and stands.strip() == response.strip():
+            return before, stands, after
+        # It is rewritten, as the thoughts of an answer may be: it follows what the model goes on from.
+        if text.startswith(asked + response):
+            after = text[len(asked + response) :]
+        start, stop = self._marker(after)
+        begun = asked.rstrip()[-len(_THOUGHT) :] == _THOUGHT and response.lstrip().startswith(_THOUGHT)
+        return asked[: asked.rindex(_THOUGHT)] if begun else asked, response, after[start:stop]
 
     def render(self, sample: Sample) -> str:
         """Return the text that stands before the response.
@@ -153,8 +178,8 @@ class Template:
             turns = [dict(turn.more) | one for turn, one in zip(sample.messages, turns, strict=True)]
             if "strftime_now" in self.text:
                 options["chat_template"] = _DAY + self.text.removesuffix(_WHOLE)
-            if sample.fields.get("messages") is not None and sample.fields.get("tools"):
-                options["tools"] = sample.fields["tools"]
+            if sample.fields.get("messages") is not None and "tools" in self.text:
+                options["tools"] = _tools(sample)
         if response is not None:
             turns.append({"role": "assistant", "content": response})
         assert self.tokenizer is not None  # load_template saw to it
@@ -220,7 +245,12 @@ def known_templates() -> Sequence[str]:
     return ("alpaca", "chat", "text")
 
 
-def _markers(tokenizer: Any) -> set[str]:
-    """Return the texts of the tokens that were added to a tokenizer's vocabulary, such as those between turns."""
-    added = {str(token) for token in tokenizer.added_tokens_decoder.values()} | set(tokenizer.all_special_tokens)
-    return {text for text in added if text.strip()}  # some have runs of spaces, too
+def _tools(sample: Sample) -> Any:
+    """Return the tools that a record speaks of; some data sets hold them as a JSON text."""
+    tools = sample.fields.get("tools") or None
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools)
+        except (ValueError, RecursionError) as error:
+            raise CorpusError(f"{sample.location}: tools is a text that is no JSON: {error}") from error
+    return tools or None

@@ -29,8 +29,11 @@ def fingerprint_of(
     sketch: SketchSpec,
     epochs: float,
     learning_rate: float,
+    tokenizer_hash: str | None = None,
 ) -> Fingerprint:
     """Return the fingerprint of vectors made with this model and these choices.
+
+    A known `tokenizer_hash` may be one of before, which took in what a training had left of truncation and padding.
 
     Raises:
         ModelError: the weights' files cannot be found or read.
@@ -45,7 +48,7 @@ def fingerprint_of(
         else _hash_folder(_folder(spec.adapter, "adapter_config.json"), "adapter_config.json", "adapter_model"),
         quantization=spec.quantization,
         dtype=loaded.dtype,
-        tokenizer_hash=_hash_tokenizer(loaded),
+        tokenizer_hash=_hash_tokenizer(loaded, known=tokenizer_hash),
         template=template,
         template_text=template_text,
         max_tokens=max_tokens,
@@ -116,17 +119,23 @@ def _sorted(value: object) -> object:
     return value
 
 
-def _hash_tokenizer(loaded: LoadedModel) -> str:
+def _hash_tokenizer(loaded: LoadedModel, *, known: str | None) -> str:
     from tokenizers import Tokenizer
 
-    backend = loaded.tokenizer.backend_tokenizer
-    if backend.truncation is not None or backend.padding is not None:
-        # What was left of a training's settings, and counts for nothing here.
-        backend = Tokenizer.from_str(backend.to_str())
-        backend.no_truncation()
-        backend.no_padding()
-    text = json.dumps([backend.to_str(), loaded.tokenizer.eos_token_id, loaded.tokenizer.bos_token_id])
-    return hashlib.sha256(text.encode("utf-8")).hexdigest()
+    tokenizer = loaded.tokenizer
+    here = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+
+    def digest() -> str:
+        text = json.dumps([here.to_str(), tokenizer.eos_token_id, tokenizer.bos_token_id])
+        return hashlib.sha256(text.encode("utf-8")).hexdigest()
+
+    if here.truncation is None and here.padding is None:
+        return digest()
+    if known == digest():
+        return known
+    here.no_truncation()
+    here.no_padding()
+    return digest()
 
 
 def _versions(names: Iterable[str]) -> dict[str, str]:
