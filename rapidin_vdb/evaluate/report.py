@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,13 @@ Result = dict[str, Any]
 _TRACED = (("proportion", "share of the k highest (the paper's Table 5)"), ("average_precision", "average precision"))
 _AP = (
     "The paper's AP is the average over generations of the share, among the k highest, of samples with the same wrong name. "
-    "Average precision, in further tables, also asks for their order.",
-    "The figures are the average precision of the samples with the same wrong name among the k highest, which asks for their "
-    "order; the paper's AP is another measure: the average over generations of their share among the k highest.",
+    "Average precision, in further tables, also asks for their order."
 )
 _ENDS = ", of the k highest and k lowest samples (the paper's Tables 4 and 11)"
 
 
 def write_report(results: Sequence[Result], folder: Path) -> Path:
-    """Write `results.json`, `report.md` and the plots into a folder; return the report's path.
-
-    A page `told-words.md` that is there is pointed at.
-    """
+    """Write `results.json`, `report.md` and the plots into a folder; return the report's path."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "results.json").write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", "utf-8")
     parts = [
@@ -42,7 +37,7 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
             plot(result, folder)
             parts += [_backdoor(result)]
         else:
-            parts += [_error_tracing(result, linked=(folder / "told-words.md").exists())]
+            parts += [_error_tracing(result)]
     path = folder / "report.md"
     path.write_text("\n\n".join(parts) + "\n", "utf-8")
     return path
@@ -217,7 +212,7 @@ def _cost(result: Result) -> str:
     )
 
 
-def _error_tracing(result: Result, *, linked: bool) -> str:
+def _error_tracing(result: Result) -> str:
     lines = ["## Error tracing", _made(result), _tuning(result)]
     lines.append(
         "Names put in the place of others with a probability of 0.8: "
@@ -228,16 +223,17 @@ def _error_tracing(result: Result, *, linked: bool) -> str:
         )
         + f". Answers are the most likely ones first, then ones drawn at temperature {result['temperature']}"
         + ". "
-        + _AP[not _has_proportion(result)]
+        + _AP
         + _groups(result)
         + " Token-wise methods ask about the wrong name only."
         + _told(result)
         + _influence(result)
     )
-    if linked and CONTAINING not in result["methods"]:
+    if _searched(result):
         lines.append(
-            "Token-wise RapidIn is told the wrong name here, and the baselines are not. [Told it too](told-words.md), a plain "
-            "search for the name among the responses finds the perturbed samples better than token-wise RapidIn does."
+            "The fault is a string here, which stands in every perturbed sample and in few others: whoever knows it finds more "
+            "of them by a plain search for it than by any gradient. What token-wise scores show is how much of it they find "
+            "without being told what to look for in the samples."
         )
     lines += [
         paper.TRACING_DIFFERS,
@@ -247,12 +243,11 @@ def _error_tracing(result: Result, *, linked: bool) -> str:
         ),
     ]
     titles = [title for title in result["queries"] if result["queries"][title]]
-    proportion = _has_proportion(result)
-    for measure, heading in _TRACED[0 if proportion else 1 :]:
+    for measure, heading in _TRACED:
         for title in titles:
             ks = list(next(iter(result["methods"].values()))["at"][title])
             rows = [
-                [name, *(figure(at[measure] if proportion else at) for at in entry["at"][title].values())]
+                [name, *(figure(at[measure]) for at in entry["at"][title].values())]
                 for name, entry in result["methods"].items()
             ]
             others = paper.traced(title, ks) if measure == "proportion" else []
@@ -270,11 +265,13 @@ def _groups(result: Result) -> str:
     )
 
 
-def _has_proportion(result: Result) -> bool:
-    """Return whether results of error tracing have the paper's measure; older ones have average precision alone."""
-    return all(
-        isinstance(at, Mapping)
-        for entry in result["methods"].values()
-        for ks in entry["at"].values()
-        for at in ks.values()
+def _searched(result: Result) -> bool:
+    """Return whether a search for the wrong name finds more than every gradient does, at all k and for all names."""
+    methods = result["methods"]
+    gradients = [entry["at"] for name, entry in methods.items() if name.startswith(("TracIn", "RapidIn", "influence"))]
+    return CONTAINING in methods and all(
+        found["proportion"][0] > at[title][k]["proportion"][0]
+        for title, by_k in methods[CONTAINING]["at"].items()
+        for k, found in by_k.items()
+        for at in gradients
     )
