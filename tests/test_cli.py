@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from types import SimpleNamespace
 
 import pytest
 from conftest import toy_records, write_jsonl
@@ -61,8 +62,14 @@ def test_every_command_is_in_the_overview():
     ]
 
 
-def test_a_life_on_the_command_line(tmp_path, models, adapters):
-    """init, ingest, index, query, show, info, delete, each in a process of its own."""
+def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
+    """init, ingest, index, query, show, info, delete, each in a process of its own; what is asked again, in this one."""
+
+    def here(*arguments, check):
+        code, out, err = call(capsys, *arguments)
+        assert code == check, err
+        return SimpleNamespace(stdout=out, stderr=err)
+
     db, lines = tmp_path / "db", write_jsonl(tmp_path / "toy.jsonl", toy_records(12))
     made = run("init", db, "--model", models["llama"], "--adapter", adapters["llama"], "--width", 64, check=0)
     assert (made.stdout, made.stderr.strip()) == (
@@ -73,7 +80,7 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters):
     assert added.stdout == "" and added.stderr.startswith("10 samples added, in ")
     assert "; version 3\n" in added.stderr and "cut to" not in added.stderr
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
-    nothing = run("ingest", db, empty, check=0).stderr
+    nothing = here("ingest", db, empty, check=0).stderr
     assert nothing == "0 samples added: there is no record in what was given\n", nothing
     told = run("info", db, check=0).stdout
     assert "\nmax tokens     512\n" in told and "\ntemplate       alpaca\n" in told and "quantization" in told
@@ -92,12 +99,12 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters):
     ]
     assert ranking["results"][0]["sample_id"] == "toy-005"
     asked = ("query", db, "--prompt", "Say 5", "--generation", "blue 35", "--top-k", 2)
-    both = json.loads(run(*asked, "--both", "--group-by", "source", "--index", "cpu", "--json", check=0).stdout)
+    both = json.loads(here(*asked, "--both", "--group-by", "source", "--index", "cpu", "--json", check=0).stdout)
     assert list(both)[-4:] == ["results", "harmful", "groups", "score_error"]
     assert all(group["error"] > 0 for group in both["groups"])
     assert {group["value"]: group["samples"] for group in both["groups"]} == {"even": 5, "odd": 5}
     assert both["harmful"][0]["score"] < both["results"][-1]["score"]
-    table = run(*asked, "--both", "--group-by", "source", "--aggregate", "mean", check=0).stdout.splitlines()
+    table = here(*asked, "--both", "--group-by", "source", "--aggregate", "mean", check=0).stdout.splitlines()
     assert [line.split()[0] for line in table] == [
         "query:", "scores", "rank", "1", "2", "most", "rank", "1", "2", "samples", "5", "5"
     ]  # fmt: skip
@@ -106,11 +113,11 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters):
         pytest.approx(group["error"] / 5, rel=0.06) for group in both["groups"]
     ]
     assert max(map(len, table)) <= 80
-    wrong = run(*asked, "--as-of", 999, check=1)
+    wrong = here(*asked, "--as-of", 999, check=1)
     assert "has no version 999, or no longer; wanted one from 1 to" in wrong.stderr
-    *_, newest = map(json.loads, run("info", db, "--versions", "--json", check=0).stdout.splitlines())
+    *_, newest = map(json.loads, here("info", db, "--versions", "--json", check=0).stdout.splitlines())
     assert list(newest) == ["version", "made", "samples"] and newest["samples"] == 10
-    assert run("info", db, "--versions", check=0).stdout.splitlines()[-1].split() == [
+    assert here("info", db, "--versions", check=0).stdout.splitlines()[-1].split() == [
         str(newest["version"]), *newest["made"].split("+")[0].split("T"), "10",
     ]  # fmt: skip
     info = json.loads(run("info", db, "--json", check=0).stdout)
@@ -135,9 +142,9 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters):
     assert gone.stderr.splitlines() == [
         "1 samples deleted", "1 ids were not in the database: nobody", f"version {version + 1}"
     ]  # fmt: skip
-    gone = run("delete", db, "--where", "source = 'odd'", check=0)
+    gone = here("delete", db, "--where", "source = 'odd'", check=0)
     assert gone.stderr == f"4 samples deleted\nversion {version + 2}\n"
-    again = run("query", db, "--prompt", "Say 5", "--generation", "blue 35", check=0)
+    again = here("query", db, "--prompt", "Say 5", "--generation", "blue 35", check=0)
     assert "toy-005" not in again.stdout and again.stdout.startswith("query: 5 of 5 samples\n")
 
 
