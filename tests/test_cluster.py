@@ -180,6 +180,8 @@ def answers_of(database, **options):
         [(one.sample_id, getattr(one, "token_index", None), one.score) for one in ends],
         found.searched,
         found.groups and [(group.value, group.samples, pytest.approx(group.score, rel=1e-5)) for group in found.groups],
+        found.groups and [pytest.approx(group.error, rel=1e-4) for group in found.groups],
+        (found.score_error, found.note),
     )
 
 
