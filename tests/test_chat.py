@@ -276,6 +276,10 @@ def test_what_is_left_of_a_training_changes_no_fingerprint(tmp_path, monkeypatch
         assert database.query("Say 1", "blue 7")[0].results[0].sample_id == "toy-001"
         hashes[name] = database.fingerprint.tokenizer_hash
     assert hashes["clean"] == hashes["left"] != hashes["before"]
+    # That of a tokenizer as it is has always been this.
+    raw = byte_tokenizer()
+    text = json.dumps([raw.backend_tokenizer.to_str(), raw.eos_token_id, raw.bos_token_id])
+    assert hashes["clean"] == hashlib.sha256(text.encode()).hexdigest()
     (folder / "tokenizer.json").write_text(clean)
     assert rapidin_vdb.open(tmp_path / "left").query("Say 1", "blue 7")[0].results
 

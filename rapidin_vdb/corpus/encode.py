@@ -30,7 +30,7 @@ def encode(
         except CorpusError as error:
             results[place] = error
     for special in (True, False):
-        group = [(place, written) for place, written in texts if adds_special(written, tokenizer) == special]
+        group = [(place, written) for place, written in texts if _adds_special(written, tokenizer) == special]
         if not group:
             continue
         tokens = tokenizer(
@@ -46,7 +46,7 @@ def encode(
     return [result for result in results if result is not None]
 
 
-def adds_special(written: Written, tokenizer: Tokenizer) -> bool:
+def _adds_special(written: Written, tokenizer: Tokenizer) -> bool:
     """Return whether a tokenizer is to add its own tokens: not where the text begins with the first of them."""
     return written.special and not (bool(tokenizer.bos_token) and written.text.startswith(str(tokenizer.bos_token)))
 

@@ -123,19 +123,19 @@ def _hash_tokenizer(loaded: LoadedModel, *, known: str | None) -> str:
     from tokenizers import Tokenizer
 
     tokenizer = loaded.tokenizer
-    here = Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    backend = tokenizer.backend_tokenizer
 
-    def digest() -> str:
-        text = json.dumps([here.to_str(), tokenizer.eos_token_id, tokenizer.bos_token_id])
+    def digest(state: str) -> str:
+        text = json.dumps([state, tokenizer.eos_token_id, tokenizer.bos_token_id])
         return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
-    if here.truncation is None and here.padding is None:
-        return digest()
-    if known == digest():
-        return known
-    here.no_truncation()
-    here.no_padding()
-    return digest()
+    found = digest(backend.to_str())
+    if found == known or (backend.truncation is None and backend.padding is None):
+        return found
+    bare = Tokenizer.from_str(backend.to_str())
+    bare.no_truncation()
+    bare.no_padding()
+    return digest(bare.to_str())
 
 
 def _versions(names: Iterable[str]) -> dict[str, str]:

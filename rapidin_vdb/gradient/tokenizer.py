@@ -67,11 +67,12 @@ def _keep_spaces(backend: Any) -> None:
 
     A token that begins with the last space of a prompt would else be one of the response.
     """
-    from tokenizers import Tokenizer
-
-    state = json.loads(backend.to_str())
-    if _untrimmed(state["post_processor"]):
-        backend.post_processor = Tokenizer.from_str(json.dumps(state)).post_processor
+    processor = backend.post_processor
+    # Its state alone: with the vocabulary it may be tens of megabytes.
+    state = None if processor is None else json.loads(processor.__getstate__())
+    if _untrimmed(state):
+        processor.__setstate__(json.dumps(state).encode("utf-8"))
+        backend.post_processor = processor
 
 
 def _untrimmed(part: Any) -> bool:
