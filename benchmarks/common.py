@@ -1,6 +1,7 @@
 """What all benchmarks share: the machine they ran on, and clocks."""
 
 import platform
+import shutil
 import statistics
 import subprocess
 import time
@@ -20,9 +21,11 @@ def machine() -> dict[str, str]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, cwd=HERE)
+    asked = ["git", "rev-parse", "--short", "HEAD"]
+    git = shutil.which("git")  # rented machines may have none
+    commit = subprocess.run(asked, capture_output=True, text=True, cwd=HERE).stdout if git else ""
     return {
-        "commit": commit.stdout.strip(),
+        "commit": commit.strip(),
         "date": date.today().isoformat(),
         "processor": processor,
         "threads": str(torch.get_num_threads()),

@@ -1,10 +1,9 @@
 """What search costs, beside what the machine could do at most, LanceDB and FAISS; all in one run.
 
-scripts/bench search [--gib 12] [--only one,many,filter,streamed,fresh,peers,growth,coarse,gpu] [--small] [--folder DIR]
+scripts/bench search [--gib 12] [--only one,many,filter,streamed,fresh,peers,growth,coarse] [--small] [--folder DIR]
 """
 
 import argparse
-import itertools
 import json
 import os
 import sys
@@ -16,22 +15,15 @@ from pathlib import Path
 import numpy as np
 import torch
 from common import RESULTS, Clock, machine, median_seconds
+from rows import in_memory_index, queries_of, vectors_of
 
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.index import Keys, ShardedIndex, Texts, list_manifests, load_index, make_shard
-from rapidin_vdb.index.source import ArraySource
-from rapidin_vdb.recipe import IndexRecipe, read_recipe
+from rapidin_vdb.index import ShardedIndex, list_manifests, load_index
+from rapidin_vdb.recipe import read_recipe
 from rapidin_vdb.records import Encoded, Fingerprint, ParameterShape, Sample, SketchSpec
 from rapidin_vdb.store import Row, SampleTable
 
-PARTS = ("one", "many", "filter", "streamed", "fresh", "peers", "growth", "coarse", "gpu")
-
-
-def vectors_of(count: int, width: int, *, seed: int = 0) -> Iterator[np.ndarray]:
-    """Yield rows of normal numbers, float16, some at a time; rows are shifted copies of few."""
-    base = np.random.default_rng(seed).standard_normal((64, width), dtype=np.float32).astype(np.float16)
-    for number in range(0, count, 64):
-        yield np.roll(base, 7919 * (number // 64) + seed, axis=1)[: count - number]
+PARTS = ("one", "many", "filter", "streamed", "fresh", "peers", "growth", "coarse")
 
 
 def rows_of(count: int, width: int, *, first: int = 0) -> Iterator[list[Row]]:
@@ -70,11 +62,6 @@ def fingerprint(width: int) -> Fingerprint:
         parameters="all", theta=(ParameterShape(name="w", shape=(width,)),), sketch=SketchSpec(width=width),
         epochs=1.0, learning_rate=1.0,
     )  # fmt: skip
-
-
-def queries_of(count: int, width: int) -> np.ndarray:
-    """Return queries."""
-    return np.random.default_rng(1).standard_normal((count, width), dtype=np.float32)
 
 
 def limits(array: np.ndarray, repeats: int) -> dict:
@@ -192,29 +179,6 @@ def fresh(table: SampleTable, folder: Path, count: int, width: int) -> dict:
     }  # fmt: skip
 
 
-def in_memory_index(rows: np.ndarray, recipe: IndexRecipe) -> ShardedIndex:
-    """Return an index of some rows, dealt to the recipe's shards without a copy."""
-    devices, count, width = recipe.shard_devices, len(rows), rows.shape[1]
-    cuts = np.linspace(0, count, len(devices) + 1).astype(int)
-    shares = list(itertools.pairwise(cuts))
-    return ShardedIndex(
-        recipe=recipe,
-        width=width,
-        keys=Keys(
-            Texts.of(f"s{n:08d}" for n in range(count)),
-            np.arange(count),
-            np.ones(count, np.int64),
-            np.ones(count, bool),
-        ),
-        shards=tuple(
-            make_shard(device, ArraySource([rows[begin:end]], width), recipe, width=width)
-            for device, (begin, end) in zip(devices, shares, strict=True)
-        ),
-        numbers=tuple(np.arange(begin, end) for begin, end in shares),
-        largest_norm=2 * float(np.sqrt(width)),
-    )
-
-
 def peers(rows: np.ndarray, queries: np.ndarray, repeats: int) -> list[dict]:
     """One query and a hundred: ours, FAISS in three forms, LanceDB's own brute force; on the same rows."""
     import faiss
@@ -294,28 +258,6 @@ def coarse(table: SampleTable, folder: Path, queries: np.ndarray, repeats: int) 
     }  # fmt: skip
 
 
-def on_gpu(repeats: int) -> list[dict]:
-    """52,000 rows of 2^16 on one GPU, whole and as two shards; the paper's figures are for one and two H100s."""
-    from rapidin_vdb.index.library import gpu_count
-
-    if not gpu_count():
-        return []
-    rows = np.concatenate([block.view(np.uint16) for block in vectors_of(52000, 65536)])
-    queries = queries_of(100, 65536)
-    result = []
-    for name, devices in (("one device", ("cuda:0",)), ("two shards", ("cuda:0", f"cuda:{min(1, gpu_count() - 1)}"))):
-        index = in_memory_index(rows, IndexRecipe(name="gpu", devices=devices, shards_per_device=1))
-        result.append(
-            {
-                "set_up": name, "devices": devices,
-                "one_seconds": median_seconds(lambda index=index: index.search(queries[:1], 10), repeats),
-                "hundred_seconds": median_seconds(lambda index=index: index.search(queries, 10), repeats),
-            }
-        )  # fmt: skip
-        del index
-    return result
-
-
 def resident(
     table: SampleTable, folder: Path, parts: list[str], queries: np.ndarray, repeats: int, note: Callable[..., None]
 ) -> None:
@@ -380,8 +322,6 @@ def main() -> None:
             note("fresh", fresh(table, folder, count, width))
         if "coarse" in parts:
             note("coarse", coarse(table, folder, queries, repeats))
-    if "gpu" in parts:
-        note("gpu", on_gpu(repeats))
     if not options.small:
         RESULTS.joinpath("search.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
 

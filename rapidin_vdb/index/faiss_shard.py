@@ -7,6 +7,9 @@ from threading import RLock
 from typing import Any
 
 import numpy as np
+import torch
+from jaxtyping import Float32
+from torch import Tensor
 
 from rapidin_vdb.index.library import faiss, gpu_count
 from rapidin_vdb.index.shard import (
@@ -30,6 +33,9 @@ from rapidin_vdb.recipe import IndexRecipe
 _HALF_ROUNDING = 2.0**-11
 # What FAISS can return of a GPU.
 GPU_MOST = 2048
+# Rows in single precision that are fetched at a time: from a GPU's memory to its memory, and to the host's.
+_GPU_BYTES = 1 << 30
+_HOST_BYTES = 64 << 20
 # Beyond so many queries, rows gathered and multiplied are faster than FAISS with a selector.
 _SELECTOR_QUERIES = 8
 
@@ -108,12 +114,16 @@ class FaissShard:
     def _scored(
         self, queries: Queries, rows: Picked | None
     ) -> Iterator[tuple[Picked, Queries, Callable[[Picked], np.ndarray]]]:
-        step = max(1, min(SCORES // len(queries), (64 << 20) // (4 * self.index.d)))
+        """Yield what `scores` does, and what returns the lengths of some of these rows."""
+        place = self._near
+        asked = torch.from_numpy(np.ascontiguousarray(queries)).to(place)
+        fetched = _HOST_BYTES if place.type == "cpu" else _GPU_BYTES
+        step = max(1, min(SCORES // len(queries), fetched // (4 * self.index.d)))
         numbers = np.arange(self.rows) if rows is None else rows
         for first in range(0, len(numbers), step):
             part = numbers[first : first + step]
             block = self._rows(part)
-            yield part, queries @ block.T, partial(_norms, block)
+            yield part, (asked @ block.T).cpu().numpy(), partial(_norms, block)
 
     def reaching(self, queries: Queries, least: Least, longest: float, rows: Picked | None) -> Reached:
         """Return the rows whose exact score may reach `least`; see `Shard`."""
@@ -129,11 +139,30 @@ class FaissShard:
     def take(self, rows: Picked) -> Rows:
         """Return some rows."""
         # They were half precision before.
-        return self._rows(rows).astype(np.float16).view(np.uint16)
+        return self._rows(rows).half().cpu().numpy().view(np.uint16)
 
-    def _rows(self, rows: Picked) -> np.ndarray:
+    @property
+    def _near(self) -> torch.device:
+        """Where rows are fetched to: on a GPU they stay, if torch has it too."""
+        return torch.device(f"cuda:{self.gpu}" if self.gpu is not None and torch.cuda.is_available() else "cpu")
+
+    def _rows(self, rows: Picked) -> Float32[Tensor, "rows sketch"]:
+        """Return some rows in single precision."""
+        place = self._near
+        if place.type == "cpu":
+            with self._lock:
+                return torch.from_numpy(self.index.reconstruct_batch(rows))
+        module, keys = faiss(), torch.from_numpy(rows).to(place)
+        found = torch.empty(len(rows), self.index.d, device=place)
         with self._lock:
-            return self.index.reconstruct_batch(rows)
+            # Both work in streams of their own: neither may touch this memory before the other is done with it.
+            torch.cuda.synchronize(place)
+            self.index.reconstruct_batch_c(
+                len(rows), module.cast_integer_to_idx_t_ptr(keys.data_ptr()),
+                module.cast_integer_to_float_ptr(found.data_ptr()),
+            )  # fmt: skip
+            torch.cuda.synchronize(place)
+        return found
 
     def added(self, vectors: Rows) -> "FaissShard":
         """Return a shard with further rows."""
@@ -170,5 +199,5 @@ def _only(found: Found, rows: np.ndarray, wanted: int) -> Found:
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1)
 
 
-def _norms(block: np.ndarray, some: Picked) -> np.ndarray:
-    return np.linalg.norm(block[some].astype(np.float64), axis=1)
+def _norms(block: Float32[Tensor, "rows sketch"], some: Picked) -> np.ndarray:
+    return block[torch.from_numpy(some).to(block.device)].double().norm(dim=1).cpu().numpy()
