@@ -25,12 +25,15 @@ class Compare:
 def check_gradients(maker: Any, batch: list[Any]) -> dict[str, Any]:
     """Hold one sample's RapidGrad, taken in a batch, against the same sample alone by autograd; and single tensors.
 
-    In 16 bits the order of additions shows, most in gradients that nearly cancel, as those of q and k do at random
-    weights: `nothing_in_the_batch` is how far the same code is from itself with the sample alone.
+    In 16 bits any other order of additions changes all roundings behind it. `nothing_in_the_batch` is how far the same
+    code is from autograd with the sample alone, `autograd_among_copies` how far autograd is from itself in a batch of
+    copies of the sample, which is rounding alone; and `batched_against_autograd_in_the_batch` compares the two ways in
+    the same batch, where roundings are the same.
     """
     import torch
 
     from rapidin_vdb.gradient import stream_gradient
+    from rapidin_vdb.gradient.self_check import _rounding
 
     place = min(range(len(batch)), key=lambda number: len(batch[number].input_ids))
     names = list(maker.loaded.theta)
@@ -50,11 +53,17 @@ def check_gradients(maker: Any, batch: list[Any]) -> dict[str, Any]:
     together, single = (
         torch.from_numpy(maker.make_batch(part)[n][0]) for part, n in ((batch, place), ([batch[place]], 0))
     )
-    expected = expected.cpu()
+    rounding, there = _rounding(maker, batch, place, expected), torch.zeros_like(expected)
+    with maker._gradients.plainly():
+        maker._add_alone(there, batch[place], among=batch)
+        here = torch.from_numpy(maker.make_batch(batch)[place][0])
+    expected, there = expected.cpu(), there.cpu()
     worst = sorted(compare.differences.items(), key=lambda item: -item[1])
     return {
         "batched_against_autograd": float((together - expected).norm() / expected.norm()),
         "nothing_in_the_batch": float((single - expected).norm() / expected.norm()),
+        "autograd_among_copies": rounding,
+        "batched_against_autograd_in_the_batch": float((here - there).norm() / there.norm()),
         "batch_samples": len(batch),
         "tensors_median": statistics.median(compare.differences.values()),
         "tensors_worst": {names[number]: value for number, value in worst[:3]},

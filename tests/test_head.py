@@ -12,7 +12,7 @@ from conftest import encoded, tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from rapidin_vdb.gradient import RapidGradMaker, load_model
+from rapidin_vdb.gradient import RapidGradMaker, load_model, self_check
 from rapidin_vdb.gradient import head as head_module
 from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError
 from rapidin_vdb.gradient.forward import TokenLosses
@@ -239,7 +239,7 @@ def test_a_wrong_rule_below_a_wrong_layer_takes_no_others_with_it(monkeypatch):
 
 def test_where_memory_ends_without_the_layer_it_is_not_left(monkeypatch):
     """In the self-check, which tries without; halves are checked anew."""
-    agrees = RapidGradMaker._agrees
+    agrees = self_check.agrees
 
     def failing(maker, *given):
         agrees(maker, *given)
@@ -249,7 +249,7 @@ def test_where_memory_ends_without_the_layer_it_is_not_left(monkeypatch):
 
     maker = RapidGradMaker(lora_of(tiny_model("llama")), spec=SketchSpec(width=128), normalize="layer")
     batch = [encoded(number, 9) for number in range(3)]
-    monkeypatch.setattr(RapidGradMaker, "_agrees", failing)
+    monkeypatch.setattr(self_check, "agrees", failing)
     with pytest.raises(MemoryError):
         maker.make_batch(batch)
     monkeypatch.undo()

@@ -106,15 +106,19 @@ class BatchedGradients:
         self.unruled |= {number: reason for number in range(len(self.loaded.theta)) if number not in self.unruled}
         logger.warning("%s: all gradients one sample at a time, which is slower (%s)", self.loaded.spec.model, reason)
 
+    def look(self, sample: Encoded) -> None:
+        """Find the model's output layer, if that has not been done."""
+        if not self._looked:
+            self.output = find_output_layer(self.loaded, sample.input_ids[:2])
+            self._looked = True
+
     def stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
         """Hand the gradients of every ruled tensor to the receiver, and return each sample's loss, [batch].
 
         Raises:
             LateGradientError: the receiver was given a part of a gradient for the whole; its tensor is given up.
         """
-        if not self._looked:
-            self.output = find_output_layer(self.loaded, batch[0].input_ids[:2])
-            self._looked = True
+        self.look(batch[0])
         run = _Run(self, len(batch), receiver)
         layers = checkpointed_layers(self.loaded.model, hooks=True) if self.checkpointing else nullcontext()
         products = tf32_products(self._tf32_layers)
@@ -147,6 +151,16 @@ class BatchedGradients:
             yield
         finally:
             self.output = output
+
+    @contextmanager
+    def plainly(self) -> Iterator[None]:
+        """Compute losses and adapters as the model itself does for as long as the block lasts."""
+        layers, self._tf32_layers = self._tf32_layers, []
+        try:
+            with self.without_output_layer():
+                yield
+        finally:
+            self._tf32_layers = layers
 
     def leave_output_layer(self, reason: str) -> None:
         """Take all logits from the model itself from now on, and say so."""

@@ -16,6 +16,10 @@ R = TypeVar("R")
 _NO_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
 # Beyond these a larger batch is no faster: a core's caches, or a GPU's arithmetic, are busy already.
 _ENOUGH_TOKENS = {"cpu": 4096, "cuda": 32768}
+# Share of the free memory that a batch is given. A host has others to share with. On a GPU a batch was seen to take two
+# thirds of what is reckoned below (Llama's shape, 7 billion parameters), beside gradients that are formed at a time.
+_SHARE = {"cpu": 1 / 3, "cuda": 3 / 4}
+_FORMED_BYTES = {"cpu": 0, "cuda": 2 << 30}
 
 
 def default_batch_tokens(config: Any, *, dtype: str, device: str, workers: int = 1) -> int:
@@ -27,7 +31,9 @@ def default_batch_tokens(config: Any, *, dtype: str, device: str, workers: int =
     activations = layers * (24 * hidden + 6 * inner) * (4 if dtype == "float32" else 2)
     per_token = activations + 16 * int(text.vocab_size)
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    return max(1, min(_ENOUGH_TOKENS[kind], free_bytes(device) // workers // 3 // per_token))
+    free = free_bytes(device) // workers
+    spare = _SHARE[kind] * max(free - _FORMED_BYTES[kind], free // 4)
+    return max(1, min(_ENOUGH_TOKENS[kind], int(spare) // per_token))
 
 
 def is_out_of_memory(error: BaseException) -> bool:

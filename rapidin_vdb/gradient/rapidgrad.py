@@ -14,16 +14,11 @@ from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError, Rece
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.receivers import Measuring, Sketcher
 from rapidin_vdb.gradient.sample import cut_behind_loss, stream_gradient
-from rapidin_vdb.gradient.self_check import Prober, ends, kind_of, to_compare
+from rapidin_vdb.gradient.self_check import check, kind_of
 from rapidin_vdb.records import Encoded, Normalize, SketchSpec
 from rapidin_vdb.sketch import Sketch
 
 logger = logging.getLogger(__name__)
-
-# How far a batched RapidGrad may be from that of the sample alone, relative to its norm: half of half precision for
-# models computed in float32; what the order of additions does to a backward pass in 16 bits.
-_TOLERANCE = {"float32": 2.0**-12, "bfloat16": 0.1, "float16": 0.02}
-
 
 # A context of one token, and one that it predicts.
 _STUB_TOKENS = 2
@@ -130,8 +125,8 @@ class RapidGradMaker:
 
         A sample whose loss is not finite has a loss of NaN. The first batch is checked, as `make_batch` says.
         """
-        if self._checked < kind_of(batch):
-            self._check(batch)
+        if self._checked < kind_of(batch) and check(self, batch):
+            self._checked = kind_of(batch)
         return self._stream(batch, receiver)
 
     def _stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
@@ -165,82 +160,14 @@ class RapidGradMaker:
         rapidgrads = torch.zeros(batch, self.spec.width, device=self.loaded.device)
         return Sketcher(self.sketch, rapidgrads, self.normalize == "layer")
 
-    def _add_alone(self, rapidgrad: Tensor, sample: Encoded) -> float:
-        """Add the gradients of all tensors by autograd on the sample alone, and return its loss."""
+    def _add_alone(self, rapidgrad: Tensor, sample: Encoded, *, among: Sequence[Encoded] | None = None) -> float:
+        """Add the gradients of all tensors by autograd on the sample, alone or in a batch, and return its loss."""
 
         def receive(number: int, grad: Tensor) -> None:
             flat = grad.reshape(-1).float()
             self.sketch.add(rapidgrad, number, normalized(flat) if self.normalize == "layer" else flat)
 
-        return stream_gradient(self.loaded, sample, receive)
-
-    def _check(self, batch: Sequence[Encoded]) -> None:
-        """Compare a much padded sample of a batch with the same sample alone."""
-        kind = kind_of(batch)
-        if self._gradients.checkpointing:
-            # Alone, activations are kept, for which there is no memory.
-            batch = ends(batch)
-        place = to_compare(batch)
-        alone = torch.zeros(self.spec.width, device=self.loaded.device)
-        try:
-            loss = self._add_alone(alone, batch[place])
-        except GradientError:
-            return  # not a sample to compare with; the next batch will do
-        if not self._agrees_somehow(batch, place, alone, loss):
-            with self._gradients.without_output_layer():
-                self._give_up_wrong_tensors(batch, place)
-            if not self._agrees_somehow(batch, place, alone, loss):
-                self._gradients.give_up_all("in a batch, its samples are not independent of one another")
-        # Not before: where memory ended within, smaller batches are to be compared.
-        self._checked = kind
-
-    def _agrees_somehow(self, batch: Sequence[Encoded], place: int, alone: Tensor, loss: float) -> bool:
-        """Say whether a batch agrees as it is, or with all logits from the model, which are taken from then on."""
-        given_up = -1
-        while given_up < len(self._gradients.unruled):  # what is given up on the way may have been all that was wrong
-            given_up = len(self._gradients.unruled)
-            if self._agrees(batch, place, alone, loss):
-                return True
-        if self._gradients.output is None:
-            return False
-        with self._gradients.without_output_layer():
-            agreed = self._agrees(batch, place, alone, loss)
-        if agreed:
-            self._gradients.leave_output_layer("gradients differ from autograd's in a batch")
-        return agreed
-
-    def _agrees(self, batch: Sequence[Encoded], place: int, alone: Tensor, loss: float) -> bool:
-        sketcher = self.sketcher(len(batch))
-        try:
-            losses = self._stream(batch, sketcher)
-        except LateGradientError:
-            return False
-        together = sketcher.rapidgrads[place]
-        tolerance = _TOLERANCE.get(self.loaded.dtype, 0.1)
-        # It is the output layer's, if anything. In 16 bits a loss is off by what the logits are rounded by.
-        if self._gradients.output is not None and self.loaded.dtype == "float32":
-            if not abs(float(losses[place]) - loss) <= tolerance * max(loss, 1.0):
-                return False
-        return float(torch.linalg.vector_norm(together - alone)) <= tolerance * float(torch.linalg.vector_norm(alone))
-
-    def _give_up_wrong_tensors(self, batch: Sequence[Encoded], place: int) -> None:
-        """Find the tensors whose batched gradient is not that of autograd, by norm and by one random projection."""
-        alone: dict[int, Tensor] = {}
-        projection = Prober(self.sketch, place)
-
-        def receive(number: int, grad: Tensor) -> None:
-            alone[number] = projection.probe(number, grad.reshape(1, -1).float())
-
-        stream_gradient(self.loaded, batch[place], receive)
-        self._gradients.stream(batch, projection)
-        tolerance = _TOLERANCE.get(self.loaded.dtype, 0.1)
-        for number in range(len(self.loaded.theta)):
-            one = alone.get(number, torch.zeros(2))
-            other = projection.found.get(number, torch.zeros(2))
-            if number not in self._gradients.unruled and (one - other).abs().max() > tolerance * one[0].clamp(
-                min=1e-30
-            ):
-                self._gradients.give_up(number, "its batched gradient differs from autograd's")
+        return stream_gradient(self.loaded, sample, receive, among=among)
 
 
 def judged(

@@ -1,6 +1,6 @@
 """The gradient of one sample's loss, handed on tensor by tensor as backward reaches it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient.checkpoint import checkpointed_layers
+from rapidin_vdb.gradient.forward import batch_losses
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.records import Encoded
 
@@ -41,11 +42,12 @@ def stream_gradient(
     *,
     only: set[int] | None = None,
     checkpointing: bool = False,
+    among: Sequence[Encoded] | None = None,
 ) -> float:
     """Call `receive(number, gradient)` for each tensor of theta that the loss depends on, and return the loss.
 
     `only` restricts it to the tensors of those numbers. With `checkpointing`, layers are computed twice, so that their
-    activations need not be kept.
+    activations need not be kept. `among` is a batch that the sample goes through the model with, one of which it is.
 
     A gradient comes as soon as backward has it, whole (a tied tensor comes once) and of the parameter's shape, and is
     freed when `receive` returns: the gradients of all tensors are never held at once.
@@ -69,7 +71,10 @@ def stream_gradient(
         tensor.requires_grad_(False)
     try:
         with checkpointed_layers(loaded.model, hooks=False) if checkpointing else nullcontext(), torch.enable_grad():
-            loss = token_losses(loaded, encoded).mean()
+            if among is None:
+                loss = token_losses(loaded, encoded).mean()
+            else:
+                loss = batch_losses(loaded, among).means()[next(n for n, one in enumerate(among) if one is encoded)]
             value = float(loss.detach())
             if not torch.isfinite(loss):
                 raise GradientError(f"sample {encoded.sample_id}: the loss is {value}")

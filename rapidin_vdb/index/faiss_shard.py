@@ -166,10 +166,20 @@ class FaissShard:
 
     def added(self, vectors: Rows) -> "FaissShard":
         """Return a shard with further rows."""
-        step = max(1, (64 << 20) // (4 * self.index.d))
+        place = self._near
+        step = max(1, (_HOST_BYTES if place.type == "cpu" else _GPU_BYTES) // (4 * self.index.d))
         for first in range(0, len(vectors), step):
+            part = vectors[first : first + step].view(np.float16)
+            if place.type == "cpu":
+                with self._lock:
+                    self.index.add(part.astype(np.float32))
+                continue
+            # Half as much to send, and no core has to widen it. A copy, for torch complains of what cannot be written.
+            wide = torch.from_numpy(part if part.flags.writeable else part.copy()).to(place).float()
             with self._lock:
-                self.index.add(vectors[first : first + step].view(np.float16).astype(np.float32))
+                torch.cuda.synchronize(place)
+                self.index.add_c(len(part), faiss().cast_integer_to_float_ptr(wide.data_ptr()))
+                torch.cuda.synchronize(place)
         return self
 
 
