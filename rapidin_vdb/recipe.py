@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from rapidin_vdb.errors import SpecError
 
 ElementType = Literal["float16", "float32"]
+Library = Literal["torch", "faiss"]
 Residence = Literal["resident", "mapped", "streamed"]
 
 # An index's folder has its recipe's name.
@@ -36,6 +37,8 @@ class IndexRecipe:
     """Parts a device searches at once; 0 means one a core on the CPU and one on a GPU."""
     element_type: ElementType = "float16"
     """How vectors are held; sums are in float32 either way."""
+    library: Library = "torch"
+    """What searches a GPU's rows in half precision. In single precision it is FAISS, on the CPU too."""
     residence: Residence = "resident"
     """Whether rows are read into memory, mapped from their file, or streamed from it once for a batch of queries."""
     coarse_width: int = 0
@@ -142,7 +145,11 @@ def _check(values: dict[str, Any], what: str) -> None:
     for key, wanted, fits in _WHOLE:
         if type(values[key]) is not int or not fits(values[key]):
             raise SpecError(f"{what}: {key} is {values[key]!r}; wanted {wanted}")
-    for key, known in (("element_type", get_args(ElementType)), ("residence", get_args(Residence))):
+    for key, known in (
+        ("element_type", get_args(ElementType)),
+        ("library", get_args(Library)),
+        ("residence", get_args(Residence)),
+    ):
         if values[key] not in known:
             raise SpecError(f"{what}: {key} is {values[key]!r}; wanted {' or '.join(known)}")
     if values["residence"] != "resident" and (set(devices) != {"cpu"} or values["element_type"] != "float16"):

@@ -1,9 +1,9 @@
 """Exact top-k by inner product over shards, on CPUs or GPUs."""
 
-from rapidin_vdb.index.faiss_shard import make_shard
 from rapidin_vdb.index.index import Batch, Ranked, ShardedIndex, empty_index
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.loading import check_index, load_index, load_keys, verify_rows
+from rapidin_vdb.index.making import make_shard
 from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, list_manifests
 from rapidin_vdb.index.recall import measured_recall
 from rapidin_vdb.index.searchable import Searchable

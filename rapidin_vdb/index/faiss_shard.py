@@ -1,4 +1,4 @@
-"""One shard that FAISS searches, on a GPU or in single precision on the CPU; and which kind a device gets."""
+"""One shard that FAISS searches, on a GPU or in single precision on the CPU."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from rapidin_vdb.index.library import faiss, gpu_count
+from rapidin_vdb.index.library import faiss
 from rapidin_vdb.index.shard import (
     SCORES,
     SUM_ROUNDING,
@@ -20,13 +20,11 @@ from rapidin_vdb.index.shard import (
     Picked,
     Queries,
     Reached,
-    ScanShard,
-    Shard,
     all_of,
     best_of,
     reaching,
 )
-from rapidin_vdb.index.source import Rows, RowSource
+from rapidin_vdb.index.source import Rows
 from rapidin_vdb.recipe import IndexRecipe
 
 # A GPU also rounds the query to half precision.
@@ -43,11 +41,11 @@ _SELECTOR_QUERIES = 8
 class FaissShard:
     """Rows in a FAISS flat inner-product index, on a GPU, or in single precision on the CPU."""
 
-    def __init__(self, device: str, *, width: int, recipe: IndexRecipe) -> None:
-        """Make an empty shard; a GPU that is not there is replaced by the CPU."""
+    def __init__(self, gpu: int | None, *, width: int, recipe: IndexRecipe) -> None:
+        """Make an empty shard on a GPU, by its number, or on the CPU."""
         module = faiss()
         self._half = recipe.element_type == "float16"
-        self.gpu = gpu_of(device)
+        self.gpu = gpu
         self.index: Any
         self._resources: Any = None
         # FAISS on a GPU is not made for several threads, not even to read; and nobody may read what is being added to.
@@ -88,14 +86,14 @@ class FaissShard:
             queries = np.concatenate([queries, -queries])
         queries = np.ascontiguousarray(queries)
         if rows is None and (self.gpu is None or wanted <= GPU_MOST):
-            found = self.index.search(queries, wanted)
+            found = self._asked(queries, wanted)
         elif self.gpu is None and len(queries) <= _SELECTOR_QUERIES:
             module = faiss()
             selector = module.IDSelectorBatch(rows)
             found = self.index.search(queries, wanted, params=module.SearchParameters(sel=selector))
         elif self.gpu is not None and rows is not None and wanted + self.rows - count <= GPU_MOST:
             # FAISS's flat GPU index knows no selectors: ask for as many more as are to be left out.
-            found = _only(self.index.search(queries, wanted + self.rows - count), rows, wanted)
+            found = _only(self._asked(queries, wanted + self.rows - count), rows, wanted)
         else:
             best: list[Found] = []
             for numbers, scores in self.scores(queries, rows):
@@ -105,6 +103,15 @@ class FaissShard:
             return [found]
         half = len(queries) // 2
         return [(found[0][:half], found[1][:half]), (found[0][half:], found[1][half:])]
+
+    def _asked(self, queries: Queries, wanted: int) -> Found:
+        if self.gpu is None or not self._half:
+            return self.index.search(queries, wanted)
+        # A GPU rounds queries to half precision, whose range is small. Powers of two round nothing.
+        largest = np.abs(queries).max(axis=1, keepdims=True)
+        scales = np.exp2(np.frexp(np.where(largest > 0, largest, 1))[1].clip(-113, 128) - 13.0).astype(np.float32)
+        scores, numbers = self.index.search(queries / scales, wanted)
+        return scores * scales, numbers
 
     def scores(self, queries: Queries, rows: Picked | None) -> Iterator[tuple[Picked, Queries]]:
         """Yield the scores of all rows, or of some."""
@@ -181,24 +188,6 @@ class FaissShard:
                 self.index.add_c(len(part), faiss().cast_integer_to_float_ptr(wide.data_ptr()))
                 torch.cuda.synchronize(place)
         return self
-
-
-def gpu_of(device: str) -> int | None:
-    """Return the number of the GPU that a device of a recipe means here; None for the CPU."""
-    if not device.startswith("cuda:"):
-        return None
-    number = int(device.removeprefix("cuda:"))
-    return number if number < gpu_count() else None
-
-
-def make_shard(device: str, source: RowSource, recipe: IndexRecipe, *, width: int) -> Shard:
-    """Return a shard of some rows; on a GPU, or in single precision, it is FAISS's."""
-    if gpu_of(device) is None and recipe.element_type == "float16":
-        return ScanShard(source, width=width)
-    shard = FaissShard(device, width=width, recipe=recipe)
-    for chunk in source.chunks(None):
-        shard.added(chunk.rows)
-    return shard
 
 
 def _only(found: Found, rows: np.ndarray, wanted: int) -> Found:

@@ -1,6 +1,6 @@
 """Exact top-k over any number of shards: candidates in single precision, order and scores in double."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
@@ -8,20 +8,19 @@ from typing import TypeVar
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from rapidin_vdb.compiled import side_by_side
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index.coarse import folded
-from rapidin_vdb.index.faiss_shard import GPU_MOST, FaissShard, make_shard
+from rapidin_vdb.index.exact import exact_scores
+from rapidin_vdb.index.faiss_shard import GPU_MOST, FaissShard
 from rapidin_vdb.index.groups import add_up
-from rapidin_vdb.index.half import exact_inner_products
 from rapidin_vdb.index.keys import Keys, joined
+from rapidin_vdb.index.making import make_shard
 from rapidin_vdb.index.shard import Found, ScanShard, Shard, best_of
 from rapidin_vdb.index.source import ArraySource, Rows, RowSource, TableSource, norm_of
 from rapidin_vdb.recipe import IndexRecipe
 
 # Candidates beyond top_k, at least, so that rounding and ties rarely need a second pass.
 _SLACK = 16
-_RESCORE_ROWS = 64
 
 Queries = Float32[np.ndarray, "queries sketch"]
 T = TypeVar("T")
@@ -232,18 +231,6 @@ class ShardedIndex:
         with ThreadPoolExecutor(max_workers=len(self.shards)) as pool:
             return [found for part in pool.map(ask, places) for found in part]
 
-    def _ranked(self, queries: Queries, numbers: Sequence[np.ndarray], top_k: int) -> list[Ranked]:
-        """Return the best of some rows for each query, by exact scores."""
-        ranked: dict[int, Ranked] = {}
-
-        def rank(query: int) -> None:
-            exact = self._exact_scores(queries[query], numbers[query])
-            found = zip((self.keys.sample_ids[n] for n in numbers[query].tolist()), exact.tolist(), strict=True)
-            ranked[query] = sorted(found, key=lambda pair: (-pair[1], pair[0]))[:top_k]
-
-        side_by_side(rank, len(queries))
-        return [ranked[query] for query in range(len(queries))]
-
     def _norm_bound(self) -> float:
         """Return what no row that was searched is longer than."""
         if self.largest_norm is not None:
@@ -253,27 +240,15 @@ class ShardedIndex:
     def _sources(self) -> list[RowSource]:
         return [shard.source for shard in self.shards if isinstance(shard, ScanShard)]
 
-    def _exact_scores(
-        self, query: Float32[np.ndarray, " sketch"], numbers: Int64[np.ndarray, " found"]
-    ) -> Float64[np.ndarray, " found"]:
-        """Return inner products with the query in float64."""
-        exact = np.empty(len(numbers))
-        wide = query.astype(np.float64)
-        for places, rows in self._rows(numbers):
-            exact[places] = exact_inner_products(rows, wide)
-        return exact
-
-    def _rows(self, numbers: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield some rows at full width, and where each stands among them."""
-        for shard, owned in zip(self._full_shards(), self._full_numbers(), strict=True):
-            if not len(owned):
-                continue
-            local = np.minimum(np.searchsorted(owned, numbers), len(owned) - 1)
-            mine = np.flatnonzero(owned[local] == numbers)
-            local = local[mine]
-            for begin in range(0, len(mine), _RESCORE_ROWS):
-                part = slice(begin, begin + _RESCORE_ROWS)
-                yield mine[part], shard.take(local[part])
+    def _ranked(self, queries: Queries, numbers: Sequence[np.ndarray], top_k: int) -> list[Ranked]:
+        """Return the best of some rows for each query, by exact scores."""
+        exact = exact_scores(queries, numbers, self._full_shards(), self._full_numbers())
+        names = self.keys.sample_ids
+        ranked = []
+        for rows, scores in zip(numbers, exact, strict=True):
+            found = zip((names[number] for number in rows.tolist()), scores.tolist(), strict=True)
+            ranked.append(sorted(found, key=lambda pair: (-pair[1], pair[0]))[:top_k])
+        return ranked
 
     def _full_shards(self) -> Sequence[Shard]:
         return self.shards if self.full is None else (ScanShard(self.full, width=self.width),)

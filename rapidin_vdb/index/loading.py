@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index.faiss_shard import gpu_of, make_shard
 from rapidin_vdb.index.index import ShardedIndex
 from rapidin_vdb.index.keys import Keys, joined
+from rapidin_vdb.index.making import gpu_of, make_shard
 from rapidin_vdb.index.manifest import Manifest, Part, array_header
 from rapidin_vdb.index.source import ArraySource, FileSource, RowFile, RowSource
 from rapidin_vdb.index.texts import Texts
@@ -124,7 +124,7 @@ def load_index(folder: Path, manifest: Manifest) -> ShardedIndex:
         residence: Residence = "resident" if recipe.coarse_width else recipe.residence
         single = recipe.element_type == "float32"
         size = (4 if single else 2) * manifest.rows * inner
-        here = all(gpu_of(device) is None for device in recipe.devices)
+        here = all(gpu_of(device, recipe) is None for device in recipe.devices)
         if residence == "resident" and here and size > 0.8 * free_bytes("cpu"):
             logger.warning(
                 "the index %s of %d MiB does not fit into memory: mapping its files", recipe.name, size >> 20
