@@ -1,5 +1,4 @@
-"""What a search costs with 52,000 RapidGrads of width 65,536 in a GPU's memory, whole and in two shards, by torch and by
-FAISS.
+"""What a search costs with 52,000 RapidGrads of width 65,536 in a GPU's memory: one shard and two, torch and FAISS.
 
 scripts/bench search_gpu [--samples 52000] [--width 65536] [--small]
 
@@ -81,7 +80,8 @@ def measure(rows: np.ndarray, queries: np.ndarray, best: np.ndarray, recipe: Ind
         {int(name[1:]) for name, _ in ranked} == set(truth.tolist()) for ranked, truth in zip(found, best, strict=True)
     )
     said: dict[str, Any] = {
-        "devices": recipe.devices, "library": recipe.library, "rounding": rounding(rows, queries, recipe), "load_seconds": loaded.wall, "queries_with_the_same_ten": agreeing,
+        "devices": recipe.devices, "library": recipe.library,
+        "rounding": rounding(rows, queries, recipe), "load_seconds": loaded.wall, "queries_with_the_same_ten": agreeing,
         "one_seconds": median_seconds(lambda: index.search(queries[:1], TOP), repeats),
         "hundred_seconds": median_seconds(lambda: index.search(queries, TOP), repeats),
         "both_ends_seconds": median_seconds(lambda: index.search_both(queries[:1], TOP), repeats),
