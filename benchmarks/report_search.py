@@ -41,13 +41,6 @@ def write(result: dict) -> str:
             for e in result["growth"]
         ],
     )  # fmt: skip
-    gpu = "No GPU was at hand; the part `gpu` of the benchmark is ready to run.\n"
-    if result.get("gpu"):
-        rows = [
-            [e["set_up"], ", ".join(e["devices"]), f"{e['one_seconds']:.3f}", f"{e['hundred_seconds']:.3f}"]
-            for e in result["gpu"]
-        ]
-        gpu = table(["set-up", "devices", "one query, s", "100 queries, s"], rows) + "\n"
     recall = result["coarse"]["recall"]
     return f"""# What search costs
 
@@ -99,9 +92,8 @@ The same {result["peers"]["samples"]:,} rows, in memory; LanceDB reads its table
 
 {growth}
 
-## On GPUs
-
-{gpu}"""
+What it costs on GPUs is in [gpu.md](gpu.md).
+"""
 
 
 def plot(result: dict, path) -> None:

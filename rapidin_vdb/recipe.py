@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 from rapidin_vdb.errors import SpecError
 
 ElementType = Literal["float16", "float32"]
-Library = Literal["torch", "faiss"]
+Library = Literal["faiss", "torch"]
 Residence = Literal["resident", "mapped", "streamed"]
 
 # An index's folder has its recipe's name.
@@ -37,7 +37,7 @@ class IndexRecipe:
     """Parts a device searches at once; 0 means one a core on the CPU and one on a GPU."""
     element_type: ElementType = "float16"
     """How vectors are held; sums are in float32 either way."""
-    library: Library = "torch"
+    library: Library = "faiss"
     """What searches a GPU's rows in half precision. In single precision it is FAISS, on the CPU too."""
     residence: Residence = "resident"
     """Whether rows are read into memory, mapped from their file, or streamed from it once for a batch of queries."""

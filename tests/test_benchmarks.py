@@ -29,6 +29,15 @@ def test_the_benchmark_of_gpus_is_ready(kind):
     assert result["samples_per_second"] > 0 and not result["given_up"]
 
 
+def test_that_of_searches_on_gpus_is_ready():
+    result = json.loads(run("search_gpu", "--small"))
+    for found in result["set_ups"]:
+        assert found["queries_with_the_same_ten"] == 100 and found["rounding"]["worst"] < found["rounding"]["bound"]
+    assert [(found["library"], len(found["devices"])) for found in result["set_ups"]] == [
+        ("faiss", 1), ("torch", 1), ("faiss", 2), ("torch", 2)
+    ]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_those_of_tokens_and_searches_run():
     found = [json.loads(line) for line in run("tokens", "--small").splitlines()]

@@ -10,6 +10,7 @@ from reference import top_k
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index import Batch, Keys, Texts, empty_index, half, making
 from rapidin_vdb.index import index as index_module
+from rapidin_vdb.index.faiss_shard import FaissShard
 from rapidin_vdb.index.source import ArraySource
 from rapidin_vdb.index.torch_shard import TorchShard
 from rapidin_vdb.recipe import IndexRecipe
@@ -226,6 +227,31 @@ def test_an_updated_index_is_as_one_made_anew(shards, element_type):
     for query, ranked in zip(asked, back.search(asked, 30), strict=True):
         assert_same(ranked, top_k(old, query, 30))
     assert gone in {name for name, _ in back.search(asked, 90)[0]}
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e9, 1e-12])
+def test_queries_that_half_precision_cannot_hold_reach_a_gpu_scaled(scale):
+    """With FAISS's index for the CPU in the place of a GPU's, which would round them."""
+    shard = FaissShard(None, width=WIDTH, recipe=recipe_of(element_type="float32"))
+    vectors = np.stack(list(rows(300).values()))
+    shard.added(vectors.view(np.uint16))
+    asked = []
+
+    class Rounding:
+        d = WIDTH
+        ntotal = 300
+
+        def search(self, queries, wanted, index=shard.index):
+            asked.append(queries.astype(np.float16))
+            return index.search(asked[-1].astype(np.float32), wanted)
+
+    shard.index, shard.gpu, shard._half = Rounding(), 0, True
+    wanted = np.float32(scale) * np.concatenate([queries(4), np.zeros((1, WIDTH), np.float32)])
+    ((scores, numbers),) = shard.search(wanted, 7, None, both=False)
+    exact = wanted.astype(np.float64) @ vectors.T.astype(np.float64)
+    assert np.isfinite(asked[0]).all() and not asked[0][4].any()
+    np.testing.assert_allclose(scores, np.take_along_axis(exact, numbers, 1), atol=0.05 * scale)
+    np.testing.assert_allclose(scores, -np.sort(-exact)[:, :7], atol=0.05 * scale)
 
 
 @pytest.mark.gpu

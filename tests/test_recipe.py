@@ -15,7 +15,7 @@ def test_every_shipped_recipe_loads():
         "gpu": IndexRecipe(name="gpu", devices=("cuda:0",), shards_per_device=1, element_type="float16"),
         "streamed": IndexRecipe(name="streamed", shards_per_device=1, residence="streamed"),
         "coarse_to_fine": IndexRecipe(name="coarse_to_fine", coarse_width=4096, refine=20),
-        "two_gpus": IndexRecipe(name="two_gpus", devices=("cuda:0", "cuda:1"), shards_per_device=1, library="faiss"),
+        "two_gpus": IndexRecipe(name="two_gpus", devices=("cuda:0", "cuda:1"), shards_per_device=1),
     }
     assert read_recipe("cpu").shard_devices == ("cpu",) * cores
     assert read_recipe("indexes/two_gpus.toml").shard_devices == ("cuda:0", "cuda:1")
@@ -30,7 +30,7 @@ def test_every_shipped_recipe_loads():
         ("shards_per_device = -1", "shards_per_device is -1"),
         ("shards_per_device = true", "shards_per_device is True"),
         ('element_type = "int8"', "element_type is 'int8'; wanted float16 or float32"),
-        ('library = "numpy"', "library is 'numpy'; wanted torch or faiss"),
+        ('library = "numpy"', "library is 'numpy'; wanted faiss or torch"),
         ('residence = "disk"', "residence is 'disk'; wanted resident or mapped or streamed"),
         ('residence = "mapped"\ndevices = ["cuda:0"]', "residence is 'mapped', which goes with devices"),
         ('residence = "streamed"\nelement_type = "float32"', "residence is 'streamed', which goes with devices"),

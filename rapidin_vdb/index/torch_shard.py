@@ -1,7 +1,8 @@
 """One shard in a GPU's memory, in half precision, searched by torch: one matrix product reads every row once.
 
-FAISS's flat index on a GPU takes several times as long over the same rows (docs/search.md), and has neither selectors
-nor more than 2,048 results.
+On an H100 torch multiplies 52,000 rows with a hundred queries, and takes the best of them, in 2.5 ms, where a whole
+search by FAISS's flat index takes 290 (docs/gpu.md); and FAISS has neither selectors there nor more than 2,048 results.
+This shard itself has not been run on a GPU yet: a recipe has to ask for it.
 """
 
 import math
