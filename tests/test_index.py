@@ -229,6 +229,30 @@ def test_an_updated_index_is_as_one_made_anew(shards, element_type):
     assert gone in {name for name, _ in back.search(asked, 90)[0]}
 
 
+@pytest.mark.parametrize("scale", [1e9, 1e-12, 1e-38])
+def test_queries_of_any_size_are_answered(scale):
+    vectors, asked = rows(500, ties=True), np.float32(scale) * queries(3)
+    for query, ranked in zip(asked, index_of(vectors).search(asked, 12), strict=True):
+        assert_same(ranked, top_k(vectors, query, 12))
+
+
+def test_two_shards_that_go_on_from_one_leave_each_other_and_it_alone():
+    vectors, keys = np.stack(list(rows(90).values())).view(np.uint16), np.arange(40)
+    base = TorchShard(torch.device("cpu"), width=WIDTH, room=20).added(vectors[:30])
+    one, other = base.added(vectors[30:40]), base.added(vectors[50:60])
+    more = one.added(vectors[60:90])
+    assert (base.rows, one.rows, other.rows, more.rows) == (30, 40, 40, 70)
+    assert np.array_equal(one.take(keys), vectors[:40])
+    assert np.array_equal(other.take(keys), np.concatenate([vectors[:30], vectors[50:60]]))
+    assert np.array_equal(more.take(np.arange(70)), np.concatenate([vectors[:40], vectors[60:90]]))
+    for shard in (base, one, other, more):
+        for (scores, numbers), sign in zip(shard.search(queries(2), 5, None, both=True), (1, -1), strict=True):
+            held = shard.take(np.arange(shard.rows)).view(np.float16).astype(np.float64)
+            exact = sign * queries(2).astype(np.float64) @ held.T
+            assert np.array_equal(numbers, np.argsort(-exact, axis=1)[:, :5])
+            np.testing.assert_allclose(scores, -np.sort(-exact)[:, :5], rtol=1e-5)
+
+
 @pytest.mark.parametrize("scale", [1.0, 1e9, 1e-12])
 def test_queries_that_half_precision_cannot_hold_reach_a_gpu_scaled(scale):
     """With FAISS's index for the CPU in the place of a GPU's, which would round them."""
