@@ -162,6 +162,22 @@ WIDTHS = (4096, 65536, 2**20)
 FOLDS = (4096, 2048, 1024)  # 4,096 is what the recipe coarse_to_fine has
 
 
+def on_gpu(measured: Measured) -> str:
+    """Return what was measured on a GPU beside what the model says of it."""
+    file = HERE / "results" / "gpu.json"
+    if not file.is_file():
+        return "None of this was measured on a GPU."
+    found = json.loads(file.read_text("utf-8"))
+    said = []
+    for name, what in (("lora", "LoRA of rank 512 over NF4"), ("full", "all parameters")):
+        run = found[name]
+        was = 300 * run["seconds_a_padded_token"] + run["seconds_a_sample"]
+        model = gradient_seconds(measured, 6.74e9, 300, adapter=name == "lora", rate=GPU_FLOPS)
+        said.append(f"{duration(was)} ({what}), where the model has {duration(model)}")
+    device = found["lora"]["machine"]["device"]
+    return f"On one {device} a model of Llama-2-7B's shape took, by a fit to batches of all lengths ([gpu.md](gpu.md)), {'; and '.join(said)}."
+
+
 def page(measured: Measured) -> str:
     """Return docs/scale.md."""
     power = {10**6: "10^6", 10**8: "10^8", 10**10: "10^10"}
@@ -217,6 +233,8 @@ that of a local disk: how fast one process writes into an object store was never
 Hours of one GPU, at 300 tokens a sample; K does not count (the sketch is a few per cent of a step, and in the ratio above).
 
 {table(["model", "theta", "a sample", *(f"GPU hours, {power[samples]}" for samples in SAMPLES)], making)}
+
+{on_gpu(measured)}
 ## One query, exact
 
 Seconds for the pass over the index; a query's own gradient is one training step more. Many queries in one file share the pass until
