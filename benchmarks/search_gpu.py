@@ -25,6 +25,7 @@ except ImportError:  # not installed
 from common import RESULTS, Clock, machine, median_seconds  # noqa: E402
 from rows import in_memory_index, queries_of, vectors_of  # noqa: E402
 
+from rapidin_vdb.index import ShardedIndex  # noqa: E402
 from rapidin_vdb.index.library import faiss, gpu_count  # noqa: E402
 from rapidin_vdb.recipe import IndexRecipe, Library  # noqa: E402
 
@@ -56,19 +57,20 @@ def beside(rows: np.ndarray, queries: np.ndarray, device: str, repeats: int) -> 
     return said, scores.topk(TOP).indices.cpu().numpy()
 
 
-def rounding(rows: np.ndarray, queries: np.ndarray, recipe: IndexRecipe) -> dict[str, float]:
-    """Return how far scores are from float64 at the worst, beside the products of norms, and what they are bound by.
+def rounding(index: ShardedIndex) -> dict[str, float]:
+    """Return how far a search's scores are from float64 at the worst, beside the products of norms, and their bound.
 
-    With numbers that are all positive, where what a sum loses at each step adds up.
+    Asked are rows themselves: where all products are positive, what a sum loses at each step adds up.
     """
-    few = np.abs(rows[:512].view(np.float16))
-    asked = np.abs(queries[:16])
-    index = in_memory_index(few.view(np.uint16), recipe)
-    wide, exact = few.astype(np.float64), asked.astype(np.float64)
-    norms = np.linalg.norm(exact, axis=1)[:, None] * np.linalg.norm(wide, axis=1)
-    found = np.sort(index.scores(asked), axis=1)
-    worst = np.abs(found - np.sort(exact @ wide.T, axis=1)) / norms.min(1, keepdims=True)
-    return {"worst": float(worst.max()), "bound": max(shard.rounding for shard in index.shards)}
+    worst = 0.0
+    for shard in index.shards:
+        rows = shard.take(np.arange(0, shard.rows, max(1, shard.rows // 16))[:16]).view(np.float16)
+        ((scores, numbers),) = shard.search(rows.astype(np.float32), TOP, None, both=False)
+        for row, found, places in zip(rows.astype(np.float64), scores, numbers, strict=True):
+            near = shard.take(places).view(np.float16).astype(np.float64)
+            norms = np.linalg.norm(row) * np.linalg.norm(near, axis=1)
+            worst = max(worst, float((np.abs(found - near @ row) / norms).max()))
+    return {"worst": worst, "bound": max(shard.rounding for shard in index.shards)}
 
 
 def measure(rows: np.ndarray, queries: np.ndarray, best: np.ndarray, recipe: IndexRecipe, repeats: int) -> dict:
@@ -81,7 +83,7 @@ def measure(rows: np.ndarray, queries: np.ndarray, best: np.ndarray, recipe: Ind
     )
     said: dict[str, Any] = {
         "devices": recipe.devices, "library": recipe.library,
-        "rounding": rounding(rows, queries, recipe), "load_seconds": loaded.wall, "queries_with_the_same_ten": agreeing,
+        "rounding": rounding(index), "load_seconds": loaded.wall, "queries_with_the_same_ten": agreeing,
         "one_seconds": median_seconds(lambda: index.search(queries[:1], TOP), repeats),
         "hundred_seconds": median_seconds(lambda: index.search(queries, TOP), repeats),
         "both_ends_seconds": median_seconds(lambda: index.search_both(queries[:1], TOP), repeats),

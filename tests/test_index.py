@@ -8,7 +8,7 @@ import torch
 from reference import top_k
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index import Batch, Keys, Texts, empty_index, half, making
+from rapidin_vdb.index import Batch, Keys, Texts, empty_index, half, making, torch_shard
 from rapidin_vdb.index import index as index_module
 from rapidin_vdb.index.faiss_shard import FaissShard
 from rapidin_vdb.index.source import ArraySource
@@ -234,6 +234,73 @@ def test_queries_of_any_size_are_answered(scale):
     vectors, asked = rows(500, ties=True), np.float32(scale) * queries(3)
     for query, ranked in zip(asked, index_of(vectors).search(asked, 12), strict=True):
         assert_same(ranked, top_k(vectors, query, 12))
+
+
+def cut(numbers: np.ndarray) -> np.ndarray:
+    """Cut numbers off behind 24 bits."""
+    mantissa, exponent = np.frexp(numbers)
+    return np.ldexp(np.trunc(np.ldexp(mantissa, 24)), exponent - 24)
+
+
+@pytest.mark.parametrize("loud", [False, True])
+def test_sums_that_are_cut_off_at_every_step_hide_no_row(loud, monkeypatch):
+    """As on tensor cores, of which the oldest add up four products a step: a row is asked for that is there sixty times."""
+    width, step = 1 << 16, 4
+
+    def products(asked, held):
+        left, right = asked.double().numpy(), held.double().numpy()
+        total = np.zeros((len(left), len(right)), np.float32)
+        for first in range(0, width, torch_shard._PIECE):
+            running = np.zeros(total.shape)
+            for begin in range(first, first + torch_shard._PIECE, step):
+                part = slice(begin, begin + step)
+                running = cut(running + left[:, part] @ right[:, part].T)
+            total += running.astype(np.float32)
+        return torch.from_numpy(total)
+
+    draw = np.random.default_rng(5)
+    row = draw.standard_normal(width).astype(np.float16)
+    if loud:
+        row[0] = 600
+    others = draw.standard_normal((20, width)).astype(np.float16)
+    order = draw.permutation(80)
+    vectors = {f"s{number:03d}": row if number < 60 else others[number - 60] for number in order.tolist()}
+    index = index_of(vectors, width=width, batch=80)
+    if isinstance(index.shards[0], TorchShard):
+        monkeypatch.setattr(torch_shard, "_products", products)
+        asked = np.stack([row, row]).astype(np.float32)
+        ((scores, _),) = index.shards[0].search(asked, 60, None, both=False)
+        exact = float((row.astype(np.float64) ** 2).sum())
+        assert 1e-6 < 1 - scores.min() / exact < index.shards[0].rounding, "much is lost, and less than is said"
+    (ranked,) = index.search(row.astype(np.float32)[None], 5)
+    assert [name for name, _ in ranked] == [f"s{number:03d}" for number in range(5)]
+
+
+def test_a_device_without_memory_says_what_it_was_asked_for(monkeypatch):
+    vectors, asked = np.zeros((30, WIDTH), np.uint16), []
+
+    def full(room, *given, **options):
+        asked.append(room)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    shard = TorchShard(torch.device("cpu"), width=WIDTH, room=20).added(vectors[:20])
+    monkeypatch.setattr(torch, "empty", full)
+    with pytest.raises(SpecError, match="cpu has no memory for 30 more RapidGrads of width 64"):
+        shard.added(vectors)
+    assert asked == [(256 << 20) // 128, 30], "less is asked for where there is no room for more"
+
+
+def test_rows_that_cannot_be_written_are_sent_in_small_parts(monkeypatch):
+    """As those of a file: a copy of all of them might not fit the host's memory."""
+    monkeypatch.setattr(torch_shard, "_SENT_BYTES", 7 * 2 * WIDTH)
+    vectors, sizes = np.stack(list(rows(90).values())).view(np.uint16), []
+    vectors.flags.writeable = False
+    real = torch.from_numpy
+    monkeypatch.setattr(torch, "from_numpy", lambda array: sizes.append(len(array)) or real(array))
+    shard = TorchShard(torch.device("cpu"), width=WIDTH, room=50).added(vectors)
+    assert max(sizes) == 7 and sum(sizes) == 90
+    monkeypatch.undo()
+    assert np.array_equal(shard.take(np.arange(90)), vectors)
 
 
 def test_two_shards_that_go_on_from_one_leave_each_other_and_it_alone():

@@ -25,6 +25,7 @@ from rapidin_vdb.index.shard import (
     reaching,
 )
 from rapidin_vdb.index.source import Rows
+from rapidin_vdb.index.torch_shard import CUT_OFF
 from rapidin_vdb.recipe import IndexRecipe
 
 # A GPU also rounds the query to half precision.
@@ -68,7 +69,15 @@ class FaissShard:
     def rounding(self) -> float:
         """Bound of a score's rounding error, relative to the product of the two norms."""
         rounding = SUM_ROUNDING * math.sqrt(self.index.d)
-        return rounding + _HALF_ROUNDING if self.gpu is not None and self._half else rounding
+        if self.gpu is None:
+            return rounding
+        # In single precision too, whose products may be taken under TF32 while a gradient is made.
+        return rounding + _HALF_ROUNDING + (self._cut_off() * self.index.d if self._half else 0)
+
+    def _cut_off(self) -> float:
+        """Return what tensor cores lose of a running sum, a product; see `torch_shard`. From Hopper on, less."""
+        new = self._near.type != "cpu" and torch.cuda.get_device_capability(self._near)[0] >= 9
+        return CUT_OFF / 8 if new else CUT_OFF
 
     def side_by_side(self, queries: int) -> bool:
         """Whether so many queries keep one core busy only."""
@@ -123,7 +132,7 @@ class FaissShard:
     ) -> Iterator[tuple[Picked, Queries, Callable[[Picked], np.ndarray]]]:
         """Yield what `scores` does, and what returns the lengths of some of these rows."""
         place = self._near
-        asked = torch.from_numpy(np.ascontiguousarray(queries)).to(place)
+        asked = torch.tensor(queries, device=place)
         fetched = _HOST_BYTES if place.type == "cpu" else _GPU_BYTES
         step = max(1, min(SCORES // len(queries), fetched // (4 * self.index.d)))
         numbers = np.arange(self.rows) if rows is None else rows
@@ -187,6 +196,8 @@ class FaissShard:
                 torch.cuda.synchronize(place)
                 self.index.add_c(len(part), faiss().cast_integer_to_float_ptr(wide.data_ptr()))
                 torch.cuda.synchronize(place)
+        if place.type != "cpu":
+            torch.cuda.empty_cache()  # FAISS cannot use what torch keeps for itself
         return self
 
 

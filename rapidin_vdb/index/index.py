@@ -77,7 +77,8 @@ class ShardedIndex:
 
         `among` restricts the search to rows of those ids; ids that the index does not hold are passed over. Fewer
         samples than `top_k` return them all. Scores are inner products in float64 of the stored vectors with the query,
-        so that neither shards, nor devices, nor the other queries of a batch change them.
+        so that neither shards, nor the other queries of a batch change them; where torch adds them up on a GPU, they
+        may differ from those of a CPU in the last digits.
 
         Where the recipe is coarse, candidates come from folded vectors, and a sample may be missed.
 

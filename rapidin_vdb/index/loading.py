@@ -130,7 +130,8 @@ def load_index(folder: Path, manifest: Manifest) -> ShardedIndex:
                 "the index %s of %d MiB does not fit into memory: mapping its files", recipe.name, size >> 20
             )
             residence, single = "mapped", False
-            recipe = replace(recipe, element_type="float16")
+            # By our scan: half precision on a GPU may be torch's, which sees one where FAISS sees none.
+            recipe = replace(recipe, element_type="float16", library="faiss")
         elif residence == "resident" and (single or not here):
             # FAISS copies them to where it wants them.
             residence = "mapped"

@@ -1,32 +1,39 @@
 """One shard in a GPU's memory, in half precision, searched by torch: one matrix product reads every row once.
 
-On an H100 torch multiplies 52,000 rows with a hundred queries, and takes the best of them, in 2.5 ms, where a whole
-search by FAISS's flat index takes 290 (docs/gpu.md); and FAISS has neither selectors there nor more than 2,048 results.
+On an H100 torch's bare product of 52,000 rows with a hundred queries, and their best, took 2.5 ms; a whole search by
+FAISS's flat index took 290, of which some 180 were scores in float64 on the CPU (docs/gpu.md). FAISS has neither
+selectors there nor more than 2,048 results.
 This shard itself has not been run on a GPU yet: a recipe has to ask for it.
 """
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
+from threading import Lock
 
 import numpy as np
 import torch
 from jaxtyping import Float16, Float32, Float64, Int64
 from torch import Tensor
 
+from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index.shard import SUM_ROUNDING, Found, Least, Picked, Queries, Reached, reaching
 from rapidin_vdb.index.source import Rows
 
-# The tensor cores cut sums off where others round them: a step of sixteen products loses half of a last bit at most.
-_CUT_OFF = 2.0**-24 / 16
+# Tensor cores cut a running sum off where others round it, at every step of four (V100) to sixteen products, and the
+# products of a step too: at most a last bit a product, more than was found with models of them. So sums are begun anew
+# for so many products, and added up in single precision.
+_PIECE = 2048
+CUT_OFF = 2.0**-24
 # A query is searched for as two in half precision, that together have twice its digits: its numbers rounded, and so
 # many times what that has left of them.
 _REST = 2.0**11
 # Scores, and gathered rows, of so many bytes at a time.
-_WORK_BYTES = 1 << 30
-# Room for rows to come, where there is none left for them.
+_WORK_BYTES = 256 << 20
+# Room for rows to come, where there is none left for them; and what is sent to the device at a time.
 _ROOM_BYTES = 256 << 20
+_SENT_BYTES = 64 << 20
 # Beyond this share of a block's rows, the scores of all of them are had sooner than these rows gathered.
 _MOST_GATHERED = 1 / 3
 # Tensor cores multiply so many queries at a time anyway.
@@ -42,6 +49,16 @@ class _Block:
 
     rows: Float16[Tensor, "capacity sketch"]
     used: int = 0
+    taking: Lock = field(default_factory=Lock)
+
+    def take(self, count: int, wanted: int) -> int:
+        """Let a shard that has the first `count` rows have further ones, at most `wanted`; return how many it got."""
+        with self.taking:
+            if self.used != count:  # another shard has gone on from here already
+                return 0
+            got = min(wanted, len(self.rows) - count)
+            self.used += got
+            return got
 
 
 class TorchShard:
@@ -64,7 +81,7 @@ class TorchShard:
     @property
     def rounding(self) -> float:
         """Bound of a score's rounding error, relative to the product of the two norms."""
-        return SUM_ROUNDING * math.sqrt(self._width) + _CUT_OFF * self._width + 2.0**-21
+        return SUM_ROUNDING * math.sqrt(self._width) + CUT_OFF * min(self._width, _PIECE) + 2.0**-21
 
     def side_by_side(self, queries: int) -> bool:
         """Whether so many queries keep one core busy only: they keep the device busy."""
@@ -105,7 +122,7 @@ class TorchShard:
 
     def exact(self, queries: Queries, rows: Sequence[Int64[np.ndarray, " _"]]) -> list[Float64[np.ndarray, " _"]]:
         """Return the inner products in float64 of each query with rows of its own."""
-        asked = torch.from_numpy(np.ascontiguousarray(queries)).to(self.device)
+        asked = torch.tensor(queries, device=self.device)
         counts = [len(mine) for mine in rows]
         picked = np.concatenate([np.empty(0, np.int64), *rows])
         owners = np.repeat(np.arange(len(queries)), counts)
@@ -123,31 +140,42 @@ class TorchShard:
         return self._gathered(rows).cpu().view(torch.int16).numpy().view(np.uint16)
 
     def added(self, vectors: Rows) -> "TorchShard":
-        """Return a shard with further rows; searches of this one that are under way are not disturbed."""
+        """Return a shard with further rows; searches of this one that are under way are not disturbed.
+
+        Raises:
+            SpecError: the device has no memory for them.
+        """
         further = TorchShard(self.device, width=self._width)
         further._blocks = list(self._blocks)
         first = 0
         while first < len(vectors):
-            # Where another shard has gone on from here already, its rows stay as they are.
-            if not further._blocks or further._blocks[-1][0].used != further._blocks[-1][1] or not further._left():
-                room = max(len(vectors) - first, _ROOM_BYTES // (2 * self._width))
-                further._blocks.append((further._made(room), 0))
-            block, count = further._blocks[-1]
-            part = vectors[first : first + further._left()]
-            # A copy, where torch would complain of what cannot be written.
-            there = torch.from_numpy((part if part.flags.writeable else part.copy()).view(np.float16))
-            block.rows[count : count + len(part)].copy_(there)
-            block.used = count + len(part)
-            further._blocks[-1] = block, block.used
-            first += len(part)
+            block, count = further._blocks[-1] if further._blocks else (None, 0)
+            got = block.take(count, len(vectors) - first) if block is not None else 0
+            if block is None or not got:
+                further._blocks.append((self._made(len(vectors) - first, _ROOM_BYTES // (2 * self._width)), 0))
+                continue
+            step = max(1, _SENT_BYTES // (2 * self._width))
+            for begin in range(0, got, step):
+                part = vectors[first + begin : first + min(begin + step, got)]
+                # A copy, where torch would complain of what cannot be written.
+                there = torch.from_numpy((part if part.flags.writeable else part.copy()).view(np.float16))
+                block.rows[count + begin : count + begin + len(part)].copy_(there)
+            further._blocks[-1] = block, count + got
+            first += got
         return further
 
-    def _left(self) -> int:
-        block, count = self._blocks[-1]
-        return len(block.rows) - count
-
-    def _made(self, room: int) -> _Block:
-        return _Block(torch.empty(room, self._width, dtype=torch.float16, device=self.device))
+    def _made(self, rows: int, more: int = 0) -> _Block:
+        """Return memory for some rows, or for `more` if that is more and there is so much."""
+        for room in sorted({rows, max(rows, more)}, reverse=True):
+            try:
+                return _Block(torch.empty(room, self._width, dtype=torch.float16, device=self.device))
+            except torch.OutOfMemoryError:
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+        raise SpecError(
+            f"{self.device} has no memory for {rows:,} more RapidGrads of width {self._width:,} "
+            f"({2 * rows * self._width >> 20:,} MiB); give the index more devices, or build it on the CPU"
+        )
 
     def _scored(
         self, queries: Queries, rows: Picked | None
@@ -168,7 +196,7 @@ class TorchShard:
 
     def _asked(self, queries: Queries) -> tuple[Float16[Tensor, "padded sketch"], Float32[Tensor, "queries 1"]]:
         """Return queries twice, rounded to half precision and what is left of them, scaled, and their scales."""
-        whole = torch.from_numpy(np.ascontiguousarray(queries)).to(self.device)
+        whole = torch.tensor(queries, device=self.device)
         largest = whole.abs().amax(1, keepdim=True)
         # No number may be beyond the range of half precision. Powers of two round nothing.
         exponents = (torch.floor(torch.log2(largest)) - 12).clamp(min=-126)
@@ -227,4 +255,8 @@ def _products(
     """Return inner products, with sums in single precision."""
     if rows.device.type == "cpu":  # which knows no such product
         return asked.float() @ rows.float().T
-    return torch.mm(asked, rows.T, out_dtype=torch.float32)
+    total = torch.zeros(len(asked), len(rows), device=rows.device)
+    for first in range(0, rows.shape[1], _PIECE):
+        piece = slice(first, first + _PIECE)
+        total += torch.mm(asked[:, piece], rows[:, piece].T, out_dtype=torch.float32)
+    return total
