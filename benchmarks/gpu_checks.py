@@ -26,8 +26,7 @@ def check_gradients(maker: Any, batch: list[Any]) -> dict[str, Any]:
     """Hold one sample's RapidGrad, taken in a batch, against the same sample alone by autograd; and single tensors.
 
     In 16 bits any other order of additions changes all roundings behind it. `nothing_in_the_batch` is how far the same
-    code is from autograd with the sample alone, `autograd_among_copies` how far autograd is from itself in a batch of
-    copies of the sample, which is rounding alone; and `batched_against_autograd_in_the_batch` compares the two ways in
+    code is from autograd with the sample alone, `rounding` what the self-check takes rounding to do to it; and `batched_against_autograd_in_the_batch` compares the two ways in
     the same batch, where roundings are the same.
     """
     import torch
@@ -62,7 +61,7 @@ def check_gradients(maker: Any, batch: list[Any]) -> dict[str, Any]:
     return {
         "batched_against_autograd": float((together - expected).norm() / expected.norm()),
         "nothing_in_the_batch": float((single - expected).norm() / expected.norm()),
-        "autograd_among_copies": rounding,
+        "rounding": rounding,
         "batched_against_autograd_in_the_batch": float((here - there).norm() / there.norm()),
         "batch_samples": len(batch),
         "tensors_median": statistics.median(compare.differences.values()),

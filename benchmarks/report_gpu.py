@@ -38,7 +38,7 @@ def ingest(results: dict[str, Any]) -> str:
         checks.append(
             [
                 f"{NAMES[name]}, K = {r['width']:,}", f"{c['batched_against_autograd_in_the_batch']:.4f}",
-                f"{c['batched_against_autograd']:.3f}", f"{c['autograd_among_copies']:.3f}", f"{c['batch_samples']}",
+                f"{c['batched_against_autograd']:.3f}", f"{c['rounding']:.3f}", f"{c['batch_samples']}",
                 f"{r['scatter_against_index_add']:.0e}", "yes" if r["map_as_on_cpu"] else "no", f"{r['given_up']}",
             ]
         )  # fmt: skip

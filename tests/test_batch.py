@@ -18,8 +18,8 @@ from rapidin_vdb.gradient.batch import BatchedGradients
 from rapidin_vdb.gradient.contribution import Rows
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.precision import adapter_layers
+from rapidin_vdb.gradient.probe import ends, to_compare
 from rapidin_vdb.gradient.rules import summed_rows
-from rapidin_vdb.gradient.self_check import ends, to_compare
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 from rapidin_vdb.sketch import BucketMap, draw_shuffle
 

@@ -7,7 +7,9 @@ import torch
 from conftest import tiny_model
 from test_batch import SKETCH, _Doubled, loaded_from, samples
 
+from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient import RapidGradMaker
+from rapidin_vdb.gradient import head as head_module
 from rapidin_vdb.gradient.training import with_lora
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -76,3 +78,68 @@ def test_samples_that_disturb_one_another_are_found_under_rounding_as_without(co
     maker.make_batch(samples())
     assert len(maker._gradients.unruled) == len(maker.loaded.theta)
     assert "not independent of one another" in caplog.text
+
+
+def test_what_padding_rounds_otherwise_gives_nothing_up(caplog):
+    """In float16 a padded batch of this model is 0.06 away from the sample alone, by other orders of additions."""
+    from transformers import OPTConfig, OPTForCausalLM
+
+    caplog.set_level("INFO")
+    torch.manual_seed(3)
+    model = OPTForCausalLM(
+        OPTConfig(
+            vocab_size=259, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
+            max_position_embeddings=64, word_embed_proj_dim=16, dropout=0.0,
+        )
+    )  # fmt: skip
+    maker = RapidGradMaker(loaded_from(model.half(), "float16"), spec=SKETCH, normalize="layer")
+    maker.make_batch(samples())
+    assert list(maker._gradients.unruled.values()) == [
+        "an embedding (OPTLearnedPositionalEmbedding) that is not given ids"
+    ]
+    assert "by rounding alone" in caplog.text
+
+
+@pytest.mark.parametrize("wrong", [None, 1])
+def test_a_sample_that_is_not_finite_hides_no_wrong_rule(wrong):
+    maker, bad = maker_in(torch.bfloat16, wrong=wrong), samples((4,))[0]
+    with torch.no_grad():
+        maker.loaded.model.model.embed_tokens.weight[200] = float("nan")
+    bad = dataclasses.replace(bad, sample_id="bad", input_ids=(*bad.input_ids[:1], 200, *bad.input_ids[2:]))
+    made = maker.make_batch([*samples()[:2], bad, *samples()[2:]])
+    assert [isinstance(one, GradientError) for one in made] == [False, False, True, False, False, False]
+    assert len(maker._gradients.unruled) == (wrong is not None)
+
+
+def test_samples_that_a_wrong_one_spreads_to_are_computed_alone():
+    maker, bad = maker_in(torch.bfloat16), samples((4,))[0]
+    with torch.no_grad():
+        maker.loaded.model.model.embed_tokens.weight[200] = float("nan")
+    maker.loaded.model.model.norm.register_forward_hook(lambda module, read, wrote: wrote + wrote.mean(0))
+    bad = dataclasses.replace(bad, sample_id="bad", input_ids=(*bad.input_ids[:1], 200, *bad.input_ids[2:]))
+    made = maker.make_batch([*samples()[:2], bad, *samples()[2:]])
+    assert [isinstance(one, GradientError) for one in made] == [False, False, True, False, False, False]
+
+
+def test_an_output_layer_that_is_wrong_is_left_under_rounding_too(rounding, monkeypatch):
+    backward = head_module._Losses.backward
+
+    def wrong(ctx, delta):
+        hidden, *others = backward(ctx, delta)
+        hidden[:, ::3] *= 0.2
+        return hidden, *others
+
+    monkeypatch.setattr(head_module._Losses, "backward", wrong)
+    maker = maker_in(torch.bfloat16, lora=True)
+    maker.make_batch(samples())
+    assert maker._gradients.output is None and not maker._gradients.unruled
+
+
+def test_a_model_without_rules_runs_no_batch_to_be_checked():
+    maker, shapes = maker_in(torch.bfloat16), []
+    maker._gradients.give_up_all("asked for")
+    maker.loaded.model.register_forward_pre_hook(
+        lambda module, given, named: shapes.append(named["input_ids"].shape[0]), with_kwargs=True
+    )
+    maker.make_batch(samples())
+    assert set(shapes) == {1}

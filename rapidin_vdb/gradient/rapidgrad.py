@@ -12,9 +12,10 @@ from torch import Tensor
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError, Receiver
 from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.gradient.probe import kind_of
 from rapidin_vdb.gradient.receivers import Measuring, Sketcher
 from rapidin_vdb.gradient.sample import cut_behind_loss, stream_gradient
-from rapidin_vdb.gradient.self_check import check, kind_of
+from rapidin_vdb.gradient.self_check import check
 from rapidin_vdb.records import Encoded, Normalize, SketchSpec
 from rapidin_vdb.sketch import Sketch
 
@@ -83,8 +84,8 @@ class RapidGradMaker:
         With `half`, RapidGrads are float16, as they are stored; one that is beyond that is an error too. `norms` is
         filled with the L2 norms of each sample's gradient of each tensor, float64 [tensors], by sample id.
 
-        A RapidGrad does not depend on the batch that its sample is in. The first batch is checked against the gradient
-        of one of its samples alone; a tensor whose batched rule turns out wrong for this model falls back to autograd.
+        A RapidGrad does not depend on the batch that its sample is in, but for rounding. The first batch is checked
+        against autograd (see `self_check`); a tensor whose rule turns out wrong for this model falls back to that.
         """
         known = self.loaded.known_tokens
         fitting = {id(sample): cut_behind_loss(sample) for sample in batch if max(sample.input_ids) < known}

@@ -1,14 +1,17 @@
 """Whether batched gradients of a model can be believed: one sample of a batch is compared with autograd.
 
 Where a model is computed in float32, with the sample alone. In 16 bits that tells little: any other order of additions
-changes all roundings behind it, and in a deep model two computations of one gradient may differ by a tenth. So there
-each tensor's rule is held against autograd in the very batch, where all roundings are the same; that samples do not
-disturb one another shows in derivatives that are zero; and what is left to see beside the sample alone is measured by
-what rounding alone does to it.
+changes all roundings behind it, and in a deep model two computations of one gradient may differ by a tenth or more. So
+there each tensor's rule, and the output layer, are held against autograd in one and the same batch, where all roundings
+are the same; that samples do not disturb one another shows in derivatives that are zero; and beside the sample alone,
+only what rounding does not explain counts: how far autograd is from itself among copies of the sample, one of them
+padded as the batch is, or our way from itself without TF32 and output layer.
 """
 
 import logging
+import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,10 +20,11 @@ from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient.batch import LateGradientError
-from rapidin_vdb.gradient.forward import batch_losses
+from rapidin_vdb.gradient.forward import OutputError, batch_losses
+from rapidin_vdb.gradient.head import OutputLayer
+from rapidin_vdb.gradient.probe import Prober, ends, to_compare
 from rapidin_vdb.gradient.sample import stream_gradient
 from rapidin_vdb.records import Encoded
-from rapidin_vdb.sketch import Sketch
 
 if TYPE_CHECKING:
     from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
@@ -30,110 +34,123 @@ logger = logging.getLogger(__name__)
 # How far a batched RapidGrad may be from that of the sample alone, relative to its norm: half of half precision for
 # models computed in float32; what the order of additions does to a backward pass in 16 bits, at least.
 _TOLERANCE = {"float32": 2.0**-12, "bfloat16": 0.1, "float16": 0.02}
-# How many times the distance that rounding alone makes.
+# How many times the distance that rounding alone makes, and how far at the most.
 _ROUNDINGS = 3
+_MOST = 0.5
 _DEPENDENT = "in a batch, its samples are not independent of one another"
-_ENOUGH_TOKENS = 8
-_TOKENS = 64
-
-
-def kind_of(batch: Sequence[Encoded]) -> int:
-    """Return 1 for a sample alone, 2 for several, which may disturb one another, 3 where padding may too."""
-    lengths = {len(sample.input_ids) for sample in batch}
-    return 3 if len(lengths) > 1 else min(len(batch), 2)
-
-
-def to_compare(batch: Sequence[Encoded]) -> int:
-    """Return the place of the shortest sample that is long enough, else of the longest.
-
-    Behind a single token, attention has nothing to choose from: the gradients of queries and keys are zero but for
-    rounding, and differ wherever that does.
-    """
-    lengths = [len(sample.input_ids) for sample in batch]
-    enough = [place for place, length in enumerate(lengths) if length >= _ENOUGH_TOKENS]
-    if enough:
-        return min(enough, key=lengths.__getitem__)
-    return max(range(len(batch)), key=lengths.__getitem__)
-
-
-def ends(batch: Sequence[Encoded]) -> list[Encoded]:
-    """Return the last tokens of samples, so few that they fit any memory; of longer ones more."""
-    longest = max(len(sample.input_ids) for sample in batch)
-    if longest <= _TOKENS:
-        return list(batch)
-    found = []
-    for sample in batch:
-        keep = max(len(sample.input_ids) * _TOKENS // longest, min(len(sample.input_ids), _ENOUGH_TOKENS))
-        offsets = sample.offsets[-(keep - 1) :]
-        found.append(replace(sample, input_ids=sample.input_ids[-keep:], offsets=offsets, focus=None))
-    return found
-
-
-class Prober:
-    """Keeps the norm and one random projection of each tensor's gradient, of one sample."""
-
-    def __init__(self, sketch: Sketch, place: int) -> None:
-        self._sketch = sketch
-        self._place = place
-        self.found: dict[int, Tensor] = {}
-
-    def probe(self, number: int, grads: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return the norm and the projection of a gradient, or of some rows of one, float32 [2]."""
-        sketched = torch.zeros(self._sketch.spec.width, device=grads.device)
-        if rows is None:
-            self._sketch.add(sketched, number, grads.reshape(-1))
-        else:
-            self._sketch.add_rows(sketched, number, rows, grads, normalize=False)
-        weights = torch.linspace(-1, 1, len(sketched), device=grads.device)
-        return torch.stack([torch.linalg.vector_norm(grads), sketched @ weights]).cpu()
-
-    def dense(self, number: int, first: int, grads: Tensor) -> None:
-        """Keep those of the sample, if it is among these."""
-        if first <= self._place < first + len(grads):
-            self.found[number] = self.probe(number, grads[self._place - first].unsqueeze(0).float())
-
-    def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
-        """Keep those of the sample, if it is this."""
-        if sample == self._place:
-            self.found[number] = self.probe(number, grads, ids)
 
 
 def check(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> bool:
     """Compare a much padded sample of a batch with autograd, give up what differs, and say whether it could be done."""
     gradients, loaded = maker._gradients, maker.loaded
-    if gradients.checkpointing:
-        # Alone, activations are kept, for which there is no memory.
-        batch = ends(batch)
-    place = to_compare(batch)
-    alone = torch.zeros(maker.spec.width, device=loaded.device)
+    if len(gradients.unruled) == len(loaded.theta):
+        return True
+    gradients.look(batch[0])
     try:
+        if loaded.dtype != "float32" and not _check_within(maker, ends(batch)):
+            return True
+        if gradients.checkpointing:
+            # Alone, activations are kept, for which there is no memory.
+            batch = ends(batch)
+        place = to_compare(batch)
+        alone = torch.zeros(maker.spec.width, device=loaded.device)
         loss = maker._add_alone(alone, batch[place])
+        if loaded.dtype == "float32":
+            _check_exactly(maker, batch, place, alone, loss)
+        else:
+            _check_beyond_rounding(maker, batch, place, alone, loss)
     except GradientError:
         return False  # not a sample to compare with; the next batch will do
-    tolerance = _TOLERANCE.get(loaded.dtype, 0.1)
-    exact = loaded.dtype == "float32"
-    gradients.look(batch[place])
-    if not exact:
-        if not _independent(maker, batch, place):
-            gradients.give_up_all(_DEPENDENT)
-            return True
-        _give_up_wrong_tensors(maker, batch, place, among=batch)
-    if _agrees_somehow(maker, batch, place, alone, loss, tolerance):
-        return True
-    if exact:
-        with gradients.without_output_layer():
-            _give_up_wrong_tensors(maker, batch, place, among=None)
-    else:
-        rounding = _rounding(maker, batch, place, alone)
-        logger.info(
-            "%s: computed in %s, a RapidGrad is off by some %.0f %% by rounding alone; --dtype float32 takes it away",
-            loaded.spec.model, loaded.dtype, 100 * rounding,
-        )  # fmt: skip
-        tolerance = max(tolerance, _ROUNDINGS * rounding)
-    if not _agrees_somehow(maker, batch, place, alone, loss, tolerance):
-        gradients.give_up_all(_DEPENDENT)
     # Not before: where memory ended within, smaller batches are to be compared.
     return True
+
+
+def _check_exactly(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int, alone: Tensor, loss: float) -> None:
+    """Give up what makes a batch differ from the sample alone in float32."""
+    tolerance = _TOLERANCE["float32"]
+    if _agrees_somehow(maker, batch, place, alone, loss, tolerance):
+        return
+    with maker._gradients.without_output_layer():
+        _give_up_wrong_tensors(maker, batch, place, among=None)
+    if not _agrees_somehow(maker, batch, place, alone, loss, tolerance):
+        maker._gradients.give_up_all("in a batch, its samples are not independent of one another")
+
+
+def _check_within(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> bool:
+    """Give up what differs from autograd in the batch itself; return whether anything is left to be compared.
+
+    Raises:
+        GradientError: there is no sample to compare with.
+    """
+    gradients = maker._gradients
+    place = to_compare(batch)
+    # What is not finite of one sample would make others' derivatives so, by which nothing could be told.
+    finite = [n for n, loss in enumerate(_losses_of(maker, batch)) if math.isfinite(loss)]
+    if place not in finite:
+        if math.isfinite(_losses_of(maker, [batch[place]])[0]):
+            gradients.give_up_all(_DEPENDENT)
+            return False
+        if not finite:
+            raise GradientError("no sample of the batch has a finite loss")
+        place = finite[to_compare([batch[n] for n in finite])]
+    batch, place = [batch[n] for n in finite], finite.index(place)
+    if not _independent(maker, batch, place):
+        gradients.give_up_all(_DEPENDENT)
+        return False
+    _give_up_wrong_tensors(maker, batch, place, among=batch)
+    if gradients.output is not None and not _output_layer_agrees(maker, batch, gradients.output):
+        gradients.leave_output_layer("its gradients differ from autograd's")
+    return len(gradients.unruled) < len(maker.loaded.theta)
+
+
+def _check_beyond_rounding(
+    maker: "RapidGradMaker", batch: Sequence[Encoded], place: int, alone: Tensor, loss: float
+) -> None:
+    """Give all up where a batch differs from the sample alone by more than rounding can do."""
+    gradients, loaded = maker._gradients, maker.loaded
+    tolerance = _TOLERANCE.get(loaded.dtype, 0.1)
+    if agrees(maker, batch, place, alone, loss, tolerance):
+        return
+    rounding = _rounding(maker, batch, place, alone)
+    logger.info(
+        "%s: computed in %s, a RapidGrad is off by some %.0f %% by rounding alone; --dtype float32 takes it away",
+        loaded.spec.model, loaded.dtype, 100 * rounding,
+    )  # fmt: skip
+    if not _agrees_somehow(maker, batch, place, alone, loss, max(tolerance, min(_ROUNDINGS * rounding, _MOST))):
+        gradients.give_up_all("in a batch, its gradients differ from those of a sample alone by more than rounding")
+
+
+@torch.no_grad()
+def _losses_of(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> list[float]:
+    found: list[float] = batch_losses(maker.loaded, batch).means().tolist()
+    return found
+
+
+def _output_layer_agrees(maker: "RapidGradMaker", batch: Sequence[Encoded], output: OutputLayer) -> bool:
+    """Say whether losses, and their derivatives by what the output layer reads, are those that the model itself has."""
+    layer = maker.loaded.inner.get_output_embeddings()
+    both: list[tuple[Tensor, Tensor]] = []
+    for used in (output, None):
+        read: list[Tensor] = []
+        handle = layer.register_forward_pre_hook(lambda module, given, read=read: read.append(given[0]))
+        try:
+            # The derivative is wanted of what it reads, whatever else asks for one.
+            with torch.enable_grad(), maker._gradients.plainly():
+                losses = batch_losses(maker.loaded, batch, output=used).means()
+                if not read or not losses.requires_grad:
+                    return True  # nothing is asked of it
+                (grad,) = torch.autograd.grad(losses.sum(), read)
+        except OutputError:
+            return True  # it will be left with the first batch
+        finally:
+            handle.remove()
+        both.append((losses.detach(), grad.float()))
+    (losses, grad), (expected, wanted) = both
+    tolerance = _TOLERANCE.get(maker.loaded.dtype, 0.1)
+    return bool(
+        (grad - wanted).norm() <= tolerance * wanted.norm()
+        and ((losses - expected).abs() <= tolerance * expected.abs().clamp(min=1.0)).all()
+    )
 
 
 def _independent(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int) -> bool:
@@ -166,14 +183,30 @@ def _independent(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int) 
 
 
 def _rounding(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int, alone: Tensor) -> float:
-    """Return how far autograd's RapidGrad of a sample is from that in a batch of its copies, relative to its norm.
+    """Return how far a sample's RapidGrad is off by rounding alone, relative to its norm.
 
-    By arithmetic they are the same, and no sample is there that could disturb it, nor padding.
+    Measured are autograd alone and in a batch of copies, one of them padded as the batch is, which by arithmetic are
+    the same; and the batched way as it is and computing all as the model does.
     """
-    copies = [replace(batch[place]) for _ in batch]
+    sample, longest = batch[place], max(len(one.input_ids) for one in batch)
+    copies = [replace(sample) for _ in batch]
+    ids = sample.input_ids + sample.input_ids[-1:] * (longest - len(sample.input_ids))
+    padded = replace(
+        sample, input_ids=ids, offsets=sample.offsets + sample.offsets[-1:] * (len(ids) - len(sample.input_ids))
+    )
     among = torch.zeros_like(alone)
-    maker._add_alone(among, copies[0], among=copies)
-    return float(torch.linalg.vector_norm(among - alone) / torch.linalg.vector_norm(alone))
+    if len(batch) > 1:
+        maker._add_alone(among, copies[0], among=[*copies[:-1], padded])
+    else:
+        among += alone
+    found = []
+    for plainly in (False, True):
+        sketcher = maker.sketcher(len(batch))
+        with maker._gradients.plainly() if plainly else nullcontext():
+            maker._stream(batch, sketcher)
+        found.append(sketcher.rapidgrads[place])
+    norm = torch.linalg.vector_norm
+    return float(torch.maximum(norm(among - alone), norm(found[0] - found[1])) / norm(alone))
 
 
 def _agrees_somehow(
