@@ -26,8 +26,8 @@ def check_gradients(maker: Any, batch: list[Any]) -> dict[str, Any]:
     """Hold one sample's RapidGrad, taken in a batch, against the same sample alone by autograd; and single tensors.
 
     In 16 bits any other order of additions changes all roundings behind it. `nothing_in_the_batch` is how far the same
-    code is from autograd with the sample alone, `rounding` what the self-check takes rounding to do to it; and `batched_against_autograd_in_the_batch` compares the two ways in
-    the same batch, where roundings are the same.
+    code is from autograd with the sample alone, `rounding` what the self-check takes rounding to do to it; and
+    `batched_against_autograd_in_the_batch` compares the two ways in the same batch, where roundings are the same.
     """
     import torch
 
