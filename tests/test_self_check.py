@@ -143,3 +143,13 @@ def test_a_model_without_rules_runs_no_batch_to_be_checked():
     )
     maker.make_batch(samples())
     assert set(shapes) == {1}
+
+
+def test_what_a_model_does_to_batches_alone_is_not_taken_for_rounding():
+    """Though it does it to copies of a sample as well, without any derivative by another."""
+    maker = maker_in(torch.bfloat16)
+    maker.loaded.model.model.norm.register_forward_hook(
+        lambda module, read, wrote: wrote.roll(1, -1) if len(wrote) > 1 else wrote
+    )
+    maker.make_batch(samples())
+    assert len(maker._gradients.unruled) == len(maker.loaded.theta)
