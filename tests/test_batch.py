@@ -109,18 +109,21 @@ def loaded_from(model, dtype="float32") -> LoadedModel:
     )  # fmt: skip
 
 
-def test_an_embedding_that_is_given_no_ids_falls_back(caplog):
-    """OPT makes the numbers of its positions from a mask, inside of the module."""
+def small_opt():
     from transformers import OPTConfig, OPTForCausalLM
 
     torch.manual_seed(3)
-    model = OPTForCausalLM(
+    return OPTForCausalLM(
         OPTConfig(
             vocab_size=259, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
             max_position_embeddings=64, word_embed_proj_dim=16, dropout=0.0,
         )
     )  # fmt: skip
-    loaded = loaded_from(model)
+
+
+def test_an_embedding_that_is_given_no_ids_falls_back(caplog):
+    """OPT makes the numbers of its positions from a mask, inside of the module."""
+    loaded = loaded_from(small_opt())
     # Without normalisation: the gradient of a key's bias is zero but for rounding, which that would make as long as others.
     maker = RapidGradMaker(loaded, spec=SKETCH, normalize="none")
     batch = samples()

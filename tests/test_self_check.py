@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from conftest import tiny_model
-from test_batch import SKETCH, _Doubled, loaded_from, samples
+from test_batch import SKETCH, _Doubled, loaded_from, samples, small_opt
 
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient import RapidGradMaker
@@ -82,17 +82,8 @@ def test_samples_that_disturb_one_another_are_found_under_rounding_as_without(co
 
 def test_what_padding_rounds_otherwise_gives_nothing_up(caplog):
     """In float16 a padded batch of this model is 0.06 away from the sample alone, by other orders of additions."""
-    from transformers import OPTConfig, OPTForCausalLM
-
     caplog.set_level("INFO")
-    torch.manual_seed(3)
-    model = OPTForCausalLM(
-        OPTConfig(
-            vocab_size=259, hidden_size=16, ffn_dim=24, num_hidden_layers=2, num_attention_heads=2,
-            max_position_embeddings=64, word_embed_proj_dim=16, dropout=0.0,
-        )
-    )  # fmt: skip
-    maker = RapidGradMaker(loaded_from(model.half(), "float16"), spec=SKETCH, normalize="layer")
+    maker = RapidGradMaker(loaded_from(small_opt().half(), "float16"), spec=SKETCH, normalize="layer")
     maker.make_batch(samples())
     assert list(maker._gradients.unruled.values()) == [
         "an embedding (OPTLearnedPositionalEmbedding) that is not given ids"
