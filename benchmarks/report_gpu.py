@@ -123,7 +123,7 @@ Milliseconds under a filter, by the share of the rows that match and the queries
 {table(["searched by", *wanted], filters)}
 
 {ran_on(result)}.
-Searches by torch came later, and were not run on a GPU; nor were scaled queries and what is said to be the bound of FAISS's rounding now. The file of results was put into the form
+Searches by torch came later, and were not run on a GPU; nor were scaled queries, nor the wider bound of FAISS's rounding, with which a second pass comes more often: expect more time. The file of results was put into the form
 that it has by now by hand, its figures as they were. FAISS was the one of the `faiss-gpu` wheel, linked with CUDA 13's cuBLAS (that machine has no other), and without code for other GPUs.
 """
 

@@ -22,7 +22,7 @@ from rapidin_vdb.index.shard import SUM_ROUNDING, Found, Least, Picked, Queries,
 from rapidin_vdb.index.source import Rows
 
 # Tensor cores cut a running sum off where others round it, at every step of four (V100) to sixteen products, and the
-# products of a step too: at most a last bit a product, more than was found with models of them. So sums are begun anew
+# products of a step too: half a last bit a product is more than was found with models of them. So sums are begun anew
 # for so many products, and added up in single precision.
 _PIECE = 2048
 CUT_OFF = 2.0**-24
