@@ -136,6 +136,8 @@ def test_from_a_generation_to_a_cleaned_file(visit, address, made, width, scheme
         settled(page)
     assert page.locator("#about").text_content() == "influence on l l"
     page.click("#refocus")
+    # The answer of before is still there, and settled, until the new one comes.
+    page.locator("#about", has_text="influence on l, l").wait_for()
     settled(page)
     assert page.locator("#about").text_content() == "influence on l, l"
     assert [entry for entry in json.loads(unquote(page.url.split("#ask=")[1]))["focus"]] == [[1, 2], [9, 10]]
