@@ -19,7 +19,7 @@ _LLAMA = {
 _SHORT = {"vocab_size": 259, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 4}
 ARCHITECTURES = {
     "Bloom": {"vocab_size": 259, "hidden_size": 16, "n_layer": 2, "n_head": 4},
-    "Cohere": _LLAMA,
+    "Cohere": _LLAMA | {"use_qk_norm": True},
     "Falcon": _SHORT | {"alibi": False},
     "GPTJ": {"vocab_size": 259, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 64, "rotary_dim": 4},
     "GPTNeoX": _SHORT | {"intermediate_size": 24, "max_position_embeddings": 64},
@@ -37,7 +37,6 @@ ARCHITECTURES = {
 }
 # What is done by autograd; all else is batched. A rule that is wrong would be found out, and autograd take its place.
 BY_AUTOGRAD = {
-    "Cohere": {"input_layernorm.weight", "norm.weight"},
     "Mamba": {
         "mixer.A_log",
         "mixer.D",

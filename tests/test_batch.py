@@ -133,7 +133,14 @@ def test_an_embedding_that_is_given_no_ids_falls_back(caplog):
 
 
 def mixture_of_experts(kind: str):
-    from transformers import MixtralConfig, MixtralForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import (
+        GptOssConfig,
+        GptOssForCausalLM,
+        MixtralConfig,
+        MixtralForCausalLM,
+        Qwen3MoeConfig,
+        Qwen3MoeForCausalLM,
+    )
 
     torch.manual_seed(3)
     shared = {
@@ -142,26 +149,36 @@ def mixture_of_experts(kind: str):
     }  # fmt: skip
     if kind == "mixtral":
         return MixtralForCausalLM(MixtralConfig(num_local_experts=5, **shared))
+    if kind == "gpt_oss":  # weights turned, with biases
+        model = GptOssForCausalLM(GptOssConfig(num_local_experts=5, head_dim=4, sliding_window=6, **shared))
+        for name, parameter in model.named_parameters():
+            if name.endswith(("bias", "sinks", "proj")):
+                torch.nn.init.normal_(parameter, std=0.2)  # as they begin, biases are zero
+        return model
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(num_experts=5, moe_intermediate_size=12, head_dim=4, norm_topk_prob=True, **shared)
     )
 
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
-@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
 def test_experts_and_their_router_are_batched(kind, experts):
     model = mixture_of_experts(kind)
     model.set_experts_implementation(experts)
+    router = "router" if kind == "gpt_oss" else "gate"
     for name, parameter in model.named_parameters():
-        if "gate.weight" in name:
+        if f"{router}.weight" in name:
             torch.nn.init.normal_(parameter)  # so that tokens part
     loaded = loaded_from(model)
-    assert {"model.layers.0.mlp.gate.weight", "model.layers.1.mlp.experts.down_proj"} <= set(loaded.theta)
+    names = list(loaded.theta)
+    assert {f"model.layers.0.mlp.{router}.weight", "model.layers.1.mlp.experts.down_proj"} <= set(names)
+    assert (kind == "gpt_oss") == ("model.layers.1.mlp.experts.down_proj_bias" in names)
     maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
     for sample, (vector, _) in zip(samples(), maker.make_batch(samples()), strict=True):
         assert_close(vector, slow(loaded, sample))
         assert_close(vector, maker.make(sample)[0])
-    assert maker._gradients.unruled == {}, "all of it by batched rules, nothing by falling back"
+    # All of it is by batched rules, nothing by falling back; but for a number a head that attention itself adds.
+    assert all(names[number].endswith(".sinks") for number in maker._gradients.unruled)
 
 
 class _Scale(torch.nn.Module):

@@ -72,7 +72,8 @@ def adapted(model, kind: str):
     from peft import LoraConfig, get_peft_model
 
     options = {
-        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [3, 5, 8]},
+        "tokens": {"target_modules": ["q_proj"], "trainable_token_indices": [9, 3, 5]},
+        "tied tokens": {"target_modules": ["c_attn"], "fan_in_fan_out": True, "trainable_token_indices": [9, 3, 5]},
         "embedding": {"target_modules": ["embed_tokens", "q_proj"]},
         "positions": {"target_modules": ["wte", "wpe", "c_attn"], "fan_in_fan_out": True},
         "dora": {"target_modules": ["q_proj", "down_proj"], "use_dora": True},
@@ -87,7 +88,13 @@ def adapted(model, kind: str):
 
 @pytest.mark.parametrize(
     ("architecture", "kind"),
-    [("llama", "tokens"), ("llama", "embedding"), ("gpt2", "positions"), ("llama", "dora")],
+    [
+        ("llama", "tokens"),
+        ("gpt2", "tied tokens"),  # its output layer is the same matrix
+        ("llama", "embedding"),
+        ("gpt2", "positions"),
+        ("llama", "dora"),
+    ],
 )
 def test_adapters_of_embeddings_and_others(architecture, kind):
     torch.manual_seed(0)
@@ -98,7 +105,7 @@ def test_adapters_of_embeddings_and_others(architecture, kind):
     assert not [
         name
         for number, name in enumerate(loaded.theta)
-        if "lora_embedding" in name and number in maker._gradients.unruled
+        if ("lora_embedding" in name or "trainable_tokens" in name) and number in maker._gradients.unruled
     ]
     assert (loaded.learned_positions is not None) == (architecture == "gpt2")
 

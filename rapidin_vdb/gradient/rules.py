@@ -5,7 +5,7 @@ of the loss with respect to y: one batched matrix product gives all samples' gra
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +19,8 @@ from rapidin_vdb.gradient.adapted_embedding import (
     second_weight,
 )
 from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows, tokens_of
-from rapidin_vdb.gradient.experts import down_weight, gate_up_weight, is_experts, is_router
+from rapidin_vdb.gradient.experts import expert_rule, is_experts, is_router
+from rapidin_vdb.gradient.trained_tokens import rows_rule, trained_rows, trains_tokens
 
 Rule = Callable[[torch.nn.Module, tuple[Any, ...], Tensor, int], Contribution]
 """(module, its inputs, gradient of its output, batch size) -> what that call adds to the parameter's gradients."""
@@ -30,6 +31,8 @@ def own_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Para
     yield from module.named_parameters(recurse=False)
     if is_adapted_embedding(module):
         yield from matrices(module)
+    if trains_tokens(module):
+        yield from trained_rows(module)
 
 
 def rule_for(module: torch.nn.Module, name: str) -> Rule | None:
@@ -47,11 +50,17 @@ def rule_for(module: torch.nn.Module, name: str) -> Rule | None:
         return {"weight": _layer_norm_weight, "bias": _bias}.get(name)
     if type(module).__name__.endswith("RMSNorm") and name == "weight" and module.get_parameter(name).dim() == 1:
         return _rms_norm_weight
+    if type(module).__name__.endswith("LayerNorm") and name == "weight" and hasattr(module, "variance_epsilon"):
+        return _own_layer_norm_weight
+    if trains_tokens(module):
+        return rows_rule
     if is_adapted_embedding(module):
         return first_weight if is_first(name) else second_weight
     if is_experts(module):
-        return {"gate_up_proj": gate_up_weight, "down_proj": down_weight}.get(name)
-    return _linear_weight if is_router(module) else None
+        return expert_rule(name)
+    if is_router(module):
+        return _bias if name == "bias" else _linear_weight
+    return None
 
 
 def _linear_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
@@ -78,6 +87,22 @@ def _layer_norm_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: T
     def form(samples: slice) -> Tensor:
         standardised = F.layer_norm(read[samples].float(), module.normalized_shape, None, None, module.eps)
         return (standardised * delta[samples].float()).sum(1)
+
+    return Dense(form)
+
+
+def _own_layer_norm_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+    """Of Cohere's class, which has no bias, and a row of weights for each head where it norms queries and keys."""
+    weight = module.get_parameter("weight")
+    read, epsilon = reads[0], cast(float, module.variance_epsilon)
+    if weight.dim() == 1:
+        read, delta = tokens_of(read, batch), tokens_of(delta, batch)
+    if read.shape[0] != batch or read.shape[-weight.dim() :] != weight.shape:
+        raise NoRuleError(f"a layer norm of {tuple(weight.shape)} over {tuple(read.shape)}")
+
+    def form(samples: slice) -> Tensor:
+        standardised = F.layer_norm(read[samples].float(), weight.shape[-1:], None, None, epsilon)
+        return (standardised * delta[samples].float()).flatten(1, -1 - weight.dim()).sum(1)
 
     return Dense(form)
 
