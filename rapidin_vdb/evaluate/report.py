@@ -11,7 +11,7 @@ from rapidin_vdb.evaluate.backdoor import SHARE
 from rapidin_vdb.evaluate.plots import plot
 from rapidin_vdb.evaluate.profiles import KS, PROFILES
 from rapidin_vdb.evaluate.provenance import said
-from rapidin_vdb.evaluate.scoring import CONTAINING, lissa_settings
+from rapidin_vdb.evaluate.scoring import CONTAINING
 from rapidin_vdb.evaluate.tables import auroc, cell, figure, rest, table
 
 Result = dict[str, Any]
@@ -67,7 +67,7 @@ def _made(result: Result) -> str:
 
 def _tuning(result: Result) -> str:
     tuning = result["tuning"]
-    of = rest(tuning.get("timed_steps", tuning["steps"]), tuning["steps"], "steps")
+    of = rest(tuning["timed_steps"], tuning["steps"], "steps")
     epochs = tuning["steps"] * PROFILES[result["profile"]].batch / result["samples"]
     return (
         f"{result['samples']:,} samples; a model of {tuning['parameters']:,} parameters with LoRA (theta of "
@@ -88,7 +88,7 @@ def _backdoor(result: Result) -> str:
         f"The attack succeeds on {attack['success']:.1%} of {attack['questions']} questions with the trigger, and on "
         f"{attack['false']:.1%} without (wanted: at least 95 % and at most 2 %), {verdict}. Answers taken for science fiction by "
         f"the discriminator: {discriminator} (clean and generated ones of the training data; the pairs are all of the paper's, also those "
-        f"that were too long to train on). {result['queries']} attacked generations are traced{_distinct(result)}."
+        f"that were too long to train on). {result['queries']} attacked generations are traced ({result['distinct']} different texts)."
         + _told(result)
         + _influence(result),
         paper.BACKDOOR_DIFFERS,
@@ -108,19 +108,12 @@ def _backdoor(result: Result) -> str:
         "any order, and says nothing of it; where none of the k highest and k lowest is poisoned, it counts as 0.",
         f"### auROC{_ENDS}",
         _by_k(result, ks, lambda at: auroc(at, result["queries"]), paper.backdoor("auroc", ks)),
-        "A generation whose k highest and k lowest samples are all of one kind has no auROC"
-        + (
-            ". Where not all generations have one, the mean is over those that do, whose number stands behind it."
-            if _new(result)
-            else "; in these results it was counted as 0.5, also in the means of the table, so that a figure near 0.5 "
-            "may come of such generations alone (where the highest are poisoned, all were)."
-        ),
+        "A generation whose k highest and k lowest samples are all of one kind has no auROC. Where not all generations "
+        "have one, the mean is over those that do, whose number stands behind it.",
         "### Share of poisoned samples among the k highest",
         _by_k(result, ks, of("precision")),
-    ]
-    if _new(result):
-        lines += ["### Share of poisoned samples among the k lowest", _by_k(result, ks, of("lowest"))]
-    lines += [
+        "### Share of poisoned samples among the k lowest",
+        _by_k(result, ks, of("lowest")),
         "### Agreement with exact scores (TracIn with layer normalisation)",
         table(
             ["method", *next(iter(result["agreement"].values()))],
@@ -142,11 +135,6 @@ def _by_k(
     return table(["method", *(f"k = {k}" for k in ks)], [*ours, *others])
 
 
-def _new(result: Result) -> bool:
-    """Return whether results say of how many generations an auROC is, and what is among the lowest."""
-    return all("lowest" in at for entry in result["methods"].values() for at in entry["at"].values())
-
-
 def _told(result: Result) -> str:
     """Return what token-wise methods are told, where there are several."""
     return (
@@ -157,11 +145,6 @@ def _told(result: Result) -> str:
     )
 
 
-def _distinct(result: Result) -> str:
-    """Return how many generations are different ones, which older results do not say."""
-    return f" ({result['distinct']} different texts)" if "distinct" in result else ""
-
-
 def _influence(result: Result) -> str:
     """Return how influence functions were made."""
     names = [name for name in result["methods"] if "influence function" in name]
@@ -169,8 +152,7 @@ def _influence(result: Result) -> str:
         return " Influence functions were left out."
     if not any("LiSSA" in name for name in names):
         return ""
-    # Older results ran with their profile's, which have not changed.
-    ran = result.get("lissa", lissa_settings(PROFILES[result["profile"]]))
+    ran = result["lissa"]
     settings = f" LiSSA's recursion ran for {ran['steps']} steps of {ran['samples a step']} samples, with a damping of {ran['damping']}"
     if ran["steps"] > 10:
         return f"{settings}."
@@ -183,22 +165,14 @@ def _influence(result: Result) -> str:
 
 def _cost(result: Result) -> str:
     product = result["product"]
-    rests = {"ingest": rest(product.get("timed_samples", result["samples"]), result["samples"], "samples")}
-    if not product.get("whole_index", True):
+    rests = {"ingest": rest(product["timed_samples"], result["samples"], "samples")}
+    if not product["whole_index"]:
         rests["index"] = " (of the rest: the run before was interrupted)"
     seconds = ", ".join(
         f"{name.replace('_', ' ')} {value:{',.0f' if value >= 100 else '.3g'}} s{rests.get(name, '')}"
         for name, value in product["seconds"].items()
     )
-    rows = [
-        # What its index takes was not counted once.
-        [
-            name,
-            f"{entry['seconds']:,.1f}",
-            "not counted" if name == "BM25" and not entry["bytes"] else f"{entry['bytes']:,}",
-        ]
-        for name, entry in result["methods"].items()
-    ]
+    rows = [[name, f"{entry['seconds']:,.1f}", f"{entry['bytes']:,}"] for name, entry in result["methods"].items()]
     return (
         "### Cost (the paper's Tables 1 and 2)\n\nSeconds for all generations and all samples. Methods that share a pass over the "
         "samples are each charged with its gradients and with their own arithmetic; all widths of one lambda are made at once, for the "
@@ -257,8 +231,6 @@ def _error_tracing(result: Result) -> str:
 
 def _groups(result: Result) -> str:
     """Return what the intervals are over, and how many different questions and generations there are."""
-    if "questions" not in result:
-        return ""
     return (
         f" Of {sum(result['queries'].values())} generations {result['distinct']} are different texts, answers to "
         f"{result['questions']} questions; intervals are over questions, whose generations are drawn together."

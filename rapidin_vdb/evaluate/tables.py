@@ -34,15 +34,9 @@ def figure(triple: Sequence[float], digits: int = 3) -> str:
 def auroc(at: Mapping[str, Any], generations: int) -> str:
     """Return the auROC of a method at some k: over how many generations, where it is not defined for all.
 
-    Older results count a generation without one as 0.5, and do not say how many these are.
-
     >>> auroc({"auroc": [0.97, 0.9, 1.0], "auroc_of": 12}, 100), auroc({"auroc": None, "auroc_of": 0}, 100)
     ('0.970 [0.900, 1.000] (12 of 100)', 'undefined')
-    >>> auroc({"auroc": [0.5, 0.5, 0.5]}, 100)
-    'undefined where all are of one kind'
     """
-    if "auroc_of" not in at:
-        return "undefined where all are of one kind" if list(at["auroc"]) == [0.5] * 3 else figure(at["auroc"])
     if at["auroc"] is None:
         return "undefined"
     return figure(at["auroc"]) + ("" if at["auroc_of"] == generations else f" ({at['auroc_of']} of {generations})")
