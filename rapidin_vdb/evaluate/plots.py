@@ -1,7 +1,30 @@
 """The plots of the backdoor experiment, as SVG."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+_FAMILIES = {"RapidIn": "Reds", "TracIn": "Blues", "influence": "Purples", "": "Greens"}
+"""Colour map of the methods whose names begin so."""
+_DASHES = {"token-wise": "--", "lambda = 100": ":", "": "-"}
+"""Line of the methods whose names contain this."""
+
+
+def _looks(methods: Sequence[str]) -> dict[str, tuple[Any, str]]:
+    """Return each method's colour and line: hues tell families apart, shades their methods."""
+    import matplotlib
+
+    found: dict[str, tuple[Any, str]] = {}
+    for family, colours in _FAMILIES.items():
+        of = [name for name in methods if name.startswith(family) and name not in found]
+        # Methods that differ by their line only share a shade.
+        keys = {name: name.split(", lambda")[0].removesuffix(", token-wise") for name in of}
+        shades = list(dict.fromkeys(keys.values()))
+        for name in of:
+            place = (shades.index(keys[name]) + 1) / len(shades)
+            line = next(line for part, line in _DASHES.items() if part in name)
+            found[name] = (matplotlib.colormaps[colours](0.3 + 0.6 * place), line)
+    return {name: found[name] for name in methods}
 
 
 def plot(result: dict[str, Any], folder: Path) -> None:
@@ -16,9 +39,8 @@ def plot(result: dict[str, Any], folder: Path) -> None:
     options: dict[str, Any] = {"metadata": {"Date": None}, "bbox_inches": "tight"}
 
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    # As many looks as methods: ten colours, and a dash for the second ten.
-    for number, (name, curve) in enumerate(result["curves"].items()):
-        axes.plot(result["recalls"], curve, label=name, color=f"C{number % 10}", linestyle="-" if number < 10 else "--")
+    for name, (colour, style) in _looks(list(result["curves"])).items():
+        axes.plot(result["recalls"], result["curves"][name], label=name, color=colour, linestyle=style)
     axes.set(xlabel="recall of poisoned samples", ylabel="precision", ylim=(0, 1.02), xlim=(0, 1))
     axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(folder / "precision-recall.svg", **options)
