@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError
 
-_A, _B = "lora_embedding_A", "lora_embedding_B"
+_A, _B = DICTIONARIES = ("lora_embedding_A", "lora_embedding_B")
 
 
 def is_adapted_embedding(module: torch.nn.Module) -> bool:

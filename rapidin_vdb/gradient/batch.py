@@ -16,7 +16,7 @@ from rapidin_vdb.gradient.forward import OutputError, TokenLosses, batch_losses
 from rapidin_vdb.gradient.head import OutputLayer, find_output_layer
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.precision import adapter_layers, tf32_products, tf32_rule
-from rapidin_vdb.gradient.rules import Rule, dense_rows, own_parameters, rule_for, summed_rows
+from rapidin_vdb.gradient.rules import Rule, dense_rows, held_modules, own_parameters, rule_for, summed_rows
 from rapidin_vdb.records import Encoded
 
 logger = logging.getLogger(__name__)
@@ -74,12 +74,13 @@ class BatchedGradients:
         numbers = {id(tensor): number for number, tensor in enumerate(self.loaded.theta.values())}
         found: list[tuple[torch.nn.Module, list[tuple[int, Rule]]]] = []
         homes: set[int] = set()
-        for module in self.loaded.model.modules():
+        modules = list(self.loaded.model.modules())
+        held = {id(part) for module in modules for part in held_modules(module)}
+        for module in modules:
             rules = []
-            for name, parameter in own_parameters(module):
+            for name, parameter in own_parameters(module) if id(module) not in held else ():
                 number = numbers.get(id(parameter))
-                # A dictionary of parameters computes nothing; whoever does was there before it.
-                if number is None or (number in homes and isinstance(module, torch.nn.ParameterDict)):
+                if number is None:
                     continue
                 homes.add(number)
                 rule = rule_for(module, name)

@@ -1,7 +1,7 @@
 """Per-sample gradients of a mixture of experts, whose weights transformers holds in one tensor, and of its router.
 
-They have biases and are stored turned in some models (GPT-OSS). A token reaches few experts: a sample's gradient of one
-is the sum over those of its tokens that were sent there.
+They have biases and are stored turned in some models (GPT-OSS), and have LoRA of their own in others. A token reaches
+few experts: a sample's gradient of one is the sum over those of its tokens that were sent there.
 """
 
 from collections.abc import Callable, Iterator
@@ -10,25 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rapidin_vdb.gradient.adapted_experts import Experts
 from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, tokens_of
 
-
-def is_experts(module: torch.nn.Module) -> bool:
-    """Say whether a module is experts as transformers lays them out: gate and up in one tensor, down, their biases."""
-    weights = {"gate_up_proj": 3, "down_proj": 3}
-    biases = {f"{name}_bias": 2 for name in weights}
-    held = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False)}
-    return held in (weights, weights | biases)
-
-
-def expert_rule(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...], Tensor, int], Contribution] | None:
-    """Return the rule for one of their tensors, by its name."""
-    return {
-        "gate_up_proj": _gate_up_weight,
-        "gate_up_proj_bias": _gate_up_bias,
-        "down_proj": _down_weight,
-        "down_proj_bias": _down_bias,
-    }.get(name)
+_Pair = Callable[[Experts, int, Tensor, Tensor], tuple[Tensor, Tensor]]
+"""(experts, which one, its tokens' states, what comes back to its output) -> what comes back to one of its linear
+layers, and what this has read; [tokens, columns] each."""
+_Sum = Callable[[Experts, int, Tensor, Tensor], Tensor]
+"""(experts, which one, and what a `_Pair` gives, of one sample) -> the gradient of one of its tensors."""
 
 
 def is_router(module: torch.nn.Module) -> bool:
@@ -40,112 +29,98 @@ def is_router(module: torch.nn.Module) -> bool:
     return type(module).__name__.endswith("Router") and held in ({"weight": 2}, {"weight": 2, "bias": 1})
 
 
-def _gate_up_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
-    """Return the gradients of `gate_up_proj`, [samples, experts, 2 * inner, hidden], or the last two exchanged."""
-    return _weight(module, "gate_up_proj", reads, delta, batch, _to_gate_up)
+def expert_rule(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...], Tensor, int], Contribution]:
+    """Return the rule for one of their tensors, or of those of its adapter, by its name.
+
+    `gate_up_proj` is [experts, 2 * inner, hidden], `down_proj` [experts, hidden, inner], or the last two exchanged;
+    their adapters' factors are as in `adapted_experts`.
+    """
+    tensor, _, factor = name.partition(".lora_")
+    layer = tensor.removesuffix("_bias")
+    pair = {"gate_up_proj": _to_gate_up, "down_proj": _to_down}[layer]
+    if factor:
+        first = factor.startswith("A")
+        return lambda module, reads, delta, batch: _factor(Experts(module), layer, first, pair, reads, delta, batch)
+    summed = _matrix if tensor == layer else _bias
+
+    def rule(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+        experts = Experts(module)
+        return Dense(_former(experts, pair, summed, tuple(experts.tensor(tensor).shape), reads, delta, batch))
+
+    return rule
 
 
-def _gate_up_bias(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
-    """Return the gradients of `gate_up_proj_bias`, [samples, experts, 2 * inner]."""
-    return _bias(module, "gate_up_proj_bias", reads, delta, batch, _to_gate_up)
-
-
-def _down_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
-    """Return the gradients of `down_proj`, [samples, experts, hidden, inner], or the last two exchanged."""
-    return _weight(module, "down_proj", reads, delta, batch, _to_down)
-
-
-def _down_bias(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
-    """Return the gradients of `down_proj_bias`, [samples, experts, hidden]."""
-    return _bias(module, "down_proj_bias", reads, delta, batch, lambda module, expert, read, delta: (delta, read))
-
-
-_Pair = Callable[[torch.nn.Module, int, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(module, expert, its tokens' states, what comes back to its output) -> what comes back to one of its linear layers,
-and what this has read; [tokens, columns] each."""
-
-
-def _to_gate_up(module: torch.nn.Module, expert: int, read: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    down = _matrix(module, "down_proj", expert)
+def _to_gate_up(experts: Experts, expert: int, read: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
     with torch.enable_grad():
-        gate_up = _gate_up(module, expert, read).requires_grad_(True)
-        gated = _gate(module, gate_up)
-    (inner,) = torch.autograd.grad(gated, gate_up, delta @ down)
+        gate_up = experts.gate_up(expert, read).requires_grad_(True)
+        gated = experts.gate(gate_up)
+    (inner,) = torch.autograd.grad(gated, gate_up, delta @ experts.matrix("down_proj", expert))
     return inner, read
 
 
-def _to_down(module: torch.nn.Module, expert: int, read: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
-    return delta, _gate(module, _gate_up(module, expert, read))
+def _to_down(experts: Experts, expert: int, read: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+    return delta, experts.gate(experts.gate_up(expert, read))
 
 
-def _gate_up(module: torch.nn.Module, expert: int, read: Tensor) -> Tensor:
-    written = read @ _matrix(module, "gate_up_proj", expert).T
-    bias = getattr(module, "gate_up_proj_bias", None)
-    return written if bias is None else written + bias[expert].detach()
+def _matrix(experts: Experts, expert: int, left: Tensor, right: Tensor) -> Tensor:
+    return right.T @ left if experts.turned else left.T @ right
 
 
-def _matrix(module: torch.nn.Module, name: str, expert: int) -> Tensor:
-    """Return one expert's matrix, [written, read]."""
-    matrix = module.get_parameter(name)[expert].detach()
-    return matrix.T if getattr(module, "is_transposed", False) else matrix
+def _bias(experts: Experts, expert: int, left: Tensor, right: Tensor) -> Tensor:
+    return left.float().sum(0)
 
 
-def _gate(module: Any, gate_up: Tensor) -> Any:
-    if hasattr(module, "_apply_gate"):
-        return module._apply_gate(gate_up)
-    gate, up = gate_up.chunk(2, dim=-1)
-    return module.act_fn(gate) * up
-
-
-def _weight(
-    module: torch.nn.Module, name: str, reads: tuple[Any, ...], delta: Tensor, batch: int, pair: _Pair
+def _factor(
+    experts: Experts, layer: str, first: bool, pair: _Pair, reads: tuple[Any, ...], delta: Tensor, batch: int
 ) -> Contribution:
-    """Sum, for each sample and expert, the outer products of what `pair` gives for the tokens sent there."""
-    turned = getattr(module, "is_transposed", False)
+    """Return the gradients of A, the first, or B of a layer's adapter, from what comes back to B A and what it read."""
 
-    def summed(left: Tensor, right: Tensor) -> Tensor:
-        return right.T @ left if turned else left.T @ right
+    def summed(experts: Experts, expert: int, left: Tensor, right: Tensor) -> Tensor:
+        factors = experts.factors(layer, expert)
+        left, right = (part.to(factors.a.dtype) for part in ((left, right) if factors.a_reads else (right, left)))
+        if first:
+            return factors.scale * ((left @ factors.b).T @ right)
+        return factors.scale * (left.T @ (right @ factors.a.T))
 
-    return _experts(module, name, reads, delta, batch, pair, summed)
+    count, factors = len(experts.tensor(layer)), experts.factors(layer, 0)
+    shape = (count, *(factors.a if first else factors.b).shape)
+    form = _former(experts, pair, summed, shape, reads, delta, batch)
+    if first:
+        return Dense(lambda samples: form(samples).flatten(1, 2))
+    return Dense(lambda samples: form(samples).permute(0, 2, 3, 1).flatten(2))
 
 
-def _bias(
-    module: torch.nn.Module, name: str, reads: tuple[Any, ...], delta: Tensor, batch: int, pair: _Pair
-) -> Contribution:
-    return _experts(module, name, reads, delta, batch, pair, lambda left, right: left.float().sum(0))
-
-
-def _experts(
-    module: torch.nn.Module,
-    name: str,
+def _former(
+    experts: Experts,
+    pair: _Pair,
+    summed: _Sum,
+    shape: tuple[int, ...],
     reads: tuple[Any, ...],
     delta: Tensor,
     batch: int,
-    pair: _Pair,
-    summed: Callable[[Tensor, Tensor], Tensor],
-) -> Contribution:
-    weight = module.get_parameter(name)
+) -> Callable[[slice], Tensor]:
+    """Return what makes some samples' gradients, [samples, *shape], whose shape begins with the experts."""
     if len(reads) != 3 or not all(isinstance(part, Tensor) for part in reads):
         raise NoRuleError("experts that are called with something else than states, their experts and weights")
     states, chosen, weights = (tokens_of(part, batch) for part in reads)
     delta = tokens_of(delta, batch)
 
     def form(samples: slice) -> Tensor:
-        count, longest = states[samples].shape[:2]
-        grads = torch.zeros(count, *weight.shape, device=delta.device)
-        for expert, places, choices in _sent(chosen[samples].flatten(0, 1), len(weight)):
+        some, longest = states[samples].shape[:2]
+        grads = torch.zeros(some, *shape, device=delta.device)
+        for expert, places, choices in _sent(chosen[samples].flatten(0, 1), shape[0]):
             read = states[samples].flatten(0, 1)[places]
             back = delta[samples].flatten(0, 1)[places]
             shares = weights[samples].flatten(0, 1)[places, choices].unsqueeze(1)
-            left, right = pair(module, expert, read, (back * shares).to(read.dtype))
+            left, right = pair(experts, expert, read, (back * shares).to(read.dtype))
             # Tokens are in order, so those of a sample stand together.
-            ends = torch.searchsorted(places, torch.arange(1, count + 1, device=places.device) * longest).tolist()
+            ends = torch.searchsorted(places, torch.arange(1, some + 1, device=places.device) * longest).tolist()
             for sample, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
                 if end > begin:
-                    grads[sample, expert] = summed(left[begin:end], right[begin:end])
+                    grads[sample, expert] = summed(experts, expert, left[begin:end], right[begin:end])
         return grads
 
-    return Dense(form)
+    return form
 
 
 def _sent(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:

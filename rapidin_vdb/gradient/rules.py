@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapidin_vdb.gradient.adapted_embedding import (
+    DICTIONARIES,
     first_weight,
     is_adapted_embedding,
     is_first,
     matrices,
     second_weight,
 )
+from rapidin_vdb.gradient.adapted_experts import is_experts, wrapped_modules, wrapped_parameters
 from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows, tokens_of
-from rapidin_vdb.gradient.experts import expert_rule, is_experts, is_router
-from rapidin_vdb.gradient.trained_tokens import rows_rule, trained_rows, trains_tokens
+from rapidin_vdb.gradient.experts import expert_rule, is_router
+from rapidin_vdb.gradient.trained_tokens import ROWS, rows_rule, trained_rows, trains_tokens
 
 Rule = Callable[[torch.nn.Module, tuple[Any, ...], Tensor, int], Contribution]
 """(module, its inputs, gradient of its output, batch size) -> what that call adds to the parameter's gradients."""
@@ -33,6 +35,18 @@ def own_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Para
         yield from matrices(module)
     if trains_tokens(module):
         yield from trained_rows(module)
+    if is_experts(module):
+        yield from wrapped_parameters(module)
+
+
+def held_modules(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
+    """Yield modules that only hold what a module itself computes with."""
+    if is_adapted_embedding(module):
+        yield from (module.get_submodule(kind) for kind in DICTIONARIES)
+    if trains_tokens(module):
+        yield module.get_submodule(ROWS)
+    if is_experts(module):
+        yield from wrapped_modules(module)
 
 
 def rule_for(module: torch.nn.Module, name: str) -> Rule | None:
@@ -52,12 +66,12 @@ def rule_for(module: torch.nn.Module, name: str) -> Rule | None:
         return _rms_norm_weight
     if type(module).__name__.endswith("LayerNorm") and name == "weight" and hasattr(module, "variance_epsilon"):
         return _own_layer_norm_weight
+    if is_experts(module):
+        return expert_rule(name)
     if trains_tokens(module):
         return rows_rule
     if is_adapted_embedding(module):
         return first_weight if is_first(name) else second_weight
-    if is_experts(module):
-        return expert_rule(name)
     if is_router(module):
         return _bias if name == "bias" else _linear_weight
     return None

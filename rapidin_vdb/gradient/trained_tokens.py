@@ -8,18 +8,18 @@ from torch import Tensor
 
 from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows, tokens_of
 
-_ROWS = "trainable_tokens_delta"
+ROWS = "trainable_tokens_delta"
 
 
 def trains_tokens(module: torch.nn.Module) -> bool:
     """Say whether a module is PEFT's embedding, or output layer, with rows of its own."""
-    return isinstance(getattr(module, _ROWS, None), torch.nn.ParameterDict) and hasattr(module, "token_indices")
+    return isinstance(getattr(module, ROWS, None), torch.nn.ParameterDict) and hasattr(module, "token_indices")
 
 
 def trained_rows(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield the names and rows, [tokens, columns], of its adapters; see `trains_tokens`."""
-    for adapter, rows in module.get_submodule(_ROWS).named_parameters():
-        yield f"{_ROWS}.{adapter}", rows
+    for adapter, rows in module.get_submodule(ROWS).named_parameters():
+        yield f"{ROWS}.{adapter}", rows
 
 
 def rows_rule(module: Any, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:

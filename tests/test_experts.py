@@ -1,0 +1,70 @@
+"""Batched gradients of LoRA of experts, whose tensors no module multiplies by, against plain autograd."""
+
+import dataclasses
+
+import pytest
+import torch
+from test_batch import SKETCH, assert_close, loaded_from, mixture_of_experts, samples, slow
+
+from rapidin_vdb.gradient import RapidGradMaker
+from rapidin_vdb.gradient.adapted_experts import Experts
+from rapidin_vdb.gradient.contribution import NoRuleError
+
+BOTH = ("gate_up_proj", "down_proj")
+
+
+def adapted(kind: str, tensors, **options):
+    from peft import LoraConfig, get_peft_model
+
+    model = mixture_of_experts(kind)
+    model.set_experts_implementation("eager")
+    names = [f"mlp.experts.{tensor}" for tensor in tensors]
+    config = LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj"], target_parameters=names, **options)
+    model = get_peft_model(model, config).eval()
+    with torch.no_grad():
+        for name, tensor in model.named_parameters():
+            if "lora_" in name or "gate.weight" in name or "router.weight" in name:
+                tensor.add_(0.3 * torch.randn_like(tensor))  # B begins as zeros, which hide mistakes; and tokens part
+    return loaded_from(model)
+
+
+def of(loaded, *parts):
+    """The model with those tensors as theta whose names have one of these parts."""
+    theta = {name: tensor for name, tensor in loaded.theta.items() if any(part in name for part in parts)}
+    loaded.model.requires_grad_(False)
+    for tensor in theta.values():
+        tensor.requires_grad_(True)
+    return dataclasses.replace(loaded, theta=theta)
+
+
+def compare(loaded, normalize="layer") -> RapidGradMaker:
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize=normalize)
+    for sample, (vector, _) in zip(samples(), maker.make_batch(samples()), strict=True):
+        assert_close(vector, slow(loaded, sample, normalize))
+    return maker
+
+
+@pytest.mark.parametrize("normalize", ["layer", "none"])
+@pytest.mark.parametrize("tensors", [BOTH, BOTH[:1], BOTH[1:]])
+@pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
+def test_adapters_of_experts_are_batched(kind, tensors, normalize):
+    loaded = of(adapted(kind, tensors), "lora_")
+    assert sum("experts" in name for name in loaded.theta) == 2 * 2 * len(tensors)
+    assert compare(loaded, normalize)._gradients.unruled == {}
+
+
+@pytest.mark.parametrize("kind", ["qwen3_moe", "gpt_oss"])
+def test_so_are_the_tensors_that_they_adapt(kind):
+    """An expert's gradients depend on the adapters of its other tensors, which are not in theta here."""
+    loaded = of(adapted(kind, BOTH, use_rslora=True), "experts.base_layer.base_layer", "router", "mlp.gate")
+    assert any(name.endswith("gate_up_proj") for name in loaded.theta)
+    assert compare(loaded)._gradients.unruled == {}
+
+
+def test_adapters_that_are_not_added_have_no_rule():
+    model = adapted("mixtral", BOTH).model
+    experts = model.get_submodule("base_model.model.model.layers.0.mlp.experts")
+    assert Experts(experts).factors("down_proj", 4).a.shape == (3, 24)
+    model.disable_adapter_layers()
+    with pytest.raises(NoRuleError, match="not exactly one"):
+        Experts(experts)
