@@ -160,9 +160,9 @@ def mixture_of_experts(kind: str):
     )
 
 
-@pytest.mark.parametrize("experts", ["eager", "grouped_mm"])
+@pytest.mark.parametrize(("experts", "normalize"), [("eager", "none"), ("eager", "layer"), ("grouped_mm", "layer")])
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
-def test_experts_and_their_router_are_batched(kind, experts):
+def test_experts_and_their_router_are_batched(kind, experts, normalize):
     model = mixture_of_experts(kind)
     model.set_experts_implementation(experts)
     router = "router" if kind == "gpt_oss" else "gate"
@@ -173,9 +173,9 @@ def test_experts_and_their_router_are_batched(kind, experts):
     names = list(loaded.theta)
     assert {f"model.layers.0.mlp.{router}.weight", "model.layers.1.mlp.experts.down_proj"} <= set(names)
     assert (kind == "gpt_oss") == ("model.layers.1.mlp.experts.down_proj_bias" in names)
-    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize=normalize)
     for sample, (vector, _) in zip(samples(), maker.make_batch(samples()), strict=True):
-        assert_close(vector, slow(loaded, sample))
+        assert_close(vector, slow(loaded, sample, normalize))
         assert_close(vector, maker.make(sample)[0])
     # All of it is by batched rules, nothing by falling back; but for a number a head that attention itself adds.
     assert all(names[number].endswith(".sinks") for number in maker._gradients.unruled)
@@ -211,6 +211,35 @@ class _Doubled(torch.nn.Linear):
 
     def forward(self, hidden):
         return super().forward(hidden) + hidden.sum(-1, keepdim=True) * self.weight.sum()
+
+
+class _Unused(torch.nn.Linear):
+    """A layer that its rule is told nothing of: what multiplies is not what is called."""
+
+    def __call__(self, hidden):
+        return hidden @ self.weight.T
+
+
+@pytest.mark.parametrize("place", ["behind", "nowhere"])
+def test_a_wrong_rule_of_a_small_gradient_is_found_out(place):
+    """Not normalised, a tensor may have hardly a part in the sample that is compared, and a large one in others."""
+    model = tiny_model("llama")
+    attention = model.model.layers[1].self_attn
+    wrong = _Doubled(16, 16, bias=False) if place == "behind" else _Unused(16, 16, bias=False)
+    wrong.weight = attention.q_proj.weight
+    attention.q_proj = wrong
+    with torch.no_grad():
+        attention.k_proj.weight.mul_(1e-4)
+    loaded = loaded_from(model)
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="none")
+    maker.make_batch(samples())
+    assert [list(loaded.theta)[number] for number in maker._gradients.unruled] == [
+        "model.layers.1.self_attn.q_proj.weight"
+    ]
+    with torch.no_grad():
+        attention.k_proj.weight.mul_(1e4)
+    for sample, (vector, _) in zip(samples(), maker.make_batch(samples()), strict=True):
+        assert_close(vector, slow(loaded, sample, "none"))
 
 
 def test_a_rule_that_is_wrong_is_found_out_and_replaced(caplog):
