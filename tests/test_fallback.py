@@ -12,6 +12,7 @@ from rapidin_vdb.errors import GradientError, ModelError
 from rapidin_vdb.gradient import RapidGradMaker, load_model
 from rapidin_vdb.gradient import sample as sample_module
 from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError
+from rapidin_vdb.gradient.rules import rule_for
 from rapidin_vdb.records import Encoded, ModelSpec
 
 
@@ -108,6 +109,44 @@ def test_adapters_of_embeddings_and_others(architecture, kind):
         if ("lora_embedding" in name or "trainable_tokens" in name) and number in maker._gradients.unruled
     ]
     assert (loaded.learned_positions is not None) == (architecture == "gpt2")
+
+
+def test_an_embedding_around_trained_tokens_is_left_to_autograd():
+    """PEFT calls another function than the embedding itself. The sample that is compared has trained tokens only."""
+    torch.manual_seed(0)
+    loaded = loaded_from(adapted(tiny_model("llama"), "tokens"))
+    for tensor in loaded.theta.values():
+        tensor.requires_grad_(True)
+    batch = samples((9, 30, 12))
+    batch[0] = dataclasses.replace(batch[0], input_ids=tuple([9, 3, 5] * 3))
+    maker = maker_of(loaded)
+    check_all(maker, batch)
+    names = list(loaded.theta)
+    assert any(names[number].endswith("base_layer.weight") for number in maker._gradients.unruled)
+
+
+@pytest.mark.parametrize("trained", [[1, 2], [1, 2, 3, 5]])
+def test_trained_tokens_of_another_adapter_do_not_take_the_place_of_the_active_ones(trained):
+    from peft import LoraConfig
+
+    torch.manual_seed(0)
+    model = adapted(tiny_model("llama"), "tokens")
+    model.add_adapter("b", LoraConfig(r=2, target_modules=["q_proj"], trainable_token_indices=trained))
+    model.set_adapter("b")
+    for name, tensor in model.named_parameters():
+        tensor.requires_grad_("trainable_tokens" in name or "lora_" in name)
+    maker = maker_of(trainable(model))
+    check_all(maker, samples())
+    names = list(maker.loaded.theta)
+    (rows,) = [names[number] for number in maker._gradients.unruled if "trainable_tokens" in names[number]]
+    assert rows.endswith("default")
+
+
+def test_a_norm_that_is_called_a_layer_norm_and_is_none_has_no_rule():
+    from transformers.models.cohere.modeling_cohere import CohereLayerNorm
+    from transformers.models.t5.modeling_t5 import T5LayerNorm
+
+    assert rule_for(CohereLayerNorm(8), "weight") is not None and rule_for(T5LayerNorm(8), "weight") is None
 
 
 def test_what_an_adapter_measures_itself_by_is_not_waited_for():

@@ -22,7 +22,7 @@ from rapidin_vdb.gradient.adapted_embedding import (
 from rapidin_vdb.gradient.adapted_experts import is_experts, wrapped_modules, wrapped_parameters
 from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows, tokens_of
 from rapidin_vdb.gradient.experts import expert_rule, is_router
-from rapidin_vdb.gradient.trained_tokens import ROWS, rows_rule, trained_rows, trains_tokens
+from rapidin_vdb.gradient.trained_tokens import held_by, rows_rule, trained_rows, trains_tokens
 
 Rule = Callable[[torch.nn.Module, tuple[Any, ...], Tensor, int], Contribution]
 """(module, its inputs, gradient of its output, batch size) -> what that call adds to the parameter's gradients."""
@@ -44,7 +44,7 @@ def held_modules(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     if is_adapted_embedding(module):
         yield from (module.get_submodule(kind) for kind in DICTIONARIES)
     if trains_tokens(module):
-        yield module.get_submodule(ROWS)
+        yield from held_by(module)
     if is_experts(module):
         yield from wrapped_modules(module)
 
@@ -65,11 +65,11 @@ def rule_for(module: torch.nn.Module, name: str) -> Rule | None:
     if type(module).__name__.endswith("RMSNorm") and name == "weight" and module.get_parameter(name).dim() == 1:
         return _rms_norm_weight
     if type(module).__name__.endswith("LayerNorm") and name == "weight" and hasattr(module, "variance_epsilon"):
-        return _own_layer_norm_weight
+        return _own_layer_norm_weight if _centres(module) else None
     if is_experts(module):
         return expert_rule(name)
     if trains_tokens(module):
-        return rows_rule
+        return rows_rule(name)
     if is_adapted_embedding(module):
         return first_weight if is_first(name) else second_weight
     if is_router(module):
@@ -103,6 +103,13 @@ def _layer_norm_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: T
         return (standardised * delta[samples].float()).sum(1)
 
     return Dense(form)
+
+
+@torch.no_grad()
+def _centres(module: torch.nn.Module) -> bool:
+    """Say whether a norm takes the mean away; T5's, which is called the same, does not."""
+    weight = module.get_parameter("weight")
+    return not bool(module(torch.ones_like(weight)[None, None]).any())
 
 
 def _own_layer_norm_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:

@@ -1,6 +1,6 @@
 """Some rows of an embedding trained apart from the others (PEFT's `trainable_token_indices`), also where it is tied."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -17,32 +17,47 @@ def trains_tokens(module: torch.nn.Module) -> bool:
 
 
 def trained_rows(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield the names and rows, [tokens, columns], of its adapters; see `trains_tokens`."""
+    """Yield the names and rows, [tokens, columns], of its adapters, and what they stand in; see `trains_tokens`."""
     for adapter, rows in module.get_submodule(ROWS).named_parameters():
         yield f"{ROWS}.{adapter}", rows
+    # The module itself multiplies by it, and calls nobody who would report that.
+    for name, parameter in module.get_submodule("base_layer").named_parameters(recurse=False):
+        yield f"base_layer.{name}", parameter
 
 
-def rows_rule(module: Any, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
-    """Return what a call adds to the gradients of these rows, which stand in the place of the embedding's own.
+def held_by(module: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Return the modules whose parameters `trained_rows` yields."""
+    return module.get_submodule(ROWS), module.get_submodule("base_layer")
 
-    Raises:
-        NoRuleError: they are merged, left out or of several adapters, or the module is of another kind.
-    """
-    base, active = module.get_base_layer(), [name for name in module.active_adapters if name in module.token_indices]
-    if len(active) != 1 or module.merged or module.disable_adapters:
-        raise NoRuleError("trained tokens that are not those of one adapter")
-    trained = torch.as_tensor(module.token_indices[active[0]], device=delta.device)
-    if isinstance(base, torch.nn.Embedding):
-        return _looked_up(base, trained, reads[0], delta, batch)
-    if isinstance(base, torch.nn.Linear):
-        read, delta = tokens_of(reads[0], batch), tokens_of(delta, batch)
-        return Dense(lambda samples: torch.bmm(delta[samples][..., trained].transpose(1, 2), read[samples].to(delta)))
-    raise NoRuleError(f"trained tokens of a {type(base).__name__}")
+
+def rows_rule(name: str) -> Callable[[Any, tuple[Any, ...], Tensor, int], Contribution] | None:
+    """Return the rule for the rows of an adapter, by their name: they stand in the place of the embedding's own."""
+    kind, _, adapter = name.partition(".")
+    if kind != ROWS:
+        return None
+
+    def rule(module: Any, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+        base, places = module.get_base_layer(), module.token_indices[adapter]
+        active = [name for name in module.active_adapters if name in module.token_indices]
+        if active != [adapter] or module.merged or module.disable_adapters or len({*places}) < len(places):
+            raise NoRuleError("trained tokens that are not those of one adapter, each once")
+        trained = torch.as_tensor(places, device=delta.device)
+        if isinstance(base, torch.nn.Embedding):
+            return _looked_up(base, trained, reads[0], delta, batch)
+        if isinstance(base, torch.nn.Linear):
+            # Of all the logits' derivatives no more is kept, until the embedding's part has come at last.
+            read, delta = tokens_of(reads[0], batch), tokens_of(delta, batch)[..., trained]
+            return Dense(lambda samples: torch.bmm(delta[samples].transpose(1, 2), read[samples].to(delta)))
+        raise NoRuleError(f"trained tokens of a {type(base).__name__}")
+
+    return rule
 
 
 def _looked_up(base: torch.nn.Embedding, trained: Tensor, ids: Tensor, delta: Tensor, batch: int) -> Rows:
-    if ids.dim() != 2 or ids.shape[0] != batch or delta.shape[0] != batch or base.max_norm is not None:
+    if ids.dim() != 2 or ids.shape[0] != batch or delta.shape[0] != batch:
         raise NoRuleError(f"an embedding of ids of shape {tuple(ids.shape)}, for a batch of {batch}")
+    if base.max_norm is not None or base.scale_grad_by_freq:
+        raise NoRuleError("an embedding that scales its rows, or their gradients")
     places = torch.full((base.num_embeddings,), -1, device=ids.device)
     places[trained] = torch.arange(len(trained), device=ids.device)
     if base.padding_idx is not None:
