@@ -129,7 +129,8 @@ def test_an_embedding_that_is_given_no_ids_falls_back(caplog):
     batch = samples()
     for sample, (vector, _) in zip(batch, maker.make_batch(batch), strict=True):
         assert_close(vector, slow(loaded, sample, "none"))
-    assert any("embed_positions" in record.getMessage() for record in caplog.records), "announced"
+    (record,) = caplog.records  # of keys' biases nothing: their noise is not taken for a wrong rule
+    assert "embed_positions" in record.getMessage()
 
 
 def mixture_of_experts(kind: str):
