@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError
+from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, ids_of
 
 _A, _B = DICTIONARIES = ("lora_embedding_A", "lora_embedding_B")
 
@@ -60,9 +60,7 @@ def _parts(module: Any, reads: tuple[Any, ...], delta: Tensor, batch: int) -> tu
     unusual = module.merged or module.disable_adapters or base.max_norm is not None or base.scale_grad_by_freq
     if len(active) != 1 or active[0] in module.lora_variant or unusual:
         raise NoRuleError("LoRA of an embedding that is not computed as B A[:, x]")
-    (name,), ids = active, reads[0]
-    if ids.dim() != 2 or ids.shape[0] != batch or delta.shape[0] != batch:
-        raise NoRuleError(f"an embedding of ids of shape {tuple(ids.shape)}, for a batch of {batch}")
+    (name,), ids = active, ids_of(reads[0], delta, batch)
     scale = getattr(base, "embed_scale", None)
     factor = module.scaling[name] * (1.0 if scale is None else scale)
     return ids, delta * factor, module.lora_embedding_A[name].detach(), module.lora_embedding_B[name].detach()

@@ -22,30 +22,26 @@ def is_experts(module: torch.nn.Module) -> bool:
     """
     weights = {"gate_up_proj": 3, "down_proj": 3}
     biases = {f"{name}_bias": 2 for name in weights}
-    while _is_wrapper(module):
-        module = module.get_submodule("base_layer")
-    held = {name: parameter.dim() for name, parameter in module.named_parameters(recurse=False)}
+    _, inner = _unwrapped(module)
+    held = {name: parameter.dim() for name, parameter in inner.named_parameters(recurse=False)}
     return held in (weights, weights | biases)
 
 
 def wrapped_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield the names and parameters of what stands within a wrapper of experts; see `is_experts`."""
-    wrapper: Any = module
-    while _is_wrapper(wrapper):
+    wrappers, inner = _unwrapped(module)
+    for wrapper in wrappers:
         for kind in ("lora_A", "lora_B"):
             for adapter, layer in getattr(wrapper, kind).items():
                 yield f"{wrapper.parameter_name}.{kind}.{adapter}", layer.weight
-        wrapper = wrapper.base_layer
-    if wrapper is not module:
-        yield from wrapper.named_parameters(recurse=False)
+    if wrappers:
+        yield from inner.named_parameters(recurse=False)
 
 
 def wrapped_modules(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Yield the modules whose parameters `wrapped_parameters` yields."""
-    wrapper: Any = module
-    while _is_wrapper(wrapper):
+    for wrapper in _unwrapped(module)[0]:
         yield from (*wrapper.lora_A.values(), *wrapper.lora_B.values(), wrapper.base_layer)
-        wrapper = wrapper.base_layer
 
 
 @dataclass(frozen=True, eq=False)
@@ -75,16 +71,13 @@ class Experts:
         Raises:
             NoRuleError: their adapters are merged, left out, or several at once.
         """
-        wrapper: Any = module
-        self._wrappers: dict[str, Any] = {}
-        while _is_wrapper(wrapper):
+        wrappers, self._base = _unwrapped(module)
+        for wrapper in wrappers:
             active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
             if len(active) != 1 or wrapper.merged or wrapper.disable_adapters:
                 raise NoRuleError("experts with adapters of which not exactly one is added")
-            self._wrappers[wrapper.parameter_name] = wrapper
-            wrapper = wrapper.base_layer
-        self._base = wrapper
-        self.turned = bool(getattr(wrapper, "is_transposed", False))
+        self._wrappers = {wrapper.parameter_name: wrapper for wrapper in wrappers}
+        self.turned = bool(getattr(self._base, "is_transposed", False))
         """Whether matrices are stored as [read, written]."""
 
     def tensor(self, name: str) -> Tensor:
@@ -128,6 +121,10 @@ class Experts:
         return gated
 
 
-def _is_wrapper(module: torch.nn.Module) -> bool:
-    """Say whether a module is PEFT's LoRA of a single tensor of the module within."""
-    return isinstance(getattr(module, "parameter_name", None), str) and hasattr(module, "lora_A")
+def _unwrapped(module: Any) -> tuple[list[Any], Any]:
+    """Return PEFT's wrappers, each LoRA of a single tensor, from the outermost on, and the module within them all."""
+    wrappers = []
+    while isinstance(getattr(module, "parameter_name", None), str) and hasattr(module, "lora_A"):
+        wrappers.append(module)
+        module = module.base_layer
+    return wrappers, module

@@ -31,6 +31,17 @@ class NoRuleError(Exception):
     """A module was called in a way that no rule covers; its parameters fall back to autograd."""
 
 
+def ids_of(read: Tensor, delta: Tensor, batch: int) -> Tensor:
+    """Return the ids that an embedding was given, [batch, tokens].
+
+    Raises:
+        NoRuleError: they, or what comes back to it, are not one row a sample.
+    """
+    if read.dim() != 2 or read.shape[0] != batch or delta.shape[0] != batch:
+        raise NoRuleError(f"an embedding of ids of shape {tuple(read.shape)}, for a batch of {batch}")
+    return read
+
+
 def tokens_of(tensor: Tensor, batch: int) -> Tensor:
     """Return a tensor as [batch, tokens, columns]; some models flatten the first two for their linear layers."""
     if tensor.dim() >= 3 and tensor.shape[0] == batch:

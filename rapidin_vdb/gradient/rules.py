@@ -20,7 +20,7 @@ from rapidin_vdb.gradient.adapted_embedding import (
     second_weight,
 )
 from rapidin_vdb.gradient.adapted_experts import is_experts, wrapped_modules, wrapped_parameters
-from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows, tokens_of
+from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows, ids_of, tokens_of
 from rapidin_vdb.gradient.experts import expert_rule, is_router
 from rapidin_vdb.gradient.trained_tokens import held_by, rows_rule, trained_rows, trains_tokens
 
@@ -147,9 +147,9 @@ def _embedding_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Te
     if read.is_floating_point():
         # A subclass that makes its ids itself, as OPT's positions of a mask.
         raise NoRuleError(f"an embedding ({type(module).__name__}) that is not given ids")
-    if read.dim() != 2 or read.shape[0] != batch or delta.shape[0] != batch:
-        raise NoRuleError(f"an embedding of ids of shape {tuple(read.shape)}, for a batch of {batch}")
-    ids = read if module.padding_idx is None else read.masked_fill(read == module.padding_idx, -1)
+    ids = ids_of(read, delta, batch)
+    if module.padding_idx is not None:
+        ids = ids.masked_fill(ids == module.padding_idx, -1)
     # As of Gemma's, which multiplies what it has looked up.
     scale = getattr(module, "embed_scale", None)
     return Rows(ids, delta if scale is None else delta * scale)

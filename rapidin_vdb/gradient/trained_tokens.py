@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows, tokens_of
+from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows, ids_of, tokens_of
 
 ROWS = "trainable_tokens_delta"
 
@@ -54,8 +54,6 @@ def rows_rule(name: str) -> Callable[[Any, tuple[Any, ...], Tensor, int], Contri
 
 
 def _looked_up(base: torch.nn.Embedding, trained: Tensor, ids: Tensor, delta: Tensor, batch: int) -> Rows:
-    if ids.dim() != 2 or ids.shape[0] != batch or delta.shape[0] != batch:
-        raise NoRuleError(f"an embedding of ids of shape {tuple(ids.shape)}, for a batch of {batch}")
     if base.max_norm is not None or base.scale_grad_by_freq:
         raise NoRuleError("an embedding that scales its rows, or their gradients")
     places = torch.full((base.num_embeddings,), -1, device=ids.device)
@@ -63,4 +61,4 @@ def _looked_up(base: torch.nn.Embedding, trained: Tensor, ids: Tensor, delta: Te
     if base.padding_idx is not None:
         places[base.padding_idx] = -1
     scale = getattr(base, "embed_scale", None)
-    return Rows(places[ids], delta if scale is None else delta * scale)
+    return Rows(places[ids_of(ids, delta, batch)], delta if scale is None else delta * scale)
