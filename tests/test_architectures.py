@@ -37,14 +37,6 @@ ARCHITECTURES = {
 }
 # What is done by autograd; all else is batched. A rule that is wrong would be found out, and autograd take its place.
 BY_AUTOGRAD = {
-    "Mamba": {
-        "mixer.A_log",
-        "mixer.D",
-        "mixer.conv1d.bias",
-        "mixer.conv1d.weight",
-        "mixer.dt_proj.bias",
-        "mixer.dt_proj.weight",
-    },
     "OPT": {"decoder.embed_positions.weight"},  # their ids are made within
 }
 # These go on computing with what their output layer wrote.

@@ -154,16 +154,16 @@ def test_what_an_adapter_measures_itself_by_is_not_waited_for():
     maker = maker_of(trainable(adapted(tiny_model("llama"), "dora")))
     maker.make_batch(samples())
     kept = []
-    from rapidin_vdb.gradient.batch import _Run
+    from rapidin_vdb.gradient.hooks import Run
 
-    finish = _Run.finish
+    finish = Run.finish
 
     def watched(self):
         kept.extend(number for number, pending in self.pending.items() if pending.contributions)
         finish(self)
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(_Run, "finish", watched)
+        patched.setattr(Run, "finish", watched)
         check_all(maker, samples())
     assert kept == []
 

@@ -226,13 +226,14 @@ def test_a_wrong_rule_below_a_wrong_layer_takes_no_others_with_it(monkeypatch):
         head_module._Losses, "backward", lambda ctx, delta: (backward(ctx, delta)[0] + 0.1, *3 * [None])
     )
     maker = RapidGradMaker(lora_of(tiny_model("llama")), spec=SketchSpec(width=128), normalize="layer")
-    module, ((number, rule),) = maker._gradients._rules[0]
+    watched = maker._gradients._rules[0]
+    ((number, rule),) = watched.rules
 
     def wrong(*given):
         part = rule(*given)
         return dataclasses.replace(part, form=lambda samples: part.form(samples).roll(1, 2))
 
-    maker._gradients._rules[0] = module, [(number, wrong)]
+    watched.rules[:] = [(number, wrong)]
     maker.make_batch([encoded(number, 9) for number in range(3)])
     assert maker._gradients.output is None and set(maker._gradients.unruled) == {number}
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient import ExactInfluence, RapidGradMaker, norms_of
-from rapidin_vdb.gradient.batch import Receiver
+from rapidin_vdb.gradient.receivers import Receiver
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, ParameterShape
 

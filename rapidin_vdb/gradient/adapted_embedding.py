@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, ids_of
+from rapidin_vdb.gradient.contribution import Call, Contribution, Dense, NoRuleError, ids_of
 
 _A, _B = DICTIONARIES = ("lora_embedding_A", "lora_embedding_B")
 
@@ -28,9 +28,9 @@ def is_first(name: str) -> bool:
     return name.startswith(f"{_A}.")
 
 
-def first_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+def first_weight(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
     """Return what a call adds to the gradients of A: delta B in the column of each token."""
-    ids, delta, a, b = _parts(module, reads, delta, batch)
+    ids, delta, a, b = _parts(module, call, delta, batch)
     padding = _base(module).padding_idx
 
     def form(samples: slice) -> Tensor:
@@ -43,13 +43,13 @@ def first_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor,
     return Dense(form)
 
 
-def second_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+def second_weight(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
     """Return what a call adds to the gradients of B: the sum over tokens of delta A[:, x]^T."""
-    ids, delta, a, _ = _parts(module, reads, delta, batch)
+    ids, delta, a, _ = _parts(module, call, delta, batch)
     return Dense(lambda samples: torch.bmm(delta[samples].float().transpose(1, 2), a.T[ids[samples]].float()))
 
 
-def _parts(module: Any, reads: tuple[Any, ...], delta: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _parts(module: Any, call: Call, delta: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return ids, what comes back to the product of both matrices, and these.
 
     Raises:
@@ -60,7 +60,7 @@ def _parts(module: Any, reads: tuple[Any, ...], delta: Tensor, batch: int) -> tu
     unusual = module.merged or module.disable_adapters or base.max_norm is not None or base.scale_grad_by_freq
     if len(active) != 1 or active[0] in module.lora_variant or unusual:
         raise NoRuleError("LoRA of an embedding that is not computed as B A[:, x]")
-    (name,), ids = active, ids_of(reads[0], delta, batch)
+    (name,), ids = active, ids_of(call.read[0], delta, batch)
     scale = getattr(base, "embed_scale", None)
     factor = module.scaling[name] * (1.0 if scale is None else scale)
     return ids, delta * factor, module.lora_embedding_A[name].detach(), module.lora_embedding_B[name].detach()

@@ -2,8 +2,23 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+
+
+@dataclass(eq=False)
+class Call:
+    """What a module was given in the forward pass of a batch."""
+
+    read: tuple[Any, ...]
+    """Its positional arguments."""
+    named: dict[str, Any]
+    """The others."""
+    wrote: Tensor | None = None
+    """What it returned, or the first of it, where its rules ask for that."""
+    made: tuple[Tensor, dict[str, Tensor]] | None = None
+    """What its rules share: a gradient of what it wrote, and the gradients of its parameters that follow from it."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,13 +5,12 @@ few experts: a sample's gradient of one is the sum over those of its tokens that
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from rapidin_vdb.gradient.adapted_experts import Experts
-from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, tokens_of
+from rapidin_vdb.gradient.contribution import Call, Contribution, Dense, NoRuleError, tokens_of
 
 _Pair = Callable[[Experts, int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(experts, which one, its tokens' states, what comes back to its output) -> what comes back to one of its linear
@@ -29,7 +28,7 @@ def is_router(module: torch.nn.Module) -> bool:
     return type(module).__name__.endswith("Router") and held in ({"weight": 2}, {"weight": 2, "bias": 1})
 
 
-def expert_rule(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...], Tensor, int], Contribution]:
+def expert_rule(name: str) -> Callable[[torch.nn.Module, Call, Tensor, int], Contribution]:
     """Return the rule for one of their tensors, or of those of its adapter, by its name.
 
     `gate_up_proj` is [experts, 2 * inner, hidden], `down_proj` [experts, hidden, inner], or the last two exchanged;
@@ -40,12 +39,12 @@ def expert_rule(name: str) -> Callable[[torch.nn.Module, tuple[Any, ...], Tensor
     pair = {"gate_up_proj": _to_gate_up, "down_proj": _to_down}[layer]
     if factor:
         first = factor.startswith("A")
-        return lambda module, reads, delta, batch: _factor(Experts(module), layer, first, pair, reads, delta, batch)
+        return lambda module, call, delta, batch: _factor(Experts(module), layer, first, pair, call, delta, batch)
     summed = _matrix if tensor == layer else _bias
 
-    def rule(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+    def rule(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
         experts = Experts(module)
-        return Dense(_former(experts, pair, summed, tuple(experts.tensor(tensor).shape), reads, delta, batch))
+        return Dense(_former(experts, pair, summed, tuple(experts.tensor(tensor).shape), call, delta, batch))
 
     return rule
 
@@ -71,7 +70,7 @@ def _bias(experts: Experts, expert: int, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _factor(
-    experts: Experts, layer: str, first: bool, pair: _Pair, reads: tuple[Any, ...], delta: Tensor, batch: int
+    experts: Experts, layer: str, first: bool, pair: _Pair, call: Call, delta: Tensor, batch: int
 ) -> Contribution:
     """Return the gradients of A, the first, or B of a layer's adapter, from what comes back to B A and what it read."""
 
@@ -84,7 +83,7 @@ def _factor(
 
     count, factors = len(experts.tensor(layer)), experts.factors(layer, 0)
     shape = (count, *(factors.a if first else factors.b).shape)
-    form = _former(experts, pair, summed, shape, reads, delta, batch)
+    form = _former(experts, pair, summed, shape, call, delta, batch)
     if first:
         return Dense(lambda samples: form(samples).flatten(1, 2))
     return Dense(lambda samples: form(samples).permute(0, 2, 3, 1).flatten(2))
@@ -95,14 +94,14 @@ def _former(
     pair: _Pair,
     summed: _Sum,
     shape: tuple[int, ...],
-    reads: tuple[Any, ...],
+    call: Call,
     delta: Tensor,
     batch: int,
 ) -> Callable[[slice], Tensor]:
     """Return what makes some samples' gradients, [samples, *shape], whose shape begins with the experts."""
-    if len(reads) != 3 or not all(isinstance(part, Tensor) for part in reads):
+    if len(call.read) != 3 or not all(isinstance(part, Tensor) for part in call.read):
         raise NoRuleError("experts that are called with something else than states, their experts and weights")
-    states, chosen, weights = (tokens_of(part, batch) for part in reads)
+    states, chosen, weights = (tokens_of(part, batch) for part in call.read)
     delta = tokens_of(delta, batch)
 
     def form(samples: slice) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapidin_vdb.gradient.contribution import Contribution, Dense
+from rapidin_vdb.gradient.contribution import Call, Contribution, Dense
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.rules import Rule
 
@@ -48,8 +48,8 @@ def tf32_products(layers: Sequence[torch.nn.Linear]) -> Iterator[None]:
 def tf32_rule(rule: Rule) -> Rule:
     """Return a layer's rule with its products under TF32."""
 
-    def apply(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
-        contribution = rule(module, reads, delta, batch)
+    def apply(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
+        contribution = rule(module, call, delta, batch)
         assert isinstance(contribution, Dense)
 
         def form(samples: slice) -> Tensor:

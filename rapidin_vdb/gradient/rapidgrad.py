@@ -10,10 +10,10 @@ from jaxtyping import Float, Float64
 from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
-from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError, Receiver
+from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.probe import kind_of
-from rapidin_vdb.gradient.receivers import Measuring, Sketcher
+from rapidin_vdb.gradient.receivers import Measuring, Receiver, Sketcher
 from rapidin_vdb.gradient.sample import cut_behind_loss, stream_gradient
 from rapidin_vdb.gradient.self_check import check
 from rapidin_vdb.records import Encoded, Normalize, SketchSpec

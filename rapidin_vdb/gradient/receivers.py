@@ -1,15 +1,29 @@
 """What takes the gradients of a batch as they come: sums them into RapidGrads, or measures them."""
 
+from typing import Protocol, runtime_checkable
+
 import numpy as np
 import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from rapidin_vdb.gradient.batch import Receiver
 from rapidin_vdb.sketch import BatchLanes, Sketch
 
 _BLOCK = 4096
 _SMALL, _LARGE = 1e-12, 1e12
+
+
+@runtime_checkable
+class Receiver(Protocol):
+    """Takes per-sample gradients as they come; each tensor of theta comes once for every sample that it touches."""
+
+    def dense(self, number: int, first: int, grads: Tensor) -> None:
+        """Take tensor `number` for the samples from `first` on, [samples, coordinates], in whatever type they come."""
+        ...
+
+    def rows(self, number: int, sample: int, ids: Tensor, grads: Tensor) -> None:
+        """Take some rows of tensor `number` for one sample, [rows] and float32 [rows, columns]; all others are zero."""
+        ...
 
 
 class Sketcher:

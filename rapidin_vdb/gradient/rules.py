@@ -20,12 +20,12 @@ from rapidin_vdb.gradient.adapted_embedding import (
     second_weight,
 )
 from rapidin_vdb.gradient.adapted_experts import is_experts, wrapped_modules, wrapped_parameters
-from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows, ids_of, tokens_of
+from rapidin_vdb.gradient.contribution import Call, Contribution, Dense, NoRuleError, Rows, ids_of, tokens_of
 from rapidin_vdb.gradient.experts import expert_rule, is_router
 from rapidin_vdb.gradient.trained_tokens import held_by, rows_rule, trained_rows, trains_tokens
 
-Rule = Callable[[torch.nn.Module, tuple[Any, ...], Tensor, int], Contribution]
-"""(module, its inputs, gradient of its output, batch size) -> what that call adds to the parameter's gradients."""
+Rule = Callable[[torch.nn.Module, Call, Tensor, int], Contribution]
+"""(module, its call, gradient of its output, batch size) -> what that call adds to the parameter's gradients."""
 
 
 def own_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -77,26 +77,26 @@ def rule_for(module: torch.nn.Module, name: str) -> Rule | None:
     return None
 
 
-def _linear_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
-    read, delta = tokens_of(reads[0], batch), tokens_of(delta, batch)
+def _linear_weight(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
+    read, delta = tokens_of(call.read[0], batch), tokens_of(delta, batch)
     return Dense(lambda samples: torch.bmm(delta[samples].transpose(1, 2), read[samples].to(delta.dtype)))
 
 
-def _conv1d_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
-    read, delta = tokens_of(reads[0], batch), tokens_of(delta, batch)
+def _conv1d_weight(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
+    read, delta = tokens_of(call.read[0], batch), tokens_of(delta, batch)
     return Dense(lambda samples: torch.bmm(read[samples].transpose(1, 2).to(delta.dtype), delta[samples]))
 
 
-def _bias(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+def _bias(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
     delta = tokens_of(delta, batch)
     return Dense(lambda samples: delta[samples].float().sum(1))
 
 
-def _layer_norm_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+def _layer_norm_weight(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
     assert isinstance(module, torch.nn.LayerNorm)
     if len(module.normalized_shape) != 1:
         raise NoRuleError("a layer norm over several dimensions")
-    read, delta = tokens_of(reads[0], batch), tokens_of(delta, batch)
+    read, delta = tokens_of(call.read[0], batch), tokens_of(delta, batch)
 
     def form(samples: slice) -> Tensor:
         standardised = F.layer_norm(read[samples].float(), module.normalized_shape, None, None, module.eps)
@@ -112,10 +112,10 @@ def _centres(module: torch.nn.Module) -> bool:
     return not bool(module(torch.ones_like(weight)[None, None]).any())
 
 
-def _own_layer_norm_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+def _own_layer_norm_weight(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
     """Of Cohere's class, which has no bias, and a row of weights for each head where it norms queries and keys."""
     weight = module.get_parameter("weight")
-    read, epsilon = reads[0], cast(float, module.variance_epsilon)
+    read, epsilon = call.read[0], cast(float, module.variance_epsilon)
     if weight.dim() == 1:
         read, delta = tokens_of(read, batch), tokens_of(delta, batch)
     if read.shape[0] != batch or read.shape[-weight.dim() :] != weight.shape:
@@ -128,8 +128,8 @@ def _own_layer_norm_weight(module: torch.nn.Module, reads: tuple[Any, ...], delt
     return Dense(form)
 
 
-def _rms_norm_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
-    read, delta = tokens_of(reads[0], batch), tokens_of(delta, batch)
+def _rms_norm_weight(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
+    read, delta = tokens_of(call.read[0], batch), tokens_of(delta, batch)
     epsilon: Any = getattr(module, "variance_epsilon", getattr(module, "eps", None))
     if epsilon is None:
         raise NoRuleError("an RMS norm that hides its epsilon")
@@ -141,9 +141,9 @@ def _rms_norm_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Ten
     return Dense(form)
 
 
-def _embedding_weight(module: torch.nn.Module, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+def _embedding_weight(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
     assert isinstance(module, torch.nn.Embedding)
-    read = reads[0]
+    read = call.read[0]
     if read.is_floating_point():
         # A subclass that makes its ids itself, as OPT's positions of a mask.
         raise NoRuleError(f"an embedding ({type(module).__name__}) that is not given ids")

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidin_vdb.gradient.contribution import Contribution, Dense, NoRuleError, Rows, ids_of, tokens_of
+from rapidin_vdb.gradient.contribution import Call, Contribution, Dense, NoRuleError, Rows, ids_of, tokens_of
 
 ROWS = "trainable_tokens_delta"
 
@@ -30,23 +30,23 @@ def held_by(module: torch.nn.Module) -> tuple[torch.nn.Module, torch.nn.Module]:
     return module.get_submodule(ROWS), module.get_submodule("base_layer")
 
 
-def rows_rule(name: str) -> Callable[[Any, tuple[Any, ...], Tensor, int], Contribution] | None:
+def rows_rule(name: str) -> Callable[[Any, Call, Tensor, int], Contribution] | None:
     """Return the rule for the rows of an adapter, by their name: they stand in the place of the embedding's own."""
     kind, _, adapter = name.partition(".")
     if kind != ROWS:
         return None
 
-    def rule(module: Any, reads: tuple[Any, ...], delta: Tensor, batch: int) -> Contribution:
+    def rule(module: Any, call: Call, delta: Tensor, batch: int) -> Contribution:
         base, places = module.get_base_layer(), module.token_indices[adapter]
         active = [name for name in module.active_adapters if name in module.token_indices]
         if active != [adapter] or module.merged or module.disable_adapters or len({*places}) < len(places):
             raise NoRuleError("trained tokens that are not those of one adapter, each once")
         trained = torch.as_tensor(places, device=delta.device)
         if isinstance(base, torch.nn.Embedding):
-            return _looked_up(base, trained, reads[0], delta, batch)
+            return _looked_up(base, trained, call.read[0], delta, batch)
         if isinstance(base, torch.nn.Linear):
             # Of all the logits' derivatives no more is kept, until the embedding's part has come at last.
-            read, delta = tokens_of(reads[0], batch), tokens_of(delta, batch)[..., trained]
+            read, delta = tokens_of(call.read[0], batch), tokens_of(delta, batch)[..., trained]
             return Dense(lambda samples: torch.bmm(delta[samples].transpose(1, 2), read[samples].to(delta)))
         raise NoRuleError(f"trained tokens of a {type(base).__name__}")
 
