@@ -296,8 +296,8 @@ def test_checkpointing_changes_nothing(kind, architecture, models, adapters):
     for (vector, loss), (expected, before) in zip(maker.make_batch(samples()), plain, strict=True):
         assert_close(vector, expected)
         assert loss == pytest.approx(before)
-    # A sample alone and the batch, to compare them once more, and the batch.
-    assert passes == [True, *[False, True] * 2], "once without keeping anything, once for its backward"
+    # A sample alone and the batch, to compare them once more as a whole and tensor by tensor, and the batch.
+    assert passes == [*[True, False, True] * 2, False, True], "once without keeping anything, once for its backward"
     assert maker._gradients.unruled == {}
     assert not any("forward" in vars(module) for module in loaded.model.modules())
 

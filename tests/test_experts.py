@@ -7,8 +7,9 @@ import torch
 from test_batch import SKETCH, assert_close, loaded_from, mixture_of_experts, samples, slow
 
 from rapidin_vdb.gradient import RapidGradMaker
-from rapidin_vdb.gradient.adapted_experts import Experts
+from rapidin_vdb.gradient.adapted_experts import Experts, is_experts
 from rapidin_vdb.gradient.contribution import NoRuleError
+from rapidin_vdb.gradient.influence import ExactInfluence
 
 BOTH = ("gate_up_proj", "down_proj")
 
@@ -68,3 +69,38 @@ def test_adapters_that_are_not_added_have_no_rule():
     model.disable_adapter_layers()
     with pytest.raises(NoRuleError, match="not exactly one"):
         Experts(experts)
+
+
+def test_an_adapter_that_is_not_active_has_no_rule():
+    """Its rank may be another than that of the one that is."""
+    from peft import LoraConfig
+
+    loaded = adapted("mixtral", BOTH)
+    names = [f"mlp.experts.{tensor}" for tensor in BOTH]
+    loaded.model.add_adapter("other", LoraConfig(r=5, target_modules=["q_proj"], target_parameters=names))
+    loaded = of(loaded_from(loaded.model), "experts.lora_", "experts.base_layer.lora_")
+    maker = compare(loaded)
+    given_up = [name for number, name in enumerate(loaded.theta) if number in maker._gradients.unruled]
+    assert given_up == [name for name in loaded.theta if ".other." in name] != []
+    assert set(maker._gradients.unruled.values()) == {"an adapter of experts that is not active"}
+
+
+def test_more_choices_than_experts_are_no_experts():
+    """LongCat's are chosen among more than there are: some pass a token on."""
+    model = mixture_of_experts("mixtral")
+    experts = model.model.layers[0].mlp.experts
+    assert is_experts(experts)
+    experts.gate_up_proj = torch.nn.Parameter(torch.cat([experts.gate_up_proj.detach()] * 2))
+    assert not is_experts(experts)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_token_scores_have_the_adapters_of_experts(dtype, caplog):
+    """Forward mode would leave them out: no module is called that it could watch."""
+    loaded = of(adapted("mixtral", BOTH[1:]), "lora_")
+    loaded.model.to(getattr(torch, dtype))
+    influence = ExactInfluence(RapidGradMaker(dataclasses.replace(loaded, dtype=dtype), spec=SKETCH, normalize="layer"))
+    query, *others = samples()
+    direction = influence.direction(query)
+    influence.token_scores(direction, others, influence.exact(direction, others))
+    assert "by double differentiation" in caplog.text and "did not sum" not in caplog.text

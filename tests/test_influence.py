@@ -6,9 +6,9 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import ARCHITECTURES
+from conftest import ARCHITECTURES, tiny_model
 from reference import token_gradients
-from test_batch import loaded_from, mixture_of_experts
+from test_batch import _Unused, loaded_from, mixture_of_experts
 
 from rapidin_vdb.gradient import ExactInfluence, RapidGradMaker, load_model, norms_of
 from rapidin_vdb.gradient.tangent import tangent_rule_for
@@ -129,6 +129,24 @@ def test_a_wrong_forward_rule_is_found_and_made_up_for(models, adapters, monkeyp
         close(scores, slow_matrix(loaded, sample, QUERY, "layer").sum(1))
     (record,) = caplog.records
     assert "in forward mode they did not sum to the samples' scores" in record.getMessage()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_layer_that_is_never_called_is_found_in_forward_mode(dtype, caplog):
+    """Its part would be missing, and in 16 bits the sums would not tell."""
+    model = tiny_model("llama")
+    layer = _Unused(16, 16, bias=False)
+    layer.weight = model.model.layers[1].self_attn.o_proj.weight
+    model.model.layers[1].self_attn.o_proj = layer
+    loaded = dataclasses.replace(loaded_from(model.to(getattr(torch, dtype))), dtype=dtype)
+    influence = ExactInfluence(RapidGradMaker(loaded, spec=SKETCH, normalize="layer"))
+    direction = influence.direction(QUERY)
+    exact = influence.exact(direction, SAMPLES)
+    scores = influence.token_scores(direction, SAMPLES, exact)
+    assert "(a _Unused is multiplied by elsewhere)" in caplog.text
+    if dtype == "float32":
+        for sample, found in zip(SAMPLES, scores, strict=True):
+            close(found, slow_matrix(loaded, sample, QUERY, "layer").sum(1))
 
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])

@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 from conftest import tiny_model
-from test_batch import SKETCH, _Doubled, loaded_from, samples, small_opt
+from test_batch import SKETCH, _Doubled, assert_close, loaded_from, samples, slow, small_opt
 
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient import RapidGradMaker
 from rapidin_vdb.gradient import head as head_module
+from rapidin_vdb.gradient.probe import Prober, to_compare
 from rapidin_vdb.gradient.training import with_lora
+from rapidin_vdb.sketch import Sketch
 
 MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
 
@@ -91,15 +93,71 @@ def test_what_padding_rounds_otherwise_gives_nothing_up(caplog):
     assert "by rounding alone" in caplog.text
 
 
+@pytest.mark.parametrize("length", [4, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("wrong", [None, 1])
-def test_a_sample_that_is_not_finite_hides_no_wrong_rule(wrong):
-    maker, bad = maker_in(torch.bfloat16, wrong=wrong), samples((4,))[0]
+def test_a_sample_that_is_not_finite_hides_no_wrong_rule(wrong, dtype, length):
+    """Of four tokens it is a neighbour, of eight the one that would be compared."""
+    maker, bad = maker_in(dtype, wrong=wrong), samples((length,))[0]
     with torch.no_grad():
         maker.loaded.model.model.embed_tokens.weight[200] = float("nan")
     bad = dataclasses.replace(bad, sample_id="bad", input_ids=(*bad.input_ids[:1], 200, *bad.input_ids[2:]))
+    assert (to_compare([*samples(), bad]) == 5) == (length == 8)
     made = maker.make_batch([*samples()[:2], bad, *samples()[2:]])
     assert [isinstance(one, GradientError) for one in made] == [False, False, True, False, False, False]
     assert len(maker._gradients.unruled) == (wrong is not None)
+
+
+@pytest.mark.parametrize("sign", [-1.0, 1.0])
+def test_a_wrong_direction_is_told_by_many_projections(sign):
+    """One would be right by chance now and then: of fifteen sign flips one, to a tenth."""
+    draw, same = torch.Generator().manual_seed(0), 0
+    prober = Prober(Sketch(SKETCH, [1000]), 0)
+    for _ in range(200):
+        grad = torch.randn(1, 1000, generator=draw)
+        right, other = prober.probe(0, grad), prober.probe(0, sign * grad)
+        assert right[0] == other[0] == grad.norm()
+        same += int((right - other)[1:].norm() <= 0.5 * grad.norm())
+    assert same == (200 if sign > 0 else 0)
+
+
+class _Twice(torch.nn.Linear):
+    """A rule for linear layers is half of what is right here."""
+
+    def forward(self, hidden):
+        return super().forward(hidden) * 2
+
+
+@pytest.mark.parametrize("normalize", ["layer", "none"])
+def test_a_rule_that_is_wrong_by_a_factor_is_found(normalize):
+    """Normalised, RapidGrads would be right; token scores are divided by the norms."""
+    model = tiny_model("llama")
+    layer = _Twice(16, 16, bias=False)
+    layer.weight = model.model.layers[1].self_attn.q_proj.weight
+    model.model.layers[1].self_attn.q_proj = layer
+    loaded = loaded_from(model)
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize=normalize)
+    maker.make_batch(samples())
+    assert [list(loaded.theta)[n] for n in maker._gradients.unruled] == ["model.layers.1.self_attn.q_proj.weight"]
+
+
+class _Grouped(torch.nn.Linear):
+    """Some models' layer whose matrix has only the blocks on its diagonal."""
+
+    def forward(self, hidden):
+        read = hidden.unflatten(-1, (4, -1)).unbind(-2)
+        blocks = self.weight.unflatten(0, (4, -1))
+        return torch.cat([part @ block.T for part, block in zip(read, blocks, strict=True)], -1)
+
+
+def test_a_rule_that_makes_gradients_of_another_shape_is_found():
+    model = tiny_model("llama")
+    model.model.layers[1].self_attn.q_proj = _Grouped(4, 16, bias=False)
+    loaded = loaded_from(model)
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    for sample, (vector, _) in zip(samples(), maker.make_batch(samples()), strict=True):
+        assert_close(vector, slow(loaded, sample))
+    assert [list(loaded.theta)[n] for n in maker._gradients.unruled] == ["model.layers.1.self_attn.q_proj.weight"]
 
 
 def test_samples_that_a_wrong_one_spreads_to_are_computed_alone():

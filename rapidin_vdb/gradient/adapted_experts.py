@@ -18,13 +18,15 @@ from rapidin_vdb.gradient.contribution import NoRuleError
 def is_experts(module: torch.nn.Module) -> bool:
     """Say whether a module is experts as transformers lays them out, with wrappers around them or without.
 
-    Gate and up stand in one tensor, down in another; both may have biases.
+    Gate and up stand in one tensor, down in another, each of as many experts; both may have biases.
     """
     weights = {"gate_up_proj": 3, "down_proj": 3}
     biases = {f"{name}_bias": 2 for name in weights}
     _, inner = _unwrapped(module)
-    held = {name: parameter.dim() for name, parameter in inner.named_parameters(recurse=False)}
-    return held in (weights, weights | biases)
+    parameters = dict(inner.named_parameters(recurse=False))
+    held = {name: parameter.dim() for name, parameter in parameters.items()}
+    # Of some, more are chosen among than compute (LongCat's, which pass a token on).
+    return held in (weights, weights | biases) and len({len(parameter) for parameter in parameters.values()}) == 1
 
 
 def wrapped_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
@@ -90,10 +92,15 @@ class Experts:
         matrix = stored.T if self.turned else stored
         return matrix + self.factors(name, expert).product.to(matrix) if name in self._wrappers else matrix
 
-    def factors(self, name: str, expert: int) -> Factors:
-        """Return the adapter of one expert's matrix."""
+    def adapter(self, name: str) -> str:
+        """Return the name of the adapter that is added to a tensor."""
         wrapper = self._wrappers[name]
         (adapter,) = [adapter for adapter in wrapper.active_adapters if adapter in wrapper.lora_A]
+        return str(adapter)
+
+    def factors(self, name: str, expert: int) -> Factors:
+        """Return the adapter of one expert's matrix."""
+        wrapper, adapter = self._wrappers[name], self.adapter(name)
         count = len(self.tensor(name))
         a, b = wrapper.lora_A[adapter].weight.detach(), wrapper.lora_B[adapter].weight.detach()
         # PEFT exchanges what A and B multiply where matrices are stored as [written, read]; older ones do not.

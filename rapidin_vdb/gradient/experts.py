@@ -38,8 +38,15 @@ def expert_rule(name: str) -> Callable[[torch.nn.Module, Call, Tensor, int], Con
     layer = tensor.removesuffix("_bias")
     pair = {"gate_up_proj": _to_gate_up, "down_proj": _to_down}[layer]
     if factor:
-        first = factor.startswith("A")
-        return lambda module, call, delta, batch: _factor(Experts(module), layer, first, pair, call, delta, batch)
+        kind, _, adapter = factor.partition(".")
+
+        def factor_rule(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
+            experts = Experts(module)
+            if experts.adapter(layer) != adapter:
+                raise NoRuleError("an adapter of experts that is not active")
+            return _factor(experts, layer, kind == "A", pair, call, delta, batch)
+
+        return factor_rule
     summed = _matrix if tensor == layer else _bias
 
     def rule(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:

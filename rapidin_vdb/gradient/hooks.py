@@ -152,6 +152,9 @@ class Run:
         for first in range(0, self.batch, chunk):
             samples = slice(first, min(first + chunk, self.batch))
             grads = self._formed(number, contributions[0], samples)
+            if grads[0].numel() != self.theta[number].numel():
+                self.gradients.give_up(number, f"its rule makes gradients of shape {tuple(grads.shape[1:])}")
+                return
             for further in contributions[1:]:
                 grads = grads.float().add_(self._formed(number, further, samples))
             self.receiver.dense(number, first, grads.flatten(1))

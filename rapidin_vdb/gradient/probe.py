@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from rapidin_vdb.records import Encoded
-from rapidin_vdb.sketch import Sketch
+from rapidin_vdb.sketch import Sketch, fold
 
 _ENOUGH_TOKENS = 8
 _TOKENS = 64
+_PROJECTIONS = 64
 
 
 def kind_of(batch: Sequence[Encoded]) -> int:
@@ -45,23 +46,35 @@ def ends(batch: Sequence[Encoded]) -> list[Encoded]:
     return found
 
 
+def near(one: Tensor, other: Tensor, allowed: float) -> bool:
+    """Say whether two gradients, as `Prober.probe` tells them, are no further apart; what is not finite is from all."""
+    norms, projections = (one - other).abs().split([1, len(one) - 1])
+    return float(norms) <= allowed and float(projections.norm()) <= allowed
+
+
 class Prober:
-    """Keeps the norm and one random projection of each tensor's gradient, of one sample."""
+    """Keeps the norm and some random projections of each tensor's gradient, of one sample.
+
+    A single projection of a wrong gradient of the right norm would be right now and then; so many are as far from those
+    of the right one as the gradients are from each other.
+    """
 
     def __init__(self, sketch: Sketch, place: int) -> None:
         self._sketch = sketch
         self._place = place
+        self.count = min(_PROJECTIONS, sketch.spec.width)
+        """How many projections there are."""
         self.found: dict[int, Tensor] = {}
 
     def probe(self, number: int, grads: Tensor, rows: Tensor | None = None) -> Tensor:
-        """Return the norm and the projection of a gradient, or of some rows of one, float32 [2]."""
+        """Return the norm and the projections of a gradient, or of some rows of one, float32 [1 + projections]."""
         sketched = torch.zeros(self._sketch.spec.width, device=grads.device)
         if rows is None:
             self._sketch.add(sketched, number, grads.reshape(-1))
         else:
             self._sketch.add_rows(sketched, number, rows, grads, normalize=False)
-        weights = torch.linspace(-1, 1, len(sketched), device=grads.device)
-        return torch.stack([torch.linalg.vector_norm(grads), sketched @ weights]).cpu()
+        norm = torch.linalg.vector_norm(grads).reshape(1)
+        return torch.cat([norm, fold(sketched, self.count)]).cpu()
 
     def dense(self, number: int, first: int, grads: Tensor) -> None:
         """Keep those of the sample, if it is among these."""

@@ -11,7 +11,7 @@ padded as the batch is, or our way from itself without TF32 and output layer.
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient.batch import LateGradientError
 from rapidin_vdb.gradient.forward import OutputError, batch_losses
 from rapidin_vdb.gradient.head import OutputLayer
-from rapidin_vdb.gradient.probe import Prober, ends, to_compare
+from rapidin_vdb.gradient.probe import Prober, ends, near, to_compare
 from rapidin_vdb.gradient.sample import stream_gradient
 from rapidin_vdb.records import Encoded
 
@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 # How far a batched RapidGrad may be from that of the sample alone, relative to its norm: half of half precision for
 # models computed in float32; what the order of additions does to a backward pass in 16 bits, at least.
 _TOLERANCE = {"float32": 2.0**-12, "bfloat16": 0.1, "float16": 0.02}
-# Where gradients are not normalised, what rounding may do to one, relative to the norm of them all: some cancel to
-# nothing else, as a bias of all keys alike.
+# What rounding may do to the gradient of a tensor, relative to the norm of them all: some cancel to nothing else, as a
+# bias of all keys alike.
 _WHOLE_ROUNDING = 2.0**-22
 # How many times the distance that rounding alone makes, and how far at the most.
 _ROUNDINGS = 3
@@ -55,9 +55,7 @@ def check(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> bool:
         if gradients.checkpointing:
             # Alone, activations are kept, for which there is no memory.
             batch = ends(batch)
-        place = to_compare(batch)
-        alone = torch.zeros(maker.spec.width, device=loaded.device)
-        loss = maker._add_alone(alone, batch[place])
+        place, alone, loss = _alone(maker, batch)
         if loaded.dtype == "float32":
             _check_exactly(maker, batch, place, alone, loss)
         else:
@@ -68,13 +66,27 @@ def check(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> bool:
     return True
 
 
+def _alone(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> tuple[int, Tensor, float]:
+    """Return the place of the sample to compare, and its RapidGrad and loss by autograd, alone.
+
+    Raises:
+        GradientError: no sample has a gradient that is finite.
+    """
+    left = list(range(len(batch)))
+    while True:
+        place = left.pop(to_compare([batch[number] for number in left]))
+        alone = torch.zeros(maker.spec.width, device=maker.loaded.device)
+        with nullcontext() if not left else suppress(GradientError):
+            return place, alone, maker._add_alone(alone, batch[place])
+
+
 def _check_exactly(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int, alone: Tensor, loss: float) -> None:
     """Give up what makes a batch differ from the sample alone in float32."""
     tolerance = _TOLERANCE["float32"]
     if _agrees_somehow(maker, batch, place, alone, loss, tolerance):
-        if maker.normalize == "none":
-            # A tensor with a small part in this sample's gradient may have a large one in another's.
-            _give_up_wrong_tensors(maker, batch, place, among=None, rounding=_WHOLE_ROUNDING)
+        # A tensor with a small part in this sample's gradient may have a large one in another's; and normalised, one
+        # that is wrong by a factor is as it should be, but its norm, which token scores are divided by, is not.
+        _give_up_wrong_tensors(maker, batch, place, among=None, rounding=_WHOLE_ROUNDING)
         return
     with maker._gradients.without_output_layer():
         _give_up_wrong_tensors(maker, batch, place, among=None)
@@ -258,7 +270,7 @@ def _give_up_wrong_tensors(
     among: Sequence[Encoded] | None,
     rounding: float = 0.0,
 ) -> None:
-    """Find the tensors whose batched gradient is not that of autograd, by norm and by one random projection.
+    """Find the tensors whose batched gradient is not that of autograd, by norm and by random projections.
 
     What differs by less than `rounding`, relative to the norm of all tensors, is let pass, unless nothing came at all.
     """
@@ -279,9 +291,9 @@ def _give_up_wrong_tensors(
                 projection.found.clear()  # there is one tensor less each time
     tolerance = _TOLERANCE.get(maker.loaded.dtype, 0.1)
     passed = rounding * math.hypot(*(float(one[0]) for one in alone.values()))
+    nothing = torch.zeros(1 + projection.count)
     for number in range(len(maker.loaded.theta)):
-        one = alone.get(number, torch.zeros(2))
-        other = projection.found.get(number, torch.zeros(2))
+        one, other = alone.get(number, nothing), projection.found.get(number, nothing)
         allowed = tolerance * float(one[0].clamp(min=1e-30)) + (passed if number in projection.found else 0.0)
-        if number not in gradients.unruled and (one - other).abs().max() > allowed:
+        if number not in gradients.unruled and not near(one, other, allowed):
             gradients.give_up(number, "its batched gradient differs from autograd's")

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from rapidin_vdb.gradient.forward import batch_losses
 from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.gradient.rules import held_modules, own_parameters
 from rapidin_vdb.records import Encoded
 
 TangentRule = Callable[[Any, Tensor, Tensor], Tensor]
@@ -79,9 +80,11 @@ class TangentPass:
         numbers = {id(tensor): number for number, tensor in enumerate(loaded.theta.values())}
         self._rules: list[tuple[torch.nn.Module, list[tuple[int, TangentRule]]]] = []
         found = set()
-        for module in loaded.model.modules():
+        modules = list(loaded.model.modules())
+        held = {id(part) for module in modules for part in held_modules(module)}
+        for module in modules:
             rules = []
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, parameter in own_parameters(module) if id(module) not in held else ():
                 number = numbers.get(id(parameter))
                 if number is None:
                     continue
@@ -110,15 +113,20 @@ class TangentPass:
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), ExitStack() as hooks:
             for module in self._frozen:
                 hooks.enter_context(_linear_in_its_input(module))
+            called: set[int] = set()
             for module, rules in self._rules:
                 active = [(number, rule) for number, rule in rules if number in direction]
                 if active:
-                    hooks.enter_context(_moving(module, active, direction, scales))
+                    hooks.enter_context(_moving(module, active, direction, scales, called))
             try:
                 found = batch_losses(self.loaded, batch)
                 tangents = forward_ad.unpack_dual(found.losses).tangent
             except NotImplementedError as error:
                 raise NoTangentError(str(error).split("\n")[0][:200]) from error
+        moved = (scales != 0).any(0).tolist()
+        for module, rules in self._rules:
+            if any(number in direction and moved[number] and number not in called for number, _ in rules):
+                raise NoTangentError(f"a {type(module).__name__} is multiplied by elsewhere")
         if tangents is None:
             raise NoTangentError("the loss does not depend on theta")
         return list(tangents.detach().split(found.counts.tolist()))
@@ -133,15 +141,20 @@ def _load_forward_rules() -> None:
 
 @contextmanager
 def _moving(
-    module: torch.nn.Module, rules: list[tuple[int, TangentRule]], direction: dict[int, Tensor], scales: Tensor
+    module: torch.nn.Module,
+    rules: list[tuple[int, TangentRule]],
+    direction: dict[int, Tensor],
+    scales: Tensor,
+    called: set[int],
 ) -> Iterator[None]:
-    """Add to the tangent of what a module writes what comes of its own parameters' directions."""
+    """Add to the tangent of what a module writes what comes of its own parameters' directions; tell whose it was."""
 
     def hook(module: torch.nn.Module, reads: tuple[Any, ...], wrote: Any) -> Tensor:
         if not reads or not isinstance(wrote, Tensor) or not isinstance(reads[0], Tensor):
             raise NoTangentError(f"{type(module).__name__} is called in an unusual way")
         read = forward_ad.unpack_dual(reads[0]).primal if reads[0].is_floating_point() else reads[0]
         primal, tangent = forward_ad.unpack_dual(wrote)
+        called.update(number for number, _ in rules)
         for number, rule in rules:
             moved = rule(module, read, direction[number].to(wrote.dtype)).float()
             # In single precision: a scale is one over a norm, which may be small.
