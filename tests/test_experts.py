@@ -14,12 +14,12 @@ from rapidin_vdb.gradient.influence import ExactInfluence
 BOTH = ("gate_up_proj", "down_proj")
 
 
-def adapted(kind: str, tensors, **options):
+def adapted(kind: str, tensors, names=(), **options):
     from peft import LoraConfig, get_peft_model
 
     model = mixture_of_experts(kind)
     model.set_experts_implementation("eager")
-    names = [f"mlp.experts.{tensor}" for tensor in tensors]
+    names = [*names, *(f"mlp.experts.{tensor}" for tensor in tensors)]
     config = LoraConfig(r=3, lora_alpha=4, target_modules=["q_proj"], target_parameters=names, **options)
     model = get_peft_model(model, config).eval()
     with torch.no_grad():
@@ -69,6 +69,24 @@ def test_adapters_that_are_not_added_have_no_rule():
     model.disable_adapter_layers()
     with pytest.raises(NoRuleError, match="not exactly one"):
         Experts(experts)
+
+
+@pytest.mark.parametrize("normalize", ["layer", "none"])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])
+def test_adapters_of_routers_are_batched(kind, normalize):
+    """PEFT's `all-linear` takes them too."""
+    router = "router" if kind == "gpt_oss" else "gate"
+    loaded = of(adapted(kind, (), names=[f"mlp.{router}.weight"]), "lora_", f"{router}.base_layer")
+    assert sum(f".{router}.lora_" in name for name in loaded.theta) == 2 * 2
+    assert (kind == "gpt_oss") == any(name.endswith("router.base_layer.bias") for name in loaded.theta)
+    assert compare(loaded, normalize)._gradients.unruled == {}
+
+
+def test_a_router_whose_adapter_is_left_out_has_no_rule():
+    loaded = of(adapted("mixtral", (), names=["mlp.gate.weight"]), "gate.lora_", "o_proj")
+    loaded.model.disable_adapter_layers()
+    maker = compare(loaded)
+    assert "an adapter of a router that is not added, or not alone" in maker._gradients.unruled.values()
 
 
 def test_an_adapter_that_is_not_active_has_no_rule():

@@ -22,7 +22,7 @@ def is_experts(module: torch.nn.Module) -> bool:
     """
     weights = {"gate_up_proj": 3, "down_proj": 3}
     biases = {f"{name}_bias": 2 for name in weights}
-    _, inner = _unwrapped(module)
+    _, inner = unwrapped(module)
     parameters = dict(inner.named_parameters(recurse=False))
     held = {name: parameter.dim() for name, parameter in parameters.items()}
     # Of some, more are chosen among than compute (LongCat's, which pass a token on).
@@ -31,7 +31,7 @@ def is_experts(module: torch.nn.Module) -> bool:
 
 def wrapped_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
     """Yield the names and parameters of what stands within a wrapper of experts; see `is_experts`."""
-    wrappers, inner = _unwrapped(module)
+    wrappers, inner = unwrapped(module)
     for wrapper in wrappers:
         for kind in ("lora_A", "lora_B"):
             for adapter, layer in getattr(wrapper, kind).items():
@@ -42,7 +42,7 @@ def wrapped_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.
 
 def wrapped_modules(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """Yield the modules whose parameters `wrapped_parameters` yields."""
-    for wrapper in _unwrapped(module)[0]:
+    for wrapper in unwrapped(module)[0]:
         yield from (*wrapper.lora_A.values(), *wrapper.lora_B.values(), wrapper.base_layer)
 
 
@@ -73,7 +73,7 @@ class Experts:
         Raises:
             NoRuleError: their adapters are merged, left out, or several at once.
         """
-        wrappers, self._base = _unwrapped(module)
+        wrappers, self._base = unwrapped(module)
         for wrapper in wrappers:
             active = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
             if len(active) != 1 or wrapper.merged or wrapper.disable_adapters:
@@ -128,7 +128,7 @@ class Experts:
         return gated
 
 
-def _unwrapped(module: Any) -> tuple[list[Any], Any]:
+def unwrapped(module: Any) -> tuple[list[Any], Any]:
     """Return PEFT's wrappers, each LoRA of a single tensor, from the outermost on, and the module within them all."""
     wrappers = []
     while isinstance(getattr(module, "parameter_name", None), str) and hasattr(module, "lora_A"):

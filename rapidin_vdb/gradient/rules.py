@@ -20,6 +20,7 @@ from rapidin_vdb.gradient.adapted_embedding import (
     second_weight,
 )
 from rapidin_vdb.gradient.adapted_experts import is_experts, wrapped_modules, wrapped_parameters
+from rapidin_vdb.gradient.adapted_router import is_adapted_router, router_factor_rule
 from rapidin_vdb.gradient.contribution import Call, Contribution, Dense, NoRuleError, Rows, ids_of, tokens_of
 from rapidin_vdb.gradient.experts import expert_rule, is_router
 from rapidin_vdb.gradient.trained_tokens import held_by, rows_rule, trained_rows, trains_tokens
@@ -35,7 +36,7 @@ def own_parameters(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Para
         yield from matrices(module)
     if trains_tokens(module):
         yield from trained_rows(module)
-    if is_experts(module):
+    if is_experts(module) or is_adapted_router(module):
         yield from wrapped_parameters(module)
 
 
@@ -45,7 +46,7 @@ def held_modules(module: torch.nn.Module) -> Iterator[torch.nn.Module]:
         yield from (module.get_submodule(kind) for kind in DICTIONARIES)
     if trains_tokens(module):
         yield from held_by(module)
-    if is_experts(module):
+    if is_experts(module) or is_adapted_router(module):
         yield from wrapped_modules(module)
 
 
@@ -68,12 +69,14 @@ def rule_for(module: torch.nn.Module, name: str) -> Rule | None:
         return _own_layer_norm_weight if _centres(module) else None
     if is_experts(module):
         return expert_rule(name)
+    if is_adapted_router(module) and (rule := router_factor_rule(name)):
+        return rule
+    if is_router(module) or is_adapted_router(module):
+        return _bias if name == "bias" else _linear_weight
     if trains_tokens(module):
         return rows_rule(name)
     if is_adapted_embedding(module):
         return first_weight if is_first(name) else second_weight
-    if is_router(module):
-        return _bias if name == "bias" else _linear_weight
     return None
 
 
