@@ -78,6 +78,8 @@ def estimate(
             seconds = (time.monotonic() - started) * work / measured / speedup(workers, devices)
     return IngestEstimate(
         truncated=plan.truncated,
+        earlier_turns=plan.earlier_turns,
+        mixed=plan.mixed,
         samples=samples,
         tokens=tokens,
         batches=len(sizes),

@@ -78,6 +78,8 @@ def ingest(
         kept=plan.kept + writer.kept,
         bad=tuple(plan.bad),
         truncated=plan.truncated,
+        earlier_turns=plan.earlier_turns,
+        mixed=plan.mixed,
         tokens=tokens,
         token_gradients=writer.token_gradients,
         seconds=time.monotonic() - started,

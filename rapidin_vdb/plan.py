@@ -83,6 +83,10 @@ class Plan:
     """Samples whose id stands for other content, which stays."""
     truncated: int = 0
     """How many of the samples to write have more tokens than are looked at."""
+    earlier_turns: int = 0
+    """How many of them have turns of the assistant before their response."""
+    mixed: dict[str, str] = field(default_factory=dict)
+    """New columns that hold text because of one value, or its lack, and where that is."""
     bad: list[str] = field(default_factory=list)
     """What is wrong with each record that cannot be stored."""
 
@@ -160,8 +164,9 @@ def make_plan(
             wanted = _decide(plan, sample, known, table, on_duplicate)
             if wanted:
                 known.replaced = known.there is not None
-                plan.kinds = merge_kinds(plan.kinds, sample.metadata)
+                _merge_kinds(plan, sample)
                 plan.truncated += encoded.truncated
+                plan.earlier_turns += any(turn.role == "assistant" for turn in sample.messages)
             lacking = token_gradients and not known.has_tokens and known.there == sample.content_hash
             if wanted or (lacking and known.planned is None):
                 known.planned = sample.content_hash
@@ -199,6 +204,16 @@ def _fitting(pair: Pair, columns: Mapping[str, ColumnKind | None]) -> Pair | Cor
                 f"{columns[name.lower()]}; rename the field or bring it to that type"
             )
     return pair
+
+
+def _merge_kinds(plan: Plan, sample: Sample) -> None:
+    """Make the columns hold a sample's fields too, and note which hold text only because types are mixed."""
+    kinds = merge_kinds(plan.kinds, sample.metadata)
+    for name, before in plan.kinds.items():
+        values = [value for other, value in sample.metadata.items() if other.lower() == name.lower()]
+        if kinds[name] == "str" and any(v is not None and {before, value_kind(v)} != {"str"} for v in values):
+            plan.mixed.setdefault(name, sample.location)
+    plan.kinds = kinds
 
 
 def _ids(window: Sequence[Pair | CorpusError]) -> Iterator[str]:
@@ -241,7 +256,8 @@ def _differing(table: SampleTable, sample: Sample) -> str:
     stored = table.snapshot().samples([sample.sample_id]).get(sample.sample_id)
     if stored is None:
         return ""
-    names = [
-        name for name in ("prompt", "response", "split", "source") if getattr(stored, name) != getattr(sample, name)
-    ]
-    return f" (its {' and '.join(names or ['other fields'])} differ)"
+    texts = ("prompt", "response", "split", "source")
+    names = [name for name in texts if getattr(stored, name) != getattr(sample, name)]
+    ours, theirs = dict(sample.metadata), dict(stored.metadata)
+    names += [name for name in (ours | theirs) if ours.get(name) != theirs.get(name)]
+    return f" (in {', '.join(names)})" if names else ""

@@ -10,6 +10,7 @@ import torch
 from conftest import byte_tokenizer, save_model, toy_records, write_jsonl
 
 import rapidin_vdb
+from rapidin_vdb.cli import show
 from rapidin_vdb.corpus import Record, encode, load_template, sample_from
 from rapidin_vdb.errors import CorpusError, FingerprintError, ModelError
 from rapidin_vdb.gradient import generation
@@ -193,6 +194,20 @@ def test_databases_of_before_go_on_as_they_were(tmp_path, monkeypatch):
     for name in ("old", "new"):
         with pytest.raises(FingerprintError, match="template_text is"):
             rapidin_vdb.open(tmp_path / name).query("Say 1", "blue 7")
+
+
+def test_earlier_turns_without_a_gradient_are_told(tmp_path, capsys):
+    folder, tokenizer = save_model(tmp_path / "model", "llama"), byte_tokenizer()
+    tokenizer.chat_template = TEMPLATES["as it is"].replace("<|im_end|>", "<pad>")
+    tokenizer.save_pretrained(folder)
+    database = rapidin_vdb.init(tmp_path / "db", model=str(folder), parameters="norm", width=16, template="chat")
+    once = {"messages": talk("Snow is grey.")["messages"][3:]}
+    path = write_jsonl(tmp_path / "talks.jsonl", [talk("Snow is white."), once, talk("Snow is blue.")])
+    expected, report = database.ingest(path, dry_run=True), database.ingest(path)
+    assert expected.earlier_turns == report.earlier_turns == 2
+    show.ingested(report)
+    assert "2 of them have earlier turns of the assistant, which have no gradient" in capsys.readouterr().err
+    assert database.ingest(path).earlier_turns == 0
 
 
 def test_generation_ends_where_an_answer_does(monkeypatch):

@@ -251,7 +251,7 @@ def test_wrong_usage_is_exit_2(capsys, database):
 
 
 def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch, tmp_path):
-    def interrupt(self, *arguments):
+    def interrupt(self, *arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr("rapidin_vdb.database.Database.show", interrupt)
@@ -260,6 +260,8 @@ def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch, tmp_path)
     assert err == (
         "interrupted: what was committed is kept (24 samples are in the table); run the same command again to go on\n"
     )
+    monkeypatch.setattr("rapidin_vdb.web.serve", interrupt)
+    assert call(capsys, "serve", database.path) == (130, "", "stopped\n"), "which is no accident"
     call(capsys, "show", tmp_path / "nowhere", "x")
     monkeypatch.setattr("rapidin_vdb.creation.SampleTable.__init__", interrupt)
     err = call(capsys, "show", database.path, "x")[2]

@@ -144,7 +144,7 @@ def test_malformed_lines_are_named_and_the_rest_still_read(tmp_path):
     found = [entry if isinstance(entry, CorpusError) else entry.response for entry in read_corpus([path])]
     assert [str(entry) if isinstance(entry, CorpusError) else entry for entry in found] == [
         "good",
-        f"{path}, line 2: not JSON: Expecting ',' delimiter at column 1",
+        f"{path}, line 2: not JSON: Expecting ',' delimiter at column 15",
         f"{path}, line 4: found a list; wanted an object with named fields",
         f"{path}, line 5: holds text that is not valid Unicode: surrogates not allowed",
         "fine",

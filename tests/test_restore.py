@@ -64,6 +64,8 @@ def test_what_was_not_kept_is_not_made_up(fields):
     kept = {name: value for name, value in sample.metadata.items() if name not in ("output", "instruction")}
     assert again.metadata == kept
     assert "record_tokens" not in plain_record(sample), "it has its own name again"
+    turns = [{name: turn[name] for name in ("role", "content")} for turn in fields.get("messages", ())]
+    assert plain_record(sample).get("messages", []) == turns[:5], "a conversation stays one"
 
 
 def test_a_corpus_that_cannot_be_restored_costs_little(monkeypatch):

@@ -10,7 +10,7 @@ from test_batch import SKETCH, _Doubled, assert_close, loaded_from, samples, slo
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient import RapidGradMaker
 from rapidin_vdb.gradient import head as head_module
-from rapidin_vdb.gradient.probe import Prober, to_compare
+from rapidin_vdb.gradient.probe import Prober, near, to_compare
 from rapidin_vdb.gradient.training import with_lora
 from rapidin_vdb.sketch import Sketch
 
@@ -106,6 +106,12 @@ def test_a_sample_that_is_not_finite_hides_no_wrong_rule(wrong, dtype, length):
     made = maker.make_batch([*samples()[:2], bad, *samples()[2:]])
     assert [isinstance(one, GradientError) for one in made] == [False, False, True, False, False, False]
     assert len(maker._gradients.unruled) == (wrong is not None)
+
+
+def test_what_is_no_number_is_near_nothing():
+    one, none = torch.ones(3), torch.tensor([1.0, 1.0, float("nan")])
+    assert near(one, one, 0.0) and not near(one, none, 1e9) and not near(none, none, 1e9)
+    assert not near(torch.tensor([2.0, 1.0, 1.0]), one, 0.9) and not near(one, torch.tensor([1.0, 3.0, 1.0]), 1.9)
 
 
 @pytest.mark.parametrize("sign", [-1.0, 1.0])

@@ -12,6 +12,7 @@ from reference import normalized, sample_gradient, sketched, top_k
 from safetensors.torch import load_file, save_file
 
 import rapidin_vdb
+from rapidin_vdb.cli import show
 from rapidin_vdb.corpus import Record, encode, load_template, sample_from
 from rapidin_vdb.errors import CorpusError, FingerprintError, GradientError, SpecError, TableError
 from rapidin_vdb.query import query_from
@@ -221,7 +222,7 @@ def test_other_content_under_a_known_id(database, tmp_path):
     path = write_jsonl(tmp_path / "other.jsonl", [{"id": "toy-003", "instruction": "Say 3", "output": "changed"}])
     with pytest.raises(
         CorpusError,
-        match="line 1: sample toy-003 is in the database with other content .its response and source differ",
+        match="line 1: sample toy-003 is in the database with other content .in response, source, stars.. Nothing",
     ):
         database.ingest(path)
     assert database.ingest(path, on_duplicate="skip").kept == 1
@@ -230,6 +231,31 @@ def test_other_content_under_a_known_id(database, tmp_path):
     after = content(database)
     assert {name for name in before if before[name] != after[name]} == {"toy-003"}
     assert after["toy-003"][0].response == "changed"
+
+
+def test_a_field_of_another_value_is_named(database, tmp_path):
+    record = {"id": "rated", "instruction": "Say 3", "output": "Three.", "stars": 3, "lang": "en"}
+    database.ingest(write_jsonl(tmp_path / "rated.jsonl", [record]))
+    path = write_jsonl(tmp_path / "again.jsonl", [record | {"stars": 4, "lang": None, "mood": "good"}])
+    with pytest.raises(CorpusError, match=r"other content \(in stars, mood, lang\)"):
+        database.ingest(path)
+
+
+def test_columns_of_mixed_types_are_told(database, tmp_path, capsys):
+    record = toy_records(1)[0]
+    records = [
+        record | {"id": "c0", "quality": 0.5, "good": True, "note": "x", "grade": 1},
+        record | {"id": "c1", "quality": "high", "good": 1, "note": None, "grade": 1.5},
+        record | {"id": "c2", "quality": 0.25, "note": 7},
+    ]
+    path = write_jsonl(tmp_path / "mixed.jsonl", records)
+    expected, report = database.ingest(path, dry_run=True), database.ingest(path)
+    mixed = {"quality": "line 2", "good": "line 2", "note": "line 3"}
+    assert {name: place.rsplit(", ")[1] for name, place in report.mixed.items()} == mixed
+    assert expected.mixed == report.mixed
+    show.ingested(report)
+    assert f"column note holds text: its values are of several types ({path}, line 3)" in capsys.readouterr().err
+    assert database.ingest(path).mixed == {}
 
 
 def test_two_records_of_one_id_in_the_same_files(database, tmp_path):

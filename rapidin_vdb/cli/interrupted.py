@@ -18,8 +18,11 @@ def interruptible(function: Callable[..., None]) -> Callable[..., None]:
         try:
             function(*arguments, **options)
         except KeyboardInterrupt:
-            kept = _committed(options.get("db"))
-            typer.echo(f"interrupted: what was committed is kept{kept}; run the same command again to go on", err=True)
+            if function.__name__ == "serve":
+                typer.echo("stopped", err=True)
+            else:
+                kept = f"what was committed is kept{_committed(options.get('db'))}"
+                typer.echo(f"interrupted: {kept}; run the same command again to go on", err=True)
             raise typer.Exit(130) from None
 
     return run

@@ -1,6 +1,7 @@
 """What the commands print: data to stdout, messages to stderr."""
 
 import json
+import shlex
 import textwrap
 from collections.abc import Sequence
 from pathlib import Path
@@ -34,10 +35,10 @@ def json_line(value: Any) -> None:
 
 def created(database: "Database") -> None:
     """Say what was made."""
-    stored = database.fingerprint
+    stored, path = database.fingerprint, shown(database.path)
     typer.echo(
-        f"made {shown(database.path)}: {len(stored.theta)} parameter tensors of {stored.gradient_length:,} "
-        f"coordinates, sketched to width {stored.sketch.width:,}. Next: rapidin-vdb ingest {shown(database.path)} FILE",
+        f"made {path}: {len(stored.theta)} parameter tensors of {stored.gradient_length:,} coordinates, sketched to "
+        f"width {stored.sketch.width:,}. Next: rapidin-vdb ingest {shlex.quote(path)} FILE",
         err=True,
     )
 
@@ -58,9 +59,9 @@ def ingested(report: IngestReport | IngestEstimate) -> None:
     parts += [f"{report.token_gradients:,} token gradients"] if report.token_gradients else []
     written = report.added + report.replaced
     rate, what = (written, "samples") if written else (report.token_gradients, "token gradients")
-    speed = f"{rate / report.seconds:,.1f} {what}/s, {report.tokens / report.seconds:,.0f} tokens/s"
-    typer.echo(f"{', '.join(parts)}, in {report.seconds:.1f} s ({speed}); version {report.table_version}", err=True)
-    _cut_short(report.truncated, "were")
+    speed = f" ({rate / report.seconds:,.1f} {what}/s, {report.tokens / report.seconds:,.0f} tokens/s)" if rate else ""
+    typer.echo(f"{', '.join(parts)}, in {report.seconds:.1f} s{speed}; version {report.table_version}", err=True)
+    _told(report, "were", "holds")
     for message in report.bad:
         typer.echo(f"skipped: {shown(message)}", err=True)
 
@@ -72,15 +73,25 @@ def _estimated(expected: IngestEstimate) -> None:
         f"{expected.bytes / 1e6:,.1f} MB in the database, {expected.peak_memory / 1e9:,.1f} GB of memory at the most\n"
         f"{expected.seconds:,.0f} s expected once the model is loaded, from timing a few batches; nothing was written"
     )
-    _cut_short(expected.truncated, "would be")
+    _told(expected, "would be", "would hold")
     for message in expected.bad:
         typer.echo(f"would be skipped: {shown(message)}", err=True)
 
 
-def _cut_short(count: int, what: str) -> None:
-    """Say how many samples were too long, if any."""
-    if count:
-        typer.echo(f"{count:,} of them {what} cut to the database's limit of tokens (init --max-tokens)", err=True)
+def _told(found: IngestReport | IngestEstimate, cut: str, hold: str) -> None:
+    """Say what of the samples is otherwise than one might think, if anything."""
+    if found.truncated:
+        typer.echo(
+            f"{found.truncated:,} of them {cut} cut to the database's limit of tokens (init --max-tokens)", err=True
+        )
+    if found.earlier_turns:
+        typer.echo(
+            f"{found.earlier_turns:,} of them have earlier turns of the assistant, which have no gradient: only the "
+            "last one has. To ask about another, make it the last of a record of its own",
+            err=True,
+        )
+    for name, place in found.mixed.items():
+        typer.echo(f"column {printable(name)} {hold} text: its values are of several types ({shown(place)})", err=True)
 
 
 def indexed(built: IndexInfo) -> None:

@@ -84,7 +84,7 @@ def _read_json_lines(path: Path) -> Iterator[Record | CorpusError]:
                 continue
             location = f"{path}, line {number}"
             try:
-                value = json.loads(line)
+                value = json.loads(line.rstrip())  # else what is missing at the end is missed in the next line
             except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
                 what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
                 yield CorpusError(f"{location}: not JSON: {what}")

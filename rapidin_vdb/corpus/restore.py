@@ -30,9 +30,12 @@ def plain_record(sample: Sample) -> _Fields:
     >>> plain_record(Sample(sample_id="a", prompt=None, response="Hi.", split="train", source=None))
     {'id': 'a', 'split': 'train', 'text': 'Hi.'}
     """
-    texts = (
-        {"text": sample.response} if sample.prompt is None else {"prompt": sample.prompt, "response": sample.response}
-    )
+    conversations = [one for one in _conversation(sample) if len(one["messages"]) > 2]
+    texts: _Fields = {"prompt": sample.prompt, "response": sample.response}
+    if sample.prompt is None:
+        texts = {"text": sample.response}
+    elif conversations:
+        texts = conversations[-1]  # more likely than a prompt that looks like one
     source = {} if sample.source is None else {"source": sample.source}
     record: _Fields = {"id": sample.sample_id, "split": sample.split} | texts | source
     for name, value in sample.metadata.items():

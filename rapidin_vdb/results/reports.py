@@ -55,6 +55,10 @@ class IngestReport:
     """One message for each record that could not be stored."""
     truncated: int
     """Samples with more tokens than the database's `max_tokens`, of which only the first ones count."""
+    earlier_turns: int
+    """Samples with turns of the assistant before their response, which are read and have no gradient."""
+    mixed: Mapping[str, str]
+    """New columns that hold text, though some of their values do not, and a place that shows it."""
     tokens: int
     """Tokens run through the model."""
     token_gradients: int
@@ -73,6 +77,10 @@ class IngestEstimate:
     """Samples to write."""
     truncated: int
     """How many of them have more tokens than the database's `max_tokens`, of which only the first ones would count."""
+    earlier_turns: int
+    """How many have turns of the assistant before their response, which are read and have no gradient."""
+    mixed: Mapping[str, str]
+    """New columns that would hold text, though some of their values do not, and a place that shows it."""
     tokens: int
     """Their tokens, prompts included, padding not."""
     batches: int
