@@ -18,6 +18,7 @@ if "torch" not in sys.modules and "OMP_WAIT_POLICY" not in os.environ:
 _HOMES = {
     "Database": "rapidin_vdb.database",
     "init": "rapidin_vdb.creation",
+    "query_from": "rapidin_vdb.query",
     "open": "rapidin_vdb.creation",
     "Ranking": "rapidin_vdb.results",
     "RankedSample": "rapidin_vdb.results",

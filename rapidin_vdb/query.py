@@ -1,15 +1,16 @@
 """Queries are read, encoded, and turned into RapidGrads by the road that samples take."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from rapidin_vdb.corpus import Template, Tokenizer, encode, read_records, sample_from
 from rapidin_vdb.corpus.files import Record
-from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.focus import focus_of, focused
 from rapidin_vdb.gradient import RapidGradMaker
 from rapidin_vdb.progress import Progress, silent
@@ -32,13 +33,27 @@ class Sketched:
     """Of each generation that was cut, how many of its tokens have a part in the scores; None where that is all."""
 
 
-def query_from(prompt: str | None, generation: str, *, query_id: str = "query") -> Sample:
+def query_from(
+    prompt: str | None, generation: str, *, query_id: str = "query", messages: Sequence[Mapping[str, Any]] = ()
+) -> Sample:
     """Return the query of one prompt and generation; without a prompt, all of the text is generation.
 
+    In the place of a prompt there may be several turns, each with `role` and `content`, as in records.
+
+    >>> query_from(None, "A pear.", messages=[{"role": "user", "content": "Name a fruit."}]).prompt
+    'Name a fruit.'
+
     Raises:
-        CorpusError: the generation is empty.
+        CorpusError: the generation is empty, or a turn has no such texts.
+        SpecError: there are both a prompt and turns.
     """
-    fields = {"text": generation} if prompt is None else {"prompt": prompt, "generation": generation}
+    if messages and prompt is not None:
+        raise SpecError("a query has a prompt, or messages before its generation; give one of both")
+    fields: dict[str, Any] = {"prompt": prompt, "generation": generation}
+    if messages:
+        fields = {"messages": [*messages, {"role": "assistant", "content": generation}]}
+    elif prompt is None:
+        fields = {"text": generation}
     return sample_from(Record(location=query_id, fields=fields | {"id": query_id}))
 
 

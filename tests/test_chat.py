@@ -12,7 +12,7 @@ from conftest import byte_tokenizer, save_model, toy_records, write_jsonl
 import rapidin_vdb
 from rapidin_vdb.cli import show
 from rapidin_vdb.corpus import Record, encode, load_template, sample_from
-from rapidin_vdb.errors import CorpusError, FingerprintError, ModelError
+from rapidin_vdb.errors import CorpusError, FingerprintError, ModelError, SpecError
 from rapidin_vdb.gradient import generation
 
 LOOP = "{% for m in messages %}"
@@ -208,6 +208,29 @@ def test_earlier_turns_without_a_gradient_are_told(tmp_path, capsys):
     show.ingested(report)
     assert "2 of them have earlier turns of the assistant, which have no gradient" in capsys.readouterr().err
     assert database.ingest(path).earlier_turns == 0
+
+
+def test_turns_before_a_generation_are_asked_as_they_were_learned(tmp_path):
+    """The nearest of a sample is itself; its prompt written as one text is another."""
+    folder, tokenizer = save_model(tmp_path / "model", "llama"), byte_tokenizer()
+    tokenizer.chat_template = TEMPLATES["as it is"].replace("<|im_end|>", "<pad>")
+    tokenizer.save_pretrained(folder)
+    database = rapidin_vdb.init(tmp_path / "db", model=str(folder), parameters="norm", width=64, template="chat")
+    turns = talk("Snow is white.")["messages"]
+    database.ingest(write_jsonl(tmp_path / "talks.jsonl", [{"id": "talk", "messages": turns}]))
+    query = rapidin_vdb.query_from(None, turns[-1]["content"], messages=turns[:-1])
+    (asked,) = database.query(queries=[query], refine=1)
+    tensors = len(database.fingerprint.theta)
+    assert asked.results[0].exact_score == pytest.approx(tensors, rel=1e-4), (
+        "a gradient with itself, each tensor of norm 1"
+    )
+    assert query.prompt == database.show("talk").prompt
+    (flat,) = database.query(query.prompt, turns[-1]["content"], refine=1)
+    assert flat.results[0].exact_score < 0.999 * tensors
+    with pytest.raises(SpecError, match="give one of both"):
+        rapidin_vdb.query_from("Hi", "Hello.", messages=turns[:1])
+    with pytest.raises(CorpusError, match="role and content"):
+        rapidin_vdb.query_from(None, "Hello.", messages=[{"role": "user"}])
 
 
 def test_generation_ends_where_an_answer_does(monkeypatch):

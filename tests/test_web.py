@@ -159,6 +159,7 @@ def test_the_model_answers_the_same_with_the_same_seed(served, client):
         (ASKED | {"where": "1 = 1; DROP"}, 400, "second statement"),
         (ASKED | {"focus": ["nowhere"]}, 400, "is not in the generation"),
         (ASKED | {"harmful": True, "both": True}, 400, "give one of"),
+        (ASKED | {"messages": [{"role": "user", "content": "Say 5"}]}, 400, "give one of both"),
         (ASKED | {"index": "none"}, 400, "no index none is built"),
         (ASKED | {"generation": "\ud800"}, 422, "unicode string"),
         (ASKED | {"top_k": 0}, 422, "greater than or equal to 1"),

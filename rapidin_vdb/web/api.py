@@ -70,7 +70,9 @@ def make_api(service: Service) -> APIRouter:
         responses=documented(shapes.RankingInPieces, "ranking", EVENTS) | refusals(400, 408, 413, 415, 503, 504),
     )  # fmt: skip
     async def query(request: Request, asked: shapes.QueryRequest, pieces: _Pieces = False) -> Response:
-        sample, question = query_from(asked.prompt, asked.generation), asked.question(spans=pieces)
+        turns = [turn.model_dump() for turn in asked.messages]
+        sample = query_from(asked.prompt, asked.generation, messages=turns)
+        question = asked.question(spans=pieces)
 
         def submit(progress: Progress) -> Job:
             return service.desk().search(client_of(request), question, sample, progress=progress)

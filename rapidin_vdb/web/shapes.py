@@ -61,6 +61,13 @@ class Search(_Shape):
         return Question(**values | {"focus": focus, "spans": spans, "most_groups": _MOST_GROUPS})
 
 
+class Turn(_Shape):
+    """What somebody said in a conversation."""
+
+    role: str = Field(min_length=1, max_length=100, description="As in records: system, user, assistant, tool.")
+    content: _Text
+
+
 class QueryRequest(Search):
     """A generation whose influences are wanted."""
 
@@ -82,6 +89,9 @@ class QueryRequest(Search):
 
     prompt: str | None = Field(
         default=None, max_length=200_000, description="What the model was asked, before the template."
+    )
+    messages: list[Turn] = Field(
+        default=[], max_length=1000, description="The turns before what it said, in the place of `prompt`."
     )
     generation: str = Field(min_length=1, max_length=200_000, description="What it said.")
 
