@@ -11,7 +11,7 @@ from reference import token_gradients
 from test_batch import _Unused, loaded_from, mixture_of_experts
 
 from rapidin_vdb.gradient import ExactInfluence, RapidGradMaker, load_model, norms_of
-from rapidin_vdb.gradient.tangent import tangent_rule_for
+from rapidin_vdb.gradient.tangent import NoTangentError, TangentPass, tangent_rule_for
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 
 SKETCH = SketchSpec(width=64, shuffles=3, seed=7)
@@ -147,6 +147,26 @@ def test_a_layer_that_is_never_called_is_found_in_forward_mode(dtype, caplog):
     if dtype == "float32":
         for sample, found in zip(SAMPLES, scores, strict=True):
             close(found, slow_matrix(loaded, sample, QUERY, "layer").sum(1))
+
+
+def test_a_layer_that_no_token_reaches_is_no_reason_to_leave_forward_mode():
+    """As an expert: what has no gradient of a sample is scaled by zero, normalised or not."""
+    model = tiny_model("llama")
+    layer = _Unused(16, 16, bias=False)
+    layer.weight = model.model.layers[1].self_attn.o_proj.weight
+    model.model.layers[1].self_attn.o_proj = layer
+    loaded = loaded_from(model)
+    number = list(loaded.theta).index("model.layers.1.self_attn.o_proj.weight")
+    norms = np.ones((len(SAMPLES), len(loaded.theta)))
+    direction = {n: torch.ones(shape.shape) for n, shape in enumerate(loaded.shapes)}
+    for normalize in ("none", "layer"):
+        maker = RapidGradMaker(loaded, spec=SKETCH, normalize=normalize)
+        norms[:, number] = 1
+        with pytest.raises(NoTangentError, match="multiplied by elsewhere"):
+            TangentPass(loaded).token_scores(SAMPLES, direction, torch.from_numpy(maker.scales(norms)).float())
+        norms[:, number] = 0
+        scores = TangentPass(loaded).token_scores(SAMPLES, direction, torch.from_numpy(maker.scales(norms)).float())
+        assert [len(one) for one in scores] == [len(sample.loss_tokens) for sample in SAMPLES]
 
 
 @pytest.mark.parametrize("experts", ["eager", "grouped_mm"])

@@ -7,8 +7,10 @@ import torch
 import transformers
 from conftest import tiny_model
 from test_batch import SKETCH, assert_close, loaded_from, samples, slow
+from test_fallback import adapted, trainable
 
 from rapidin_vdb.gradient import RapidGradMaker, repeated
+from rapidin_vdb.gradient import batch as batch_module
 from rapidin_vdb.gradient.contribution import Call, NoRuleError
 from rapidin_vdb.gradient.repeated import Repeated, repeating_module
 
@@ -110,6 +112,14 @@ class _Asking(_Scale):
         return super().forward(hidden) * (1.0 if hidden.abs().sum().item() > 0 else 2.0)
 
 
+class _Asserting(_Scale):
+    """Fails in a way of its own."""
+
+    def forward(self, hidden):
+        assert not torch._C._functorch.is_batchedtensor(hidden)
+        return super().forward(hidden)
+
+
 class _Otherwise(_Scale):
     """Computes otherwise for all samples at once."""
 
@@ -122,8 +132,12 @@ class _Remembering(_Scale):
 
     seen: torch.Tensor | None = None
 
+    def __init__(self, inner):
+        super().__init__(inner)
+        self.register_buffer("mean", torch.zeros(16))
+
     def forward(self, hidden):
-        self.seen = hidden.detach()
+        self.seen, self.mean = hidden.detach(), hidden.detach().mean((0, 1))
         return super().forward(hidden)
 
 
@@ -166,10 +180,16 @@ def around(kind):
     return loaded_from(model)
 
 
-def test_a_module_that_asks_for_a_number_is_repeated_sample_by_sample(caplog):
-    assert not check_all(around(_Asking))._gradients.unruled
+@pytest.mark.parametrize("kind", [_Asking, _Asserting])
+def test_a_module_that_cannot_take_all_is_repeated_sample_by_sample(kind, caplog):
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.mlp = kind(layer.mlp)
+    assert not check_all(loaded_from(model))._gradients.unruled
     (said,) = [one.getMessage() for one in caplog.records if one.levelno >= logging.WARNING]
-    assert said.startswith("_Asking: repeated one sample at a time for the gradients of factor, which is slower (")
+    assert said.startswith(
+        f"{kind.__name__}: repeated one sample at a time for the gradients of factor, which is slower ("
+    )
 
 
 def test_a_module_that_writes_something_else_again_is_left_to_autograd():
@@ -180,8 +200,9 @@ def test_a_module_that_writes_something_else_again_is_left_to_autograd():
 def test_what_a_module_remembers_is_not_changed_by_repeating_it():
     loaded, batch = around(_Remembering), samples()
     check_all(loaded).make_batch(batch)
-    seen = loaded.model.model.layers[0].mlp.seen
-    assert seen.shape == (len(batch), 30, 16), "of the batch as a whole"
+    module = loaded.model.model.layers[0].mlp
+    assert module.seen.shape == (len(batch), 30, 16), "of the batch as a whole"
+    torch.testing.assert_close(module.mean, module.seen.mean((0, 1)))
 
 
 def test_a_table_of_positions_is_not_taken_for_samples():
@@ -197,21 +218,25 @@ def test_a_module_that_is_given_what_may_keep_a_state_is_left_to_autograd():
     assert list(maker._gradients.unruled.values()) == ["a module that is given a object"]
 
 
-def test_memory_that_ends_is_no_fault_of_the_module(monkeypatch):
+@pytest.mark.parametrize("kind", [torch.OutOfMemoryError, RuntimeError])
+@pytest.mark.parametrize("fitting", [0, 1])
+def test_memory_that_ends_is_no_fault_of_the_module(fitting, kind, monkeypatch):
     gradients = repeated._gradients
 
     def ended(module, parameters, inputs, delta):
-        if len(delta) > 1:
-            raise torch.OutOfMemoryError("out of memory")
+        if len(delta) > fitting:
+            raise kind("DefaultCPUAllocator: can't allocate memory")
         return gradients(module, parameters, inputs, delta)
 
     maker = RapidGradMaker(made("Lfm2"), spec=SKETCH, normalize="layer")
     maker.make_batch(samples())
     with monkeypatch.context() as patched:
         patched.setattr(repeated, "_gradients", ended)
-        with pytest.raises(torch.OutOfMemoryError):
-            maker.make_batch(samples())
+        for batch in (samples(), samples()[:1])[: 2 - fitting]:
+            with pytest.raises(kind, match="allocate memory"):
+                maker.make_batch(batch)
     assert not maker._gradients.unruled
+    check_all(maker.loaded)
 
 
 def test_a_module_that_cannot_run_again_is_told():
@@ -220,7 +245,7 @@ def test_a_module_that_cannot_run_again_is_told():
             raise RuntimeError("only once")
 
     module, wrote = Broken(3, 3), torch.ones(2, 4, 3)
-    rule = Repeated(["weight"]).rule("weight")
+    rule = Repeated(["weight"], told=set()).rule("weight")
     with pytest.raises(NoRuleError, match="Broken cannot be repeated: only once"):
         rule(module, Call((torch.ones(2, 4, 3),), {}, wrote), torch.ones_like(wrote), 2)
     with pytest.raises(NoRuleError, match=r"Broken writes \(8, 3\) for a batch of 2"):
@@ -231,7 +256,7 @@ def test_what_comes_back_a_second_time_is_another_gradient():
     """As to a checkpointed layer's module; rules of one call share what was made of the same gradient alone."""
     module = _Scale(torch.nn.Identity(), 3)
     read, ones = torch.arange(24.0).reshape(2, 4, 3), torch.ones(2, 4, 3)
-    rule = Repeated(["factor"]).rule("factor")
+    rule = Repeated(["factor"], told=set()).rule("factor")
     call = Call((read,), {}, module(read).detach())
     for delta in (ones, 2 * ones):
         made = rule(module, call, delta, 2).form(slice(0, 2))
@@ -254,10 +279,57 @@ def test_a_part_that_the_output_does_not_depend_on_has_no_gradient():
     assert not check_all(loaded_from(model))._gradients.unruled
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_magnitudes_of_dora_are_had_from_the_layers_they_stand_in(checkpointing):
+    """They stand in containers that nobody calls."""
+    loaded = trainable(adapted(tiny_model("llama"), "dora"))
+    maker = check_all(loaded, checkpointing=checkpointing)
+    assert any("magnitude" in name for name in loaded.theta) and not maker._gradients.unruled
+
+
+def test_a_layer_that_is_checkpointed_is_repeated_plainly():
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        layer.input_layernorm = _Norm(layer.input_layernorm)
+    for checkpointing in (False, True):
+        assert not check_all(loaded_from(model), checkpointing=checkpointing)._gradients.unruled
+
+
+class _Norm(torch.nn.Module):
+    """One that no rule knows, without modules of its own."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.weight = norm.weight
+
+    def forward(self, hidden):
+        return self.weight * hidden / (1 + hidden.abs().mean(-1, keepdim=True))
+
+
+class _Uncalled(_Scale):
+    def __call__(self, hidden):
+        return self.forward(hidden)
+
+
+def test_a_module_that_is_not_called_is_told():
+    maker = check_all(around(_Uncalled))
+    assert list(maker._gradients.unruled.values()) == ["_Uncalled is not called"]
+
+
+def test_adapters_under_tf32_are_repeated_without(monkeypatch, caplog):
+    """On a GPU their products are a function of autograd's own, which all samples at once cannot take."""
+    loaded = around(_Scale)
+    layers = [loaded.model.model.layers[0].mlp.inner.down_proj]
+    monkeypatch.setattr(batch_module, "adapter_layers", lambda loaded: layers)
+    maker = check_all(loaded)
+    assert not maker._gradients.unruled
+    assert not [one for one in caplog.records if one.levelno >= logging.WARNING]
+
+
 def test_which_module_is_repeated():
     model, small = tiny_model("llama"), torch.zeros(3)
     assert repeating_module(model, "model.layers.0.self_attn", small) == "model.layers.0.self_attn"
     assert repeating_module(model, "model.layers.0.self_attn.q_proj", small) == "model.layers.0.self_attn"
     assert repeating_module(model, "model", small) is None, "it embeds"
     assert repeating_module(model, "lm_head", small) is None, "the whole model"
-    assert repeating_module(model, "model.layers.0.self_attn", torch.zeros(1).expand((1 << 22) + 1)) is None
+    assert repeating_module(model, "model.layers.0.self_attn", torch.zeros(1).expand((1 << 20) + 1)) is None

@@ -166,6 +166,33 @@ def test_a_rule_that_makes_gradients_of_another_shape_is_found():
     assert [list(loaded.theta)[n] for n in maker._gradients.unruled] == ["model.layers.1.self_attn.q_proj.weight"]
 
 
+class _Rooted(torch.nn.Module):
+    """Adds nothing, of which the derivative at zero is no number."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, hidden):
+        return self.inner(hidden) + 0 * hidden.abs().sum(-1, keepdim=True).sqrt()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gradient_that_is_not_finite_is_no_fault_of_the_rules(dtype):
+    """Of the sample that would be compared, whose loss is finite."""
+    maker, bad = maker_in(dtype), samples((8,))[0]
+    model = maker.loaded.model.model
+    with torch.no_grad():
+        model.embed_tokens.weight[200] = 0
+    model.layers[0].input_layernorm = _Rooted(model.layers[0].input_layernorm)
+    bad = dataclasses.replace(bad, sample_id="bad", input_ids=(*bad.input_ids[:1], 200, *bad.input_ids[2:]))
+    batch = [*samples(), bad]
+    assert to_compare(batch) == 5
+    made = maker.make_batch(batch)
+    assert [isinstance(one, GradientError) for one in made] == [False] * 5 + [True]
+    assert not maker._gradients.unruled
+
+
 def test_samples_that_a_wrong_one_spreads_to_are_computed_alone():
     maker, bad = maker_in(torch.bfloat16), samples((4,))[0]
     with torch.no_grad():

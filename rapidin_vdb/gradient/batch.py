@@ -90,9 +90,9 @@ class BatchedGradients:
             else:
                 inner = f"{owner}.{name}".removeprefix(f"{place}.")
                 places.setdefault(place, {})[inner] = number
-        found = []
+        found, told = [], set[str]()
         for place, names in places.items():
-            repeated = Repeated(list(names))
+            repeated = Repeated(list(names), told=told)
             rules = [(number, repeated.rule(name)) for name, number in names.items()]
             found.append(Watched(model.get_submodule(place), rules, again=True))
         return found
@@ -128,6 +128,10 @@ class BatchedGradients:
         with self._frozen(), layers, products, run.hooked(self._rules), torch.enable_grad():
             losses = self._losses(batch, run).means()
             run.counting = False
+            for watched in self._rules:
+                if watched.again and watched.module not in run.called:
+                    for number, _ in watched.rules:
+                        self.give_up(number, f"{type(watched.module).__name__} is not called")
             losses.sum().backward()
             run.finish()
         if run.late:

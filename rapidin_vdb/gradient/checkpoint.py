@@ -46,6 +46,7 @@ def _twice(forward: Callable[..., Any], *, reentrant: bool) -> Callable[..., Any
         # made it, once for each layer.
         return checkpoint(again, *arguments, *named.values(), use_reentrant=reentrant)
 
+    run.for_first_run = True  # type: ignore[attr-defined]  # see `repeated`
     return run
 
 

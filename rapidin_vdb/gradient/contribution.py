@@ -17,8 +17,8 @@ class Call:
     """The others."""
     wrote: Tensor | None = None
     """What it returned, or the first of it, where its rules ask for that."""
-    made: tuple[Tensor, dict[str, Tensor]] | None = None
-    """What its rules share: a gradient of what it wrote, and the gradients of its parameters that follow from it."""
+    made: "tuple[Tensor, dict[str, Tensor] | NoRuleError] | None" = None
+    """What its rules share: a gradient of what it wrote, and those of its parameters that follow, or why none do."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -49,6 +49,8 @@ class Run:
         self.theta = list(gradients.loaded.theta.values())
         self.counting = True
         """Whether calls of modules are told for the first time; in backward, checkpointed layers repeat theirs."""
+        self.called: set[torch.nn.Module] = set()
+        """Those of the watched modules that were called."""
         self.ruling = False
         """Whether it is a rule that calls modules."""
         self.late: list[int] = []
@@ -76,6 +78,7 @@ class Run:
         def forward(module: torch.nn.Module, read: tuple[Any, ...], named: dict[str, Any], wrote: Any) -> None:
             if self.ruling:
                 return
+            self.called.add(module)
             active = [(number, rule) for number, rule in watched.rules if number not in self.gradients.unruled]
             if isinstance(wrote, tuple) and wrote:
                 wrote = wrote[0]  # a router of experts: its linear layer's output, then what it chose
@@ -86,9 +89,8 @@ class Run:
             keeps = torch.is_grad_enabled()
             if keeps and not wrote.requires_grad:
                 # Not of an adapter that measures its own matrices, as DoRA's.
-                looked_up = isinstance(module, torch.nn.Embedding) or (
-                    bool(read) and not torch.is_floating_point(read[0])
-                )
+                whole = read and isinstance(read[0], Tensor) and not read[0].is_floating_point()
+                looked_up = isinstance(module, torch.nn.Embedding) or whole
                 if not wrote.is_leaf or not active or not looked_up:
                     return
                 wrote.requires_grad_(True)  # a further embedding, as of positions

@@ -38,6 +38,7 @@ def tf32_products(layers: Sequence[torch.nn.Linear]) -> Iterator[None]:
     """
     for layer in layers:
         layer.forward = partial(_Product.apply, layer)  # type: ignore[method-assign]
+        layer.forward.for_first_run = True  # type: ignore[attr-defined]  # see `repeated`: vmap knows no such function
     try:
         yield
     finally:

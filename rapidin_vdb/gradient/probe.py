@@ -1,13 +1,27 @@
-"""What of a batch is compared with autograd in the self-check, and by what."""
+"""What of a batch is compared with autograd in the self-check, and by what; tensors that differ are given up."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
 
+from rapidin_vdb.errors import GradientError
+from rapidin_vdb.gradient.batch import LateGradientError
+from rapidin_vdb.gradient.sample import stream_gradient
 from rapidin_vdb.records import Encoded
 from rapidin_vdb.sketch import Sketch, fold
+
+if TYPE_CHECKING:
+    from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
+
+T = TypeVar("T")
+
+# How far a batched RapidGrad may be from that of the sample alone, relative to its norm: half of half precision for
+# models computed in float32; what the order of additions does to a backward pass in 16 bits, at least.
+TOLERANCE = {"float32": 2.0**-12, "bfloat16": 0.1, "float16": 0.02}
 
 _ENOUGH_TOKENS = 8
 _TOKENS = 64
@@ -31,6 +45,22 @@ def to_compare(batch: Sequence[Encoded]) -> int:
     if enough:
         return min(enough, key=lengths.__getitem__)
     return max(range(len(batch)), key=lengths.__getitem__)
+
+
+def first_to_compare(batch: Sequence[Encoded], work: Callable[[int], T]) -> T:
+    """Return what comes of the place to compare; where that has no finite gradient, of the next to compare without it.
+
+    Raises:
+        GradientError: the work raised it for all.
+    """
+    left = list(range(len(batch)))
+    while True:
+        place = left.pop(to_compare([batch[number] for number in left]))
+        try:
+            return work(place)
+        except GradientError:
+            if not left:
+                raise
 
 
 def ends(batch: Sequence[Encoded]) -> list[Encoded]:
@@ -85,3 +115,45 @@ class Prober:
         """Keep those of the sample, if it is this."""
         if sample == self._place:
             self.found[number] = self.probe(number, grads, ids)
+
+
+def give_up_wrong_tensors(
+    maker: "RapidGradMaker",
+    batch: Sequence[Encoded],
+    place: int,
+    *,
+    among: Sequence[Encoded] | None,
+    rounding: float = 0.0,
+) -> None:
+    """Find the tensors whose batched gradient is not that of autograd, by norm and by random projections.
+
+    What differs by less than `rounding`, relative to the norm of all tensors, is let pass, unless nothing came at all.
+
+    Raises:
+        GradientError: the sample's gradient is not finite.
+    """
+    gradients = maker._gradients
+    alone: dict[int, Tensor] = {}
+    projection = Prober(maker.sketch, place)
+
+    def receive(number: int, grad: Tensor) -> None:
+        alone[number] = projection.probe(number, grad.reshape(1, -1).float())
+
+    with gradients.plainly():
+        stream_gradient(maker.loaded, batch[place], receive, among=among)
+        if not all(one.isfinite().all() for one in alone.values()):
+            raise GradientError(f"sample {batch[place].sample_id}: the gradient is not finite")
+        while True:
+            try:
+                gradients.stream(batch, projection)
+                break
+            except LateGradientError:
+                projection.found.clear()  # there is one tensor less each time
+    tolerance = TOLERANCE.get(maker.loaded.dtype, 0.1)
+    passed = rounding * math.hypot(*(float(one[0]) for one in alone.values()))
+    nothing = torch.zeros(1 + projection.count)
+    for number in range(len(maker.loaded.theta)):
+        one, other = alone.get(number, nothing), projection.found.get(number, nothing)
+        allowed = tolerance * float(one[0].clamp(min=1e-30)) + (passed if number in projection.found else 0.0)
+        if number not in gradients.unruled and not near(one, other, allowed):
+            gradients.give_up(number, "its batched gradient differs from autograd's")

@@ -153,7 +153,7 @@ class RapidGradMaker:
     def scales(self, norms: Float64[np.ndarray, "batch tensors"]) -> Float64[np.ndarray, "batch tensors"]:
         """Return what normalises gradients of these L2 norms; one whose gradient is zero has no part."""
         if self.normalize == "none":
-            return np.ones_like(norms)
+            return (norms > 0).astype(float)
         return np.divide(1.0, norms, out=np.zeros_like(norms), where=norms > 0)
 
     def sketcher(self, batch: int) -> Sketcher:
@@ -162,13 +162,20 @@ class RapidGradMaker:
         return Sketcher(self.sketch, rapidgrads, self.normalize == "layer")
 
     def _add_alone(self, rapidgrad: Tensor, sample: Encoded, *, among: Sequence[Encoded] | None = None) -> float:
-        """Add the gradients of all tensors by autograd on the sample, alone or in a batch, and return its loss."""
+        """Add the gradients of all tensors by autograd on the sample, alone or in a batch, and return its loss.
+
+        Raises:
+            GradientError: the loss or the gradient is not finite.
+        """
 
         def receive(number: int, grad: Tensor) -> None:
             flat = grad.reshape(-1).float()
             self.sketch.add(rapidgrad, number, normalized(flat) if self.normalize == "layer" else flat)
 
-        return stream_gradient(self.loaded, sample, receive, among=among)
+        loss = stream_gradient(self.loaded, sample, receive, among=among)
+        if not rapidgrad.isfinite().all():
+            raise GradientError(f"sample {sample.sample_id}: the gradient is not finite (loss {loss:.4g})")
+        return loss
 
 
 def judged(

@@ -7,6 +7,7 @@ that gives their gradients. The rest of the model runs once.
 """
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from rapidin_vdb.gradient.contribution import Call, Contribution, Dense, NoRuleError
+from rapidin_vdb.gradient.memory import is_out_of_memory
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +29,7 @@ _TOLERANCE_OF_HALF = 0.05
 # Parameters of so many bytes are given to samples at a time.
 _PARAMETER_BYTES = 256 << 20
 
-_LARGEST = 1 << 22
+_LARGEST = 1 << 20
 
 _Gradients = dict[str, Tensor]
 """By the parameter's name within the module, [batch, *shape]."""
@@ -49,8 +51,11 @@ def repeating_module(model: torch.nn.Module, owner: str, parameter: Tensor) -> s
     """
     if parameter.numel() > _LARGEST:
         return None
+    containers = (torch.nn.ModuleDict, torch.nn.ModuleList, torch.nn.ParameterDict, torch.nn.ParameterList)
     if not any(True for _ in model.get_submodule(owner).children()):
         owner = owner.rpartition(".")[0]
+    while isinstance(model.get_submodule(owner), containers):
+        owner = owner.rpartition(".")[0]  # which nobody calls
     parts = model.get_submodule(owner).modules()
     return None if not owner or any(isinstance(part, torch.nn.Embedding) for part in parts) else owner
 
@@ -58,9 +63,10 @@ def repeating_module(model: torch.nn.Module, owner: str, parameter: Tensor) -> s
 class Repeated:
     """A module that is repeated for some of the parameters within."""
 
-    def __init__(self, names: Sequence[str]) -> None:
-        """Name the parameters, as they are called within the module."""
+    def __init__(self, names: Sequence[str], *, told: set[str]) -> None:
+        """Name the parameters, as they are called within the module; `told` is what has been said of others."""
         self._names = names
+        self._told = told
         self._one_by_one = False
 
     def rule(self, name: str) -> Callable[[torch.nn.Module, Call, Tensor, int], Contribution]:
@@ -68,8 +74,14 @@ class Repeated:
 
         def apply(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
             if call.made is None or call.made[0] is not delta:
-                call.made = delta, self._made(module, call, delta, batch)
-            found = call.made[1][name]
+                try:
+                    call.made = delta, self._made(module, call, delta, batch)
+                except NoRuleError as reason:
+                    call.made = delta, reason
+            made = call.made[1]
+            if isinstance(made, NoRuleError):
+                raise made
+            found = made[name]
             return Dense(lambda samples: found[samples])
 
         return apply
@@ -86,12 +98,13 @@ class Repeated:
         size = sum(tensor.numel() * tensor.element_size() for tensor in parameters.values())
         most = max(1, _PARAMETER_BYTES // max(size, 1))
         inputs = _inputs(call, batch)
-        parts: list[_Gradients] = []
+        made = {name: tensor.new_empty(batch, *tensor.shape) for name, tensor in parameters.items()}
         with _left_as_it_was(module), torch.enable_grad():
             for first in range(0, batch, most):
                 samples = slice(first, min(first + most, batch))
-                parts.append(self._some(module, parameters, inputs.of(samples), delta[samples]))
-        return {name: torch.cat([part[name] for part in parts]) for name in self._names}
+                for name, grads in self._some(module, parameters, inputs.of(samples), delta[samples]).items():
+                    made[name][samples] = grads
+        return made
 
     def _some(
         self, module: torch.nn.Module, parameters: dict[str, Tensor], inputs: "_Inputs", delta: Tensor
@@ -99,24 +112,28 @@ class Repeated:
         if not self._one_by_one and len(delta) > 1:
             try:
                 return _gradients(module, parameters, inputs, delta)
-            except torch.OutOfMemoryError:
+            except NoRuleError:
                 raise
-            except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
-                # Its code asks for a number, say, or is a kernel's.
+            except Exception as error:
+                if is_out_of_memory(error):
+                    raise
+                # Whatever the module's code is: it asks for a number, say, or is a kernel's.
                 self._one_by_one = True
-                reason = str(error).partition("\n")[0]
-                logger.warning(
-                    "%s: repeated one sample at a time for the gradients of %s, which is slower (%s)",
-                    type(module).__name__, ", ".join(self._names), reason,
-                )  # fmt: skip
+                what = f"{type(module).__name__}: repeated one sample at a time for the gradients of "
+                what += ", ".join(self._names)
+                if what not in self._told:
+                    self._told.add(what)
+                    logger.warning("%s, which is slower (%s)", what, str(error).partition("\n")[0])
         try:
             each = [
                 _gradients(module, parameters, inputs.of(slice(number, number + 1)), delta[number : number + 1])
                 for number in range(len(delta))
             ]
-        except torch.OutOfMemoryError:
+        except NoRuleError:
             raise
-        except (RuntimeError, ValueError, TypeError, NotImplementedError) as error:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
             raise NoRuleError(f"{type(module).__name__} cannot be repeated: {error}") from error
         return {name: torch.cat([one[name] for one in each]) for name in parameters}
 
@@ -189,11 +206,15 @@ def _gradients(module: torch.nn.Module, parameters: dict[str, Tensor], inputs: _
 
     own = {name: tensor.repeat(len(delta), *[1] * tensor.dim()).requires_grad_() for name, tensor in parameters.items()}
     if len(delta) > 1:
-        wrote = vmap(one)(own, *inputs.own)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of operations that it does one after the other
+            wrote = vmap(one)(own, *inputs.own)
     else:
         wrote = one({name: tensor[0] for name, tensor in own.items()}, *(part[0] for part in inputs.own)).unsqueeze(0)
     if not _the_same(wrote.detach(), inputs.wrote):
         raise NoRuleError(f"{type(module).__name__} does not write the same when it is repeated")
+    if not wrote.requires_grad:
+        return {name: torch.zeros_like(tensor) for name, tensor in own.items()}
     grads = torch.autograd.grad(wrote, list(own.values()), delta, allow_unused=True)
     return {
         name: torch.zeros_like(tensor) if grad is None else grad
@@ -212,11 +233,19 @@ def _the_same(wrote: Tensor, before: Tensor) -> bool:
 
 @contextmanager
 def _left_as_it_was(module: torch.nn.Module) -> Iterator[None]:
-    """Take back what the block makes the module remember: some keep the states they have come to."""
-    before = [(part, dict(vars(part))) for part in module.modules()]
+    """Take back what the block makes the module remember: some keep the states they have come to.
+
+    In the block it computes without what only its first run needs, as checkpoints.
+    """
+    before = [(part, dict(vars(part)), dict(part._buffers)) for part in module.modules()]
+    for part, attributes, _ in before:
+        if getattr(attributes.get("forward"), "for_first_run", False):
+            del part.forward
     try:
         yield
     finally:
-        for part, attributes in before:
+        for part, attributes, buffers in before:
             vars(part).clear()
             vars(part).update(attributes)
+            part._buffers.clear()
+            part._buffers.update(buffers)

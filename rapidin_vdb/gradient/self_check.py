@@ -11,7 +11,7 @@ padded as the batch is, or our way from itself without TF32 and output layer.
 import logging
 import math
 from collections.abc import Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -22,8 +22,7 @@ from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient.batch import LateGradientError
 from rapidin_vdb.gradient.forward import OutputError, batch_losses
 from rapidin_vdb.gradient.head import OutputLayer
-from rapidin_vdb.gradient.probe import Prober, ends, near, to_compare
-from rapidin_vdb.gradient.sample import stream_gradient
+from rapidin_vdb.gradient.probe import TOLERANCE, ends, first_to_compare, give_up_wrong_tensors, to_compare
 from rapidin_vdb.records import Encoded
 
 if TYPE_CHECKING:
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How far a batched RapidGrad may be from that of the sample alone, relative to its norm: half of half precision for
-# models computed in float32; what the order of additions does to a backward pass in 16 bits, at least.
-_TOLERANCE = {"float32": 2.0**-12, "bfloat16": 0.1, "float16": 0.02}
 # What rounding may do to the gradient of a tensor, relative to the norm of them all: some cancel to nothing else, as a
 # bias of all keys alike.
 _WHOLE_ROUNDING = 2.0**-22
@@ -72,24 +68,24 @@ def _alone(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> tuple[int, Tens
     Raises:
         GradientError: no sample has a gradient that is finite.
     """
-    left = list(range(len(batch)))
-    while True:
-        place = left.pop(to_compare([batch[number] for number in left]))
+
+    def made(place: int) -> tuple[int, Tensor, float]:
         alone = torch.zeros(maker.spec.width, device=maker.loaded.device)
-        with nullcontext() if not left else suppress(GradientError):
-            return place, alone, maker._add_alone(alone, batch[place])
+        return place, alone, maker._add_alone(alone, batch[place])
+
+    return first_to_compare(batch, made)
 
 
 def _check_exactly(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int, alone: Tensor, loss: float) -> None:
     """Give up what makes a batch differ from the sample alone in float32."""
-    tolerance = _TOLERANCE["float32"]
+    tolerance = TOLERANCE["float32"]
     if _agrees_somehow(maker, batch, place, alone, loss, tolerance):
         # A tensor with a small part in this sample's gradient may have a large one in another's; and normalised, one
         # that is wrong by a factor is as it should be, but its norm, which token scores are divided by, is not.
-        _give_up_wrong_tensors(maker, batch, place, among=None, rounding=_WHOLE_ROUNDING)
+        give_up_wrong_tensors(maker, batch, place, among=None, rounding=_WHOLE_ROUNDING)
         return
     with maker._gradients.without_output_layer():
-        _give_up_wrong_tensors(maker, batch, place, among=None)
+        give_up_wrong_tensors(maker, batch, place, among=None)
     if not _agrees_somehow(maker, batch, place, alone, loss, tolerance):
         maker._gradients.give_up_all("in a batch, its samples are not independent of one another")
 
@@ -115,7 +111,7 @@ def _check_within(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> bool:
     if not _independent(maker, batch, place):
         gradients.give_up_all(_DEPENDENT)
         return False
-    _give_up_wrong_tensors(maker, batch, place, among=batch)
+    first_to_compare(batch, lambda place: give_up_wrong_tensors(maker, batch, place, among=batch))
     if gradients.output is not None and not _output_layer_agrees(maker, batch, gradients.output):
         gradients.leave_output_layer("its gradients differ from autograd's")
     return len(gradients.unruled) < len(maker.loaded.theta)
@@ -126,7 +122,7 @@ def _check_beyond_rounding(
 ) -> None:
     """Give all up where a batch differs from the sample alone by more than rounding can do."""
     gradients, loaded = maker._gradients, maker.loaded
-    tolerance = _TOLERANCE.get(loaded.dtype, 0.1)
+    tolerance = TOLERANCE.get(loaded.dtype, 0.1)
     if agrees(maker, batch, place, alone, loss, tolerance):
         return
     rounding = _rounding(maker, batch, place, alone)
@@ -164,7 +160,7 @@ def _output_layer_agrees(maker: "RapidGradMaker", batch: Sequence[Encoded], outp
             handle.remove()
         both.append((losses.detach(), grad.float()))
     (losses, grad), (expected, wanted) = both
-    tolerance = _TOLERANCE.get(maker.loaded.dtype, 0.1)
+    tolerance = TOLERANCE.get(maker.loaded.dtype, 0.1)
     return bool(
         (grad - wanted).norm() <= tolerance * wanted.norm()
         and ((losses - expected).abs() <= tolerance * expected.abs().clamp(min=1.0)).all()
@@ -260,40 +256,3 @@ def agrees(
         if not abs(float(losses[place]) - loss) <= tolerance * max(loss, 1.0):
             return False
     return float(torch.linalg.vector_norm(together - alone)) <= tolerance * float(torch.linalg.vector_norm(alone))
-
-
-def _give_up_wrong_tensors(
-    maker: "RapidGradMaker",
-    batch: Sequence[Encoded],
-    place: int,
-    *,
-    among: Sequence[Encoded] | None,
-    rounding: float = 0.0,
-) -> None:
-    """Find the tensors whose batched gradient is not that of autograd, by norm and by random projections.
-
-    What differs by less than `rounding`, relative to the norm of all tensors, is let pass, unless nothing came at all.
-    """
-    gradients = maker._gradients
-    alone: dict[int, Tensor] = {}
-    projection = Prober(maker.sketch, place)
-
-    def receive(number: int, grad: Tensor) -> None:
-        alone[number] = projection.probe(number, grad.reshape(1, -1).float())
-
-    with gradients.plainly():
-        stream_gradient(maker.loaded, batch[place], receive, among=among)
-        while True:
-            try:
-                gradients.stream(batch, projection)
-                break
-            except LateGradientError:
-                projection.found.clear()  # there is one tensor less each time
-    tolerance = _TOLERANCE.get(maker.loaded.dtype, 0.1)
-    passed = rounding * math.hypot(*(float(one[0]) for one in alone.values()))
-    nothing = torch.zeros(1 + projection.count)
-    for number in range(len(maker.loaded.theta)):
-        one, other = alone.get(number, nothing), projection.found.get(number, nothing)
-        allowed = tolerance * float(one[0].clamp(min=1e-30)) + (passed if number in projection.found else 0.0)
-        if number not in gradients.unruled and not near(one, other, allowed):
-            gradients.give_up(number, "its batched gradient differs from autograd's")
