@@ -28,7 +28,7 @@ _TOLERANCE = {torch.float32: 1e-3, torch.float64: 1e-3}
 _TOLERANCE_OF_HALF = 0.05
 # Parameters of so many bytes are given to samples at a time.
 _PARAMETER_BYTES = 256 << 20
-
+# All samples' gradients of a parameter are held at once, until they are handed over: it may have so many numbers.
 _LARGEST = 1 << 20
 
 _Gradients = dict[str, Tensor]
