@@ -177,10 +177,11 @@ class _Rooted(torch.nn.Module):
         return self.inner(hidden) + 0 * hidden.abs().sum(-1, keepdim=True).sqrt()
 
 
+@pytest.mark.parametrize("wrong", [None, 1])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_a_gradient_that_is_not_finite_is_no_fault_of_the_rules(dtype):
-    """Of the sample that would be compared, whose loss is finite."""
-    maker, bad = maker_in(dtype), samples((8,))[0]
+def test_a_gradient_that_is_not_finite_is_no_fault_of_the_rules(dtype, wrong):
+    """Of the sample that would be compared, whose loss is finite; it hides no wrong rule either."""
+    maker, bad = maker_in(dtype, wrong=wrong), samples((8,))[0]
     model = maker.loaded.model.model
     with torch.no_grad():
         model.embed_tokens.weight[200] = 0
@@ -190,7 +191,7 @@ def test_a_gradient_that_is_not_finite_is_no_fault_of_the_rules(dtype):
     assert to_compare(batch) == 5
     made = maker.make_batch(batch)
     assert [isinstance(one, GradientError) for one in made] == [False] * 5 + [True]
-    assert not maker._gradients.unruled
+    assert len(maker._gradients.unruled) == (wrong is not None)
 
 
 def test_samples_that_a_wrong_one_spreads_to_are_computed_alone():
