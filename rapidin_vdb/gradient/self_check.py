@@ -111,7 +111,14 @@ def _check_within(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> bool:
     if not _independent(maker, batch, place):
         gradients.give_up_all(_DEPENDENT)
         return False
-    first_to_compare(batch, lambda place: give_up_wrong_tensors(maker, batch, place, among=batch))
+    try:
+        first_to_compare(batch, lambda place: give_up_wrong_tensors(maker, batch, place, among=batch))
+    except GradientError:
+        # In one batch with what is not finite, autograd's gradients of others are not either.
+        batch = [sample for sample in batch if _has_gradient(maker, sample)]
+        if not batch:
+            raise
+        first_to_compare(batch, lambda place: give_up_wrong_tensors(maker, batch, place, among=batch))
     if gradients.output is not None and not _output_layer_agrees(maker, batch, gradients.output):
         gradients.leave_output_layer("its gradients differ from autograd's")
     return len(gradients.unruled) < len(maker.loaded.theta)
@@ -132,6 +139,15 @@ def _check_beyond_rounding(
     )  # fmt: skip
     if not _agrees_somehow(maker, batch, place, alone, loss, max(tolerance, min(_ROUNDINGS * rounding, _MOST))):
         gradients.give_up_all("in a batch, its gradients differ from those of a sample alone by more than rounding")
+
+
+def _has_gradient(maker: "RapidGradMaker", sample: Encoded) -> bool:
+    """Say whether a sample, alone, has a finite gradient."""
+    try:
+        maker._add_alone(torch.zeros(maker.spec.width, device=maker.loaded.device), sample)
+    except GradientError:
+        return False
+    return True
 
 
 @torch.no_grad()
