@@ -29,11 +29,8 @@ def router_factor_rule(name: str) -> Callable[[Any, Call, Tensor, int], Contribu
         if active != [adapter] or module.merged or module.disable_adapters:
             raise NoRuleError("an adapter of a router that is not added, or not alone")
         a, b = module.lora_A[adapter].weight.detach(), module.lora_B[adapter].weight.detach()
-        read, delta, scale = (
-            tokens_of(call.read[0], batch).to(a),
-            tokens_of(delta, batch).to(a),
-            module.scaling[adapter],
-        )
+        read, delta = tokens_of(call.read[0], batch).to(a), tokens_of(delta, batch).to(a)
+        scale = module.scaling[adapter]
         if kind == "A":
             return Dense(lambda samples: scale * torch.bmm((delta[samples] @ b).transpose(1, 2), read[samples]))
         return Dense(lambda samples: scale * torch.bmm(delta[samples].transpose(1, 2), read[samples] @ a.T))

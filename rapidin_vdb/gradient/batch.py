@@ -47,10 +47,8 @@ class BatchedGradients:
         self._rules = self._find_rules()
 
     def _find_rules(self) -> list[Watched]:
-        model, numbers = (
-            self.loaded.model,
-            {id(tensor): number for number, tensor in enumerate(self.loaded.theta.values())},
-        )
+        model = self.loaded.model
+        numbers = {id(tensor): number for number, tensor in enumerate(self.loaded.theta.values())}
         found: list[Watched] = []
         homes: Counter[int] = Counter()
         left: list[tuple[int, str, str]] = []
