@@ -8,7 +8,7 @@ from rapidin_vdb.database import Database
 from rapidin_vdb.engine import Engine
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.gradient import check_chat_template, fingerprint_of, load_model
-from rapidin_vdb.records import DType, ModelSpec, Normalize, Quantization, SketchSpec
+from rapidin_vdb.records import LOSSES, DType, ModelSpec, Normalize, Quantization, SketchSpec, Turns
 from rapidin_vdb.store import SampleTable
 
 _DEFAULT_SKETCH = SketchSpec()
@@ -36,6 +36,7 @@ def init(
     normalize: Normalize = "layer",
     parameters: str = "trainable",
     template: str = "alpaca",
+    turns: Turns = "last",
     max_tokens: int = 512,
     epochs: float = 1.0,
     learning_rate: float = 1.0,
@@ -44,6 +45,7 @@ def init(
     """Make a new database for the training samples of a model, and return it.
 
     The model is loaded, to take its fingerprint and to see that the sketch fits; nothing is written before that.
+    `turns` says which of the assistant's turns in a conversation have a loss: those that the model was trained on.
 
     Raises:
         TableExistsError: something is at `path` already.
@@ -57,6 +59,8 @@ def init(
         raise SpecError(f"--max-tokens is {max_tokens}; wanted 2 or more")
     if seed < 0:
         raise SpecError(f"--seed is {seed}; wanted 0 or more")
+    if turns not in LOSSES:
+        raise SpecError(f"--turns is {turns!r}; wanted {' or '.join(LOSSES)}")
     SampleTable.check_free(str(path))
     loaded = load_model(
         ModelSpec(model=model, adapter=adapter, quantization=quantization, dtype=dtype, parameters=parameters),
@@ -68,6 +72,8 @@ def init(
             f"--max-tokens is {max_tokens}, but this model knows only {positions} positions; give {positions}"
         )
     chosen = load_template(template, tokenizer=loaded.tokenizer)
+    if turns == "all" and chosen.name != "chat":
+        raise SpecError(f"--turns all goes with --template chat, which writes every turn; here it is {chosen.name}")
     if chosen.name == "chat" and adapter is not None:
         check_chat_template(loaded.tokenizer, adapter)
     fingerprint = fingerprint_of(
@@ -79,6 +85,7 @@ def init(
         sketch=SketchSpec(width=width, shuffles=shuffles, seed=seed),
         epochs=epochs,
         learning_rate=learning_rate,
+        turns=turns,
     )
     engine = Engine(fingerprint, loaded)
     return Database(SampleTable.create(str(path), fingerprint), engine=engine)

@@ -80,7 +80,10 @@ class Database(SampleReader):
         if token_width is not None and not token_gradients:
             raise SpecError("--token-width goes with --token-gradients")
         single = token_width_for(self._table, token_width) if token_gradients else None
-        corpus = Corpus(paths=paths_of(files), split=split, source=source, id_field=id_field, limit=limit)
+        corpus = Corpus(
+            paths=paths_of(files), split=split, source=source, id_field=id_field, limit=limit,
+            turns=self.fingerprint.turns,
+        )  # fmt: skip
         road, tokens, workers, devices = choose_road(
             self.fingerprint, place=self.path, loaded=partial(self._engine_on, model, adapter), device=device,
             workers_per_device=workers_per_device, batch_tokens=batch_tokens, dry_run=dry_run, cluster=cluster,

@@ -139,6 +139,7 @@ def load_engine(
         sketch=stored.sketch,
         epochs=stored.epochs,
         learning_rate=stored.learning_rate,
+        turns=stored.turns,
         tokenizer_hash=stored.tokenizer_hash,
     )
     check_fingerprint(stored, here, place=place)

@@ -78,9 +78,7 @@ def _why_none(query: Sample, encoded: Encoded, spans: Sequence[tuple[int, int]])
         return f": no token of {generation} stands there"
     # The first of all ids is predicted from nothing; else it is the prompt's last that goes on into the generation.
     where = (
-        "the very first of all, which nothing predicts"
-        if len(encoded.input_ids) == len(encoded.offsets) + 1
-        else "one that begins in the prompt"
+        "the very first of all, which nothing predicts" if encoded.place(0) == 1 else "one that begins in the prompt"
     )
     return (
         f" belongs to a token of {generation} that has no loss of its own: {where}. The first token with a loss "

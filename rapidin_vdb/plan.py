@@ -14,7 +14,7 @@ from rapidin_vdb.corpus import Template, Tokenizer, encode, read_corpus
 from rapidin_vdb.errors import CorpusError, SpecError, check_unicode
 from rapidin_vdb.gradient import check_token_width
 from rapidin_vdb.ledger import Entry, Ledger
-from rapidin_vdb.records import OnBadRecord, OnDuplicate, Sample
+from rapidin_vdb.records import OnBadRecord, OnDuplicate, Sample, Turns
 from rapidin_vdb.store import ColumnKind, SampleTable, can_hold, merge_kinds, undisturbed, value_kind
 
 # Records checked, encoded and sorted by length together.
@@ -35,6 +35,8 @@ class Corpus:
     """Which field holds the sample id."""
     limit: int | None = None
     """How many records to read at most."""
+    turns: Turns = "last"
+    """Which turns of the assistant have a loss."""
 
     def __post_init__(self) -> None:
         """Refuse what no sample could have.
@@ -47,7 +49,9 @@ class Corpus:
 
     def read(self) -> Iterator[Sample | CorpusError]:
         """Yield the samples, an error in the place of each record that cannot be one."""
-        samples = read_corpus(self.paths, split=self.split, source=self.source, id_field=self.id_field)
+        samples = read_corpus(
+            self.paths, split=self.split, source=self.source, id_field=self.id_field, turns=self.turns
+        )
         return islice(samples, self.limit)
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
-from rapidin_vdb.corpus import Restorer, plain_record
+from rapidin_vdb.corpus import Restorer, plain_record, taken_apart
 from rapidin_vdb.errors import SampleNotFoundError, SpecError
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Fingerprint, Sample, Scalar
@@ -105,6 +105,7 @@ class SampleReader:
                 split=stored.split,
                 source=stored.source,
                 metadata=stored.metadata,
+                turns=taken_apart(stored.response) if snapshot.fingerprint.turns == "all" else (),
                 content_hash=content_hash,
             )
             record = restorer.restored(sample)

@@ -13,10 +13,16 @@ OnDuplicate = Literal["skip", "replace", "error"]
 Aggregate = Literal["sum", "mean"]
 Level = Literal["sample", "token"]
 ProfileName = Literal["quick", "full", "gpu"]
+Turns = Literal["last", "all"]
+LOSSES: Mapping[Turns, str] = {
+    "last": "mean cross-entropy over the response tokens",
+    "all": "mean cross-entropy over the tokens of all turns of the assistant",
+}
+"""What a fingerprint says of the loss, by which of the assistant's turns have one."""
 
 OWN_COLUMNS = frozenset(
-    "sample_id split source prompt response input_ids token_offsets tokens truncated loss content_hash checksum vector "
-    "rank score exact_score query_id".split()
+    "sample_id split source prompt response input_ids token_offsets tokens truncated loss content_hash "
+    "checksum vector rank score exact_score query_id".split()
 )
 """Names that mean something of ours; a record's field of that name is stored as `record_NAME`."""
 
@@ -51,6 +57,8 @@ class Sample:
     """Every further scalar field of the record, by column name."""
     messages: tuple[Message, ...] = ()
     """The turns before the response; one user turn unless the record is a conversation."""
+    turns: tuple[Message, ...] = ()
+    """The turns that the response is made of, where it has several answers; the first and the last are answers."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The record as it was read, for Jinja templates."""
     content_hash: str = ""
@@ -72,11 +80,13 @@ class Encoded:
     input_ids: tuple[int, ...]
     """Prompt, response and end-of-sequence token, in order."""
     offsets: tuple[tuple[int, int], ...]
-    """Half-open spans, in code points of the response, of the last `len(offsets)` ids: those of the response."""
+    """Half-open spans, in code points of the response, of its tokens: the last `len(offsets)` ids, unless `places`."""
     truncated: bool
     """Whether ids were cut from the right to respect `max_tokens`."""
     focus: tuple[int, ...] | None = None
     """Which response tokens carry loss, by their number from 0; None for all (the paper's Gamma(E))."""
+    places: tuple[int, ...] | None = None
+    """Where the response tokens stand among the ids, ascending, where other turns stand between them."""
 
     @property
     def response_tokens(self) -> int:
@@ -91,8 +101,15 @@ class Encoded:
     @property
     def loss_places(self) -> tuple[int, ...]:
         """Where those tokens stand among the ids; the logits before each predict it."""
-        first = len(self.input_ids) - len(self.offsets)
-        return tuple(first + number for number in self.loss_tokens)
+        return tuple(self.place(number) for number in self.loss_tokens)
+
+    def place(self, number: int) -> int:
+        """Return where a response token stands among the ids.
+
+        >>> Encoded(sample_id="a", input_ids=(1, 2, 3), offsets=((0, 1), (1, 2)), truncated=False).place(0)
+        1
+        """
+        return len(self.input_ids) - len(self.offsets) + number if self.places is None else self.places[number]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,11 +202,17 @@ class Fingerprint:
     """Library versions at `init` (not compared)."""
 
     @property
+    def turns(self) -> Turns:
+        """Which turns of the assistant are the response of a conversation."""
+        return "all" if self.loss == LOSSES["all"] else "last"
+
+    @property
     def settings(self) -> dict[str, str | int | float]:
         """What was said at `init`, or followed from it, besides the model and the sketch."""
         return {
             "parameters": self.parameters, "coordinates": self.gradient_length, "dtype": self.dtype,
-            "quantization": self.quantization, "template": self.template, "max_tokens": self.max_tokens,
+            "quantization": self.quantization, "template": self.template, "turns": self.turns,
+            "max_tokens": self.max_tokens,
             "epochs": self.epochs, "learning_rate": self.learning_rate,
         }  # fmt: skip
 

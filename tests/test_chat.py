@@ -351,7 +351,7 @@ def test_a_template_that_refuses_to_end_with_an_answer():
 
 
 def test_a_prompt_that_holds_the_mark_changes_nothing():
-    from rapidin_vdb.corpus.template import _MARK
+    from rapidin_vdb.corpus.written import _MARK
 
     tokenizer = tokenizer_with(TEMPLATES["as it is"])
     found = encoded({"prompt": f"{_MARK} {_MARK}{_MARK}", "response": "yes"}, tokenizer)

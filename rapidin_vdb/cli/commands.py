@@ -10,7 +10,7 @@ from rapidin_vdb.cli.interrupted import interruptible
 from rapidin_vdb.cli.pages import check_matrix, check_writable, write_page
 from rapidin_vdb.cli.progress import progress_bars
 from rapidin_vdb.cli.serve import serve
-from rapidin_vdb.records import Aggregate, DType, Level, Normalize, OnBadRecord, OnDuplicate, Quantization
+from rapidin_vdb.records import Aggregate, DType, Level, Normalize, OnBadRecord, OnDuplicate, Quantization, Turns
 
 DB = Annotated[str, typer.Argument(metavar="DB", help="Folder of the database, or s3://, gs://, az://.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
@@ -40,6 +40,9 @@ def init(
         str, typer.Option(help="trainable, all, or a regular expression over parameter names.")
     ] = "trainable",
     template: Annotated[str, typer.Option(help="alpaca, chat, text, or a Jinja file.")] = "alpaca",
+    turns: Annotated[
+        Turns, typer.Option(help="Which of the assistant's turns have a loss; all goes with --template chat.")
+    ] = "last",
     max_tokens: Annotated[int, typer.Option(help="Longer samples are cut from the right.")] = 512,
     epochs: Annotated[float, typer.Option(help="Epochs of the fine-tuning; scores are multiplied by it.")] = 1.0,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of the fine-tuning; likewise.")] = 1.0,
@@ -53,8 +56,8 @@ def init(
 
     database = rapidin_vdb.init(
         db, model=model, adapter=adapter, quantization=quantization, dtype=dtype, width=width, shuffles=shuffles,
-        seed=seed, normalize=normalize, parameters=parameters, template=template, max_tokens=max_tokens,
-        epochs=epochs, learning_rate=learning_rate, device=device,
+        seed=seed, normalize=normalize, parameters=parameters, template=template, turns=turns,
+        max_tokens=max_tokens, epochs=epochs, learning_rate=learning_rate, device=device,
     )  # fmt: skip
     show.created(database)
 

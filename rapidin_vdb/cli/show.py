@@ -87,7 +87,8 @@ def _told(found: IngestReport | IngestEstimate, cut: str, hold: str) -> None:
     if found.earlier_turns:
         typer.echo(
             f"{found.earlier_turns:,} of them have earlier turns of the assistant, which have no gradient: only the "
-            "last one has. To ask about another, make it the last of a record of its own",
+            "last one has. Where a model was trained on all of them, make a database with: init --template chat "
+            "--turns all",
             err=True,
         )
     for name, place in found.mixed.items():

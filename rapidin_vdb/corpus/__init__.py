@@ -5,6 +5,7 @@ from rapidin_vdb.corpus.files import Record, read_records
 from rapidin_vdb.corpus.restore import Restorer, plain_record
 from rapidin_vdb.corpus.samples import read_corpus, sample_from
 from rapidin_vdb.corpus.template import Template, load_template
+from rapidin_vdb.corpus.turns import taken_apart
 
 __all__ = [
     "Record",
@@ -17,4 +18,5 @@ __all__ = [
     "read_corpus",
     "read_records",
     "sample_from",
+    "taken_apart",
 ]

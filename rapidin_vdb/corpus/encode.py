@@ -3,7 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from rapidin_vdb.corpus.template import Template, Written
+from rapidin_vdb.corpus.answers import write
+from rapidin_vdb.corpus.template import Template
+from rapidin_vdb.corpus.written import Written
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import Encoded, Sample
 
@@ -19,14 +21,14 @@ def encode(
 
     Prompt and response are tokenised together as one text, and the end-of-sequence token follows, or what a chat
     template ends an answer with. A token belongs to the response when it starts at or after the response's first
-    character; the very first token of all is predicted from nothing and so carries no loss. Longer samples are cut from
-    the right.
+    character; the very first token of all is predicted from nothing and so carries no loss. Where a response is made of
+    several turns, the tokens of its answers belong to it, and what ends each. Longer samples are cut from the right.
     """
     results: list[Encoded | CorpusError | None] = [None] * len(samples)
     texts: list[tuple[int, Written]] = []
     for place, sample in enumerate(samples):
         try:
-            texts.append((place, template.write(sample)))
+            texts.append((place, write(template, sample)))
         except CorpusError as error:
             results[place] = error
     for special in (True, False):
@@ -75,13 +77,45 @@ def _encoded(
             break
     offsets.reverse()
     first = len(ids) - len(offsets)
+    places = None
+    if written.earlier:
+        earlier = _earlier(written, spans[:first])
+        places = [place for place, _ in earlier] + list(range(first, len(ids)))
+        offsets, first = [span for _, span in earlier] + offsets, places[0] if places else first
     truncated = len(ids) > max_tokens
     if truncated:
-        ids, offsets = ids[:max_tokens], offsets[: max(max_tokens - first, 0)]
+        ids = ids[:max_tokens]
+        kept = max_tokens - first if places is None else sum(place < max_tokens for place in places)
+        offsets, places = offsets[: max(kept, 0)], places and places[:kept]
+        if places:
+            ids = ids[: places[-1] + 1]  # nothing behind it is predicted
     if not offsets:
         return CorpusError(
             f"{sample.location}: no response token is left within --max-tokens {max_tokens}: the prompt takes {first}"
             if truncated
             else f"{sample.location}: the response has no token with a loss"
         )
-    return Encoded(sample_id=sample.sample_id, input_ids=tuple(ids), offsets=tuple(offsets), truncated=truncated)
+    return Encoded(
+        sample_id=sample.sample_id,
+        input_ids=tuple(ids),
+        offsets=tuple(offsets),
+        truncated=truncated,
+        places=None if places is None else tuple(places),
+    )
+
+
+def _earlier(written: Written, spans: Sequence[tuple[int, int]]) -> list[tuple[int, tuple[int, int]]]:
+    """Return which of the tokens before the last answer belong to others, and where they stand in the response."""
+    found: list[tuple[int, tuple[int, int]]] = []
+    answers = iter(written.earlier)
+    answer = next(answers, None)
+    for place, (first, last) in enumerate(spans):
+        while answer is not None and first >= answer.end:
+            answer = next(answers, None)
+        if answer is None:
+            break
+        if place == 0 or first < answer.start or first == last:
+            continue
+        begin, end = (min(border, answer.stop) - answer.start + answer.place for border in (first, last))
+        found.append((place, (begin, end)))
+    return found

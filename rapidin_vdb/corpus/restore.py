@@ -117,13 +117,15 @@ def _with_input(response: str) -> _Shape:
 
 def _conversation(sample: Sample) -> list[_Fields]:
     """Return what may have been the turns of a sample: written one after another, they may be read in several ways."""
-    said = {"role": "assistant", "content": sample.response}
+    answers = [[{"role": "assistant", "content": sample.response}]]
+    if len(sample.turns) > 1:
+        answers.append([{"role": turn.role, "content": turn.content} for turn in sample.turns])
     if sample.prompt is None:
-        return [{"messages": [said]}]
+        return [{"messages": said} for said in answers]
     parts = re.split(r"(?:^|\n\n)(system|developer|user|assistant|tool): ", sample.prompt)
     turns = [{"role": role, "content": text} for role, text in zip(parts[1::2], parts[2::2], strict=True)]
     ways = [[{"role": "user", "content": sample.prompt}]] + ([turns] if len(turns) > 1 and not parts[0] else [])
-    return [{"messages": [*before, said]} for before in ways]
+    return [{"messages": before + said} for before, said in product(ways, answers)]
 
 
 _SHAPES: dict[str, _Shape] = (

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.corpus.files import Record, read_records
+from rapidin_vdb.corpus.turns import joined
 from rapidin_vdb.errors import CorpusError
-from rapidin_vdb.records import OWN_COLUMNS, Message, Sample, Scalar
+from rapidin_vdb.records import OWN_COLUMNS, Message, Sample, Scalar, Turns
 
 # What a turn may say outside of its content.
 _SAID_BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking")
@@ -20,11 +21,17 @@ RESPONSES = ("output", "response", "completion", "generation")
 
 
 def read_corpus(
-    paths: Iterable[Path], *, split: str | None = None, source: str | None = None, id_field: str = "id"
+    paths: Iterable[Path],
+    *,
+    split: str | None = None,
+    source: str | None = None,
+    id_field: str = "id",
+    turns: Turns = "last",
 ) -> Iterator[Sample | CorpusError]:
     """Yield the samples of some files in order, an error in the place of each record that cannot be one.
 
     `split` and `source` win over the record's own fields of that name; without either, a sample's split is `train`.
+    The response of a conversation is the assistant's last turn, or all that begins with its first one.
 
     Raises:
         CorpusError: a file is missing, of no known format, or cannot be read at all.
@@ -35,12 +42,19 @@ def read_corpus(
                 yield record
                 continue
             try:
-                yield sample_from(record, split=split, source=source, id_field=id_field)
+                yield sample_from(record, split=split, source=source, id_field=id_field, turns=turns)
             except CorpusError as error:
                 yield error
 
 
-def sample_from(record: Record, *, split: str | None = None, source: str | None = None, id_field: str = "id") -> Sample:
+def sample_from(
+    record: Record,
+    *,
+    split: str | None = None,
+    source: str | None = None,
+    id_field: str = "id",
+    turns: Turns = "last",
+) -> Sample:
     """Return the sample that a record describes.
 
     Raises:
@@ -52,8 +66,9 @@ def sample_from(record: Record, *, split: str | None = None, source: str | None 
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise CorpusError(f"{location}: holds text that is not valid Unicode: {error.reason}") from error
-    messages, response, used = _conversation(fields, location)
-    if not response.strip():
+    messages, said, used = _conversation(fields, location, turns)
+    response, _ = joined(said)
+    if not any(turn.content.strip() for turn in said if turn.role == "assistant"):
         raise CorpusError(f"{location}: the response is empty; there is nothing to take a gradient of")
     split = split if split is not None else _text(fields, "split", location) or "train"
     source = source if source is not None else _text(fields, "source", location)
@@ -69,6 +84,7 @@ def sample_from(record: Record, *, split: str | None = None, source: str | None 
         source=source,
         metadata=metadata,
         messages=messages,
+        turns=said if len(said) > 1 else (),
         fields=fields,
         content_hash=hash_of(text, split, source),
         location=location,
@@ -86,10 +102,13 @@ def hash_of(text: str, split: str, source: str | None) -> str:
     return hashlib.sha256(identity.encode("utf-8")).hexdigest()[:32]
 
 
-def _conversation(fields: dict[str, Any], location: str) -> tuple[tuple[Message, ...], str, set[str]]:
-    """Return the turns before the response, the response, and the names of the fields they came from."""
+_Said = tuple[Message, ...]
+
+
+def _conversation(fields: dict[str, Any], location: str, which: Turns) -> tuple[_Said, _Said, set[str]]:
+    """Return the turns before the response, those of the response, and the names of the fields they came from."""
     if fields.get("messages") is not None:
-        return *_turns(fields["messages"], location), {"messages"}
+        return *_turns(fields["messages"], location, which), {"messages"}
     response_name = next((name for name in RESPONSES if fields.get(name) is not None), None)
     prompt_name = next((name for name in ("instruction", "prompt") if fields.get(name) is not None), None)
     if response_name and prompt_name:
@@ -99,27 +118,35 @@ def _conversation(fields: dict[str, Any], location: str) -> tuple[tuple[Message,
         if context:
             prompt = f"{prompt}\n{context}"
         response = _text(fields, response_name, location) or ""
-        return (Message(role="user", content=prompt),), response, used
+        return (Message(role="user", content=prompt),), (_answer(response),), used
     if fields.get("text") is not None:
-        return (), _text(fields, "text", location) or "", {"text"}
+        return (), (_answer(_text(fields, "text", location) or ""),), {"text"}
     raise CorpusError(f"{location}: found the fields {_names(fields)}; wanted {_SHAPES}")
 
 
-def _turns(value: Any, location: str) -> tuple[tuple[Message, ...], str]:
+def _turns(value: Any, location: str, which: Turns) -> tuple[_Said, _Said]:
     turns = [_turn(turn) for turn in value] if isinstance(value, list) else [None]
     if None in turns:
         raise CorpusError(f"{location}: messages must be a list of objects with texts role and content")
     said = [turn for turn in turns if turn is not None]
-    last = max((place for place, turn in enumerate(said) if turn.role == "assistant"), default=None)
-    if last is None:
+    answers = [place for place, turn in enumerate(said) if turn.role == "assistant"]
+    if not answers:
         raise CorpusError(f"{location}: messages has no turn of the role assistant, which would be the response")
-    lost = [name for name in _SAID_BESIDE if said[last].more.get(name)]
-    if lost:
-        raise CorpusError(
-            f"{location}: the response has {lost[0]}, which would be lost; write all that the model is to say into its "
-            "content, as the model would write it"
-        )
-    return tuple(said[:last]), said[last].content
+    if which == "last":
+        answers = answers[-1:]
+    for place in answers:
+        lost = [name for name in _SAID_BESIDE if said[place].more.get(name)]
+        if lost:
+            named = "the response" if place == answers[-1] else f"messages[{place}], which is to have a loss too,"
+            raise CorpusError(
+                f"{location}: {named} has {lost[0]}, which would be lost; write all that the model is to say into its "
+                "content, as the model would write it"
+            )
+    return tuple(said[: answers[0]]), tuple(said[answers[0] : answers[-1] + 1])
+
+
+def _answer(content: str) -> Message:
+    return Message(role="assistant", content=content)
 
 
 def _turn(turn: Any) -> Message | None:

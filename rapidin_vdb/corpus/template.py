@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import jinja2
 import jinja2.sandbox
 
+from rapidin_vdb.corpus.written import Written, mark_unlike
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.records import Sample
 
@@ -30,8 +31,6 @@ _DAY = (
     )
     + " }}{%- endmacro %}"
 )  # fmt: skip
-# Stands for a response, to see what a chat template writes around it.
-_MARK = "\ue0a1response\ue0a2"
 # With which some let the model go on, and answers begin.
 _THOUGHT = "<think>"
 _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError, AttributeError)
@@ -51,24 +50,6 @@ class ChatTokenizer(Protocol):
     def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> str:
         """Write a conversation out."""
         ...
-
-
-@dataclass(frozen=True)
-class Written:
-    """A sample as one text."""
-
-    text: str
-    """Prompt, response, and what ends it where the template writes that."""
-    start: int
-    """Where the response begins in it."""
-    response: str
-    """The response as it stands there: a template may leave out spaces around it."""
-    left_out: int = 0
-    """How many code points of the response, at its beginning, do not stand there."""
-    special: bool = True
-    """Whether the tokenizer's own tokens, such as that of the beginning of a sequence, are to be added."""
-    ended: bool = False
-    """Whether what ends the response is part of the text; else the end-of-sequence token is to follow."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -131,9 +112,7 @@ class Template:
     def _parts(self, sample: Sample) -> tuple[str, str, str]:
         """Return what a chat template writes before a response, the response as it stands there, and what follows."""
         response, asked = sample.response, self.render(sample)
-        mark = _MARK
-        while any(mark in turn.content for turn in sample.messages):
-            mark += _MARK
+        mark = mark_unlike(sample.messages)
         try:
             around, text = self._chat(sample, mark).split(mark), self._chat(sample, response)
         except CorpusError:

@@ -8,9 +8,8 @@ from pathlib import Path
 
 from rapidin_vdb.errors import ModelError
 from rapidin_vdb.gradient.model import LoadedModel
-from rapidin_vdb.records import Fingerprint, Normalize, SketchSpec
+from rapidin_vdb.records import LOSSES, Fingerprint, Normalize, SketchSpec, Turns
 
-LOSS = "mean cross-entropy over the response tokens"
 # Of a configuration file: what says where it came from, and nothing about what it computes.
 _PROVENANCE = frozenset(
     "_name_or_path transformers_version peft_version base_model_name_or_path inference_mode revision dtype torch_dtype "
@@ -29,6 +28,7 @@ def fingerprint_of(
     sketch: SketchSpec,
     epochs: float,
     learning_rate: float,
+    turns: Turns = "last",
     tokenizer_hash: str | None = None,
 ) -> Fingerprint:
     """Return the fingerprint of vectors made with this model and these choices.
@@ -52,7 +52,7 @@ def fingerprint_of(
         template=template,
         template_text=template_text,
         max_tokens=max_tokens,
-        loss=LOSS,
+        loss=LOSSES[turns],
         normalize=normalize,
         parameters=spec.parameters,
         theta=loaded.shapes,

@@ -71,8 +71,11 @@ def ends(batch: Sequence[Encoded]) -> list[Encoded]:
     found = []
     for sample in batch:
         keep = max(len(sample.input_ids) * _TOKENS // longest, min(len(sample.input_ids), _ENOUGH_TOKENS))
-        offsets = sample.offsets[-(keep - 1) :]
-        found.append(replace(sample, input_ids=sample.input_ids[-keep:], offsets=offsets, focus=None))
+        cut = len(sample.input_ids) - keep
+        # The last of all ids has a loss; the first that is left is predicted from nothing.
+        places = [place - cut for place in map(sample.place, range(len(sample.offsets))) if place > cut]
+        ids, offsets = sample.input_ids[cut:], sample.offsets[-len(places) :]
+        found.append(replace(sample, input_ids=ids, offsets=offsets, places=tuple(places), focus=None))
     return found
 
 

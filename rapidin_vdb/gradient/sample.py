@@ -31,8 +31,14 @@ def cut_behind_loss(encoded: Encoded) -> Encoded:
     (1, 2)
     """
     kept = max(encoded.loss_tokens) + 1
-    left = len(encoded.offsets) - kept
-    return replace(encoded, input_ids=encoded.input_ids[:-left], offsets=encoded.offsets[:kept]) if left else encoded
+    if kept == len(encoded.offsets):
+        return encoded  # there is nothing behind the last token of a response
+    return replace(
+        encoded,
+        input_ids=encoded.input_ids[: encoded.place(kept - 1) + 1],
+        offsets=encoded.offsets[:kept],
+        places=None if encoded.places is None else encoded.places[:kept],
+    )
 
 
 def stream_gradient(

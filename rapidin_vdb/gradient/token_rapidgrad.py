@@ -93,4 +93,4 @@ def check_token_width(width: int, widest: int) -> None:
 
 
 def _length(sample: Encoded, number: int) -> int:
-    return len(sample.input_ids) - sample.response_tokens + number + 1
+    return sample.place(number) + 1

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from rapidin_vdb.errors import TableError
-from rapidin_vdb.records import Encoded, Sample, Scalar
+from rapidin_vdb.records import Encoded, Sample, Scalar, Turns
 from rapidin_vdb.results import StoredSample
 from rapidin_vdb.store.checksum import covers_fields, row_checksum, with_fields
 
@@ -30,8 +30,12 @@ _OWN = (
     pa.field("content_hash", pa.string(), nullable=False),
 )
 _CHECKSUM = pa.field("checksum", pa.int64(), nullable=False)
-OWN_NAMES = frozenset(field.name for field in _OWN) | {"vector", "checksum"}
-"""Columns that every table has; all others are fields of the records."""
+PLACES = "_loss_places"
+"""Column of the places of a response's tokens among the ids, where others stand between them. Only in databases in
+which all turns have a loss; no field of a record is stored under such a name."""
+_PLACES = pa.field(PLACES, pa.list_(pa.field("item", pa.int32(), nullable=False)))
+OWN_NAMES = frozenset(field.name for field in _OWN) | {"vector", "checksum", PLACES}
+"""Columns of ours; all others are fields of the records."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -48,9 +52,10 @@ class Row:
     """The RapidGrad, float16 [width]."""
 
 
-def samples_schema(width: int, metadata: Mapping[bytes, bytes]) -> pa.Schema:
+def samples_schema(width: int, metadata: Mapping[bytes, bytes], *, turns: Turns = "last") -> pa.Schema:
     """Return the schema of a new table."""
-    return pa.schema([*_OWN, _CHECKSUM, vector_field(width)], metadata=dict(metadata))
+    places = [_PLACES] if turns == "all" else []
+    return pa.schema([*_OWN, *places, _CHECKSUM, vector_field(width)], metadata=dict(metadata))
 
 
 def vector_field(width: int) -> pa.Field:
@@ -132,6 +137,8 @@ def arrow_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
             type=schema.field("vector").type,
         ),
     }
+    if PLACES in schema.names:
+        arrays[PLACES] = pa.array([row.encoded.places for row in rows], _PLACES.type)
     fields = [{name.lower(): value for name, value in row.sample.metadata.items()} for row in rows]
     further = {field.name: field for field in schema if field.name not in OWN_NAMES}
     stored = {
@@ -142,7 +149,10 @@ def arrow_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     # Not in tables that were made before there was one.
     arrays["checksum"] = pa.array(
         [
-            with_fields(_checksum(row), {name: values[number] for name, values in stored.items()})
+            with_fields(
+                _checksum(row, with_places=PLACES in schema.names),
+                {name: values[number] for name, values in stored.items()},
+            )
             for number, row in enumerate(rows)
         ],
         pa.int64(),
@@ -150,14 +160,17 @@ def arrow_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     return pa.Table.from_arrays([arrays[field.name] for field in schema], schema=schema)
 
 
-def _checksum(row: Row) -> int:
+def _checksum(row: Row, *, with_places: bool) -> int:
     sample, encoded = row.sample, row.encoded
     return row_checksum(
         (
             sample.sample_id, sample.split, sample.source, sample.prompt, sample.response, encoded.response_tokens,
             encoded.truncated, row.loss, sample.content_hash,
         ),
-        (encoded.input_ids, [place for span in encoded.offsets for place in span]),
+        (
+            encoded.input_ids, [place for span in encoded.offsets for place in span],
+            *([encoded.places or ()] if with_places else []),
+        ),
         row.vector,
     )  # fmt: skip
 
@@ -166,7 +179,8 @@ def stored_checksum(row: Mapping[str, Any], vector: np.ndarray) -> int:
     """Return what the checksum of a row of the table should be."""
     names = ("sample_id", "split", "source", "prompt", "response", "tokens", "truncated", "loss", "content_hash")
     offsets = [place for span in row["token_offsets"] for place in (span["start"], span["end"])]
-    checksum = row_checksum([row[name] for name in names], (row["input_ids"], offsets), vector)
+    places = [row[PLACES] or ()] if PLACES in row else []
+    checksum = row_checksum([row[name] for name in names], (row["input_ids"], offsets, *places), vector)
     if not covers_fields(row["checksum"]):
         return checksum
     return with_fields(checksum, {name: value for name, value in row.items() if name not in OWN_NAMES})

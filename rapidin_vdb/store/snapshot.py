@@ -14,10 +14,11 @@ from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint
 from rapidin_vdb.store.owners import named
 from rapidin_vdb.store.place import Place
-from rapidin_vdb.store.rows import OWN_NAMES, stored_checksum, stored_sample
+from rapidin_vdb.store.rows import OWN_NAMES, PLACES, stored_checksum, stored_sample
 from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, TableVersion, batches, int64
 
 SAMPLES = "samples"
+_NEVER_SHOWN = frozenset({"vector", "input_ids", "content_hash", "checksum", PLACES})
 _SAMPLES_A_BATCH = 1000
 _COUNTS_A_BATCH = 1 << 14
 
@@ -154,11 +155,11 @@ class Snapshot(TableVersion):
         return sorted(values) if len(values) <= most else None  # type: ignore[type-var]
 
     def _shown(self) -> list[str]:
-        return [name for name in self.schema.names if name not in ("vector", "input_ids", "content_hash", "checksum")]
+        return [name for name in self.schema.names if name not in _NEVER_SHOWN]
 
     def encoded(self, sample_ids: Sequence[str]) -> dict[str, Encoded]:
         """Return the tokens of samples, by id, as they were when their RapidGrads were made."""
-        columns, found = ["sample_id", "input_ids", "token_offsets", "truncated"], {}
+        columns, found = ["sample_id", "input_ids", "token_offsets", *self._places(), "truncated"], {}
         for batch in batches(_possible(sample_ids), IDS_A_FILTER):
             for row in self._select(columns, ids_filter(batch), ours=True).to_pylist():
                 found[row["sample_id"]] = Encoded(
@@ -166,6 +167,7 @@ class Snapshot(TableVersion):
                     input_ids=tuple(row["input_ids"]),
                     offsets=tuple((span["start"], span["end"]) for span in row["token_offsets"]),
                     truncated=row["truncated"],
+                    places=None if row.get(PLACES) is None else tuple(row[PLACES]),
                 )
         return found
 
@@ -175,8 +177,11 @@ class Snapshot(TableVersion):
         for batch in self._scan(columns, _COUNTS_A_BATCH):
             yield from zip(*(batch.column(name).to_pylist() for name in columns), strict=True)
 
+    def _places(self) -> list[str]:
+        return [PLACES] if PLACES in self.schema.names else []
+
     def _further(self) -> list[str]:
-        return [name for name in self.schema.names if name not in OWN_NAMES]
+        return self._places() + [name for name in self.schema.names if name not in OWN_NAMES]
 
     def _checksum(self, row: dict[str, Any], vector: np.ndarray) -> int:
         return stored_checksum(row, vector)

@@ -102,7 +102,9 @@ class SampleTable:
         """
         SampleTable.check_free(uri)
         place = place_of(uri)
-        schema = samples_schema(fingerprint.sketch.width, write_fingerprint(fingerprint) | new_identity())
+        schema = samples_schema(
+            fingerprint.sketch.width, write_fingerprint(fingerprint) | new_identity(), turns=fingerprint.turns
+        )
         with told(f"no database can be made at {place}"):
             place.prepare()
             with place.lock:

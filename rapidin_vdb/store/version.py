@@ -15,7 +15,7 @@ from jaxtyping import Float16, Int64
 from rapidin_vdb.errors import FilterError, PurgedError, TableError, is_unicode
 from rapidin_vdb.store.filters import understood
 from rapidin_vdb.store.place import Place
-from rapidin_vdb.store.rows import OWN_NAMES, ColumnKind, column_kind
+from rapidin_vdb.store.rows import OWN_NAMES, PLACES, ColumnKind, column_kind
 from rapidin_vdb.store.telling import told
 
 # Lance reads and writes fastest in batches of about this size.
@@ -272,7 +272,7 @@ class TableVersion:
         return tuple(
             f"{field.name} ({field.type})"
             for field in self.schema
-            if field.name not in ("vector", "input_ids", "token_offsets", "content_hash", "checksum")
+            if field.name not in ("vector", "input_ids", "token_offsets", "content_hash", "checksum", PLACES)
         )
 
 

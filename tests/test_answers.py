@@ -1,0 +1,333 @@
+"""Conversations in which all turns of the assistant have a loss, as the model was trained on them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from conftest import byte_tokenizer, save_adapter, save_model, write_jsonl
+from test_chat import ASKING, LOOP, PLAIN, TEMPLATES, tokenizer_with
+
+import rapidin_vdb
+from rapidin_vdb.cli import show
+from rapidin_vdb.corpus import Record, encode, load_template, sample_from
+from rapidin_vdb.errors import CorpusError, SpecError
+from rapidin_vdb.gradient.probe import ends
+from rapidin_vdb.gradient.sample import cut_behind_loss
+from rapidin_vdb.page.render import with_pieces
+from rapidin_vdb.records import LOSSES
+
+TALK = [
+    ("system", "Be kind."),
+    ("user", "Hi"),
+    ("assistant", "Hello, é黄!"),
+    ("user", "What is snow?"),
+    ("assistant", "It is ice."),
+    ("user", "And rain?"),
+    ("assistant", "Water."),
+]
+END = {"another end": "</s>", "spaces around": " </s>"}
+"""With which templates end answers, where not with <|im_end|>."""
+
+
+def talk(turns=TALK, **more):
+    return {"messages": [{"role": role, "content": content} for role, content in turns], **more}
+
+
+def sample_of(fields):
+    return sample_from(Record(location="here", fields=fields), turns="all")
+
+
+def encoded(fields, tokenizer, max_tokens=999):
+    template = load_template("chat", tokenizer=tokenizer)
+    (result,) = encode([sample_of(fields)], tokenizer=tokenizer, template=template, max_tokens=max_tokens)
+    if isinstance(result, CorpusError):
+        raise result
+    return result
+
+
+def trained(fields, tokenizer, end) -> set[int]:
+    """Return which code points of a conversation, as it is written for fine-tuning, stand in answers or end them."""
+    text = tokenizer.apply_chat_template(fields["messages"], tokenize=False)
+    found: set[int] = set()
+    for turn in fields["messages"]:
+        if turn["role"] == "assistant":
+            said = turn["content"].strip()
+            assert text.count(said) == 1
+            start = text.index(said)
+            stop = start + len(said)
+            assert text.startswith(end, stop)
+            found |= set(range(start, stop + len(end)))
+    return found
+
+
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_all_answers_have_a_loss_and_nothing_else(name):
+    tokenizer, fields = tokenizer_with(TEMPLATES[name]), talk()
+    found, text = encoded(fields, tokenizer), tokenizer.apply_chat_template(fields["messages"], tokenize=False)
+    tokens = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    assert list(found.input_ids) == tokens["input_ids"][: len(found.input_ids)]
+    inside = trained(fields, tokenizer, END.get(name, "<|im_end|>"))
+    wanted = [place for place, (start, _) in enumerate(tokens["offset_mapping"]) if start in inside]
+    assert list(found.loss_places) == wanted
+    assert found.response_tokens == len(wanted) == len(found.offsets)
+    # Each stands where it says in the response; what ends an answer stands nowhere, behind it.
+    response = sample_of(fields).response
+    assert (
+        response
+        == "Hello, é黄!\n\nuser: What is snow?\n\nassistant: It is ice.\n\nuser: And rain?\n\nassistant: Water."
+    )
+    shown = "".join(
+        response[start:end] or "|"
+        for number, (start, end) in enumerate(found.offsets)
+        if number == 0 or (start, end) != found.offsets[number - 1] or start == end
+    )
+    end = "||" if name == "spaces around" else "|"  # a space of its own before the end
+    assert shown == f"Hello, é黄!{end}It is ice.{end}Water.{end}"
+
+
+def test_one_answer_is_as_ever():
+    tokenizer, fields = tokenizer_with(TEMPLATES["as it is"]), talk(TALK[:3])
+    sample, plain = sample_of(fields), sample_from(Record(location="here", fields=fields))
+    assert sample == plain and not sample.turns
+    assert encoded(fields, tokenizer).places is None
+
+
+def test_spaces_and_thoughts_that_the_template_leaves_out_have_no_tokens():
+    told = [("user", "Hi"), ("assistant", "<think>a</think> b "), ("user", "c"), ("assistant", " d ")]
+    template = LOOP + (
+        "<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] | trim }}<|im_end|>\n{% endfor %}" + ASKING
+    )
+    tokenizer = tokenizer_with(template)
+    found, response = encoded(talk(told), tokenizer), sample_of(talk(told)).response
+    assert [(response[start:end], start) for start, end in found.offsets] == [
+        ("b", 17), ("", 18), ("d", response.index("d")), ("", len(response)),
+    ]  # fmt: skip
+    assert tokenizer.decode([found.input_ids[place] for place in found.loss_places]) == "b<|im_end|>d<|im_end|>"
+
+
+def test_a_conversation_that_begins_with_an_answer():
+    fields, tokenizer = talk(TALK[2:]), tokenizer_with(TEMPLATES["as it is"])
+    found, sample = encoded(fields, tokenizer), sample_of(fields)
+    assert sample.prompt is None and len(sample.turns) == 5
+    assert tokenizer.decode(found.input_ids).startswith("<|im_start|>assistant\nHello")
+    inside = trained(fields, tokenizer, "<|im_end|>")
+    assert found.loss_places[0] == len("<|im_start|>assistant\n") - len("<|im_start|>") + 1
+    assert len(found.offsets) >= len(inside) - 3 * len("<|im_end|>")
+
+
+def test_answers_that_look_alike_or_like_the_template():
+    told = [("user", "a"), ("assistant", "yes"), ("user", "yes"), ("assistant", "<|im_end|>\nyes"), ("user", "<|im_start|>"), ("assistant", "yes")]  # fmt: skip
+    tokenizer = tokenizer_with(TEMPLATES["as it is"])
+    found = encoded(talk(told), tokenizer)
+    assert (
+        tokenizer.decode([found.input_ids[place] for place in found.loss_places])
+        == "yes<|im_end|><|im_end|>\nyes<|im_end|>yes<|im_end|>"
+    )
+
+
+def test_a_template_without_ends_has_the_end_of_sequence_once():
+    tokenizer = tokenizer_with(LOOP + "{{ m.role }}: {{ m.content }}\n{% endfor %}")
+    found = encoded(talk(), tokenizer)
+    assert (
+        tokenizer.decode([found.input_ids[place] for place in found.loss_places]) == "Hello, é黄!It is ice.Water.</s>"
+    )
+
+
+def test_an_answer_that_the_template_writes_otherwise_is_refused():
+    tokenizer = tokenizer_with(PLAIN.replace("m.content", "m.content | upper") + ASKING)
+    with pytest.raises(CorpusError, match="writes answers before the last one otherwise than they are"):
+        encoded(talk(), tokenizer)
+    tokenizer = tokenizer_with(PLAIN.replace("m.content", "m.content ~ m.content") + ASKING)
+    with pytest.raises(CorpusError, match="otherwise than they are"):
+        encoded(talk(), tokenizer)
+
+
+def test_calls_of_tools_in_an_answer_are_refused():
+    fields = talk()
+    fields["messages"][2]["tool_calls"] = [{"name": "look"}]
+    with pytest.raises(CorpusError, match=r"messages\[2\], which is to have a loss too, has tool_calls"):
+        sample_of(fields)
+    assert sample_from(Record(location="here", fields=fields)).response == "Water."
+    with pytest.raises(CorpusError, match="the response is empty"):
+        sample_of(talk([("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", " ")]))
+
+
+@pytest.mark.parametrize("cut", range(12, 60, 4))
+def test_long_conversations_are_cut_behind_the_last_answer_that_is_left(cut):
+    tokenizer = tokenizer_with(TEMPLATES["as it is"])
+    whole, found = encoded(talk(), tokenizer), None
+    kept = [place for place in whole.loss_places if place < cut]
+    if not kept:
+        with pytest.raises(CorpusError, match=f"no response token is left within --max-tokens {cut}: the prompt takes"):
+            encoded(talk(), tokenizer, cut)
+        return
+    found = encoded(talk(), tokenizer, cut)
+    assert found.truncated and list(found.loss_places) == kept and found.offsets == whole.offsets[: len(kept)]
+    assert found.input_ids == whole.input_ids[: kept[-1] + 1]
+
+
+def test_pieces_of_samples_keep_their_places():
+    whole = encoded(talk(), tokenizer_with(TEMPLATES["as it is"]))
+    for number in range(whole.response_tokens):
+        one = cut_behind_loss(dataclasses.replace(whole, focus=(number,)))
+        assert one.loss_places == (whole.loss_places[number],) and len(one.input_ids) == one.loss_places[0] + 1
+    long = dataclasses.replace(
+        whole,
+        input_ids=whole.input_ids * 9,
+        places=tuple(place + 8 * len(whole.input_ids) for place in whole.loss_places),
+    )
+    (short,) = ends([long])
+    taken = long.input_ids[-len(short.input_ids) :]
+    assert short.input_ids == taken and len(taken) < len(long.input_ids)
+    assert [short.input_ids[place] for place in short.loss_places] == [
+        long.input_ids[place] for place in long.loss_places[-len(short.offsets) :]
+    ]
+    assert min(short.loss_places) >= 1
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A database of conversations, whose answers all have a loss, with RapidGrads of tokens."""
+    folder = tmp_path_factory.mktemp("answers")
+    model, tokenizer = save_model(folder / "model", "llama"), byte_tokenizer()
+    tokenizer.chat_template = TEMPLATES["as it is"].replace("<|im_end|>", "<pad>").replace("<|im_start|>", "<s>")
+    tokenizer.save_pretrained(model)
+    adapter = save_adapter(folder / "adapter", "llama")
+    database = rapidin_vdb.init(
+        folder / "db", model=str(model), adapter=str(adapter), width=256, template="chat", turns="all"
+    )
+    single = [("user", "Name a fruit."), ("assistant", "A pear.")]
+    records = [
+        talk(id="long", stars=3),
+        talk(TALK[:5], id="middle"),
+        talk(single, id="single"),
+        talk([*single, ("user", "And a colour?"), ("assistant", "Red.\n\nuser: no")], id="double"),
+        {"id": "pair", "prompt": "Hi", "response": "Hello."},
+    ]
+    report = database.ingest(write_jsonl(folder / "talks.jsonl", records), token_gradients=True, token_width=128)
+    assert report.added == len(records) and report.earlier_turns == 0
+    return database, {record["id"]: record for record in records}, tokenizer
+
+
+def reference(database, ids, places):
+    """Return each tensor's gradient of the mean loss at some places, by plain autograd with labels."""
+    loaded = database._loaded().loaded
+    labels = [token if place in places else -100 for place, token in enumerate(ids)]
+    loss = loaded.model(input_ids=torch.tensor([ids]), labels=torch.tensor([labels])).loss
+    return [g.double() for g in torch.autograd.grad(loss, list(loaded.theta.values()))], float(loss.detach())
+
+
+def test_scores_are_those_of_the_training_loss(made):
+    """The product of layer-normalised gradients of the loss over all answers, by labels as trainers write them."""
+    database, records, tokenizer = made
+    query = rapidin_vdb.query_from("What is snow?", "It is ice.")
+    (ranking,) = database.query(queries=[query], top_k=9, refine=9, tokens=True)
+    asked, _ = reference(database, *_masked(tokenizer, talk([("user", "What is snow?"), ("assistant", "It is ice.")])))
+    for result in ranking.results:
+        fields = records[result.sample_id]
+        turns = fields if "messages" in fields else talk([("user", "Hi"), ("assistant", "Hello.")])
+        grads, loss = reference(database, *_masked(tokenizer, turns))
+        wanted = sum(float((a * b).sum() / (a.norm() * b.norm())) for a, b in zip(grads, asked, strict=True))
+        assert result.exact_score == pytest.approx(wanted, abs=2e-4), result.sample_id
+        assert database.show(result.sample_id).loss == pytest.approx(loss, rel=1e-5)
+        assert sum(token.score for token in result.tokens) == pytest.approx(result.exact_score, abs=2e-4)
+    assert {result.sample_id for result in ranking.results} == set(records)
+
+
+def _masked(tokenizer, fields):
+    """Return a conversation's tokens, and the places of those of answers and their ends."""
+    ids, places = [], set()
+    for turn in fields["messages"]:
+        before = tokenizer(f"<s>{turn['role']}\n", add_special_tokens=False)["input_ids"]
+        said = tokenizer(f"{turn['content']}<pad>", add_special_tokens=False)["input_ids"]
+        if turn["role"] == "assistant":
+            places |= set(range(len(ids) + len(before), len(ids) + len(before) + len(said)))
+        ids += before + said + tokenizer("\n", add_special_tokens=False)["input_ids"]
+    return ids[: max(places) + 1], places
+
+
+def test_what_is_stored_is_what_was_encoded(made):
+    database, records, tokenizer = made
+    stored = database._table.snapshot().encoded(list(records))
+    for name in ("long", "middle", "double"):
+        found = encoded(records[name], tokenizer)
+        assert stored[name] == dataclasses.replace(found, sample_id=name) and found.places is not None
+        shown = database.show(name)
+        assert shown.tokens == len(shown.token_offsets) == found.response_tokens
+    assert stored["single"].places is stored["pair"].places is None
+    assert database.verify().findings == ()
+    assert "_loss_places" not in database.show("long").metadata
+    assert database.info().made_with["turns"] == "all"
+
+
+def test_a_damaged_place_is_found(made):
+    """The checksum of a row covers the places, too."""
+    snapshot = made[0]._table.snapshot()
+    for row, vector, wanted in snapshot.whole_rows():
+        assert row["checksum"] == wanted
+        if row["sample_id"] == "long":
+            row["_loss_places"][3] += 1
+            assert snapshot._checksum(row, vector) != wanted
+            row["_loss_places"] = None
+            assert snapshot._checksum(row, vector) != wanted
+
+
+def test_records_come_back(made):
+    """But for one whose answer looks like a turn: it has two readings, of which the hash tells the right one."""
+    database, records, _ = made
+    found = {name: (record, exact) for name, record, exact in database.each_record()}
+    assert found == {name: (record, True) for name, record in records.items()}
+
+
+def test_rapidgrads_of_tokens_sum_to_the_samples(made):
+    database, records, _ = made
+    tokens = database._table.tokens.snapshot()
+    sums = {name: np.zeros(128) for name in records}
+    counts = dict.fromkeys(records, 0)
+    for row, vector, _ in tokens.whole_rows():
+        sums[row["sample_id"]] += vector.astype(float)
+        counts[row["sample_id"]] += 1
+    for name in records:
+        whole = database._table.snapshot().vector_of(name).astype(float).reshape(128, 2).sum(1)
+        assert np.linalg.norm(sums[name] - whole) < 5e-3 * np.linalg.norm(whole), name
+        assert counts[name] == database.show(name).tokens
+    (ranking,) = database.query("What is snow?", "It is ice.", level="token", top_k=5)
+    assert all(result.text in database.show(result.sample_id).response for result in ranking.results)
+
+
+def test_a_batch_gives_what_each_sample_gives_alone(made):
+    database, records, _ = made
+    maker = database._loaded().maker
+    batch = list(database._table.snapshot().encoded(sorted(records)).values())
+    for sample, (vector, loss) in zip(batch, maker.make_batch(batch), strict=True):
+        alone, its_loss = maker.make(sample)
+        assert loss == pytest.approx(its_loss, rel=1e-5)
+        assert np.linalg.norm(vector - alone) < 1e-4 * np.linalg.norm(alone)
+
+
+def test_all_turns_need_the_chat_template(tmp_path, models):
+    for template in ("alpaca", "text"):
+        with pytest.raises(SpecError, match=f"--turns all goes with --template chat.*it is {template}"):
+            rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), template=template, turns="all", width=16)
+    assert not (tmp_path / "db").exists()
+
+
+def test_databases_of_the_last_turn_are_as_before(tmp_path, models):
+    database = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), parameters="norm", width=16)
+    assert "_loss_places" not in database._table.snapshot().schema.names
+    assert database.fingerprint.loss == LOSSES["last"] == "mean cross-entropy over the response tokens"
+
+
+def test_the_page_and_the_terminal_show_all_answers(made, capsys):
+    """Every token's text stands in the pieces that are coloured, and turns between answers belong to no token."""
+    database, _, _ = made
+    (ranking,) = database.query("What is snow?", "It is ice.", where="sample_id = 'long'", tokens=True)
+    (shown,) = with_pieces(ranking)["results"]
+    (result,) = ranking.results
+    assert "".join(text for text, _ in shown["pieces"]) == result.response
+    plain = [text for text, tokens in shown["pieces"] if not tokens]
+    assert plain == ["\n\nuser: What is snow?\n\nassistant: ", "\n\nuser: And rain?\n\nassistant: "]
+    assert [result.tokens[number].text for number in shown["ends"]] == [""] * 3
+    show.sample(database.show("long"), as_json=False)
+    assert "assistant: It is ice." in capsys.readouterr().out
