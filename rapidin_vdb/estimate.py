@@ -96,8 +96,8 @@ def estimate(
 def _work(batch: Sequence[Encoded], token_gradients: bool) -> int:
     """Return how many tokens go through the model for a batch, padding included."""
     # For each response token, all that stands before it.
-    single = sum((len(s.input_ids) - s.response_tokens // 2) * s.response_tokens for s in batch)
-    return padded_tokens(batch) + (single if token_gradients else 0)
+    single = sum(s.place(number) + 1 for s in batch for number in range(s.response_tokens)) if token_gradients else 0
+    return padded_tokens(batch) + single
 
 
 def _spread(sizes: Sequence[tuple[int, int]]) -> set[int]:
