@@ -6,16 +6,17 @@ from pathlib import Path
 
 from rapidin_vdb.answering import Keeper, answer, nearest, versions_for
 from rapidin_vdb.cluster import ClusterKeeper, session_of
+from rapidin_vdb.corpus import paths_of
 from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.ingest import ingest
-from rapidin_vdb.plan import Corpus, paths_of, token_width_for
+from rapidin_vdb.plan import Corpus, token_width_for
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from, read_queries
 from rapidin_vdb.question import Question
-from rapidin_vdb.reading import SampleReader
+from rapidin_vdb.reading import SampleReader, check_ids
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import Aggregate, Focus, Level, OnBadRecord, OnDuplicate, Sample
 from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, VerifyReport
@@ -283,8 +284,7 @@ class Database(SampleReader):
             FilterError: the filter cannot be understood; nothing is deleted.
             SpecError: neither or both are given, or the ids are one string.
         """
-        if isinstance(ids, str):
-            raise SpecError(f"ids is the string {ids!r}, whose letters would be the ids; wanted a list: ids=[{ids!r}]")
+        check_ids(ids)
         if (where is None) == (ids is None) and not (purge and where is None):
             raise SpecError("give one of: --where SQL, or --ids FILE")
         gone: list[str] | int = 0

@@ -105,6 +105,10 @@ class Ledger(_Scratch):
             )
         return count
 
+    def there(self) -> int:
+        """Return how many samples are in the table."""
+        return self._count("SELECT count(there) FROM samples")
+
     def planned(self) -> int:
         """Return how many samples are to be written."""
         return self._count("SELECT count(planned) FROM samples")

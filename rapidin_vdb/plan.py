@@ -6,7 +6,6 @@ What grows with the corpus stands in the ledger, not in memory.
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
-from os import PathLike
 from pathlib import Path
 
 from rapidin_vdb.batches import Pair, planned_batches
@@ -53,18 +52,6 @@ class Corpus:
             self.paths, split=self.split, source=self.source, id_field=self.id_field, turns=self.turns
         )
         return islice(samples, self.limit)
-
-
-def paths_of(files: Sequence[str | Path]) -> tuple[Path, ...]:
-    """Return the paths of files.
-
-    Raises:
-        SpecError: one of them is something else, such as a list of names.
-    """
-    for file in files:
-        if not isinstance(file, str | PathLike):
-            raise SpecError(f"a file is of type {type(file).__name__}; wanted names: ingest('a.jsonl', 'b.jsonl')")
-    return tuple(map(Path, files))
 
 
 @dataclass(kw_only=True)

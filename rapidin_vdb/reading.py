@@ -1,13 +1,15 @@
 """The samples of a database, for reading: what needs neither a model nor an index."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
-from rapidin_vdb.corpus import Restorer, plain_record, taken_apart
+from rapidin_vdb.cleaning import write_cleaned
+from rapidin_vdb.corpus import Restorer, paths_of, plain_record, taken_apart
 from rapidin_vdb.errors import SampleNotFoundError, SpecError
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Fingerprint, Sample, Scalar
-from rapidin_vdb.results import KeptVersion, StoredSample
+from rapidin_vdb.results import CleanReport, KeptVersion, StoredSample
 from rapidin_vdb.store import SampleTable, undisturbed
 
 # Records between two words on how far an export is.
@@ -113,6 +115,29 @@ class SampleReader:
             if number % _RECORDS_A_WORD == 0 or number == total:
                 progress("records", number, total)
 
+    def clean(
+        self, *files: str | Path, out: str | Path, where: str | None = None, ids: Sequence[str] | None = None,
+        absent: bool = False, id_field: str = "id",
+    ) -> CleanReport:  # fmt: skip
+        """Write the records of some files to a new one, without those of some samples, and say what was done.
+
+        They are the samples that match a filter, or those of some ids, as for `delete`; or all that are not in the
+        database (any more), if `absent`. Lines of JSON stay byte for byte; other formats become such lines.
+
+        Raises:
+            CorpusError: a file cannot be read; nothing is written.
+            FilterError: the filter cannot be understood; nothing is written.
+            SpecError: not one of the three is given, or `out` cannot be a new file.
+        """
+        if (where is not None) + (ids is not None) + absent != 1:
+            raise SpecError("give one of: --where SQL, --ids FILE, or --absent")
+        if not files:
+            raise SpecError("no file to clean")
+        check_ids(ids)
+        if ids is None:
+            ids = undisturbed(lambda: self._table.snapshot().sample_ids(where))()
+        return write_cleaned(paths_of(files), Path(out), ids, only=absent, id_field=id_field)
+
     @undisturbed
     def values_of(self, column: str, *, most: int = 100) -> list[Scalar] | None:
         """Return the different values of a column, sorted; None where there are more than `most`.
@@ -121,3 +146,13 @@ class SampleReader:
             FilterError: there is no such column.
         """
         return self._table.snapshot().values_of(column, most=most)
+
+
+def check_ids(ids: Sequence[str] | None) -> None:
+    """Refuse one string in the place of a list of ids.
+
+    Raises:
+        SpecError: it is one.
+    """
+    if isinstance(ids, str):
+        raise SpecError(f"ids is the string {ids!r}, whose letters would be the ids; wanted a list: ids=[{ids!r}]")

@@ -94,7 +94,7 @@ def test_one_answer_is_as_ever():
 
 
 def test_spaces_and_thoughts_that_the_template_leaves_out_have_no_tokens():
-    told = [("user", "Hi"), ("assistant", "<think>a</think> b "), ("user", "c"), ("assistant", " d ")]
+    told = [("user", "Hi"), ("assistant", "<think>b</think> b "), ("user", "c"), ("assistant", " d ")]
     template = LOOP + (
         "<|im_start|>{{ m.role }}\n{{ m.content.split('</think>')[-1] | trim }}<|im_end|>\n{% endfor %}" + ASKING
     )
@@ -135,12 +135,16 @@ def test_a_template_without_ends_has_the_end_of_sequence_once():
 
 
 def test_an_answer_that_the_template_writes_otherwise_is_refused():
-    tokenizer = tokenizer_with(PLAIN.replace("m.content", "m.content | upper") + ASKING)
-    with pytest.raises(CorpusError, match="writes answers before the last one otherwise than they are"):
-        encoded(talk(), tokenizer)
-    tokenizer = tokenizer_with(PLAIN.replace("m.content", "m.content ~ m.content") + ASKING)
-    with pytest.raises(CorpusError, match="otherwise than they are"):
-        encoded(talk(), tokenizer)
+    said = ("m.content | upper", "m.content ~ m.content", "m.content | replace('ice', 'snow')", "m.content | length")
+    for template in (PLAIN.replace("m.content", text) for text in said):
+        with pytest.raises(CorpusError, match="writes answers before the last one otherwise than they are"):
+            encoded(talk(), tokenizer_with(template + ASKING))
+
+
+def test_the_very_first_token_has_no_loss_even_in_an_answer():
+    tokenizer = tokenizer_with(LOOP + "{{ m.content }}<|im_end|>{% endfor %}")
+    found = encoded(talk(TALK[2:]), tokenizer)
+    assert found.loss_places[0] == 1 and found.offsets[0] == (1, 2)
 
 
 def test_calls_of_tools_in_an_answer_are_refused():
@@ -184,6 +188,11 @@ def test_pieces_of_samples_keep_their_places():
         long.input_ids[place] for place in long.loss_places[-len(short.offsets) :]
     ]
     assert min(short.loss_places) >= 1
+    every = dataclasses.replace(
+        long, places=tuple(range(1, len(long.input_ids))), offsets=((0, 1),) * (len(long.input_ids) - 1)
+    )
+    (short,) = ends([every])
+    assert short.loss_places == tuple(range(1, len(short.input_ids))) and len(short.offsets) == len(short.loss_places)
 
 
 @pytest.fixture(scope="module")
@@ -257,6 +266,8 @@ def test_what_is_stored_is_what_was_encoded(made):
         assert shown.tokens == len(shown.token_offsets) == found.response_tokens
     assert stored["single"].places is stored["pair"].places is None
     assert database.verify().findings == ()
+    assert rapidin_vdb.open(database.path).query("What is snow?", "It is ice.", top_k=1)[0].searched == 5
+    assert not any("_loss_places" in column for column in database._table.snapshot().columns)
     assert "_loss_places" not in database.show("long").metadata
     assert database.info().made_with["turns"] == "all"
 

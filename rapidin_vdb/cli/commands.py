@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from rapidin_vdb.cli import show
+from rapidin_vdb.cli.clean import clean
 from rapidin_vdb.cli.interrupted import interruptible
 from rapidin_vdb.cli.pages import check_matrix, check_writable, write_page
 from rapidin_vdb.cli.progress import progress_bars
@@ -291,5 +292,5 @@ def demo(
 
 def add_to(app: typer.Typer) -> None:
     """Register every command, in the order of a database's life."""
-    for function in (init, ingest, index, query, show_sample, info, delete, verify, serve, demo):
+    for function in (init, ingest, index, query, show_sample, info, delete, clean, verify, serve, demo):
         app.command(name=function.__name__.removesuffix("_sample"))(interruptible(function))

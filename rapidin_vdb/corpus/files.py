@@ -8,15 +8,17 @@ import gzip
 import json
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.errors import CorpusError, SpecError
 
 _FORMATS = ".jsonl, .jsonl.gz, .json, .csv, .parquet, or a folder saved by datasets.save_to_disk"
+_JSON = (".jsonl", ".json", ".ndjson")
 
 # What a reader calls a number: not 007, 1_000, nan or " 1", which Python would take for one.
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]*)")
@@ -34,6 +36,18 @@ class Record:
     """Names and values."""
 
 
+def paths_of(files: Sequence[str | Path]) -> tuple[Path, ...]:
+    """Return the paths of files.
+
+    Raises:
+        SpecError: one of them is something else, such as a list of names.
+    """
+    for file in files:
+        if not isinstance(file, str | PathLike):
+            raise SpecError(f"a file is of type {type(file).__name__}; wanted names: ingest('a.jsonl', 'b.jsonl')")
+    return tuple(map(Path, files))
+
+
 def read_records(path: Path) -> Iterator[Record | CorpusError]:
     """Yield the records of a file in order, an error in the place of each that is malformed.
 
@@ -44,18 +58,36 @@ def read_records(path: Path) -> Iterator[Record | CorpusError]:
         return _read_saved_dataset(path)
     if not path.is_file():
         raise CorpusError(f"{path}: no such file")
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] == ".gz":
-        suffixes.pop()
-    match suffixes[-1] if suffixes else "":
-        case ".jsonl" | ".json" | ".ndjson":
-            return _read_json(path)
+    match _suffix(path):
+        case suffix if suffix in _JSON:
+            return (record for record, _ in _read_json(path))
         case ".csv":
             return _read_csv(path)
         case ".parquet":
             return _read_parquet(path)
         case suffix:
             raise CorpusError(f"{path}: {suffix or 'no suffix'} is no known format; wanted {_FORMATS}")
+
+
+def read_lines(path: Path) -> Iterator[tuple[Record | CorpusError, str | None]]:
+    """Yield the records of a file, as `read_records` does, each with its line where the file has one for each.
+
+    Bytes of a line that are no UTF-8 are half of surrogate pairs in it.
+
+    Raises:
+        CorpusError: the file is missing, of no known format, or cannot be read at all.
+    """
+    if path.is_file() and _suffix(path) in _JSON:
+        return _read_json(path)
+    return ((record, None) for record in read_records(path))
+
+
+def _suffix(path: Path) -> str:
+    """Return what names a file's format, that of compression aside."""
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] == ".gz":
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
 
 
 def _open_text(path: Path, newline: str | None = None) -> TextIOWrapper:
@@ -65,20 +97,20 @@ def _open_text(path: Path, newline: str | None = None) -> TextIOWrapper:
     return path.open(encoding="utf-8-sig", errors="surrogateescape", newline=newline)
 
 
-def _read_json(path: Path) -> Iterator[Record | CorpusError]:
+def _read_json(path: Path) -> Iterator[tuple[Record | CorpusError, str | None]]:
     try:
         with _open_text(path) as file:
             first = next((character for line in file for character in line if not character.isspace()), "")
         if first == "[":
-            yield from _read_json_array(path)
+            yield from ((record, None) for record in _read_json_array(path))
         else:
             yield from _read_json_lines(path)
     except (OSError, EOFError, zlib.error) as error:
         raise CorpusError(f"{path}: cannot be read: {error}") from error
 
 
-def _read_json_lines(path: Path) -> Iterator[Record | CorpusError]:
-    with _open_text(path) as file:
+def _read_json_lines(path: Path) -> Iterator[tuple[Record | CorpusError, str]]:
+    with _open_text(path, newline="") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
@@ -87,9 +119,9 @@ def _read_json_lines(path: Path) -> Iterator[Record | CorpusError]:
                 value = json.loads(line.rstrip())  # else what is missing at the end is missed in the next line
             except (ValueError, RecursionError) as error:  # ValueError: a number of thousands of digits
                 what = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
-                yield CorpusError(f"{location}: not JSON: {what}")
+                yield CorpusError(f"{location}: not JSON: {what}"), line
                 continue
-            yield _record(location, value)
+            yield _record(location, value), line
 
 
 def _read_json_array(path: Path) -> Iterator[Record | CorpusError]:

@@ -60,21 +60,14 @@ def sample_from(
     Raises:
         CorpusError: the record has none of the known shapes, an empty response, or a value of the wrong kind.
     """
-    fields, location = record.fields, record.location
-    try:
-        text = text_of(fields)
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise CorpusError(f"{location}: holds text that is not valid Unicode: {error.reason}") from error
+    fields, location, text = record.fields, record.location, _unicode_of(record)
     messages, said, used = _conversation(fields, location, turns)
     response, _ = joined(said)
     if not any(turn.content.strip() for turn in said if turn.role == "assistant"):
         raise CorpusError(f"{location}: the response is empty; there is nothing to take a gradient of")
     split = split if split is not None else _text(fields, "split", location) or "train"
     source = source if source is not None else _text(fields, "source", location)
-    if id_field != "id" and fields.get(id_field) is None:
-        raise CorpusError(f"{location}: no field {id_field!r}, which --id-field names; found {_names(fields)}")
-    sample_id = _sample_id(fields, id_field, text, location)
+    sample_id = _sample_id(record, id_field, text)
     metadata = _metadata(fields, used | {id_field, "id", "split", "source"}, location)
     return Sample(
         sample_id=sample_id,
@@ -89,6 +82,29 @@ def sample_from(
         content_hash=hash_of(text, split, source),
         location=location,
     )
+
+
+def sample_id_of(record: Record, *, id_field: str = "id") -> str:
+    """Return the id of a record's sample, whether or not there can be one.
+
+    Raises:
+        CorpusError: the field of ids is named and missing, or holds neither a text nor a whole number.
+    """
+    return _sample_id(record, id_field, _unicode_of(record))
+
+
+def _unicode_of(record: Record) -> str:
+    """Return a record as text.
+
+    Raises:
+        CorpusError: it holds half of a surrogate pair, or bytes that are no UTF-8.
+    """
+    text = text_of(record.fields)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise CorpusError(f"{record.location}: holds text that is not valid Unicode: {error.reason}") from error
+    return text
 
 
 def text_of(fields: dict[str, Any]) -> str:
@@ -178,9 +194,12 @@ def _names(fields: dict[str, Any]) -> str:
     return ", ".join(map(str, fields)) or "none"
 
 
-def _sample_id(fields: dict[str, Any], id_field: str, text: str, location: str) -> str:
-    value = fields.get(id_field)
+def _sample_id(record: Record, id_field: str, text: str) -> str:
+    value, location = record.fields.get(id_field), record.location
     if value is None:
+        if id_field != "id":
+            found = _names(record.fields)
+            raise CorpusError(f"{location}: no field {id_field!r}, which --id-field names; found {found}")
         return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # what becomes of whole numbers in a column with gaps

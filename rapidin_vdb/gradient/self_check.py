@@ -221,7 +221,7 @@ def _rounding(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int, alo
     sample, longest = batch[place], max(len(one.input_ids) for one in batch)
     copies = [replace(sample) for _ in batch]
     ids = sample.input_ids + sample.input_ids[-1:] * (longest - len(sample.input_ids))
-    padded = replace(sample, input_ids=ids, places=tuple(map(sample.place, range(len(sample.offsets)))))
+    padded = replace(sample, input_ids=ids)  # its own loss is not looked at
     among = torch.zeros_like(alone)
     if len(batch) > 1:
         maker._add_alone(among, copies[0], among=[*copies[:-1], padded])

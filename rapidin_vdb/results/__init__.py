@@ -11,6 +11,7 @@ from rapidin_vdb.results.rankings import (
     TokenScore,
 )
 from rapidin_vdb.results.reports import (
+    CleanReport,
     DatabaseInfo,
     Finding,
     IndexInfo,
@@ -22,6 +23,7 @@ from rapidin_vdb.results.reports import (
 )
 
 __all__ = [
+    "CleanReport",
     "DatabaseInfo",
     "Finding",
     "GroupInfluence",

@@ -185,6 +185,22 @@ class Finding:
 
 
 @dataclass(frozen=True, kw_only=True)
+class CleanReport:
+    """What was written of some files."""
+
+    written: int
+    """Records written."""
+    left_out: int
+    """Records that were not."""
+    not_found: int
+    """Of the samples that were named, how many no record is of."""
+    bad: tuple[str, ...]
+    """One message for each record that cannot be one of a sample, and whether it was kept."""
+    out: str
+    """Where they were written."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class VerifyReport:
     """What `verify` found."""
 

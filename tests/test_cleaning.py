@@ -1,0 +1,149 @@
+"""Training files are written again without some samples: byte for byte, whole or not at all."""
+
+import gzip
+import json
+import os
+
+import pytest
+from conftest import write_jsonl
+
+import rapidin_vdb
+from rapidin_vdb.cli.main import app
+from rapidin_vdb.errors import CorpusError, SpecError
+
+
+@pytest.fixture
+def files(tmp_path):
+    """Three files of one corpus: lines in forms that no writer of ours would choose, CSV, and an array."""
+    lines = [
+        b'\xef\xbb\xbf{"id": "a", "prompt": "Say",   "response": "\xc3\xa9"}\r\n',
+        b'{"response": "b\\u00e9", "id": "b", "prompt": "x", "n": 1.50}\n',
+        b"\n",
+        b'{"prompt": "no id", "response": "c"}\n',
+        b'{"id": "d", "prompt": "x", "response": ""}\n',
+        b"not JSON\n",
+        b'{"id": "bytes \xff", "prompt": "x", "response": "y"}\n',
+        b'{"id": 7, "prompt": "x", "response": "last"}',
+    ]
+    (tmp_path / "lines.jsonl").write_bytes(b"".join(lines))
+    (tmp_path / "table.csv").write_text('id,prompt,response,stars\ne,"two\nlines",f,3\ng,h,i,\nshort\n')
+    (tmp_path / "array.json").write_text(json.dumps([{"id": "h", "prompt": "p", "response": "\ud800"}, 5]))
+    return [tmp_path / name for name in ("lines.jsonl", "table.csv", "array.json")], lines
+
+
+@pytest.fixture
+def filled(database, files):
+    database.ingest(*files[0], on_bad_record="skip")
+    return database
+
+
+def test_lines_stay_byte_for_byte(filled, files, tmp_path):
+    (path, table, array), lines = files
+    out = tmp_path / "out.jsonl"
+    report = filled.clean(path, table, array, out=out, ids=["b", "g", "nowhere"])
+    kept = [line.removeprefix(b"\xef\xbb\xbf") for number, line in enumerate(lines) if number not in (1, 2)]
+    wanted = b"".join(kept) + b"\n"
+    wanted += b'{"id": "e", "prompt": "two\\nlines", "response": "f", "stars": 3}\n'
+    wanted += b'{"id": "h", "prompt": "p", "response": "\\ud800"}\n'
+    assert out.read_bytes() == wanted
+    assert (report.written, report.left_out, report.not_found) == (8, 4, 1)
+    told = [("line 6: not JSON", "(kept)"), ("line 7: holds text", "(kept)"), ("line 5: 1 values", "(left out)"), ("element 1: holds text", "(kept)"), ("element 2: found a number", "(left out)")]  # fmt: skip
+    assert len(report.bad) == len(told)
+    for message, (what, end) in zip(report.bad, told, strict=True):
+        assert what in message and message.endswith(end), message
+
+
+def test_samples_without_an_id_are_known_by_their_content(filled, files, tmp_path):
+    (path, *_), lines = files
+    (name,) = [sample.sample_id for sample in filled.samples(where="prompt = 'no id'")[0]]
+    filled.clean(path, out=tmp_path / "out.jsonl", ids=[name])
+    assert lines[3] not in (tmp_path / "out.jsonl").read_bytes()
+    assert lines[1] in (tmp_path / "out.jsonl").read_bytes()
+
+
+def test_what_matches_a_filter_is_left_out(filled, files, tmp_path):
+    (path, table, _), lines = files
+    report = filled.clean(
+        table, path, out=tmp_path / "out.jsonl.gz", where="stars = 3 AND response = 'f' OR sample_id = '7'"
+    )
+    text = gzip.decompress((tmp_path / "out.jsonl.gz").read_bytes())
+    assert b'"e"' not in text and lines[-1] not in text and b'"g"' in text and lines[1] in text
+    assert report.not_found == 0 and report.left_out == 3
+
+
+def test_what_is_not_in_the_database_is_left_out(filled, files, tmp_path):
+    """After a deletion: also what never was a sample."""
+    (path, table, array), lines = files
+    others = filled.count("sample_id LIKE 'toy-%'")
+    filled.delete(ids=["a", "g"])
+    report = filled.clean(path, table, array, out=tmp_path / "out.jsonl", absent=True)
+    wanted = lines[1] + lines[3] + lines[7] + b"\n"
+    wanted += b'{"id": "e", "prompt": "two\\nlines", "response": "f", "stars": 3}\n'
+    assert (tmp_path / "out.jsonl").read_bytes() == wanted
+    assert report.written == 4 and report.not_found == others > 0
+
+
+def test_what_is_left_can_be_ingested_and_changes_nothing(filled, files, tmp_path):
+    before = filled.count("NOT sample_id LIKE 'toy-%'")
+    filled.delete(ids=["b"])
+    filled.clean(*files[0], out=tmp_path / "out.jsonl", absent=True)
+    report = filled.ingest(tmp_path / "out.jsonl")
+    assert (report.added, report.unchanged) == (0, before - 1)
+    assert filled.ingest(files[0][0], on_bad_record="skip").added == 1, "the file itself brings back what was deleted"
+
+
+def test_nothing_is_written_over_and_nothing_half(filled, files, tmp_path):
+    (path, *_), _ = files
+    out = tmp_path / "out.jsonl"
+    for name in ("out.csv", "out", "out.json", "out.jsonl.zip"):
+        with pytest.raises(SpecError, match="wanted the name of a new file of JSON lines"):
+            filled.clean(path, out=tmp_path / name, ids=["a"])
+    with pytest.raises(SpecError, match="which is there already"):
+        filled.clean(path, out=path, ids=["a"])
+    with pytest.raises(SpecError, match="cannot be written: No such file"):
+        filled.clean(path, out=tmp_path / "no" / "out.jsonl", ids=["a"])
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
+    with pytest.raises(CorpusError, match="not readable as Parquet"):
+        filled.clean(path, tmp_path / "broken.parquet", out=out, ids=["a"])
+    with pytest.raises(CorpusError, match="no such file"):
+        filled.clean(path, tmp_path / "no.jsonl", out=out, ids=["a"])
+    left = {file.name for file in tmp_path.iterdir()}
+    assert not out.exists() and not [name for name in left if name.startswith(".out")]
+    for options in ({}, {"where": "true", "ids": ["a"]}, {"where": "true", "absent": True}):
+        with pytest.raises(SpecError, match="give one of"):
+            filled.clean(path, out=out, **options)
+    with pytest.raises(SpecError, match="no file to clean"):
+        filled.clean(out=out, ids=["a"])
+    with pytest.raises(SpecError, match="whose letters would be the ids"):
+        filled.clean(path, out=out, ids="a")
+
+
+def test_another_field_may_hold_the_ids(database, tmp_path):
+    records = [{"name": "one", "prompt": "x", "response": "y"}, {"name": "two", "prompt": "x", "response": "z"}]
+    path = write_jsonl(tmp_path / "named.jsonl", [*records, {"prompt": "x", "response": "none"}])
+    database.ingest(path, id_field="name", on_bad_record="skip")
+    report = database.clean(path, out=tmp_path / "out.jsonl", ids=["two"], id_field="name")
+    assert report.written == 2 and "no field 'name'" in report.bad[0]
+    assert [json.loads(line)["response"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == ["y", "none"]
+
+
+def test_the_command_line(filled, files, tmp_path):
+    from typer.testing import CliRunner
+
+    (tmp_path / "marked.jsonl").write_text('{"id": "b"}\nnowhere\n')
+    out = tmp_path / "out.jsonl"
+    arguments = ["clean", filled.path, *map(str, files[0]), "--out", str(out)]
+    done = CliRunner().invoke(app, [*arguments, "--ids", str(tmp_path / "marked.jsonl")])
+    assert done.exit_code == 0 and done.stdout == ""
+    assert "9 records written to" in done.stderr and "3 left out" in done.stderr
+    assert "1 samples to be left out are in none of the files" in done.stderr
+    assert "5 records cannot be samples:" in done.stderr
+    assert out.stat().st_mode & 0o777 == 0o666 & ~umask()
+    assert CliRunner().invoke(app, [*arguments]).exit_code == 2
+    assert rapidin_vdb.open(filled.path).count() == filled.count()
+
+
+def umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
