@@ -139,6 +139,10 @@ def test_an_answer_that_the_template_writes_otherwise_is_refused():
     for template in (PLAIN.replace("m.content", text) for text in said):
         with pytest.raises(CorpusError, match="writes answers before the last one otherwise than they are"):
             encoded(talk(), tokenizer_with(template + ASKING))
+    # What is before the first answer is another with marks: one character longer, so that all would seem to begin later.
+    counted = "{{ messages[2].content | length }}" + PLAIN + ASKING
+    with pytest.raises(CorpusError, match="otherwise than they are"):
+        encoded(talk([*TALK[:2], ("assistant", "Hello."), *TALK[3:]]), tokenizer_with(counted))
 
 
 def test_the_very_first_token_has_no_loss_even_in_an_answer():

@@ -53,6 +53,12 @@ def test_lines_stay_byte_for_byte(filled, files, tmp_path):
         assert what in message and message.endswith(end), message
 
 
+def test_a_sample_that_is_there_twice_is_left_out_twice(filled, files, tmp_path):
+    (path, *_), _ = files
+    report = filled.clean(path, path, out=tmp_path / "out.jsonl", ids=["b", "nowhere"])
+    assert (report.left_out, report.not_found) == (2, 1)
+
+
 def test_samples_without_an_id_are_known_by_their_content(filled, files, tmp_path):
     (path, *_), lines = files
     (name,) = [sample.sample_id for sample in filled.samples(where="prompt = 'no id'")[0]]

@@ -64,7 +64,8 @@ def _stop(text: str, start: int, said: str, follows: str, *, final: bool) -> int
     Spaces around it, and a part before it, as thoughts, may be left out. What follows the `final` one ends the text.
     """
     stop = start + len(said)
-    if text.startswith(said + follows, start) and (not final or stop + len(follows) == len(text)):
-        return stop
-    stop = len(text) - len(follows) if final else text.find(follows, start)
+    if final:
+        stop = len(text) - len(follows)
+    elif not text.startswith(said + follows, start):
+        stop = text.find(follows, start)
     return stop if start <= stop and text.startswith(follows, stop) and text[start:stop] in said else None
