@@ -104,6 +104,12 @@ def test_spaces_and_thoughts_that_the_template_leaves_out_have_no_tokens():
         ("b", 17), ("", 18), ("d", response.index("d")), ("", len(response)),
     ]  # fmt: skip
     assert tokenizer.decode([found.input_ids[place] for place in found.loss_places]) == "b<|im_end|>d<|im_end|>"
+    # Nor where an answer holds all that follows it: what follows the last but one ends where the last begins.
+    follows = "<|im_end|>\n<|im_start|>user\nc<|im_end|>\n<|im_start|>assistant\n"
+    told[1] = ("assistant", f" x{follows}y ")
+    found = encoded(talk(told), tokenizer)
+    said = tokenizer.decode([found.input_ids[place] for place in found.loss_places])
+    assert said == f"x{follows}y<|im_end|>d<|im_end|>"
 
 
 def test_a_conversation_that_begins_with_an_answer():
