@@ -250,6 +250,15 @@ def test_wrong_usage_is_exit_2(capsys, database):
         assert (code, out) == (2, "") and "Usage: " in err
 
 
+def test_each_bad_record_has_a_line(capsys, database, tmp_path):
+    """But no name in a file makes one."""
+    path = write_jsonl(tmp_path / "bad.jsonl", [{"output": ""}, {"a\nb": 1}])
+    _, _, err = call(capsys, "ingest", database.path, path)
+    first, second = err.splitlines()
+    assert first.startswith(f"error: {path}, line 1: ") and first.endswith("--on-bad-record skip")
+    assert second.startswith(f"  {path}, line 2: found the fields a\\nb; wanted ")
+
+
 def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch, tmp_path):
     def interrupt(self, *arguments, **options):
         raise KeyboardInterrupt
