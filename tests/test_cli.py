@@ -7,9 +7,11 @@ import tempfile
 from types import SimpleNamespace
 
 import pytest
+import typer
 from conftest import toy_records, write_jsonl
 
 from rapidin_vdb.cli import show
+from rapidin_vdb.cli.interrupted import interruptible
 from rapidin_vdb.errors import SpecError
 
 
@@ -271,6 +273,10 @@ def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch, tmp_path)
     )
     monkeypatch.setattr("rapidin_vdb.web.serve", interrupt)
     assert call(capsys, "serve", database.path) == (130, "", "stopped\n"), "which is no accident"
+    for endless, said in ((True, "stopped\n"), (False, "interrupted: what was committed is kept; run the same ")):
+        with pytest.raises(typer.Exit):
+            interruptible(interrupt, endless=endless)(None)
+        assert capsys.readouterr().err.startswith(said), "whatever its name"
     call(capsys, "show", tmp_path / "nowhere", "x")
     monkeypatch.setattr("rapidin_vdb.creation.SampleTable.__init__", interrupt)
     err = call(capsys, "show", database.path, "x")[2]

@@ -292,4 +292,5 @@ def demo(
 def add_to(app: typer.Typer) -> None:
     """Register every command, in the order of a database's life."""
     for function in (init, ingest, index, query, show_sample, info, delete, verify, serve, demo):
-        app.command(name=function.__name__.removesuffix("_sample"))(interruptible(function))
+        name = function.__name__.removesuffix("_sample")
+        app.command(name=name)(interruptible(function, endless=function is serve))
