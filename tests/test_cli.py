@@ -1,6 +1,7 @@
 """The command line: what it prints where, its exit codes, and messages that say what to do next."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -250,6 +251,24 @@ def test_wrong_usage_is_exit_2(capsys, database):
     ):
         code, out, err = call(capsys, *arguments)
         assert (code, out) == (2, "") and "Usage: " in err
+
+
+def test_a_purge_says_what_it_did_and_did_not(capsys, database):
+    import rapidin_vdb
+
+    before = rapidin_vdb.open(database.path).info().bytes
+    code, out, err = call(capsys, "delete", database.path, "--where", "source = 'odd'", "--purge")
+    freed = before - rapidin_vdb.open(database.path).info().bytes
+    assert (code, out) == (0, "") and freed > 0
+    deleted, purged, missed, version = err.splitlines()
+    assert deleted == "12 samples deleted" and version == f"version {database.version}"
+    assert re.fullmatch(
+        f"purged: .* none of its files, which take {freed:,} bytes less.*; older versions are gone, .*--as-of .*",
+        purged,
+    )
+    assert missed.startswith("not reached (see SECURITY.md): copies ")
+    show.purged(0)
+    assert "bytes" not in capsys.readouterr().err, "where others have written meanwhile"
 
 
 def test_each_bad_record_has_a_line(capsys, database, tmp_path):

@@ -252,7 +252,10 @@ def delete(
         raise typer.BadParameter("give --where SQL, or --ids FILE")
     wanted = None if ids is None else show.read_ids(ids)
     database = rapidin_vdb.open(db)
+    before = database.bytes if purge else 0
     show.deleted(database.delete(where=where, ids=wanted, purge=purge), wanted)
+    if purge:
+        show.purged(before - database.bytes)
     typer.echo(f"version {database.version}", err=True)
 
 
