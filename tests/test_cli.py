@@ -121,7 +121,7 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
     *_, newest = map(json.loads, here("info", db, "--versions", "--json", check=0).stdout.splitlines())
     assert list(newest) == ["version", "made", "samples"] and newest["samples"] == 10
     assert here("info", db, "--versions", check=0).stdout.splitlines()[-1].split() == [
-        str(newest["version"]), *newest["made"].split("+")[0].split("T"), "10",
+        str(newest["version"]), *newest["made"].split("+")[0].split("T"), "10", "scalar", "index",
     ]  # fmt: skip
     info = json.loads(run("info", db, "--json", check=0).stdout)
     assert list(info) == [

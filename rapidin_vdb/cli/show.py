@@ -164,12 +164,13 @@ def info(found: DatabaseInfo, *, as_json: bool) -> None:
 def versions(kept: Sequence[KeptVersion], *, as_json: bool) -> None:
     """Print the versions of a database, one a line."""
     if not as_json:
-        typer.echo(f"{'version':>7}  {'made':<19}  {'samples':>12}")
+        typer.echo(f"{'version':>7}  {'made':<19}  {'samples':>12}  made by")
     for version in kept:
         if as_json:
             json_line(version.to_dict())
         else:
-            typer.echo(f"{version.version:>7}  {version.made:%Y-%m-%d %H:%M:%S}  {version.samples:>12,}")
+            line = f"{version.version:>7}  {version.made:%Y-%m-%d %H:%M:%S}  {version.samples:>12,}  {version.made_by}"
+            typer.echo(line.rstrip())
 
 
 def verified(report: VerifyReport, *, as_json: bool) -> None:
