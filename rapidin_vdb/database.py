@@ -256,7 +256,7 @@ class Database(SampleReader):
             adapter=stored.adapter,
             table_version=snapshot.version,
             indexes=built,
-            bytes=self._table.place.bytes(),
+            bytes=self.bytes,
             token_gradients=0 if tokens is None else tokens.rows(),
             token_width=None if tokens is None else tokens.width,
             columns=snapshot.columns,

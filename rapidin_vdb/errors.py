@@ -24,7 +24,16 @@ _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*:/\S*[^\s:;,.]")
 
 
 class RapidInError(Exception):
-    """Any error of ours: says what was found, what was wanted and what to type next."""
+    """Any error of ours: says what was found, what was wanted and what to type next. Each argument is a line of it."""
+
+    def __str__(self) -> str:
+        """Return all of its lines.
+
+        >>> print(CorpusError("a.jsonl, line 2: no response", "a.jsonl, line 5: no response"))
+        a.jsonl, line 2: no response
+        a.jsonl, line 5: no response
+        """
+        return "\n".join(map(str, self.args))
 
 
 class CorpusError(RapidInError):

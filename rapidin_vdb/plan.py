@@ -3,14 +3,15 @@
 What grows with the corpus stands in the ledger, not in memory.
 """
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 from rapidin_vdb.batches import Pair, planned_batches
 from rapidin_vdb.corpus import Template, Tokenizer, encode, read_corpus
-from rapidin_vdb.errors import CorpusError, SpecError, check_unicode
+from rapidin_vdb.errors import CorpusError, RapidInError, SpecError, check_unicode
 from rapidin_vdb.gradient import check_token_width
 from rapidin_vdb.ledger import Entry, Ledger
 from rapidin_vdb.records import OnBadRecord, OnDuplicate, Sample, Turns
@@ -18,6 +19,9 @@ from rapidin_vdb.store import ColumnKind, SampleTable, can_hold, merge_kinds, un
 
 # Records checked, encoded and sorted by length together.
 _WINDOW = 1024
+# Behind a record that ends it all, others are looked for no longer than this: a large corpus takes hours to read.
+_READ_ON_SECONDS = 30.0
+_LISTED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,19 +139,19 @@ def make_plan(
 
     Raises:
         CorpusError: a record cannot be stored, or an id stands for two contents, where the options do not allow it.
+            How many more cannot be stored is said, and what is wrong with the first of them.
         ScratchError: the ledger cannot be kept.
     """
     plan = Plan(seen=_note_there(table, ledger, token_gradients))
     columns = table.snapshot().column_kinds
     for window in windows:
         entries, changed = ledger.look(_ids(window)), dict[str, Entry]()
-        for found in window:
-            entry = found if isinstance(found, CorpusError) else _fitting(found, columns)
+        rest = iter(window)
+        for found in rest:
+            entry = _fitting(found, columns)
             if isinstance(entry, CorpusError):
                 if on_bad_record == "stop":
-                    raise CorpusError(
-                        f"{entry}. Nothing was written; mend it, or pass over such records with: --on-bad-record skip"
-                    )
+                    raise _refusal(entry, chain(rest, chain.from_iterable(windows)), columns)
                 plan.bad.append(str(entry))
                 continue
             sample, encoded = entry
@@ -186,8 +190,34 @@ def planned_windows(
         ledger.put(taken)
 
 
-def _fitting(pair: Pair, columns: Mapping[str, ColumnKind | None]) -> Pair | CorpusError:
+def _refusal(
+    first: CorpusError, rest: Iterator[Pair | CorpusError], columns: Mapping[str, ColumnKind | None]
+) -> CorpusError:
+    """Return the error of a record that cannot be stored, with what else cannot be among those behind it."""
+    more, listed, until, ended = 0, list[str](), time.monotonic() + _READ_ON_SECONDS, ""
+    try:
+        for found in rest:
+            if time.monotonic() > until:
+                ended = f"reading on was given up after {_READ_ON_SECONDS:.0f} s: there may be others"
+                break
+            entry = _fitting(found, columns)
+            if isinstance(entry, CorpusError):
+                more += 1
+                listed += [str(entry)] if len(listed) < _LISTED else []
+    except RapidInError as error:
+        ended = f"reading on ended there: {error}"
+    others = f", and {more:,} more {'records' if more > 1 else 'record'} cannot be stored either" if more else ""
+    mend = f"Nothing was written{others}; mend {'them' if more else 'it'}"
+    listed += [f"and {more - len(listed):,} more"] if more > len(listed) else []
+    return CorpusError(
+        f"{first}. {mend}, or pass over such records with: --on-bad-record skip", *listed, *([ended] if ended else [])
+    )
+
+
+def _fitting(pair: Pair | CorpusError, columns: Mapping[str, ColumnKind | None]) -> Pair | CorpusError:
     """Return a sample, or an error where a column of the table cannot hold what it has for it."""
+    if isinstance(pair, CorpusError):
+        return pair
     for name, value in pair[0].metadata.items():
         if value is not None and name.lower() in columns and not can_hold(columns[name.lower()], value_kind(value)):
             return CorpusError(

@@ -10,11 +10,14 @@ import numpy as np
 
 from rapidin_vdb.corpus import Template, Tokenizer, encode, read_records, sample_from
 from rapidin_vdb.corpus.files import Record
+from rapidin_vdb.corpus.samples import check_shape
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.focus import focus_of, focused
 from rapidin_vdb.gradient import RapidGradMaker
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, Focus, Sample
+
+_SHAPES = "prompt and generation, or another shape of records (instruction/input/output, messages, or text)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,6 +72,7 @@ def read_queries(path: Path) -> list[Sample]:
     for number, record in enumerate(read_records(path), start=1):
         if isinstance(record, CorpusError):
             raise record
+        check_shape(record.fields, record.location, wanted=_SHAPES)
         names = (record.fields.get("query_id"), record.fields.get("id"))
         name = next((name for name in names if name is not None), None)
         fields = record.fields | {"query_id": str(number) if name is None else name}

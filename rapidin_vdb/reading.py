@@ -47,6 +47,11 @@ class SampleReader:
         """The number of the newest version."""
         return self._table.snapshot().version
 
+    @property
+    def bytes(self) -> int:
+        """How much its files take, those of indexes that lie beside them included."""
+        return self._table.place.bytes()
+
     @undisturbed
     def show(self, sample_id: str) -> StoredSample:
         """Return a sample as it is stored, without its vector.

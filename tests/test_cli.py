@@ -1,15 +1,18 @@
 """The command line: what it prints where, its exit codes, and messages that say what to do next."""
 
 import json
+import re
 import subprocess
 import sys
 import tempfile
 from types import SimpleNamespace
 
 import pytest
+import typer
 from conftest import toy_records, write_jsonl
 
 from rapidin_vdb.cli import show
+from rapidin_vdb.cli.interrupted import interruptible
 from rapidin_vdb.errors import SpecError
 
 
@@ -118,7 +121,7 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
     *_, newest = map(json.loads, here("info", db, "--versions", "--json", check=0).stdout.splitlines())
     assert list(newest) == ["version", "made", "samples"] and newest["samples"] == 10
     assert here("info", db, "--versions", check=0).stdout.splitlines()[-1].split() == [
-        str(newest["version"]), *newest["made"].split("+")[0].split("T"), "10",
+        str(newest["version"]), *newest["made"].split("+")[0].split("T"), "10", "scalar", "index",
     ]  # fmt: skip
     info = json.loads(run("info", db, "--json", check=0).stdout)
     assert list(info) == [
@@ -250,6 +253,33 @@ def test_wrong_usage_is_exit_2(capsys, database):
         assert (code, out) == (2, "") and "Usage: " in err
 
 
+def test_a_purge_says_what_it_did_and_did_not(capsys, database):
+    import rapidin_vdb
+
+    before = rapidin_vdb.open(database.path).info().bytes
+    code, out, err = call(capsys, "delete", database.path, "--where", "source = 'odd'", "--purge")
+    freed = before - rapidin_vdb.open(database.path).info().bytes
+    assert (code, out) == (0, "") and freed > 0
+    deleted, purged, missed, version = err.splitlines()
+    assert deleted == "12 samples deleted" and version == f"version {database.version}"
+    assert re.fullmatch(
+        f"purged: .* none of its files, which take {freed:,} bytes less.*; older versions are gone, .*--as-of .*",
+        purged,
+    )
+    assert missed.startswith("not reached (see SECURITY.md): copies ")
+    show.purged(0)
+    assert "bytes" not in capsys.readouterr().err, "where others have written meanwhile"
+
+
+def test_each_bad_record_has_a_line(capsys, database, tmp_path):
+    """But no name in a file makes one."""
+    path = write_jsonl(tmp_path / "bad.jsonl", [{"output": ""}, {"a\nb": 1}])
+    _, _, err = call(capsys, "ingest", database.path, path)
+    first, second = err.splitlines()
+    assert first.startswith(f"error: {path}, line 1: ") and first.endswith("--on-bad-record skip")
+    assert second.startswith(f"  {path}, line 2: found the fields a\\nb; wanted ")
+
+
 def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch, tmp_path):
     def interrupt(self, *arguments, **options):
         raise KeyboardInterrupt
@@ -262,6 +292,10 @@ def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch, tmp_path)
     )
     monkeypatch.setattr("rapidin_vdb.web.serve", interrupt)
     assert call(capsys, "serve", database.path) == (130, "", "stopped\n"), "which is no accident"
+    for endless, said in ((True, "stopped\n"), (False, "interrupted: what was committed is kept; run the same ")):
+        with pytest.raises(typer.Exit):
+            interruptible(interrupt, endless=endless)(None)
+        assert capsys.readouterr().err.startswith(said), "whatever its name"
     call(capsys, "show", tmp_path / "nowhere", "x")
     monkeypatch.setattr("rapidin_vdb.creation.SampleTable.__init__", interrupt)
     err = call(capsys, "show", database.path, "x")[2]

@@ -105,7 +105,15 @@ def test_messages_end_at_the_last_answer():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"question": "x", "answer": "y"}, "found the fields question, answer; wanted instruction/input/output"),
+        ({"question": "x", "answer": "y"}, r"fields question, answer; wanted instruction/input/output.* or text$"),
+        (
+            {"Instruction": "x", "input": "", "ouput": "y"},
+            r"or text; is Instruction meant to be instruction.; is ouput me",
+        ),
+        (
+            {"instruction": "x", "output": None, "inputs": 1},
+            r"instruction, output \(null\), inputs; .* inputs meant to be",
+        ),
         ({"instruction": "x", "output": "  "}, "here, line 1: the response is empty"),
         ({"instruction": 5, "output": "x"}, "instruction is 5; wanted a text"),
         ({"instruction": "x", "output": ["y"]}, r'output is \["y"\]; wanted a text'),
@@ -341,3 +349,23 @@ def test_a_query_without_a_query_id_keeps_its_id(tmp_path):
         '{"query_id": null, "id": "mine", "prompt": "a", "generation": "b"}\n{"prompt": "a", "generation": "b"}\n'
     )
     assert [query.sample_id for query in read_queries(path)] == ["mine", "2"]
+
+
+def test_a_query_of_no_known_shape_is_told_which_name_was_meant(tmp_path):
+    from rapidin_vdb.query import read_queries
+
+    path = tmp_path / "q.jsonl"
+    for fields, said in (
+        (
+            {"promt": "a", "generation": "b"},
+            "promt, generation; wanted prompt and generation, .*; is promt meant to be pr",
+        ),
+        (
+            {"prompt": "a", "generatoin": "b"},
+            "generatoin; wanted prompt and .*; is generatoin meant to be generation.$",
+        ),
+        ({"id": "7", "prompt": "a", "generation": None}, r"id, prompt, generation \(null\); wanted .* text\)$"),
+    ):
+        path.write_text(json.dumps(fields), "utf-8")
+        with pytest.raises(CorpusError, match=f"q.jsonl, line 1: found the fields .*{said}"):
+            read_queries(path)

@@ -951,5 +951,6 @@ def test_a_purge_leaves_nothing_behind_and_nothing_out(bucket, tmp_path, models,
     far.delete(purge=True)
     names = place._below("samples.lance/")
     assert not set(left) & set(names) and len([name for name in names if name.endswith(".manifest")]) == 2
+    assert [version.made_by for version in far.versions()] == ["purge", "fence"]
     check(bucket)
     assert len(content(bucket)) == 11 and far.query("Say 3", "黄 21", where="source = 'odd'")[0].searched == 5

@@ -10,11 +10,15 @@ from test_cli import call
 import rapidin_vdb
 from rapidin_vdb.cli.ranked import ranking_table
 from rapidin_vdb.query import query_from
-from rapidin_vdb.results import RankedSample, RankedToken, Ranking, Seconds, TokenScore
+from rapidin_vdb.results import GroupInfluence, RankedSample, RankedToken, Ranking, Seconds, TokenScore
 
 SECONDS = Seconds(gradient=0.0, search=0.0, tokens=0.0, total=0.0)
 QUERY = query_from("Name a fruit.", "A comet.")
 HOSTILE = "a\x1b[31mb é👍🏽\nc"
+
+
+def group_of(score: float, value="v") -> GroupInfluence:
+    return GroupInfluence(value=value, samples=1, score=score, error=0.1)
 
 
 def ranking_of(*results, **more) -> Ranking:
@@ -237,3 +241,19 @@ def test_a_difference_is_shown_beside_an_exact_score(capsys, tmp_path, models, a
                 100 * (result.score / result.exact_score - 1) * (1 if result.exact_score > 0 else -1), abs=0.06
             )
     assert "differs" not in call(capsys, *asked)[1]
+
+
+def test_of_many_groups_both_ends_are_shown(capsys, monkeypatch):
+    """A column may have a value of its own in every sample, as one of numbers."""
+
+    def lines(*scores) -> list[str]:
+        groups = tuple(group_of(score, f"v{number}") for number, score in enumerate(scores))
+        out = drawn(capsys, monkeypatch, ranking_of(sample_of("x", [1.0], tokens=None), groups=groups))
+        return out.partition("  value\n")[2].splitlines()
+
+    half = [float(score) for score in range(40, 0, -1)]
+    few, many = lines(*half[:20]), lines(*half, *(-score - 0.5 for score in reversed(half)))
+    assert [line.split()[3] for line in few] == [f"v{number}" for number in range(20)]
+    assert [line.split()[3] for line in many[:-1]] == [f"v{number}" for number in (*range(10), *range(70, 80))]
+    assert many[-1] == "  and 60 more, of less influence either way: --json has all"
+    assert len(lines(*[0.0] * 30)) == 21 and lines(*[0.0] * 30)[-1].startswith("  and 10 more")

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from datetime import datetime, timedelta
 
+import lance
 import lancedb
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from rapidin_vdb.errors import FilterError, FingerprintError, TableError, TableE
 from rapidin_vdb.records import Encoded, Fingerprint, ParameterShape, Sample, SketchSpec
 from rapidin_vdb.store import Row, SampleTable, check_fingerprint, merge_kinds
 from rapidin_vdb.store.changes import delete_rows
+from rapidin_vdb.store.commits import word_for
 from rapidin_vdb.store.filters import checked_filter
 
 FINGERPRINT = Fingerprint(
@@ -476,6 +478,7 @@ def test_the_versions_that_can_be_asked(database, tmp_path):
     assert sorted(kept) == list(range(min(kept), database.version + 1)) and first in kept
     assert database.version == database.info().table_version == max(kept)
     assert [kept[first + more].samples for more in (0, 1, 2, 3, 4)] == [24, 25, 25, 25, 24]
+    assert [kept[first + more].made_by for more in (1, 2, 3, 4)] == ["ingest", "replace", "replace", "delete"]
     assert before - timedelta(minutes=10) < kept[first].made < kept[max(kept)].made <= before
     for version in kept.values():
         (ranking,) = database.query("Say 5", "blue 35", top_k=99, as_of=version.version)
@@ -487,7 +490,22 @@ def test_the_versions_that_can_be_asked(database, tmp_path):
     assert said == [[], [new[0]["output"]], ["another"], ["a third"], []]
     database.delete(where="stars = 2", purge=True)
     (newest,) = database.versions()
-    assert newest.samples == database.info().samples
+    assert (newest.samples, newest.made_by) == (database.info().samples, "purge")
+    wide = [toy_records(1, first=60 + number)[0] | {"weight": weight} for number, weight in enumerate((1, 1.5))]
+    for record in wide:
+        database.ingest(write_jsonl(tmp_path / "wide.jsonl", [record]))
+    made = [version.made_by for version in database.versions()]
+    assert list(dict.fromkeys(made)) == ["purge", "columns", "ingest"] and made[-1] == "ingest"
+
+
+def test_what_made_a_version_is_only_said_where_it_is_known():
+    def word(operation, **marks) -> str:
+        return word_for(lance.Transaction(1, operation, transaction_properties=marks))
+
+    restored = lance.LanceOperation.Restore(1)
+    assert [word_for(None), word(restored), word(restored, **{"rapidin_vdb.fence": ""})] == ["", "", "fence"]
+    appended = lance.LanceOperation.Append([])
+    assert [word(appended), word(appended, **{"rapidin_vdb.purged": "now"})] == ["ingest", "purge"]
 
 
 def test_a_list_of_versions_beside_a_purge(database, monkeypatch):

@@ -90,6 +90,8 @@ def test_errors_speak_of_what_was_sent(tmp_path, served, models, adapters):
 
         said = detail("/api/ingest", records=[good, {"id": "b"}])
         assert said.startswith("records, line 2") and "on_bad_record skip" in said and "--" not in said
+        said = detail("/api/ingest", records=[good, {"id": "b"}, good, {"id": "c"}])
+        assert [line.partition(":")[0] for line in said.splitlines()] == ["records, line 2", "records, line 4"]
         skipped = client.post("/api/ingest", json={"records": [good, {"id": "b"}], "on_bad_record": "skip"}).json()
         assert (
             skipped["added"] == 1 and "records, line 2" in str(skipped["bad"]) and ".jsonl" not in str(skipped["bad"])

@@ -217,6 +217,33 @@ def test_nothing_is_written_when_a_record_is_bad(database, tmp_path):
     assert [message.split(": ")[0].rsplit(", ")[1] for message in report.bad] == ["line 2", "line 4"]
 
 
+def test_all_that_is_bad_is_said_at_once(database, tmp_path, monkeypatch):
+    """Else a file with ten bad records is mended ten times."""
+    before = database.info()
+    good, bad = toy_records(1)[0], {"instruction": "x", "output": ""}
+    path = write_jsonl(tmp_path / "bad.jsonl", [good, *[bad, good] * 7, good | {"stars": "many"}])
+    for dry_run in (True, False):
+        with pytest.raises(CorpusError) as found:
+            database.ingest(path, dry_run=dry_run)
+        first, *others = str(found.value).splitlines()
+        assert first == (
+            f"{path}, line 2: the response is empty; there is nothing to take a gradient of. Nothing was written, and 7 "
+            "more records cannot be stored either; mend them, or pass over such records with: --on-bad-record skip"
+        )
+        places = [line.partition(": ")[0] for line in others]
+        assert places == [f"{path}, line {number}" for number in (4, 6, 8, 10, 12)] + ["and 2 more"]
+    two = write_jsonl(tmp_path / "two.jsonl", [bad, bad])
+    monkeypatch.setattr("rapidin_vdb.plan._WINDOW", 1)
+    with pytest.raises(
+        CorpusError, match=r"line 1: the resp.* 1 more record .*\n.*\nreading on ended there: .*no such"
+    ):
+        database.ingest(two, tmp_path / "missing.jsonl")
+    monkeypatch.setattr("rapidin_vdb.plan._READ_ON_SECONDS", -1.0)
+    with pytest.raises(CorpusError, match=r"mend it, .*skip\nreading on was given up .*: there may be others$"):
+        database.ingest(two)
+    assert database.info() == before
+
+
 def test_other_content_under_a_known_id(database, tmp_path):
     before = content(database)
     path = write_jsonl(tmp_path / "other.jsonl", [{"id": "toy-003", "instruction": "Say 3", "output": "changed"}])

@@ -253,7 +253,10 @@ def delete(
         raise typer.BadParameter("give --where SQL, or --ids FILE")
     wanted = None if ids is None else show.read_ids(ids)
     database = rapidin_vdb.open(db)
+    before = database.bytes if purge else 0
     show.deleted(database.delete(where=where, ids=wanted, purge=purge), wanted)
+    if purge:
+        show.purged(before - database.bytes)
     typer.echo(f"version {database.version}", err=True)
 
 
@@ -293,4 +296,5 @@ def demo(
 def add_to(app: typer.Typer) -> None:
     """Register every command, in the order of a database's life."""
     for function in (init, ingest, index, query, show_sample, info, delete, clean, verify, serve, demo):
-        app.command(name=function.__name__.removesuffix("_sample"))(interruptible(function))
+        name = function.__name__.removesuffix("_sample")
+        app.command(name=name)(interruptible(function, endless=function is serve))

@@ -10,15 +10,18 @@ import typer
 from rapidin_vdb.errors import RapidInError
 
 
-def interruptible(function: Callable[..., None]) -> Callable[..., None]:
-    """Answer Ctrl-C with a message and exit code 130; Typer's own answer is silent."""
+def interruptible(function: Callable[..., None], *, endless: bool = False) -> Callable[..., None]:
+    """Answer Ctrl-C with a message and exit code 130; Typer's own answer is silent.
+
+    What is `endless` is ended so, and nothing is to be gone on with.
+    """
 
     @wraps(function)
     def run(*arguments: Any, **options: Any) -> None:
         try:
             function(*arguments, **options)
         except KeyboardInterrupt:
-            if function.__name__ == "serve":
+            if endless:
                 typer.echo("stopped", err=True)
             else:
                 kept = f"what was committed is kept{_committed(options.get('db'))}"

@@ -63,7 +63,8 @@ def main() -> None:
         typer.echo("aborted", err=True)
         sys.exit(1)
     except RapidInError as error:
-        typer.echo(f"error: {shown(str(error))}", err=True)
+        # Each by itself: a name from a file must not make a line of its own.
+        typer.echo("error: " + "\n  ".join(shown(str(line)) for line in error.args), err=True)
         sys.exit(1)
     except Exception as error:
         # Wherever it happens, in the libraries' own imports too.

@@ -9,7 +9,10 @@ from rapidin_vdb.cli.coloured import asked_lines, largest_score, legend_line, sa
 from rapidin_vdb.cli.text import columns, cut, fitted, padded, printable, token_label
 from rapidin_vdb.pieces import pieces_of
 from rapidin_vdb.records import Focus, Sample
-from rapidin_vdb.results import RankedSample, RankedToken, Ranking
+from rapidin_vdb.results import GroupInfluence, RankedSample, RankedToken, Ranking
+
+# A column may have a value of its own in every sample.
+_GROUPS = 20
 
 
 def ranking_table(ranking: Ranking, query: Sample) -> None:
@@ -40,10 +43,18 @@ def ranking_table(ranking: Ranking, query: Sample) -> None:
         typer.echo("most negative:")
         _result_lines(ranking.harmful, most)
     if ranking.groups is not None:
-        typer.echo(f"{'samples':>8}  {'influence':>10}  {'off by':>8}  value")
-        for group in ranking.groups:
-            value = "(none)" if group.value is None else cut(str(group.value), 46)
-            typer.echo(f"{group.samples:>8,}  {group.score:>10.4g}  {group.error:>8.2g}  {value}")
+        _group_lines(ranking.groups)
+
+
+def _group_lines(groups: Sequence[GroupInfluence]) -> None:
+    """Print the groups that are farthest from zero, in the order that all of them have."""
+    typer.echo(f"{'samples':>8}  {'influence':>10}  {'off by':>8}  value")
+    shown = sorted(groups, key=lambda group: -abs(group.score))[:_GROUPS]
+    for group in sorted(shown, key=lambda group: -group.score):
+        value = "(none)" if group.value is None else cut(str(group.value), 46)
+        typer.echo(f"{group.samples:>8,}  {group.score:>10.4g}  {group.error:>8.2g}  {value}")
+    if len(shown) < len(groups):
+        typer.echo(f"  and {len(groups) - len(shown):,} more, of less influence either way: --json has all")
 
 
 def _named(entry: Focus) -> str:

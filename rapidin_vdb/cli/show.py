@@ -164,12 +164,13 @@ def info(found: DatabaseInfo, *, as_json: bool) -> None:
 def versions(kept: Sequence[KeptVersion], *, as_json: bool) -> None:
     """Print the versions of a database, one a line."""
     if not as_json:
-        typer.echo(f"{'version':>7}  {'made':<19}  {'samples':>12}")
+        typer.echo(f"{'version':>7}  {'made':<19}  {'samples':>12}  made by")
     for version in kept:
         if as_json:
             json_line(version.to_dict())
         else:
-            typer.echo(f"{version.version:>7}  {version.made:%Y-%m-%d %H:%M:%S}  {version.samples:>12,}")
+            line = f"{version.version:>7}  {version.made:%Y-%m-%d %H:%M:%S}  {version.samples:>12,}  {version.made_by}"
+            typer.echo(line.rstrip())
 
 
 def verified(report: VerifyReport, *, as_json: bool) -> None:
@@ -222,3 +223,14 @@ def deleted(result: list[str] | int, wanted: list[str] | None) -> None:
         missing = sorted(set(wanted) - set(result))
         if missing:
             typer.echo(f"{len(missing):,} ids were not in the database: {cut(', '.join(missing), 200)}", err=True)
+
+
+def purged(freed: int) -> None:
+    """Say what a purge did, and what it cannot reach; others may have written meanwhile, so that nothing is freed."""
+    less = f", which take {freed:,} bytes less than before" if freed > 0 else ""
+    typer.echo(
+        f"purged: what was deleted or replaced is in none of its files{less}; older versions are gone, and --as-of "
+        "cannot reach them\nnot reached (see SECURITY.md): copies and snapshots, what a bucket with versioning keeps, "
+        "pages of --html, marks in browsers, other machines' caches of a bucket, blocks that a disk keeps",
+        err=True,
+    )

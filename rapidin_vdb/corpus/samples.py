@@ -1,5 +1,6 @@
 """A record of one of the four known shapes becomes a sample with an identity."""
 
+import difflib
 import hashlib
 import json
 import math
@@ -18,6 +19,10 @@ _SAID_BESIDE = ("tool_calls", "function_call", "reasoning_content", "reasoning",
 _SHAPES = "instruction/input/output, prompt/response (or completion), messages, or text"
 RESPONSES = ("output", "response", "completion", "generation")
 """Names of a response; the first that is there counts."""
+_PROMPTS = ("instruction", "prompt")
+_KNOWN = frozenset((*_PROMPTS, *RESPONSES, "input", "messages", "text"))
+# How like a name that is known another has to be to be taken for it, misspelt.
+_NEAR = 0.75
 
 
 def read_corpus(
@@ -123,10 +128,11 @@ _Said = tuple[Message, ...]
 
 def _conversation(fields: dict[str, Any], location: str, which: Turns) -> tuple[_Said, _Said, set[str]]:
     """Return the turns before the response, those of the response, and the names of the fields they came from."""
+    check_shape(fields, location)
     if fields.get("messages") is not None:
         return *_turns(fields["messages"], location, which), {"messages"}
     response_name = next((name for name in RESPONSES if fields.get(name) is not None), None)
-    prompt_name = next((name for name in ("instruction", "prompt") if fields.get(name) is not None), None)
+    prompt_name = next((name for name in _PROMPTS if fields.get(name) is not None), None)
     if response_name and prompt_name:
         used = {prompt_name, response_name, "input"} if prompt_name == "instruction" else {prompt_name, response_name}
         prompt = _text(fields, prompt_name, location) or ""
@@ -135,9 +141,22 @@ def _conversation(fields: dict[str, Any], location: str, which: Turns) -> tuple[
             prompt = f"{prompt}\n{context}"
         response = _text(fields, response_name, location) or ""
         return (Message(role="user", content=prompt),), (_answer(response),), used
-    if fields.get("text") is not None:
-        return (), (_answer(_text(fields, "text", location) or ""),), {"text"}
-    raise CorpusError(f"{location}: found the fields {_names(fields)}; wanted {_SHAPES}")
+    return (), (_answer(_text(fields, "text", location) or ""),), {"text"}
+
+
+def check_shape(fields: dict[str, Any], location: str, *, wanted: str = _SHAPES) -> None:
+    """Refuse a record of no known shape, and say of which of its names another seems to be meant.
+
+    Raises:
+        CorpusError: it has none.
+    """
+    there = {name for name, value in fields.items() if value is not None}
+    if there & {"messages", "text"} or (there & set(_PROMPTS) and there & set(RESPONSES)):
+        return
+    found = [f"{name} (null)" if name in _KNOWN - there else str(name) for name in fields]
+    near = ((name, difflib.get_close_matches(str(name).lower(), sorted(_KNOWN - there), 1, _NEAR)) for name in fields)
+    meant = [f"; is {name} meant to be {known[0]}?" for name, known in near if known and name not in _KNOWN]
+    raise CorpusError(f"{location}: found the fields {', '.join(found) or 'none'}; wanted {wanted}{''.join(meant)}")
 
 
 def _turns(value: Any, location: str, which: Turns) -> tuple[_Said, _Said]:

@@ -168,9 +168,11 @@ class KeptVersion:
     """When it was committed, in local time."""
     samples: int
     """How many samples it holds."""
+    made_by: str
+    """What its commit did, in a word, such as ingest, replace, delete, scalar index or columns; empty if not known."""
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return plain values, without what made it."""
         return {"version": self.version, "made": self.made.isoformat(timespec="seconds"), "samples": self.samples}
 
 

@@ -47,16 +47,17 @@ def fence(uri: str, options: dict[str, str], *, kept: Callable[[int], bool], hol
 def is_half_done(dataset: Any, *, kept: Callable[[int], bool]) -> bool:
     """Say whether a version of a Lance table is a fence that has not restored what was there before it."""
     made_by = dataset.read_transaction(int(dataset.version))
-    return _is_fence(made_by) and made_by.operation.version != before_fences(dataset, kept)
+    return is_fence(made_by) and made_by.operation.version != before_fences(dataset, kept)
 
 
 def before_fences(dataset: Any, kept: Callable[[int], bool]) -> int:
     """Return the newest version that is no fence; or the oldest that is kept, which a fence then stands for."""
     version = int(dataset.version)
-    while _is_fence(dataset.read_transaction(version)) and kept(version - 1):
+    while is_fence(dataset.read_transaction(version)) and kept(version - 1):
         version -= 1
     return version
 
 
-def _is_fence(made_by: Any) -> bool:
+def is_fence(made_by: Any) -> bool:
+    """Say whether a transaction of Lance made such a version."""
     return made_by is not None and _MARK in (made_by.transaction_properties or {})

@@ -7,7 +7,7 @@ from lancedb.index import Bitmap, BTree
 from rapidin_vdb.errors import TableError
 from rapidin_vdb.store.place import Place
 
-_PURGED = "rapidin_vdb.purged"
+PURGED = "rapidin_vdb.purged"
 
 
 def purge_table(place: Place, name: str) -> None:
@@ -29,7 +29,7 @@ def purge_table(place: Place, name: str) -> None:
     # rows. New metadata would do too, but could be committed on top of what another's late fence undid.
     newest = place.dataset(name)
     nothing = lance.Transaction(
-        newest.version, lance.LanceOperation.Append([]), transaction_properties={_PURGED: datetime.now(UTC).isoformat()}
+        newest.version, lance.LanceOperation.Append([]), transaction_properties={PURGED: datetime.now(UTC).isoformat()}
     )
     base = lance.LanceDataset.commit(newest.uri, nothing, storage_options=place.options)
     kept = place.remove_old(name, int(base.version))

@@ -10,6 +10,7 @@ from jaxtyping import Float16, Int64
 from rapidin_vdb.errors import FilterError, is_unicode
 from rapidin_vdb.records import Encoded, Scalar
 from rapidin_vdb.results import KeptVersion, StoredSample
+from rapidin_vdb.store.commits import word_for
 from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint
 from rapidin_vdb.store.owners import named
@@ -39,15 +40,17 @@ class Snapshot(TableVersion):
         """Return the versions that are kept and hold any sample, oldest first."""
         with self._reading(f"the versions of {self._place} cannot be read"):
             entries = sorted(self._table.list_versions(), key=lambda entry: int(entry["version"]))
-        kept = [
-            KeptVersion(
-                version=int(entry["version"]),
-                made=entry["timestamp"].astimezone(),
-                samples=int(entry["metadata"]["total_rows"]),
-            )
-            for entry in entries
-        ]
-        return [version for version in kept if version.samples]
+            dataset = self._place.dataset(self.name)
+            return [
+                KeptVersion(
+                    version=int(entry["version"]),
+                    made=entry["timestamp"].astimezone(),
+                    samples=int(entry["metadata"]["total_rows"]),
+                    made_by=word_for(dataset.read_transaction(int(entry["version"]))),
+                )
+                for entry in entries
+                if int(entry["metadata"]["total_rows"])
+            ]
 
     def count(self, where: str | None = None) -> int:
         """Return how many samples there are, or how many a filter lets through.
