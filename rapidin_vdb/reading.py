@@ -104,7 +104,7 @@ class SampleReader:
         snapshot, restorer = self._table.snapshot(), Restorer()
         total = snapshot.count(where)
         progress("records", 0, total)
-        for number, (stored, content_hash) in enumerate(snapshot.each(where), 1):
+        for number, (stored, content_hash, several) in enumerate(snapshot.each(where), 1):
             sample = Sample(
                 sample_id=stored.sample_id,
                 prompt=stored.prompt,
@@ -112,7 +112,7 @@ class SampleReader:
                 split=stored.split,
                 source=stored.source,
                 metadata=stored.metadata,
-                turns=taken_apart(stored.response) if snapshot.fingerprint.turns == "all" else (),
+                turns=taken_apart(stored.response, stored.token_offsets) if several else (),
                 content_hash=content_hash,
             )
             record = restorer.restored(sample)

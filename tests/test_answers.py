@@ -11,6 +11,7 @@ from test_chat import ASKING, LOOP, PLAIN, TEMPLATES, tokenizer_with
 import rapidin_vdb
 from rapidin_vdb.cli import show
 from rapidin_vdb.corpus import Record, encode, load_template, sample_from
+from rapidin_vdb.corpus.written import _MARK
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.gradient.probe import ends
 from rapidin_vdb.gradient.sample import cut_behind_loss
@@ -143,11 +144,13 @@ def test_a_template_without_ends_has_the_end_of_sequence_once():
 def test_an_answer_that_the_template_writes_otherwise_is_refused():
     said = ("m.content | upper", "m.content ~ m.content", "m.content | replace('ice', 'snow')", "m.content | length")
     for template in (PLAIN.replace("m.content", text) for text in said):
-        with pytest.raises(CorpusError, match="writes answers before the last one otherwise than they are"):
+        with pytest.raises(
+            CorpusError, match=r"writes messages\[[24]\], an answer before the last one, otherwise than it is"
+        ):
             encoded(talk(), tokenizer_with(template + ASKING))
     # What is before the first answer is another with marks: one character longer, so that all would seem to begin later.
     counted = "{{ messages[2].content | length }}" + PLAIN + ASKING
-    with pytest.raises(CorpusError, match="otherwise than they are"):
+    with pytest.raises(CorpusError, match="otherwise than it is"):
         encoded(talk([*TALK[:2], ("assistant", "Hello."), *TALK[3:]]), tokenizer_with(counted))
 
 
@@ -157,14 +160,90 @@ def test_the_very_first_token_has_no_loss_even_in_an_answer():
     assert found.loss_places[0] == 1 and found.offsets[0] == (1, 2)
 
 
+def said_by(found, tokenizer) -> str:
+    """Return the text of the tokens that have a loss."""
+    return tokenizer.decode([found.input_ids[place] for place in found.loss_places])
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        # The last answer ends otherwise than others.
+        (PLAIN.replace("<|im_end|>", "{{ '</s>' if loop.last else '<|im_end|>' }}"), "{}<|im_end|>{}<|im_end|>{}</s>"),
+        (PLAIN.replace("<|im_end|>", "{% if not loop.last %}<|im_end|>{% endif %}"), "{}<|im_end|>{}<|im_end|>{}</s>"),
+        # What ends an answer is what begins the next turn.
+        (
+            LOOP + "{{ '<|im_start|>' if m.role == 'user' else '<|im_end|>' }}\n{{ m.content }}{% endfor %}",
+            "{}<|im_start|>{}<|im_start|>{}</s>",
+        ),
+        # All up to the marker, as of the last.
+        (LOOP + "{{ m.role }}: {{ m.content }}. <|im_end|>{% endfor %}", "{}. <|im_end|>{}. <|im_end|>{}. <|im_end|>"),
+        # A conversation that ends with an answer is refused, so that what follows it is not seen.
+        (
+            PLAIN.replace("{% for m in messages %}", "{% if messages[-1].role == 'assistant' %}{{ messages.x.y }}{% endif %}" + LOOP)
+            + ASKING,
+            "{}<|im_end|>{}<|im_end|>{}</s>",
+        ),
+    ],
+)  # fmt: skip
+def test_what_ends_each_answer_has_a_loss(template, said):
+    tokenizer = tokenizer_with(template)
+    assert said_by(encoded(talk(), tokenizer), tokenizer) == said.format("Hello, é黄!", "It is ice.", "Water.")
+
+
+THINKING = (
+    LOOP + "<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}{% set parts = m.content.split('</think>') %}"
+    "<think>\n{{ parts[0].split('<think>')[-1].strip('\n') if parts | length > 1 }}\n</think>\n\n"
+    "{{ parts[-1].lstrip('\n') }}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}" + ASKING
+)
+
+
+def test_thoughts_that_the_template_keeps_are_part_of_the_answer():
+    """Where they are kept as they are; a thought that is written otherwise would have no place in the response."""
+    tokenizer = tokenizer_with(THINKING)
+    kept = "<think>\nAh.\n</think>\n\nYes."
+    told = [("user", "a"), ("assistant", kept), ("user", "b"), ("assistant", "No."), ("user", "c"), ("assistant", kept)]
+    found, response = encoded(talk(told), tokenizer), sample_of(talk(told)).response
+    assert said_by(found, tokenizer).startswith(f"{kept}<|im_end|>No.<|im_end|>")
+    assert found.offsets[0] == (0, 1) and response[found.offsets[len(kept)][0] :].startswith("\n\nuser: b")
+    told[1] = ("assistant", "<think>Ah.</think>Yes.")
+    with pytest.raises(CorpusError, match=r"messages\[1\], an answer before the last one, otherwise"):
+        encoded(talk(told), tokenizer)
+
+
+def test_turns_of_weight_zero_have_no_loss():
+    tokenizer, fields = tokenizer_with(TEMPLATES["as it is"]), talk()
+    for place in (2, 6):
+        fields["messages"][place]["weight"] = 0
+    found = encoded(fields, tokenizer)
+    assert sample_of(fields).response == "It is ice." and said_by(found, tokenizer) == "It is ice.<|im_end|>"
+    fields["messages"][2]["weight"] = 1
+    fields["messages"][4]["weight"] = fields["messages"][6]["weight"] = 0
+    fields["messages"] += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "Snow."}]
+    assert said_by(encoded(fields, tokenizer), tokenizer) == "Hello, é黄!<|im_end|>Snow.<|im_end|>"
+    for turn in fields["messages"]:
+        turn["weight"] = 0
+    with pytest.raises(CorpusError, match="all of the assistant's turns have weight 0"):
+        sample_of(fields)
+    assert sample_from(Record(location="here", fields=fields)).response == "Snow."
+
+
+def test_a_prompt_that_holds_the_mark_changes_nothing():
+    tokenizer = tokenizer_with(TEMPLATES["as it is"])
+    fields = talk([("user", f"{_MARK}2{_MARK}"), *TALK[2:]])
+    assert said_by(encoded(fields, tokenizer), tokenizer) == "Hello, é黄!<|im_end|>It is ice.<|im_end|>Water.<|im_end|>"
+
+
 def test_calls_of_tools_in_an_answer_are_refused():
     fields = talk()
     fields["messages"][2]["tool_calls"] = [{"name": "look"}]
-    with pytest.raises(CorpusError, match=r"messages\[2\], which is to have a loss too, has tool_calls"):
+    with pytest.raises(CorpusError, match=r"messages\[2\], which is to have a loss, has tool_calls"):
         sample_of(fields)
     assert sample_from(Record(location="here", fields=fields)).response == "Water."
-    with pytest.raises(CorpusError, match="the response is empty"):
-        sample_of(talk([("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", " ")]))
+    for last in ("", " \n"):
+        with pytest.raises(CorpusError, match="the response is empty"):
+            sample_of(talk([("user", "a"), ("assistant", "yes"), ("user", "b"), ("assistant", last)]))
+    assert sample_of(talk([("user", "a"), ("assistant", ""), ("user", "b"), ("assistant", "yes")])).turns
 
 
 @pytest.mark.parametrize("cut", range(12, 60, 4))
@@ -294,8 +373,35 @@ def test_a_damaged_place_is_found(made):
             assert snapshot._checksum(row, vector) != wanted
 
 
+def test_what_was_lost_of_a_record_changes_no_loss(made, tmp_path):
+    """A record with a list cannot be restored, but what is made of it has the same loss, by the places of tokens."""
+    database, _, _ = made
+    one, looks = ("user", "Hi"), "Red.\n\nuser: no\n\nassistant: yes"
+    records = [
+        talk(TALK[2:], id="begins"),
+        {"id": "a pair", "prompt": "Hi", "response": looks},
+        talk([one, ("assistant", looks)], id="quoted at the end"),
+        talk([one, ("assistant", looks), one, ("assistant", "Bye.")], id="quoted before"),
+        talk([one, ("assistant", "Looking."), ("ipython", "secret: 42"), ("assistant", "42.")], id="another role"),
+        talk([one, ("assistant", "Looking."), ("assistant", "Still."), one, ("assistant", "42.")], id="two in a row"),
+        {"id": "text", "text": looks},
+    ]
+    for number, record in enumerate(records):
+        record |= {"tags": ["a"], "number": number}
+    database.ingest(write_jsonl(tmp_path / "listed.jsonl", records))
+    written = [record for _, record, exact in database.each_record(where="number IS NOT NULL") if not exact]
+    assert len(written) == len(records)
+    before = database._table.snapshot().encoded([record["id"] for record in records])
+    database.delete(where="number IS NOT NULL")
+    database.ingest(write_jsonl(tmp_path / "again.jsonl", written))
+    after = database._table.snapshot().encoded([record["id"] for record in records])
+    for name, found in after.items():
+        assert found == before[name], name
+    database.delete(where="number IS NOT NULL")
+
+
 def test_records_come_back(made):
-    """But for one whose answer looks like a turn: it has two readings, of which the hash tells the right one."""
+    """Also one whose answer looks like a turn."""
     database, records, _ = made
     found = {name: (record, exact) for name, record, exact in database.each_record()}
     assert found == {name: (record, True) for name, record in records.items()}
@@ -349,6 +455,14 @@ def test_the_page_and_the_terminal_show_all_answers(made, capsys):
     assert "".join(text for text, _ in shown["pieces"]) == result.response
     plain = [text for text, tokens in shown["pieces"] if not tokens]
     assert plain == ["\n\nuser: What is snow?\n\nassistant: ", "\n\nuser: And rain?\n\nassistant: "]
-    assert [result.tokens[number].text for number in shown["ends"]] == [""] * 3
+    # What ends an answer stands where it ends, that of the last one at the end of the text.
+    ends = [place for place, (text, _) in enumerate(shown["pieces"]) if not text]
+    assert [shown["pieces"][place + 1][0] for place in ends] == plain
+    assert shown["ends"] == [len(result.tokens) - 1]
+    spans = [[token.start, token.end] for token in result.tokens]
+    for place in ends:
+        (number,) = shown["pieces"][place][1]
+        before = sum(len(text) for text, _ in shown["pieces"][:place])
+        assert spans[number] == [before, before]
     show.sample(database.show("long"), as_json=False)
     assert "assistant: It is ice." in capsys.readouterr().out

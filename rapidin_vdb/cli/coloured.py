@@ -80,7 +80,7 @@ def sample_lines(result: RankedSample, most: float) -> None:
         if result.truncated and place >= scored:
             response.append(" (cut off:) ", style="italic").append(_lines_of(piece), style="dim")
         else:
-            response.append(_lines_of(piece), style=style_of(score, most, few=few) if tokens else "")
+            response.append(_lines_of(piece), style=style_of(score, most, few=few) if tokens else "dim")
         place += len(piece)
     strongest = sorted(result.tokens, key=lambda token: (-abs(token.score), token.start))[:_SHOWN]
     named = ", ".join(f"{token_label(token.text, 16)} {token.score:+.3g}" for token in strongest)

@@ -109,7 +109,8 @@ def _in_context(token: RankedToken, room: int) -> str:
             own += piece.text
         else:
             after += piece.text
-    inside = token_label(own, room - 2) if own else "end of text"
+    end = "end of text" if token.end == len(token.response) else "end of answer"
+    inside = token_label(own, room - 2) if own else end
     left = max(room - columns(inside) - 2, 0)
     start = fitted(before, left // 2 if own else left, last=True)
     return f"{start}[{inside}]{fitted(after, left - columns(start))}"

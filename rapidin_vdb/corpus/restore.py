@@ -32,7 +32,7 @@ def plain_record(sample: Sample) -> _Fields:
     """
     conversations = [one for one in _conversation(sample) if len(one["messages"]) > 2]
     texts: _Fields = {"prompt": sample.prompt, "response": sample.response}
-    if sample.prompt is None:
+    if sample.prompt is None and not sample.turns:
         texts = {"text": sample.response}
     elif conversations:
         texts = conversations[-1]  # more likely than a prompt that looks like one
@@ -117,15 +117,15 @@ def _with_input(response: str) -> _Shape:
 
 def _conversation(sample: Sample) -> list[_Fields]:
     """Return what may have been the turns of a sample: written one after another, they may be read in several ways."""
-    answers = [[{"role": "assistant", "content": sample.response}]]
-    if len(sample.turns) > 1:
-        answers.append([{"role": turn.role, "content": turn.content} for turn in sample.turns])
+    said = [{"role": turn.role, "content": turn.content} for turn in sample.turns]
+    if not said:
+        said = [{"role": "assistant", "content": sample.response}]
     if sample.prompt is None:
-        return [{"messages": said} for said in answers]
+        return [{"messages": said}]
     parts = re.split(r"(?:^|\n\n)(system|developer|user|assistant|tool): ", sample.prompt)
     turns = [{"role": role, "content": text} for role, text in zip(parts[1::2], parts[2::2], strict=True)]
     ways = [[{"role": "user", "content": sample.prompt}]] + ([turns] if len(turns) > 1 and not parts[0] else [])
-    return [{"messages": before + said} for before, said in product(ways, answers)]
+    return [{"messages": before + said} for before in ways]
 
 
 _SHAPES: dict[str, _Shape] = (

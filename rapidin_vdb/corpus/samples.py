@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.corpus.files import Record, read_records
-from rapidin_vdb.corpus.turns import joined
+from rapidin_vdb.corpus.turns import is_trained, joined
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import OWN_COLUMNS, Message, Sample, Scalar, Turns
 
@@ -68,7 +68,7 @@ def sample_from(
     fields, location, text = record.fields, record.location, _unicode_of(record)
     messages, said, used = _conversation(fields, location, turns)
     response, _ = joined(said)
-    if not any(turn.content.strip() for turn in said if turn.role == "assistant"):
+    if not said[-1].content.strip():
         raise CorpusError(f"{location}: the response is empty; there is nothing to take a gradient of")
     split = split if split is not None else _text(fields, "split", location) or "train"
     source = source if source is not None else _text(fields, "source", location)
@@ -167,12 +167,13 @@ def _turns(value: Any, location: str, which: Turns) -> tuple[_Said, _Said]:
     answers = [place for place, turn in enumerate(said) if turn.role == "assistant"]
     if not answers:
         raise CorpusError(f"{location}: messages has no turn of the role assistant, which would be the response")
-    if which == "last":
-        answers = answers[-1:]
+    answers = [place for place in answers if is_trained(said[place])] if which == "all" else answers[-1:]
+    if not answers:
+        raise CorpusError(f"{location}: all of the assistant's turns have weight 0, so that none is to have a loss")
     for place in answers:
         lost = [name for name in _SAID_BESIDE if said[place].more.get(name)]
         if lost:
-            named = "the response" if place == answers[-1] else f"messages[{place}], which is to have a loss too,"
+            named = "the response" if which == "last" else f"messages[{place}], which is to have a loss,"
             raise CorpusError(
                 f"{location}: {named} has {lost[0]}, which would be lost; write all that the model is to say into its "
                 "content, as the model would write it"

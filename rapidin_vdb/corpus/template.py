@@ -89,12 +89,12 @@ class Template:
             before = self.render(sample)
             return Written(before + response, len(before), response)
         before, stands, after = self._parts(sample)
-        end = after[: self._marker(after)[1]]
+        end = after[: self.marker(after)[1]]
         return Written(
             before + stands + end, len(before), stands, response.index(stands), special=False, ended=bool(end)
         )
 
-    def _marker(self, text: str) -> tuple[int, int]:
+    def marker(self, text: str) -> tuple[int, int]:
         """Return where the first marker of a text begins and ends; both are 0 where there is none."""
         found = [(text.index(marker), -len(marker)) for marker in self.markers if marker in text]
         start, length = min(found, default=(0, 0))
@@ -126,7 +126,7 @@ class Template:
         # It is rewritten, as the thoughts of an answer may be: it follows what the model goes on from.
         if text.startswith(asked + response):
             after = text[len(asked + response) :]
-        start, stop = self._marker(after)
+        start, stop = self.marker(after)
         begun = asked.rstrip()[-len(_THOUGHT) :] == _THOUGHT and response.lstrip().startswith(_THOUGHT)
         return asked[: asked.rindex(_THOUGHT)] if begun else asked, response, after[start:stop]
 

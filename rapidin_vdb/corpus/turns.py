@@ -5,7 +5,8 @@ from collections.abc import Sequence
 
 from rapidin_vdb.records import Message
 
-_TURN = re.compile(r"\n\n(system|developer|user|assistant|tool): ")
+_ROLES = ("system", "developer", "user", "assistant", "tool")
+_TURN = re.compile(r"\n\n([^\s:]{1,40}): ")
 
 
 def joined(turns: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
@@ -22,23 +23,36 @@ def joined(turns: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
     return text, tuple(starts)
 
 
-def taken_apart(text: str) -> tuple[Message, ...]:
-    """Return the turns of a text that begins and ends with an answer, where it looks like some.
+def is_trained(turn: Message) -> bool:
+    """Say whether a turn is an answer that the model is trained on: one of weight 0, as some data have, is not."""
+    return turn.role == "assistant" and turn.more.get("weight") != 0
 
-    >>> [(turn.role, turn.content) for turn in taken_apart("Hi.\\n\\nuser: Bye.\\n\\nassistant: No.\\n\\nuser: no")]
-    [('assistant', 'Hi.'), ('user', 'Bye.'), ('assistant', 'No.\\n\\nuser: no')]
+
+def taken_apart(text: str, spans: Sequence[tuple[int, int]]) -> tuple[Message, ...]:
+    """Return the turns of a text that several answers and what was said between them make, by their tokens.
+
+    `spans` are those of the answers' tokens, as `joined` has them. What they cover is said by an answer, whatever it
+    looks like; between two of them stand turns, of which the first and the last are sure, and others where they begin
+    with a role that is known. So are all behind the last token, where the text was cut.
+
+    >>> [turn.role for turn in taken_apart("Hi.\\n\\nuser: Bye.\\n\\nassistant: No.", [(0, 3), (28, 31)])]
+    ['assistant', 'user', 'assistant']
     """
-    first, *more = _TURN.split(text)
-    turns = [Message(role="assistant", content=first)]
-    answers = [place for place, role in enumerate(more[::2]) if role == "assistant"]
-    ended = answers[-1] + 1 if answers else 0
-    turns += [
-        Message(role=role, content=content)
-        for role, content in zip(more[: 2 * ended : 2], more[1 : 2 * ended : 2], strict=True)
-    ]
-    # What looks like a turn behind the last answer is part of it.
-    rest = "".join(
-        f"\n\n{role}: {content}" for role, content in zip(more[2 * ended :: 2], more[2 * ended + 1 :: 2], strict=True)
+    covered = sorted(span for span in spans if span[0] < span[1])
+    last = max((end for _, end in covered), default=0)
+    found: list[re.Match[str]] = []
+    place = 0
+    for start, end in [*covered, (len(text), len(text))]:
+        inside = list(_TURN.finditer(text, place, start))
+        known = [match for match in inside if match[1] in _ROLES]
+        if place >= last:
+            answers = [number for number, match in enumerate(known) if match[1] == "assistant"]
+            found += known[: answers[-1] + 1] if answers else []
+        elif known and known[-1][1] == "assistant":
+            found += sorted({inside[0], *known}, key=lambda match: match.start())
+        place = max(place, end)
+    borders = [(0, 0, "assistant"), *((match.start(), match.end(), match[1]) for match in found)]
+    ends = [start for start, _, _ in borders[1:]] + [len(text)]
+    return tuple(
+        Message(role=role, content=text[begin:end]) for (_, begin, role), end in zip(borders, ends, strict=True)
     )
-    turns[-1] = Message(role="assistant", content=turns[-1].content + rest)
-    return tuple(turns)

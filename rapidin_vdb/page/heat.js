@@ -39,6 +39,14 @@ const Heat = (() => {
   // How much of a generation was looked at, in words.
   const extent = (pieces, ends) => (lastOf(pieces, ends) < pieces.length - 1 ? "generation up to the largest number of tokens" : "whole generation");
 
+  const BETWEEN = "no token of an answer: it has no score";
+  // How a piece is shown: what ends an answer that others follow has no text, what belongs to no token has no colour.
+  function kindOf(text, tokens, cut) {
+    if (cut) return "cut";
+    if (!text) return "end answer";
+    return ((/^\s*\n/.test(text) ? "newline" : "") + (tokens.length ? "" : " between")).trim();
+  }
+
   // A response: pieces of text with the tokens that they belong to, coloured by these tokens' scores.
   // With `choose`, a piece can be pressed, and `chosen` says whether a token is.
   function coloured(pieces, ends, scores, most, { choose, chosen, name } = {}) {
@@ -52,12 +60,13 @@ const Heat = (() => {
         piece.dataset.score = String(score);
         piece.dataset.tokens = tokens.join(" ");
       }
-      if (kind) piece.classList.add(kind);
+      if (kind) piece.classList.add(...kind.split(" "));
       if (kind === "cut") piece.title = CUT;
+      if (kind.endsWith("between")) piece.title = BETWEEN;
       block.append(piece);
     };
     const last = lastOf(pieces, ends);
-    pieces.forEach(([text, tokens], place) => add(text, tokens, place > last ? "cut" : /^\s*\n/.test(text) ? "newline" : ""));
+    pieces.forEach(([text, tokens], place) => add(text, tokens, kindOf(text, tokens, place > last)));
     for (const token of ends) add("", [token], "end");
     return enter(block);
   }
@@ -121,7 +130,7 @@ const Heat = (() => {
   // What was pressed, in words.
   function pressed(pieces, ends, chosen) {
     const shown = pieces.filter(([, tokens]) => tokens.some((token) => chosen.has(token)))
-      .map(([text]) => text.trim() || (/\n/.test(text) ? "a line break" : "a space"));
+      .map(([text]) => text.trim() || (!text ? "the end of an answer" : /\n/.test(text) ? "a line break" : "a space"));
     return [...shown, ...(ends.some((token) => chosen.has(token)) ? ["the end of the text"] : [])].join(" ");
   }
 
@@ -141,12 +150,12 @@ const Heat = (() => {
       if (kind.startsWith("end")) options["aria-label"] = "end of text";
       block.append(make("span", options, text));
     };
-    pieces.forEach(([text, tokens], place) => add(text, tokens, place > last ? "cut" : (/^\s*\n/.test(text) ? "newline" : "") + (asked[place] ? " focused" : "")));
+    pieces.forEach(([text, tokens], place) => add(text, tokens, kindOf(text, tokens, place > last) + (asked[place] ? " focused" : "")));
     const length = [...pieces.map(([piece]) => piece).join("")].length;
     const asksEnd = texts.some((entry) => typeof entry !== "string" && entry[0] === length && entry[1] === length);
     for (const token of ends) add("", [token], "end" + (asksEnd ? " focused" : ""));
     return enter(block);
   }
 
-  return { LEGEND, heading, make, show, sum, largest, deepest, coloured, generation, named, pressed, extent };
+  return { LEGEND, BETWEEN, kindOf, heading, make, show, sum, largest, deepest, coloured, generation, named, pressed, extent };
 })();

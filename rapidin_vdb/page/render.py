@@ -50,32 +50,33 @@ def page_style() -> str:
 def with_pieces(ranking: Ranking) -> dict[str, Any]:
     """Return a ranking's plain values, with each text in the pieces that can be coloured beside.
 
-    A piece is a text and the numbers of the tokens that it belongs to; `ends` are the tokens without any text.
+    A piece is a text and the numbers of the tokens that it belongs to; one without text is what ends an answer that
+    others follow. `ends` are the tokens without any text at the end.
     """
     values, spans = ranking.to_dict(), ranking.generation_tokens or ()
     if ranking.generation_tokens is not None:
-        values |= {"pieces": _pieces(ranking.generation or "", _spans(spans)), "ends": _ends(spans)}
+        said = ranking.generation or ""
+        values |= {"pieces": _pieces(said, _spans(spans)), "ends": _ends(said, _spans(spans))}
     for end in ("results", "harmful"):
         for result, shown in zip(getattr(ranking, end) or (), values.get(end, ()), strict=True):
             if isinstance(result, RankedSample):
-                tokens = result.tokens or ()
-                shown |= {"pieces": _pieces(result.response, _spans(tokens)), "ends": _ends(tokens)}
+                own = _spans(result.tokens or ())
+                shown |= {"pieces": _pieces(result.response, own), "ends": _ends(result.response, own)}
     return values
 
 
 def sample_pieces(sample: StoredSample) -> dict[str, Any]:
     """Return a sample's plain values, with its response in pieces beside, as of a ranking."""
     spans = sample.token_offsets
-    ends = [number for number, (start, end) in enumerate(spans) if start == end]
-    return sample.to_dict() | {"pieces": _pieces(sample.response, spans), "ends": ends}
+    return sample.to_dict() | {"pieces": _pieces(sample.response, spans), "ends": _ends(sample.response, spans)}
 
 
 def _spans(tokens: Sequence[Span | TokenScore]) -> list[tuple[int, int]]:
     return [(token.start, token.end) for token in tokens]
 
 
-def _ends(tokens: Sequence[Span | TokenScore]) -> list[int]:
-    return [number for number, token in enumerate(tokens) if token.start == token.end]
+def _ends(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
+    return [number for number, span in enumerate(spans) if span == (len(text), len(text))]
 
 
 def _hash(text: str) -> str:
@@ -93,12 +94,12 @@ def _json(value: Any) -> str:
 
 
 def _ranking(ranking: Ranking) -> dict[str, Any]:
-    spans = ranking.generation_tokens or ()
+    spans, said = _spans(ranking.generation_tokens or ()), ranking.generation or ""
     return {
         "query_id": ranking.query_id,
         "prompt": ranking.prompt,
-        "generation": _pieces(ranking.generation or "", _spans(spans)),
-        "ends": _ends(spans),
+        "generation": _pieces(said, spans),
+        "ends": _ends(said, spans),
         "focus": list(ranking.focus or ()),
         "unit": ranking.score_unit,
         "error": ranking.score_error,
@@ -122,7 +123,7 @@ def _result(result: RankedSample) -> dict[str, Any]:
         "metadata": {name: _shown(value) for name, value in result.metadata.items()},
         "prompt": result.prompt,
         "response": _pieces(result.response, _spans(tokens)),
-        "ends": _ends(tokens),
+        "ends": _ends(result.response, _spans(tokens)),
         "scores": [token.score for token in tokens],
         "matrix": result.to_dict().get("matrix"),
     }
@@ -134,4 +135,16 @@ def _shown(value: Scalar) -> Scalar:
 
 
 def _pieces(text: str, spans: Sequence[tuple[int, int]]) -> list[list[Any]]:
-    return [[piece.text, list(piece.tokens)] for piece in pieces_of(text, spans)]
+    """Return the pieces of a text, those without text among them where an answer ends before the end of it."""
+    ended: dict[int, list[int]] = {}
+    for number, (start, end) in enumerate(spans):
+        if start == end < len(text):
+            ended.setdefault(start, []).append(number)
+    pieces: list[list[Any]] = []
+    place = 0
+    for piece in pieces_of(text, spans):
+        for start in sorted(start for start in ended if start <= place):
+            pieces.append(["", ended.pop(start)])
+        pieces.append([piece.text, list(piece.tokens)])
+        place += len(piece.text)
+    return pieces + [["", numbers] for _, numbers in sorted(ended.items())]

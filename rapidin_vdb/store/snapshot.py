@@ -130,16 +130,18 @@ class Snapshot(TableVersion):
         rows = self._select(self._shown(), where, slice(offset, offset + limit)).to_pylist()
         return [stored_sample(row) for row in rows]
 
-    def each(self, where: str | None = None) -> Iterator[tuple[StoredSample, str]]:
-        """Yield the samples that a filter lets through, in the table's order, each with its content hash.
+    def each(self, where: str | None = None) -> Iterator[tuple[StoredSample, str, bool]]:
+        """Yield the samples that a filter lets through, in the table's order.
+
+        Each with its content hash, and with whether other turns stand between its tokens.
 
         Raises:
             FilterError: the filter cannot be understood.
         """
-        for batch in self._scan([*self._shown(), "content_hash"], _SAMPLES_A_BATCH, where):
+        for batch in self._scan([*self._shown(), *self._places(), "content_hash"], _SAMPLES_A_BATCH, where):
             for row in batch.to_pylist():
                 content_hash = row.pop("content_hash")
-                yield stored_sample(row), content_hash
+                yield stored_sample(row), content_hash, row.get(PLACES) is not None
 
     def vector_of(self, sample_id: str) -> Float16[np.ndarray, " sketch"] | None:
         """Return a sample's RapidGrad; None where there is no such sample."""

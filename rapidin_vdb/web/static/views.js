@@ -36,11 +36,13 @@ export async function sampleView(page, sampleId) {
   await during("reading", async (signal) => {
     const sample = await read("api/sample?" + new URLSearchParams({ sample_id: sampleId, pieces: "true" }), signal);
     const text = make("div", { class: "text tokens", dir: "auto" }, ...sample.pieces.map(([piece, tokens]) =>
-      make("span", { class: "token " + (/^\s*\n/.test(piece) ? "newline" : ""), title: tokens.length ? "token " + tokens.join(", ") : "between tokens" }, piece)),
+      make("span", { class: "token " + Heat.kindOf(piece, tokens, false), title: tokens.length ? "token " + tokens.join(", ") : "between tokens" }, piece)),
       ...sample.ends.map((token) => make("span", { class: "token end", title: "token " + token })));
     const about = sample.tokens + " tokens" + (sample.truncated ? ", cut from the right" : "") + ", loss " + show(sample.loss) + " nats a token";
-    const whole = make("article", { class: "card", id: "whole-sample" }, make("h2", {}, sample.sample_id), make("div", { class: "soft" }, about), ...body(sample, text),
-      page.actions(sample, make("button", { type: "button", onclick: () => page.navigate("ask", { prompt: sample.prompt || "", generated: sample.response }) }, "Ask what drives such a response")));
+    // Several answers are no generation: what is said between them is not the model's.
+    const several = sample.pieces.some(([piece, tokens]) => !tokens.length && piece.includes("\n\nassistant: "));
+    const ask = several ? null : make("button", { type: "button", onclick: () => page.navigate("ask", { prompt: sample.prompt || "", generated: sample.response }) }, "Ask what drives such a response");
+    const whole = make("article", { class: "card", id: "whole-sample" }, make("h2", {}, sample.sample_id), make("div", { class: "soft" }, about), ...body(sample, text), page.actions(sample, ask));
     near = make("section", { id: "nearest" }, make("p", { class: "soft" }, "searching"));
     page.put(whole, make("h2", {}, "Nearest samples by influence"), near);
     id("main").focus({ preventScroll: true });
