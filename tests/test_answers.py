@@ -10,7 +10,7 @@ from test_chat import ASKING, LOOP, PLAIN, TEMPLATES, tokenizer_with
 
 import rapidin_vdb
 from rapidin_vdb.cli import show
-from rapidin_vdb.corpus import Record, encode, load_template, sample_from
+from rapidin_vdb.corpus import Record, encode, load_template, sample_from, taken_apart
 from rapidin_vdb.corpus.written import _MARK
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.gradient.probe import ends
@@ -171,6 +171,8 @@ def said_by(found, tokenizer) -> str:
         # The last answer ends otherwise than others.
         (PLAIN.replace("<|im_end|>", "{{ '</s>' if loop.last else '<|im_end|>' }}"), "{}<|im_end|>{}<|im_end|>{}</s>"),
         (PLAIN.replace("<|im_end|>", "{% if not loop.last %}<|im_end|>{% endif %}"), "{}<|im_end|>{}<|im_end|>{}</s>"),
+        # What does not follow an answer at once ends none.
+        (PLAIN.replace("<|im_end|>", "{{ '</s>' if loop.last else ' ok <|im_end|>' }}"), "{}{}{}</s>"),
         # What ends an answer is what begins the next turn.
         (
             LOOP + "{{ '<|im_start|>' if m.role == 'user' else '<|im_end|>' }}\n{{ m.content }}{% endfor %}",
@@ -371,6 +373,14 @@ def test_a_damaged_place_is_found(made):
             assert snapshot._checksum(row, vector) != wanted
             row["_loss_places"] = None
             assert snapshot._checksum(row, vector) != wanted
+
+
+def test_turns_behind_the_last_token_are_read_by_their_roles():
+    """Of a conversation that was cut, whose last turn is an answer."""
+    text = "Hi.\n\nuser: A\n\nnote: b\n\nassistant: B\n\nuser: c"
+    turns = [(turn.role, turn.content) for turn in taken_apart(text, [(0, 3), (3, 3)])]
+    assert turns == [("assistant", "Hi."), ("user", "A\n\nnote: b"), ("assistant", "B\n\nuser: c")]
+    assert len(taken_apart(text, [(0, 3), (3, len(text) - 1)])) == len(taken_apart("Hi.", [(0, 3)])) == 1
 
 
 def test_what_was_lost_of_a_record_changes_no_loss(made, tmp_path):
