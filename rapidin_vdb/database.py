@@ -1,8 +1,9 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rapidin_vdb.answering import Keeper, answer, nearest, versions_for
 from rapidin_vdb.cluster import ClusterKeeper, session_of
@@ -225,16 +226,17 @@ class Database(SampleReader):
         return nearest(question, sample_id, snapshot=snapshot, keeper=self._indexes["sample"], progress=progress)
 
     def generate(
-        self, prompt: str, *, max_tokens: int = 128, temperature: float = 0.0, seed: int = 0,
-        progress: Progress = silent,
+        self, prompt: str | None = None, *, messages: Sequence[Mapping[str, Any]] = (), max_tokens: int = 128,
+        temperature: float = 0.0, seed: int = 0, progress: Progress = silent,
     ) -> str:  # fmt: skip
-        """Return what the model says to a prompt, in the database's template; most likely, or drawn at a temperature.
+        """Return what the model says to a prompt, or to a record's `messages`; most likely, or drawn at a temperature.
 
         Raises:
-            SpecError: an option is out of range, or the prompt leaves no room.
+            CorpusError: a turn has no texts `role` and `content`, or the turns do not fit the template.
+            SpecError: not one of both is given, an option is out of range, or the prompt leaves no room.
         """
         return self._loaded().generate(
-            prompt, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress
+            prompt, messages=messages, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress
         )
 
     @undisturbed

@@ -1,15 +1,15 @@
 """A loaded model with its template and sketch: what turns the samples of one fingerprint into RapidGrads."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from threading import RLock
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 
 from rapidin_vdb.corpus import Record, Template, load_template, sample_from
-from rapidin_vdb.errors import GradientError, ModelError
+from rapidin_vdb.errors import GradientError, ModelError, SpecError
 from rapidin_vdb.gradient import (
     ExactInfluence,
     LoadedModel,
@@ -60,16 +60,23 @@ class Engine:
         return ExactInfluence(self.maker)
 
     def generate(
-        self, prompt: str, *, max_tokens: int, temperature: float, seed: int, progress: Progress = silent
-    ) -> str:
-        """Return what the model says to a prompt.
+        self, prompt: str | None, *, messages: Sequence[Mapping[str, Any]] = (), max_tokens: int, temperature: float,
+        seed: int, progress: Progress = silent,
+    ) -> str:  # fmt: skip
+        """Return what the model says to a prompt, or after several turns.
 
         Raises:
-            SpecError: an option is out of range, or the prompt leaves no room.
+            CorpusError: a turn has no texts `role` and `content`, or the turns do not fit the template.
+            SpecError: not one of both is given, an option is out of range, or the prompt leaves no room.
         """
-        sample = sample_from(
-            Record(location="the prompt", fields={"prompt": prompt, "generation": "?", "id": "prompt"})
-        )
+        if bool(messages) == (prompt is not None):
+            raise SpecError("the model answers a prompt, or messages; give one of both")
+        # What it will say is not known yet; a record cannot be without it.
+        fields: dict[str, Any] = {"prompt": prompt, "generation": "?"}
+        if messages:
+            fields = {"messages": [*messages, {"role": "assistant", "content": "?"}]}
+        location = "messages" if messages else "the prompt"
+        sample = sample_from(Record(location=location, fields=fields | {"id": "prompt"}))
         text, end = self.template.render(sample), self.template.end(sample)
         with self.alone:
             return generate_one(

@@ -8,7 +8,7 @@ from rapidin_vdb.cleaning import write_cleaned
 from rapidin_vdb.corpus import Restorer, paths_of, plain_record, taken_apart
 from rapidin_vdb.errors import SampleNotFoundError, SpecError
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.records import Fingerprint, Sample, Scalar
+from rapidin_vdb.records import Fingerprint, Message, Sample, Scalar
 from rapidin_vdb.results import CleanReport, KeptVersion, StoredSample
 from rapidin_vdb.store import SampleTable, undisturbed
 
@@ -65,6 +65,19 @@ class SampleReader:
         return found[sample_id]
 
     @undisturbed
+    def show_turns(self, sample_id: str) -> tuple[StoredSample, tuple[Message, ...]]:
+        """Return a sample as it is stored, and its turns where it is a conversation, as far as the texts show them.
+
+        Raises:
+            TableError: there is none of that id.
+        """
+        found = self._table.snapshot().restorable(sample_id)
+        if found is None:
+            raise SampleNotFoundError(f"no sample {sample_id!r} in {self.path}")
+        record, _ = _record_of(*found, Restorer())
+        return found[0], tuple(Message(**turn) for turn in record.get("messages", ()))
+
+    @undisturbed
     def samples(self, *, where: str | None = None, offset: int = 0, limit: int = 50) -> tuple[list[StoredSample], int]:
         """Return some of the samples that match a filter, in the table's order, and how many match.
 
@@ -105,18 +118,7 @@ class SampleReader:
         total = snapshot.count(where)
         progress("records", 0, total)
         for number, (stored, content_hash, several) in enumerate(snapshot.each(where), 1):
-            sample = Sample(
-                sample_id=stored.sample_id,
-                prompt=stored.prompt,
-                response=stored.response,
-                split=stored.split,
-                source=stored.source,
-                metadata=stored.metadata,
-                turns=taken_apart(stored.response, stored.token_offsets) if several else (),
-                content_hash=content_hash,
-            )
-            record = restorer.restored(sample)
-            yield stored.sample_id, plain_record(sample) if record is None else record, record is not None
+            yield stored.sample_id, *_record_of(stored, content_hash, several, restorer)
             if number % _RECORDS_A_WORD == 0 or number == total:
                 progress("records", number, total)
 
@@ -151,6 +153,24 @@ class SampleReader:
             FilterError: there is no such column.
         """
         return self._table.snapshot().values_of(column, most=most)
+
+
+def _record_of(
+    stored: StoredSample, content_hash: str, several: bool, restorer: Restorer
+) -> tuple[dict[str, Any], bool]:
+    """Return the record of a stored sample, and whether it is the very one that was read."""
+    sample = Sample(
+        sample_id=stored.sample_id,
+        prompt=stored.prompt,
+        response=stored.response,
+        split=stored.split,
+        source=stored.source,
+        metadata=stored.metadata,
+        turns=taken_apart(stored.response, stored.token_offsets) if several else (),
+        content_hash=content_hash,
+    )
+    record = restorer.restored(sample)
+    return plain_record(sample) if record is None else record, record is not None
 
 
 def check_ids(ids: Sequence[str] | None) -> None:

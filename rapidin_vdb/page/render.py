@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.pieces import pieces_of
-from rapidin_vdb.records import Scalar
+from rapidin_vdb.records import Message, Scalar
 from rapidin_vdb.results import RankedSample, Ranking, Span, StoredSample, TokenScore
 
 _HERE = Path(__file__).parent
@@ -65,10 +65,12 @@ def with_pieces(ranking: Ranking) -> dict[str, Any]:
     return values
 
 
-def sample_pieces(sample: StoredSample) -> dict[str, Any]:
-    """Return a sample's plain values, with its response in pieces beside, as of a ranking."""
+def sample_pieces(sample: StoredSample, turns: Sequence[Message] = ()) -> dict[str, Any]:
+    """Return a sample's plain values, with its response in pieces beside, as of a ranking, and its turns if any."""
     spans = sample.token_offsets
-    return sample.to_dict() | {"pieces": _pieces(sample.response, spans), "ends": _ends(sample.response, spans)}
+    said = [{"role": turn.role, "content": turn.content} for turn in turns]
+    beside = {"pieces": _pieces(sample.response, spans), "ends": _ends(sample.response, spans)}
+    return sample.to_dict() | beside | {"messages": said or None}
 
 
 def _spans(tokens: Sequence[Span | TokenScore]) -> list[tuple[int, int]]:

@@ -119,6 +119,14 @@ class Snapshot(TableVersion):
             found |= {row["sample_id"]: stored_sample(row) for row in rows}
         return found
 
+    def restorable(self, sample_id: str) -> tuple[StoredSample, str, bool] | None:
+        """Return a sample with what `each` gives beside it; None where there is no such sample."""
+        if not _possible([sample_id]):
+            return None
+        columns = [*self._shown(), *self._places(), "content_hash"]
+        rows = self._select(columns, ids_filter([sample_id]), ours=True).to_pylist()
+        return _restorable(rows[0]) if rows else None
+
     def page(self, where: str | None, *, offset: int, limit: int) -> list[StoredSample]:
         """Return some of the samples that a filter lets through, in the table's order.
 
@@ -139,9 +147,7 @@ class Snapshot(TableVersion):
             FilterError: the filter cannot be understood.
         """
         for batch in self._scan([*self._shown(), *self._places(), "content_hash"], _SAMPLES_A_BATCH, where):
-            for row in batch.to_pylist():
-                content_hash = row.pop("content_hash")
-                yield stored_sample(row), content_hash, row.get(PLACES) is not None
+            yield from map(_restorable, batch.to_pylist())
 
     def vector_of(self, sample_id: str) -> Float16[np.ndarray, " sketch"] | None:
         """Return a sample's RapidGrad; None where there is no such sample."""
@@ -190,6 +196,11 @@ class Snapshot(TableVersion):
 
     def _checksum(self, row: dict[str, Any], vector: np.ndarray) -> int:
         return stored_checksum(row, vector)
+
+
+def _restorable(row: dict[str, Any]) -> tuple[StoredSample, str, bool]:
+    content_hash = row.pop("content_hash")
+    return stored_sample(row), content_hash, row.get(PLACES) is not None
 
 
 def _possible(sample_ids: Sequence[str]) -> list[str]:

@@ -19,7 +19,7 @@ from rapidin_vdb.page import sample_pieces, with_pieces
 from rapidin_vdb.progress import Progress
 from rapidin_vdb.query import query_from
 from rapidin_vdb.records import Scalar
-from rapidin_vdb.results import IngestReport, Ranking, StoredSample
+from rapidin_vdb.results import IngestReport, Ranking
 from rapidin_vdb.web import shapes
 from rapidin_vdb.web.answers import Json, answered, client_of
 from rapidin_vdb.web.desk import Desk
@@ -80,16 +80,17 @@ def make_api(service: Service) -> APIRouter:
         return await answered(request, service.desk(), submit, with_pieces if pieces else Ranking.to_dict)
 
     @api.post(
-        "/api/generate", summary="What the model says to a prompt", response_model=None,
+        "/api/generate", summary="What the model says to a prompt, or after several turns", response_model=None,
         responses=documented(shapes.Generated, "generated", EVENTS) | refusals(400, 408, 413, 415, 503, 504),
     )  # fmt: skip
     async def generate(request: Request, asked: shapes.GenerateRequest) -> Response:
-        options = asked.model_dump(exclude={"prompt"})
+        options = asked.model_dump(exclude={"prompt", "messages"})
+        turns = [turn.model_dump() for turn in asked.messages]
+        before = {"messages": turns} if turns else {"prompt": asked.prompt}
         return await worked(
-            request,
-            lambda progress: database.generate(asked.prompt, progress=progress, **options),
-            lambda text: {"prompt": asked.prompt, "generation": text} | options,
-        )
+            request, lambda progress: database.generate(asked.prompt, messages=turns, progress=progress, **options),
+            lambda text: before | {"generation": text} | options,
+        )  # fmt: skip
 
     @api.get(
         "/api/nearest", summary="Rank the samples by their influence on what a sample teaches", response_model=None,
@@ -120,8 +121,10 @@ def make_api(service: Service) -> APIRouter:
         return await read(request, page)
 
     async def shown(request: Request, sample_id: str, pieces: bool) -> Response:
-        shape = sample_pieces if pieces else StoredSample.to_dict
-        return await read(request, lambda: shape(database.show(sample_id)))
+        def found() -> dict[str, Any]:
+            return sample_pieces(*database.show_turns(sample_id)) if pieces else database.show(sample_id).to_dict()
+
+        return await read(request, found)
 
     @api.get(
         "/api/sample", summary="One sample as it is stored, whatever its id", response_model=None,

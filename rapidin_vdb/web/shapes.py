@@ -83,6 +83,7 @@ class QueryRequest(Search):
                     "tokens": True,
                 },
                 {"prompt": "Name a fruit.", "generation": "A comet.", "focus": [[2, 7]], "histogram": 20},
+                {"messages": [{"role": "user", "content": "Name a fruit."}], "generation": "A comet."},
             ]
         },
     )
@@ -97,13 +98,24 @@ class QueryRequest(Search):
 
 
 class GenerateRequest(_Shape):
-    """A prompt to be answered by the model."""
+    """A prompt, or several turns, to be answered by the model."""
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"prompt": "Name a fruit.", "max_tokens": 40}]}
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"prompt": "Name a fruit.", "max_tokens": 40},
+                {"messages": [{"role": "user", "content": "Name a fruit."}], "max_tokens": 40},
+            ]
+        },
     )
 
-    prompt: str = Field(min_length=1, max_length=200_000, description="What to ask, before the template.")
+    prompt: str | None = Field(
+        default=None, min_length=1, max_length=200_000, description="What to ask, before the template."
+    )
+    messages: list[Turn] = Field(
+        default=[], max_length=1000, description="The turns to be answered, in the place of `prompt`."
+    )
     max_tokens: int = Field(default=128, ge=1, le=2048, description="Longest answer.")
     temperature: float = Field(
         default=0.0, ge=0.0, le=10.0, description="0 takes the most likely tokens; above, they are drawn."
@@ -114,7 +126,8 @@ class GenerateRequest(_Shape):
 class Generated(_Shape):
     """What the model said, and how."""
 
-    prompt: str
+    prompt: str | None = None
+    messages: list[Turn] | None = Field(default=None, description="Only where they were given: the turns before it.")
     generation: str
     max_tokens: int
     temperature: float
@@ -161,12 +174,26 @@ _Ends = Annotated[
 ]
 
 
+class Told(_Shape):
+    """One turn of a sample."""
+
+    role: str
+    content: str
+
+
 @dataclass(frozen=True, kw_only=True)
 class SampleInPieces(StoredSample):
-    """A sample, and where that was asked for, the pieces of its response."""
+    """A sample, and where that was asked for, the pieces of its response, and its turns."""
 
     pieces: _Pieces = None
     ends: _Ends = None
+    messages: Annotated[
+        list[Told] | None,
+        Field(
+            description="Only with `pieces=true`: all turns of a conversation, as far as the stored texts show them; "
+            "the last is an answer."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 // What an answer looks like: the generation, all scores, influence by a column, and the samples.
 import { hasMatrix, hasWords, resultsOf } from "./asking.js";
+import { earlier } from "./turns.js";
 
 const { make, show, sum, largest } = Heat;
 
@@ -155,7 +156,7 @@ function generation(answer, page, alone) {
   each.checked = page.own;
   const does = (name, text, act, off = false) => make("button", { type: "button", id: alone ? name : null, "data-does": name, disabled: off ? "" : null, onclick: act }, text);
   return make("section", { class: "card" + (alone ? " sticky" : "") },
-    make("div", { class: "within" }, ...(values.prompt === "" ? [] : [make("div", { class: "label" }, "prompt"), make("div", { class: "text prompt", dir: "auto" }, values.prompt)]),
+    make("div", { class: "within" }, earlier(values, answer.unfolded), ...(values.prompt === "" ? [] : [make("div", { class: "label" }, "prompt"), make("div", { class: "text prompt", dir: "auto" }, values.prompt)]),
       make("div", { class: "label" }, "generation" + (explained ? " (press words to see what drove them)" : "")), text),
     lack(answer, page),
     make("div", { class: "legend" }, ...(explained ? [...scale(top),

@@ -7,6 +7,7 @@ import { write, written } from "./form.js";
 import { list } from "./answer.js";
 import { browsed, sampleView, pastView, markedView } from "./views.js";
 import { forgotten } from "./training.js";
+import * as turns from "./turns.js";
 
 const { make } = Heat;
 const id = (name) => document.getElementById(name), main = id("main");
@@ -25,7 +26,7 @@ function put(...parts) {
   main.replaceChildren(...parts.filter((part) => part !== null));
   scrolling().forEach((one, number) => (one.scrollTop = scrolled[number] ?? 0));
   if (key === null) return;
-  const again = [...main.querySelectorAll("a, button, input, select, [tabindex]")].find((element) => !element.disabled && placeOf(element) === key);
+  const again = [...main.querySelectorAll("a, button, input, select, summary, [tabindex]")].find((element) => !element.disabled && placeOf(element) === key);
   (again || main).focus({ preventScroll: true });
 }
 export function navigate(to, value) {
@@ -254,15 +255,15 @@ id("ask").addEventListener("submit", async (event) => {
   event.preventDefault();
   // Only then is it known by what influence can be added up; an opening that fails is told of where it is waited for.
   if (!ready) await opened?.catch(() => {});
+  if (!turns.complete()) return;
   const values = written();
   again(values);
   if (beside === null) navigate("ask", values);
   else navigate("compare", [beside, values]);
 });
-for (const name of ["prompt", "generated"]) {
-  id(name).addEventListener("input", () => (id("sampled").textContent = ""));
-  id(name).addEventListener("keydown", (event) => { if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) id("ask").requestSubmit(); });
-}
+id("ask").addEventListener("input", ({ target }) => { if (target.matches("textarea, #turns, #turns *")) id("sampled").textContent = ""; });
+id("ask").addEventListener("keydown", (event) => { if (event.target.matches("textarea") && event.key === "Enter" && (event.ctrlKey || event.metaKey)) id("ask").requestSubmit(); });
+id("add-turn").addEventListener("click", turns.added);
 id("alone").addEventListener("click", () => {
   beside = null;
   showBeside();
@@ -278,10 +279,11 @@ id("skip").addEventListener("click", (event) => {
   event.preventDefault(); // the address is for views
   main.focus();
 });
-id("generate").addEventListener("click", () => during("the model answers", async (signal) => {
+id("generate").addEventListener("click", () => turns.complete() && during("the model answers", async (signal) => {
   id("sampled").textContent = "";
   signal.addEventListener("abort", () => (id("sampled").textContent = "the model was stopped before it had answered"));
-  const body = { prompt: id("prompt").value, max_tokens: Number(id("max_tokens").value), temperature: Number(id("temperature").value), seed: Number(id("seed").value) };
+  const { turns: earlier, prompt } = written();
+  const body = { ...(earlier ? { messages: turns.messagesOf({ turns: earlier, prompt }) } : { prompt }), max_tokens: Number(id("max_tokens").value), temperature: Number(id("temperature").value), seed: Number(id("seed").value) };
   const found = await follow("api/generate", body, signal);
   id("generated").value = found.generation;
   id("sampled").textContent = "said at temperature " + found.temperature + ", seed " + found.seed + ", at most " + found.max_tokens + " tokens";

@@ -1,5 +1,6 @@
 // Asking in steps: the ranking stands as soon as it is there; what takes longer comes after it, and may come to nothing.
 import { Damaged, STAGES, follow, say, wordsOf } from "./server.js";
+import { areTurns, messagesOf } from "./turns.js";
 
 const known = new Map(); // answers of late, so that back and forward need not ask again
 const anew = new Set(); // keys of what is asked again though its answer is known: what was ingested since counts
@@ -12,15 +13,17 @@ const LONGEST = { words: "tokens", matrix: "matrix" };
 // A question as a link may have it: with what is usual where it says nothing.
 export function completed(given) {
   if (typeof given !== "object" || given === null) throw new Damaged();
-  const usual = { prompt: "", generated: "", where: "", top_k: "10", ends: "helpful", group_by: "", tokens: true, focus: [] }, values = { ...usual, ...given };
-  for (const name of Object.keys(usual)) if (typeof values[name] !== typeof usual[name] || Array.isArray(values[name]) !== (name === "focus")) throw new Damaged();
+  const usual = { turns: [], prompt: "", generated: "", where: "", top_k: "10", ends: "helpful", group_by: "", tokens: true, focus: [] }, values = { ...usual, ...given };
+  for (const name of Object.keys(usual)) if (typeof values[name] !== typeof usual[name] || Array.isArray(values[name]) !== Array.isArray(usual[name])) throw new Damaged();
+  if (!areTurns(values.turns)) throw new Damaged();
+  if (!values.turns.length) delete values.turns; // as in what was asked before there were any
   return values;
 }
 
 function requestOf(values, step) {
   const [tokens, matrix] = STEPS[step];
   return {
-    prompt: values.prompt === "" ? null : values.prompt, generation: values.generated, where: values.where.trim() || null,
+    ...(values.turns ? { messages: messagesOf(values) } : { prompt: values.prompt === "" ? null : values.prompt }), generation: values.generated, where: values.where.trim() || null,
     top_k: Number(values.top_k), harmful: values.ends === "harmful", both: values.ends === "both", group_by: values.group_by || null,
     tokens, matrix, focus: values.focus, histogram: 60,
   };
@@ -37,7 +40,7 @@ export async function ranked(values, signal) {
   if (anew.delete(key) || !known.has(key)) {
     const started = performance.now(), ranking = await asked(values, "ranking", signal);
     known.delete(key); // so that it is the youngest
-    known.set(key, { values, ranking, seconds: (performance.now() - started) / 1000, chosen: new Set(), driven: null, lacks: null });
+    known.set(key, { values, ranking, seconds: (performance.now() - started) / 1000, chosen: new Set(), driven: null, lacks: null, unfolded: {} });
     if (known.size > 12) known.delete(known.keys().next().value);
     fresh = true;
   }

@@ -4,6 +4,7 @@ import { Damaged, during, follow, read, say } from "./server.js";
 import { bar, body } from "./answer.js";
 import { fill } from "./filters.js";
 import { cleaned, exported, outdated, save } from "./training.js";
+import { earlier, questionOf } from "./turns.js";
 
 const { make, show, largest } = Heat;
 const id = (name) => document.getElementById(name);
@@ -40,8 +41,8 @@ export async function sampleView(page, sampleId) {
       ...sample.ends.map((token) => make("span", { class: "token end", title: "token " + token })));
     const about = sample.tokens + " tokens" + (sample.truncated ? ", cut from the right" : "") + ", loss " + show(sample.loss) + " nats a token";
     // Several answers are no generation: what is said between them is not the model's.
-    const several = sample.pieces.some(([piece, tokens]) => !tokens.length && piece.includes("\n\nassistant: "));
-    const ask = several ? null : make("button", { type: "button", onclick: () => page.navigate("ask", { prompt: sample.prompt || "", generated: sample.response }) }, "Ask what drives such a response");
+    const question = questionOf(sample), several = question.generated !== sample.response;
+    const ask = make("button", { type: "button", onclick: () => page.navigate("ask", question) }, "Ask what drives such a response" + (several ? ": its last answer" : ""));
     const whole = make("article", { class: "card", id: "whole-sample" }, make("h2", {}, sample.sample_id), make("div", { class: "soft" }, about), ...body(sample, text), page.actions(sample, ask));
     near = make("section", { id: "nearest" }, make("p", { class: "soft" }, "searching"));
     page.put(whole, make("h2", {}, "Nearest samples by influence"), near);
@@ -88,7 +89,7 @@ export function markedView(page) {
 
 export function pastView(page) {
   const past = kept.past();
-  const part = (values) => [values.prompt === "" ? null : make("div", { class: "text prompt", dir: "auto" }, values.prompt), make("div", { class: "text", dir: "auto" }, values.generated),
+  const part = (values) => [earlier(values), values.prompt === "" ? null : make("div", { class: "text prompt", dir: "auto" }, values.prompt), make("div", { class: "text", dir: "auto" }, values.generated),
     make("div", { class: "soft" }, [values.focus.length ? "on " + Heat.named(values.generated, values.focus) : "", values.where ? "where " + values.where : ""].filter(Boolean).join(", "))];
   page.put(
     past.length ? make("div", { class: "tools" }, make("button", { type: "button", onclick: () => { kept.forget(); pastView(page); } }, "Forget all")) : make("p", { class: "soft" }, "Nothing was asked yet."),
