@@ -166,11 +166,13 @@ _Piece = tuple[str, list[int]]
 _Pieces = Annotated[
     list[_Piece] | None,
     Field(
-        description="Only with `pieces=true`: the text in pieces, each with the numbers of the tokens it belongs to."
+        description="Only with `pieces=true`: the text in pieces, each with the numbers of the tokens it belongs to. "
+        "One without text is what ends an answer that others follow."
     ),
 ]
 _Ends = Annotated[
-    list[int] | None, Field(description="Only with `pieces=true`: the tokens without any text, as the end of sequence.")
+    list[int] | None,
+    Field(description="Only with `pieces=true`: the tokens without any text at its end, as the end of sequence."),
 ]
 
 
