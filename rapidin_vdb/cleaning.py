@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -16,6 +16,7 @@ from rapidin_vdb.ledger import Ledger, Names
 from rapidin_vdb.results import CleanReport
 
 _WINDOW = 1024
+_TOLD = 10
 
 
 def write_cleaned(
@@ -31,10 +32,11 @@ def write_cleaned(
         CorpusError: a file cannot be read; nothing is written.
         SpecError: `out` is there already, is of another format, or cannot be written.
     """
+    ids = sample_ids if isinstance(sample_ids, Sequence) else list(sample_ids)
     written = left_out = 0
     bad: list[str] = []
     with closing(Ledger()) as ledger, closing(Names()) as seen, _new_file(out) as file:
-        ledger.begin((name, "") for name in sample_ids)
+        ledger.begin((name, "") for name in ids)
         missing = ledger.there()
         records = _named(paths, id_field)
         while window := list(islice(records, _WINDOW)):
@@ -50,7 +52,10 @@ def write_cleaned(
                 if kept:
                     file.write(line.encode("utf-8", "surrogateescape"))
                 written, left_out = written + kept, left_out + (not kept)
-    return CleanReport(written=written, left_out=left_out, not_found=missing, bad=tuple(bad), out=str(out))
+        unfound = tuple(islice((name for name in ids if missing and seen.add(name)), _TOLD))
+    return CleanReport(
+        written=written, left_out=left_out, not_found=missing, first_not_found=unfound, bad=tuple(bad), out=str(out)
+    )
 
 
 def _named(paths: Iterable[Path], id_field: str) -> Iterator[tuple[str | CorpusError, str]]:

@@ -161,7 +161,8 @@ def make_plan(
                 known.replaced = known.there is not None
                 _merge_kinds(plan, sample)
                 plan.truncated += encoded.truncated
-                plan.earlier_turns += any(turn.role == "assistant" for turn in sample.messages)
+                if table.fingerprint.turns == "last":
+                    plan.earlier_turns += any(turn.role == "assistant" for turn in sample.messages)
             lacking = token_gradients and not known.has_tokens and known.there == sample.content_hash
             if wanted or (lacking and known.planned is None):
                 known.planned = sample.content_hash

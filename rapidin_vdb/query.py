@@ -10,7 +10,7 @@ import numpy as np
 
 from rapidin_vdb.corpus import Template, Tokenizer, encode, read_records, sample_from
 from rapidin_vdb.corpus.files import Record
-from rapidin_vdb.corpus.samples import check_shape
+from rapidin_vdb.corpus.samples import RESPONSES, check_shape
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.focus import focus_of, focused
 from rapidin_vdb.gradient import RapidGradMaker
@@ -75,11 +75,30 @@ def read_queries(path: Path) -> list[Sample]:
         check_shape(record.fields, record.location, wanted=_SHAPES)
         names = (record.fields.get("query_id"), record.fields.get("id"))
         name = next((name for name in names if name is not None), None)
-        fields = record.fields | {"query_id": str(number) if name is None else name}
+        fields = _after_turns(record) | {"query_id": str(number) if name is None else name}
         queries.append(sample_from(Record(location=record.location, fields=fields), id_field="query_id"))
     if not queries:
         raise CorpusError(f'{path}: no query in it; wanted lines such as {{"prompt": "...", "generation": "..."}}')
     return queries
+
+
+def _after_turns(record: Record) -> dict[str, Any]:
+    """Return the fields of a query, whose generation follows its turns where it has both.
+
+    Raises:
+        CorpusError: it has a prompt beside them, or what it says under another name.
+    """
+    fields = {name: value for name, value in record.fields.items() if value is not None}
+    beside = [name for name in ("prompt", "instruction", *RESPONSES) if name in fields]
+    if "messages" not in fields or not beside:
+        return dict(record.fields)
+    if beside != ["generation"] or not isinstance(fields["messages"], list):
+        raise CorpusError(
+            f"{record.location}: a query has {' and '.join(beside)} beside messages; give the turns as messages, and "
+            "what was said after them as generation, or as the last of them"
+        )
+    said = {"role": "assistant", "content": fields.pop("generation")}
+    return fields | {"messages": [*fields["messages"], said]}
 
 
 def encode_queries(

@@ -223,6 +223,10 @@ def test_turns_of_weight_zero_have_no_loss():
     fields["messages"][4]["weight"] = fields["messages"][6]["weight"] = 0
     fields["messages"] += [{"role": "user", "content": "And?"}, {"role": "assistant", "content": "Snow."}]
     assert said_by(encoded(fields, tokenizer), tokenizer) == "Hello, é黄!<|im_end|>Snow.<|im_end|>"
+    for weight in (0.5, -1, "0", 2):
+        fields["messages"][2]["weight"] = weight
+        with pytest.raises(CorpusError, match=rf"messages\[2\] has the weight {weight!r}; wanted 0 or 1"):
+            sample_of(fields)
     for turn in fields["messages"]:
         turn["weight"] = 0
     with pytest.raises(CorpusError, match="all of the assistant's turns have weight 0"):
@@ -441,6 +445,14 @@ def test_a_batch_gives_what_each_sample_gives_alone(made):
         alone, its_loss = maker.make(sample)
         assert loss == pytest.approx(its_loss, rel=1e-5)
         assert np.linalg.norm(vector - alone) < 1e-4 * np.linalg.norm(alone)
+
+
+def test_answers_without_a_loss_are_not_told_as_turns_of_another_database(made, tmp_path):
+    database, _, _ = made
+    fields = talk(id="weighed")
+    fields["messages"][2]["weight"] = 0
+    path = write_jsonl(tmp_path / "weighed.jsonl", [fields])
+    assert database.ingest(path, dry_run=True).earlier_turns == 0
 
 
 def test_all_turns_need_the_chat_template(tmp_path, models):

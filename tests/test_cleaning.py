@@ -142,8 +142,8 @@ def test_the_command_line(filled, files, tmp_path):
     done = CliRunner().invoke(app, [*arguments, "--ids", str(tmp_path / "marked.jsonl")])
     assert done.exit_code == 0 and done.stdout == ""
     assert "9 records written to" in done.stderr and "3 left out" in done.stderr
-    assert "1 samples to be left out are in none of the files" in done.stderr
-    assert "5 records cannot be samples:" in done.stderr
+    assert "1 sample to be left out is in none of the files: nowhere" in done.stderr
+    assert "5 records have no sample id:" in done.stderr
     assert out.stat().st_mode & 0o777 == 0o666 & ~umask()
     assert CliRunner().invoke(app, [*arguments]).exit_code == 2
     assert rapidin_vdb.open(filled.path).count() == filled.count()

@@ -155,7 +155,10 @@ def test_ids_are_plain_lines_or_those_that_the_page_saves(tmp_path):
     path = tmp_path / "ids"
     path.write_text('toy-001\r\n\n  {toy-002}\n{"id": "toy-\u2028 003 "}\n{"id": 4, "why": "x"}', "utf-8")
     assert show.read_ids(path) == ["toy-001", "{toy-002}", "toy-\u2028 003 ", "4"]
+    path.write_text('{"sample_id": "toy-001", "score": 1}\n"toy-002"\n{"id": "a", "sample_id": "b"}\n')
+    assert show.read_ids(path) == ["toy-001", "toy-002", "a"]
     for line, message in (
+        ('"toy-001', "line 2: neither a plain id nor JSON with one"),
         ('{"name": "toy-001"}', "line 2: neither a plain id nor JSON with one"),
         ('{"id": "toy-001"', "line 2: neither a plain id nor JSON with one"),
         ('{"id": null}', "line 2: its id is no text and no whole number"),

@@ -351,6 +351,26 @@ def test_a_query_without_a_query_id_keeps_its_id(tmp_path):
     assert [query.sample_id for query in read_queries(path)] == ["mine", "2"]
 
 
+def test_a_generation_follows_the_turns_of_a_query(tmp_path):
+    from rapidin_vdb.query import query_from, read_queries
+
+    path = tmp_path / "q.jsonl"
+    turns = [("user", "a"), ("assistant", "b"), ("user", "c")]
+    turns = [{"role": role, "content": content} for role, content in turns]
+    path.write_text(json.dumps({"id": "7", "messages": turns, "generation": "d", "prompt": None}), "utf-8")
+    (query,) = read_queries(path)
+    wanted = query_from(None, "d", messages=turns, query_id="7")
+    assert (query.messages, query.response, query.prompt) == (wanted.messages, "d", wanted.prompt)
+    for more in ({"generation": "d", "prompt": "c"}, {"response": "d"}, {"generation": "d", "output": "d"}):
+        path.write_text(json.dumps({"messages": turns} | more), "utf-8")
+        with pytest.raises(
+            CorpusError, match="line 1: a query has .* beside messages; give the turns as messages, and"
+        ):
+            read_queries(path)
+    path.write_text(json.dumps({"messages": turns[:2], "text": "is metadata"}), "utf-8")
+    assert read_queries(path)[0].response == "b"
+
+
 def test_a_query_of_no_known_shape_is_told_which_name_was_meant(tmp_path):
     from rapidin_vdb.query import read_queries
 

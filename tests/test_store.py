@@ -521,3 +521,10 @@ def test_a_list_of_versions_beside_a_purge(database, monkeypatch):
     monkeypatch.setattr(type(database._table.snapshot()), "history", history)
     (newest,) = database.versions()
     assert newest.version == database.version and calls == sorted(calls)
+
+
+def test_where_two_long_values_differ_is_shown():
+    stored, here = (dataclasses.replace(FINGERPRINT, template_text="x" * 200 + end) for end in ("one", "other"))
+    with pytest.raises(FingerprintError) as found:
+        check_fingerprint(stored, here, place="db")
+    assert f"template_text is ...{'x' * 19}one' in the database, ...{'x' * 19}other' here" in str(found.value)

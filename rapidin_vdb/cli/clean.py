@@ -42,9 +42,10 @@ def clean(
 def _told(report: CleanReport, *, absent: bool) -> None:
     typer.echo(f"{report.written:,} records written to {shown(report.out)}; {report.left_out:,} left out", err=True)
     if report.not_found:
-        of = "samples in the database" if absent else "samples to be left out"
-        typer.echo(f"{report.not_found:,} {of} are in none of the files", err=True)
+        of = "of the database" if absent else "to be left out"
+        what = f"1 sample {of} is" if report.not_found == 1 else f"{report.not_found:,} samples {of} are"
+        typer.echo(f"{what} in none of the files: {cut(', '.join(report.first_not_found), 200)}", err=True)
     if report.bad:
-        typer.echo(f"{len(report.bad):,} records cannot be samples:", err=True)
+        typer.echo(f"{len(report.bad):,} records have no sample id:", err=True)
     for message in report.bad[:_TOLD]:
         typer.echo(f"  {cut(shown(message), 200)}", err=True)

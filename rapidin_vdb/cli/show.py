@@ -204,10 +204,12 @@ def read_ids(path: Path) -> list[str]:
 
 
 def _id_in(line: str, place: str) -> str:
-    if not line.startswith('{"'):
+    if not line.startswith(('{"', '"')):
         return line
     try:
-        found = json.loads(line)["id"]
+        found = json.loads(line)
+        if isinstance(found, dict):
+            found = found["id"] if "id" in found else found["sample_id"]
     except (ValueError, KeyError, RecursionError):
         raise SpecError(f'{place}: neither a plain id nor JSON with one, as {{"id": "demo-0001"}}') from None
     if isinstance(found, bool) or not isinstance(found, str | int):

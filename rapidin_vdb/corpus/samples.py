@@ -162,11 +162,23 @@ def check_shape(fields: dict[str, Any], location: str, *, wanted: str = _SHAPES)
 def _turns(value: Any, location: str, which: Turns) -> tuple[_Said, _Said]:
     turns = [_turn(turn) for turn in value] if isinstance(value, list) else [None]
     if None in turns:
-        raise CorpusError(f"{location}: messages must be a list of objects with texts role and content")
+        wrong = value[turns.index(None)] if isinstance(value, list) else value
+        where = f"[{turns.index(None)}]" if isinstance(value, list) else ""
+        raise CorpusError(
+            f"{location}: messages must be a list of objects with texts role and content; messages{where} is "
+            f"{json.dumps(wrong, ensure_ascii=False, default=str)[:80]}"
+        )
     said = [turn for turn in turns if turn is not None]
     answers = [place for place, turn in enumerate(said) if turn.role == "assistant"]
     if not answers:
-        raise CorpusError(f"{location}: messages has no turn of the role assistant, which would be the response")
+        roles = ", ".join(dict.fromkeys(turn.role for turn in said)) or "none"
+        raise CorpusError(
+            f"{location}: messages has no turn of the role assistant, which would be the response; found the roles "
+            f"{roles}"
+        )
+    for place in answers if which == "all" else ():
+        if (weight := said[place].more.get("weight", 1)) not in (0, 1):
+            raise CorpusError(f"{location}: messages[{place}] has the weight {weight!r}; wanted 0 or 1")
     answers = [place for place in answers if is_trained(said[place])] if which == "all" else answers[-1:]
     if not answers:
         raise CorpusError(f"{location}: all of the assistant's turns have weight 0, so that none is to have a loss")

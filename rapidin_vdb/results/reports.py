@@ -196,6 +196,8 @@ class CleanReport:
     """Records that were not."""
     not_found: int
     """Of the samples that were named, how many no record is of."""
+    first_not_found: tuple[str, ...]
+    """The ids of the first of them."""
     bad: tuple[str, ...]
     """One message for each record that cannot be one of a sample, and whether it was kept."""
     out: str

@@ -79,9 +79,14 @@ def check_fingerprint(stored: Fingerprint, here: Fingerprint, *, place: str) -> 
 def _difference(name: str, stored: object, here: object) -> str:
     if name == "theta":
         return "theta differs in names or shapes of its parameters"
-    return f"{name} is {_short(stored)} in the database, {_short(here)} here"
+    pairs = enumerate(zip(repr(stored), repr(here), strict=False))
+    alike = next((place for place, (one, other) in pairs if one != other), 0)
+    return f"{name} is {_short(stored, alike)} in the database, {_short(here, alike)} here"
 
 
-def _short(value: object) -> str:
+def _short(value: object, alike: int) -> str:
+    """Return a value in few characters, from a little before the place at which it differs from another."""
     text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    start = max(alike - 20, 0) if len(text) > 60 else 0
+    end = start + 57
+    return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")
