@@ -8,6 +8,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -91,6 +92,18 @@ def save_model(folder: Path, architecture: str, **options) -> Path:
     tiny_model(architecture, **options).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_chat_model(folder: Path, *, begin: str = "<|im_start|>") -> tuple[Path, Any]:
+    """Save a model whose tokenizer has a chat template with markers of its vocabulary; return it and the tokenizer."""
+    save_model(folder, "llama")
+    tokenizer = byte_tokenizer()
+    tokenizer.chat_template = (
+        f"{{% for m in messages %}}{begin}{{{{ m.role }}}}\n{{{{ m.content }}}}<pad>\n{{% endfor %}}"
+        f"{{% if add_generation_prompt %}}{begin}assistant\n{{% endif %}}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder, tokenizer
 
 
 def save_adapter(folder: Path, architecture: str, **options) -> Path:

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, save_adapter, save_model, write_jsonl
+from conftest import save_adapter, save_chat_model, write_jsonl
 from test_chat import ASKING, LOOP, PLAIN, TEMPLATES, tokenizer_with
 
 import rapidin_vdb
@@ -294,9 +294,7 @@ def test_pieces_of_samples_keep_their_places():
 def made(tmp_path_factory):
     """A database of conversations, whose answers all have a loss, with RapidGrads of tokens."""
     folder = tmp_path_factory.mktemp("answers")
-    model, tokenizer = save_model(folder / "model", "llama"), byte_tokenizer()
-    tokenizer.chat_template = TEMPLATES["as it is"].replace("<|im_end|>", "<pad>").replace("<|im_start|>", "<s>")
-    tokenizer.save_pretrained(model)
+    model, tokenizer = save_chat_model(folder / "model", begin="<s>")
     adapter = save_adapter(folder / "adapter", "llama")
     database = rapidin_vdb.init(
         folder / "db", model=str(model), adapter=str(adapter), width=256, template="chat", turns="all"

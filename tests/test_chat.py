@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import byte_tokenizer, save_model, toy_records, write_jsonl
+from conftest import byte_tokenizer, save_chat_model, save_model, toy_records, write_jsonl
 
 import rapidin_vdb
 from rapidin_vdb.cli import show
@@ -168,10 +168,7 @@ def test_nothing_begins_or_ends_twice(fields, wanted):
 
 def test_databases_of_before_go_on_as_they_were(tmp_path, monkeypatch):
     """Their fingerprint has the template alone: prompt, response, end-of-sequence token."""
-    folder = save_model(tmp_path / "model", "llama")
-    tokenizer = byte_tokenizer()
-    tokenizer.chat_template = TEMPLATES["as it is"].replace("<|im_end|>", "<pad>")
-    tokenizer.save_pretrained(folder)
+    folder, tokenizer = save_chat_model(tmp_path / "model")
     old = load_template("chat", tokenizer=tokenizer, text=tokenizer.chat_template)
     new = load_template("chat", tokenizer=tokenizer)
     assert old.text == tokenizer.chat_template != new.text and new.text.startswith(old.text)
@@ -197,9 +194,7 @@ def test_databases_of_before_go_on_as_they_were(tmp_path, monkeypatch):
 
 
 def test_earlier_turns_without_a_gradient_are_told(tmp_path, capsys):
-    folder, tokenizer = save_model(tmp_path / "model", "llama"), byte_tokenizer()
-    tokenizer.chat_template = TEMPLATES["as it is"].replace("<|im_end|>", "<pad>")
-    tokenizer.save_pretrained(folder)
+    folder, _ = save_chat_model(tmp_path / "model")
     database = rapidin_vdb.init(tmp_path / "db", model=str(folder), parameters="norm", width=16, template="chat")
     once = {"messages": talk("Snow is grey.")["messages"][3:]}
     path = write_jsonl(tmp_path / "talks.jsonl", [talk("Snow is white."), once, talk("Snow is blue.")])
@@ -212,9 +207,7 @@ def test_earlier_turns_without_a_gradient_are_told(tmp_path, capsys):
 
 def test_turns_before_a_generation_are_asked_as_they_were_learned(tmp_path):
     """The nearest of a sample is itself; its prompt written as one text is another."""
-    folder, tokenizer = save_model(tmp_path / "model", "llama"), byte_tokenizer()
-    tokenizer.chat_template = TEMPLATES["as it is"].replace("<|im_end|>", "<pad>")
-    tokenizer.save_pretrained(folder)
+    folder, _ = save_chat_model(tmp_path / "model")
     database = rapidin_vdb.init(tmp_path / "db", model=str(folder), parameters="norm", width=64, template="chat")
     turns = talk("Snow is white.")["messages"]
     database.ingest(write_jsonl(tmp_path / "talks.jsonl", [{"id": "talk", "messages": turns}]))
