@@ -3,18 +3,20 @@
 import gzip
 import json
 import os
+import shutil
 
 import pytest
-from conftest import write_jsonl
+from conftest import toy_records, write_jsonl
 
 import rapidin_vdb
 from rapidin_vdb.cli.main import app
 from rapidin_vdb.errors import CorpusError, SpecError
 
 
-@pytest.fixture
-def files(tmp_path):
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
     """Three files of one corpus: lines in forms that no writer of ours would choose, CSV, and an array."""
+    folder = tmp_path_factory.mktemp("files")
     lines = [
         b'\xef\xbb\xbf{"id": "a", "prompt": "Say",   "response": "\xc3\xa9"}\r\n',
         b'{"response": "b\\u00e9", "id": "b", "prompt": "x", "n": 1.50}\n',
@@ -25,16 +27,26 @@ def files(tmp_path):
         b'{"id": "bytes \xff", "prompt": "x", "response": "y"}\n',
         b'{"id": 7, "prompt": "x", "response": "last"}',
     ]
-    (tmp_path / "lines.jsonl").write_bytes(b"".join(lines))
-    (tmp_path / "table.csv").write_text('id,prompt,response,stars\ne,"two\nlines",f,3\ng,h,i,\nshort\n')
-    (tmp_path / "array.json").write_text(json.dumps([{"id": "h", "prompt": "p", "response": "\ud800"}, 5]))
-    return [tmp_path / name for name in ("lines.jsonl", "table.csv", "array.json")], lines
+    (folder / "lines.jsonl").write_bytes(b"".join(lines))
+    (folder / "table.csv").write_text('id,prompt,response,stars\ne,"two\nlines",f,3\ng,h,i,\nshort\n')
+    (folder / "array.json").write_text(json.dumps([{"id": "h", "prompt": "p", "response": "\ud800"}, 5]))
+    return [folder / name for name in ("lines.jsonl", "table.csv", "array.json")], lines
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, models, files):
+    """A database of them, and of others."""
+    folder = tmp_path_factory.mktemp("first")
+    made = rapidin_vdb.init(folder / "db", model=str(models["llama"]), parameters="norm", width=16)
+    made.ingest(*files[0], write_jsonl(folder / "toy.jsonl", toy_records(3)), on_bad_record="skip")
+    return made
 
 
 @pytest.fixture
-def filled(database, files):
-    database.ingest(*files[0], on_bad_record="skip")
-    return database
+def filled(first, tmp_path):
+    """A copy, of which a test may delete."""
+    shutil.copytree(first.path, tmp_path / "db")
+    return rapidin_vdb.open(tmp_path / "db")
 
 
 def test_lines_stay_byte_for_byte(filled, files, tmp_path):

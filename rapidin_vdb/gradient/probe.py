@@ -75,7 +75,8 @@ def ends(batch: Sequence[Encoded]) -> list[Encoded]:
         # The last of all ids has a loss; the first that is left is predicted from nothing.
         places = [place - cut for place in map(sample.place, range(len(sample.offsets))) if place > cut]
         ids, offsets = sample.input_ids[cut:], sample.offsets[-len(places) :]
-        found.append(replace(sample, input_ids=ids, offsets=offsets, places=tuple(places), focus=None))
+        between = None if sample.places is None else tuple(places)
+        found.append(replace(sample, input_ids=ids, offsets=offsets, places=between, focus=None))
     return found
 
 
