@@ -20,7 +20,7 @@ _TOLD = 10
 
 
 def write_cleaned(
-    paths: Iterable[Path], out: Path, sample_ids: Iterable[str], *, only: bool = False, id_field: str = "id"
+    paths: Iterable[Path], out: Path, ids: Sequence[str], *, only: bool = False, id_field: str = "id"
 ) -> CleanReport:
     """Write the records of some files, in order, without those of some samples, and say what was done.
 
@@ -32,7 +32,6 @@ def write_cleaned(
         CorpusError: a file cannot be read; nothing is written.
         SpecError: `out` is there already, is of another format, or cannot be written.
     """
-    ids = sample_ids if isinstance(sample_ids, Sequence) else list(sample_ids)
     written = left_out = 0
     bad: list[str] = []
     with closing(Ledger()) as ledger, closing(Names()) as seen, _new_file(out) as file:
