@@ -5,6 +5,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from rapidin_vdb.corpus import as_written
 from rapidin_vdb.engine import Engine
 from rapidin_vdb.errors import SampleNotFoundError, SpecError, TableError
 from rapidin_vdb.explanation import explain
@@ -88,6 +89,7 @@ def answer(
         max_tokens=stored.max_tokens,
         focus=question.focus,
     )
+    queries = [as_written(query, one) for query, one in zip(queries, encoded, strict=True)]
     focus = [focus_of(query, question.focus) for query in queries]
     with engine.alone:
         sketched = sketch_queries(engine.maker, encoded, focus=focus, progress=progress)

@@ -10,7 +10,7 @@ from itertools import chain, islice
 from pathlib import Path
 
 from rapidin_vdb.batches import Pair, planned_batches
-from rapidin_vdb.corpus import Template, Tokenizer, encode, read_corpus
+from rapidin_vdb.corpus import Template, Tokenizer, as_written, encode, read_corpus
 from rapidin_vdb.errors import CorpusError, RapidInError, SpecError, check_unicode
 from rapidin_vdb.gradient import check_token_width
 from rapidin_vdb.ledger import Entry, Ledger
@@ -120,7 +120,7 @@ def _encode_window(
             result.append(entry)
         else:
             tokens = next(encoded)
-            result.append(tokens if isinstance(tokens, CorpusError) else (entry, tokens))
+            result.append(tokens if isinstance(tokens, CorpusError) else (as_written(entry, tokens), tokens))
     return result
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from rapidin_vdb.corpus import Template, Tokenizer, encode, read_records, sample_from
+from rapidin_vdb.corpus import Template, Tokenizer, as_written, encode, read_records, sample_from
 from rapidin_vdb.corpus.files import Record
-from rapidin_vdb.corpus.samples import RESPONSES, check_shape
+from rapidin_vdb.corpus.shapes import PROMPTS, RESPONSES, check_shape
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.focus import focus_of, focused
 from rapidin_vdb.gradient import RapidGradMaker
@@ -89,7 +89,7 @@ def _after_turns(record: Record) -> dict[str, Any]:
         CorpusError: it has a prompt beside them, or what it says under another name.
     """
     fields = {name: value for name, value in record.fields.items() if value is not None}
-    beside = [name for name in ("prompt", "instruction", *RESPONSES) if name in fields]
+    beside = [name for name in (*PROMPTS, *RESPONSES) if name in fields]
     if "messages" not in fields or not beside:
         return dict(record.fields)
     if beside != ["generation"] or not isinstance(fields["messages"], list):
@@ -120,7 +120,7 @@ def encode_queries(
     for query, result in zip(queries, results, strict=True):
         if isinstance(result, CorpusError):
             raise result
-        encoded.append(focused(query, result, focus_of(query, focus)))
+        encoded.append(focused(as_written(query, result), result, focus_of(query, focus)))
     return encoded
 
 

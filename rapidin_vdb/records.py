@@ -58,7 +58,8 @@ class Sample:
     messages: tuple[Message, ...] = ()
     """The turns before the response; one user turn unless the record is a conversation."""
     turns: tuple[Message, ...] = ()
-    """The turns that the response is made of, where it has several answers; the first and the last are answers."""
+    """The turns that the response is made of, where it has several answers, or one that says more than its content; the
+    first and the last are answers."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The record as it was read, for Jinja templates."""
     content_hash: str = ""
@@ -87,6 +88,8 @@ class Encoded:
     """Which response tokens carry loss, by their number from 0; None for all (the paper's Gamma(E))."""
     places: tuple[int, ...] | None = None
     """Where the response tokens stand among the ids, ascending, where other turns stand between them."""
+    response: str | None = None
+    """The response that offsets are of, where a template wrote what it says beside its contents, such as tool calls."""
 
     @property
     def response_tokens(self) -> int:

@@ -240,11 +240,11 @@ def test_a_prompt_that_holds_the_mark_changes_nothing():
     assert said_by(encoded(fields, tokenizer), tokenizer) == "Hello, é黄!<|im_end|>It is ice.<|im_end|>Water.<|im_end|>"
 
 
-def test_calls_of_tools_in_an_answer_are_refused():
+def test_calls_of_tools_that_the_template_leaves_out_are_refused():
     fields = talk()
     fields["messages"][2]["tool_calls"] = [{"name": "look"}]
     with pytest.raises(CorpusError, match=r"messages\[2\], which is to have a loss, has tool_calls"):
-        sample_of(fields)
+        encoded(fields, tokenizer_with(TEMPLATES["as it is"]))
     assert sample_from(Record(location="here", fields=fields)).response == "Water."
     for last in ("", " \n"):
         with pytest.raises(CorpusError, match="the response is empty"):

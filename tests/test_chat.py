@@ -138,7 +138,9 @@ def test_calls_of_tools_are_handed_to_the_template():
 
 @pytest.mark.parametrize("name", ["tool_calls", "reasoning_content"])
 def test_what_an_answer_says_beside_its_content_is_not_lost(name):
-    with pytest.raises(CorpusError, match=f"here: the response has {name}, which would be lost; write all"):
+    with pytest.raises(
+        CorpusError, match=f"here: the response has {name}, which would be lost: this template does not write"
+    ):
         encoded(talk("yes", **{name: ["x"]}), tokenizer_with(TEMPLATES["as it is"]))
 
 

@@ -94,6 +94,55 @@ def test_the_shapes(fields, prompt, response, metadata):
     assert (found.prompt, found.response, dict(found.metadata)) == (prompt, response, metadata)
 
 
+SHAREGPT = [("system", "s"), ("human", "u"), ("gpt", "a"), ("observation", "t"), ("gpt", "b"), ("human", "v")]
+
+
+@pytest.mark.parametrize("which", ["last", "all"])
+def test_conversations_of_other_tools_are_those_of_messages(which):
+    """ShareGPT's form, and TRL's, in which prompt and completion are lists of turns."""
+
+    def of(**fields):
+        found = sample_from(Record(location="here", fields=fields | {"n": 1}), turns=which)
+        return found.messages, found.turns, found.response, found.prompt, dict(found.metadata)
+
+    names = {"human": "user", "gpt": "assistant", "observation": "tool"}
+    turns = [{"role": names.get(role, role), "content": content} for role, content in SHAREGPT]
+    said = [{"from": role, "value": content} for role, content in SHAREGPT]
+    wanted = of(messages=turns)
+    assert wanted[2] == {"last": "b", "all": "a\n\ntool: t\n\nassistant: b"}[which] and wanted[4] == {"n": 1}
+    assert of(conversations=said) == of(conversations=turns) == wanted
+    assert of(conversations=said[1:], system="s") == of(conversations=said, system="not this one") == wanted
+    assert of(conversations=said, system="") == of(conversations=said, system=None) == wanted
+    assert of(messages=json.dumps(turns)) == of(conversations=json.dumps(said)) == wanted
+    assert of(messages=[turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]) == wanted
+    # What stands in the prompt has no loss, also where all turns have one.
+    assert of(prompt=turns[:2], completion=turns[2:]) == wanted
+    late = of(prompt=turns[:4], completion=turns[4:])
+    assert late[1:3] == ((), "b") and late[0] == of(messages=turns)[0] + wanted[1][:2]
+    assert of(prompt=turns[:2], completion="b")[:3] == (of(messages=turns[:3])[0], (), "b")
+    assert of(prompt="u", completion=turns[2:3]) == of(prompt="u", completion="a")
+    # Where there is a pair of texts, it counts as before.
+    assert of(instruction="x", output="y", conversations=said)[2] == "y"
+    assert of(text="x", conversations=said)[:4] == wanted[:4]
+
+
+def test_calls_from_function_call():
+    called = [
+        ("human", "u"),
+        ("function_call", '{"name": "f", "arguments": {"a": 1}}'),
+        ("observation", "t"),
+        ("gpt", "b"),
+    ]
+    found = sample(conversations=[{"from": role, "value": value} for role, value in called])
+    calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
+    assert found.messages[1] == Message(role="assistant", content="", more={"tool_calls": calls})
+    assert found.messages[1].more == {"tool_calls": calls}
+    found = sample(
+        conversations=[{"from": "human", "value": "u"}, {"from": "function_call", "value": f"[{called[1][1]}]"}]
+    )
+    assert found.turns[0].more == {"tool_calls": calls}
+
+
 def test_messages_end_at_the_last_answer():
     turns = [("system", "s"), ("user", "u"), ("assistant", "a"), ("user", "v"), ("assistant", "b"), ("user", "w")]
     found = sample(messages=[{"role": role, "content": content} for role, content in turns])
@@ -116,9 +165,29 @@ def test_messages_end_at_the_last_answer():
         ),
         ({"instruction": "x", "output": "  "}, "here, line 1: the response is empty"),
         ({"instruction": 5, "output": "x"}, "instruction is 5; wanted a text"),
-        ({"instruction": "x", "output": ["y"]}, r'output is \["y"\]; wanted a text'),
+        ({"instruction": "x", "output": ["y"]}, r'output must be a text, or a list of .*; output\[0\] is "y"'),
+        ({"instruction": "x", "output": {"y": 1}}, 'output is {"y": 1}; wanted a text'),
         ({"messages": [{"role": "user", "content": "x"}]}, "no turn of the role assistant"),
         ({"messages": [{"role": "user"}]}, "list of objects with texts role and content"),
+        ({"messages": "no JSON"}, "messages is a text that is no JSON: "),
+        ({"messages": '{"role": "user"}'}, 'role and content; messages is {"role": "user"}'),
+        ({"messages": [{"from": "human", "value": "x"}]}, r"texts role and content; messages\[0\] is"),
+        ({"conversations": [{"from": "human"}]}, r"a list of objects with texts from and value; conversations\[0\] is"),
+        ({"conversations": [{"from": "human", "value": "x"}]}, "no turn of the role assistant.*found the roles user"),
+        (
+            {"conversations": [{"from": "function_call", "value": "f()"}]},
+            r'conversations\[0\] is from .*, with "f\(\)"',
+        ),
+        ({"conversations": [{"from": "function_call", "value": "[]"}]}, "wanted JSON with name and arguments"),
+        (
+            {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
+            r"messages\[0\] has a content of the parts text, image_url; wanted a text",
+        ),
+        ({"prompt": [{"role": "user", "content": "a"}], "completion": []}, "completion has no turn of the role"),
+        (
+            {"conversation": [], "source": "x"},
+            "conversation, source; wanted .* is conversation meant to be conversations",
+        ),
         ({"id": True, "text": "x"}, "id is true; wanted a text or a whole number"),
         ({"text": "x", "Lang": "a", "lang": "b"}, "two fields would both be the column 'lang'"),
         ({"text": "\ud800"}, "not valid Unicode"),

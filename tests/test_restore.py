@@ -19,6 +19,8 @@ TALK = [
     {"role": "user", "content": "Name a fruit."},
     {"role": "assistant", "content": "A pear."},
 ]
+NAMES = {"user": "human", "assistant": "gpt", "system": "system"}
+SHAREGPT = [{"from": NAMES[turn["role"]], "value": turn["content"]} for turn in TALK]
 EXACT = [
     {"id": "a", "instruction": "Name a fruit.", "output": "A pear.", "stars": 3, "share": 0.5, "good": True},
     {"id": 17, "instruction": "Name a fruit.", "input": "", "output": "A pear."},
@@ -29,6 +31,9 @@ EXACT = [
     {"id": "a", "messages": TALK[3:]},
     {"id": "a", "messages": TALK, "tokens": 4, "rank": "x", "prompt": "further"},
     {"messages": TALK[4:]},
+    {"id": "a", "conversations": SHAREGPT, "stars": 3},
+    {"conversations": SHAREGPT[1:], "system": "Be brief."},
+    {"conversations": SHAREGPT[3:]},
 ]
 
 

@@ -1,6 +1,6 @@
 """Records of any format become samples, and samples become token ids with their prompt masked."""
 
-from rapidin_vdb.corpus.encode import Tokenizer, encode
+from rapidin_vdb.corpus.encode import Tokenizer, as_written, encode
 from rapidin_vdb.corpus.files import Record, paths_of, read_lines, read_records
 from rapidin_vdb.corpus.restore import Restorer, plain_record
 from rapidin_vdb.corpus.samples import read_corpus, sample_from, sample_id_of
@@ -12,6 +12,7 @@ __all__ = [
     "Restorer",
     "Template",
     "Tokenizer",
+    "as_written",
     "encode",
     "load_template",
     "paths_of",

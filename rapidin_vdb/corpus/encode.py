@@ -1,6 +1,7 @@
 """A sample becomes token ids, with its prompt masked and the place of each response token in the text."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rapidin_vdb.corpus.answers import write
@@ -56,7 +57,8 @@ def _adds_special(written: Written, tokenizer: Tokenizer) -> bool:
 def _encoded(
     sample: Sample, written: Written, ids: list[int], spans: list[tuple[int, int]], eos: int | None, max_tokens: int
 ) -> Encoded | CorpusError:
-    length, begin, end = len(sample.response), written.start, written.start + len(written.response)
+    response = sample.response if written.said is None else written.said
+    length, begin, end = len(response), written.start, written.start + len(written.response)
     # Nor a second one behind a text that ends with it.
     if not written.ended and eos is not None and not (ids and ids[-1] == eos):
         ids, spans = [*ids, eos], [*spans, (0, 0)]
@@ -101,7 +103,13 @@ def _encoded(
         offsets=tuple(offsets),
         truncated=truncated,
         places=None if places is None else tuple(places),
+        response=written.said,
     )
+
+
+def as_written(sample: Sample, encoded: Encoded) -> Sample:
+    """Return a sample with the response that its tokens are of: a template may have written more than its contents."""
+    return sample if encoded.response is None else replace(sample, response=encoded.response)
 
 
 def _earlier(written: Written, spans: Sequence[tuple[int, int]]) -> list[tuple[int, tuple[int, int]]]:

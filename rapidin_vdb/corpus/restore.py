@@ -9,14 +9,15 @@ from collections.abc import Callable, Iterator
 from itertools import combinations, product
 from typing import Any
 
-from rapidin_vdb.corpus.samples import RESPONSES, hash_of, text_of
+from rapidin_vdb.corpus.samples import hash_of, text_of
+from rapidin_vdb.corpus.shapes import RESPONSES
 from rapidin_vdb.records import OWN_COLUMNS, Sample
 
 _Fields = dict[str, Any]
 _Shape = Callable[[Sample], list[_Fields]]
 _Layout = tuple[str, tuple[str, ...], bool]
 """The shape of its conversation, which fields of ours it had, and whether others had names of our columns."""
-_MISTAKEN = ("messages", "instruction", "output")
+_MISTAKEN = ("messages", "conversations", "instruction", "output")
 """Further fields that would be taken for the conversation."""
 _MOST_LINES = 20
 """Before so many lines of a prompt its `input` may begin."""
@@ -128,10 +129,20 @@ def _conversation(sample: Sample) -> list[_Fields]:
     return [{"messages": before + said} for before in ways]
 
 
+def _sharegpt(sample: Sample) -> list[_Fields]:
+    names = {"user": "human", "assistant": "gpt"}
+    ways = [
+        [{"from": names.get(turn["role"], turn["role"]), "value": turn["content"]} for turn in way["messages"]]
+        for way in _conversation(sample)
+    ]
+    found: list[_Fields] = [{"conversations": way} for way in ways]
+    return found + [{"conversations": way[1:], "system": way[0]["value"]} for way in ways if way[0]["from"] == "system"]
+
+
 _SHAPES: dict[str, _Shape] = (
     {f"instruction {name}": _pair("instruction", name) for name in RESPONSES}
     | {f"prompt {name}": _pair("prompt", name) for name in RESPONSES}
     | {f"input {name}": _with_input(name) for name in RESPONSES}
-    | {"messages": _conversation}
+    | {"messages": _conversation, "conversations": _sharegpt}
     | {"text": lambda sample: [] if sample.prompt is not None else [{"text": sample.response}]}
 )

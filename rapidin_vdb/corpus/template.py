@@ -10,9 +10,10 @@ from typing import Any, Protocol, runtime_checkable
 import jinja2
 import jinja2.sandbox
 
+from rapidin_vdb.corpus.shapes import is_conversation
 from rapidin_vdb.corpus.written import Written, mark_unlike
 from rapidin_vdb.errors import CorpusError, SpecError
-from rapidin_vdb.records import Sample
+from rapidin_vdb.records import Message, Sample
 
 # In the fingerprint, behind a chat template that writes the response, too. Databases that were made before it did have
 # the template alone; they go on as they were: prompt, response, end-of-sequence token.
@@ -31,8 +32,8 @@ _DAY = (
     )
     + " }}{%- endmacro %}"
 )  # fmt: skip
-# With which some let the model go on, and answers begin.
-_THOUGHT = "<think>"
+THOUGHT = "<think>"
+"""With which some let the model go on, and answers begin."""
 _REFUSALS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError, RecursionError, AttributeError)
 
 _ALPACA = (
@@ -127,8 +128,8 @@ class Template:
         if text.startswith(asked + response):
             after = text[len(asked + response) :]
         start, stop = self.marker(after)
-        begun = asked.rstrip()[-len(_THOUGHT) :] == _THOUGHT and response.lstrip().startswith(_THOUGHT)
-        return asked[: asked.rindex(_THOUGHT)] if begun else asked, response, after[start:stop]
+        begun = asked.rstrip()[-len(THOUGHT) :] == THOUGHT and response.lstrip().startswith(THOUGHT)
+        return asked[: asked.rindex(THOUGHT)] if begun else asked, response, after[start:stop]
 
     def render(self, sample: Sample) -> str:
         """Return the text that stands before the response.
@@ -151,20 +152,27 @@ class Template:
 
     def _chat(self, sample: Sample, response: str | None) -> str:
         """Return a conversation with a response, or with what a response is to follow."""
-        turns: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in sample.messages]
+        answer = [] if response is None else [Message(role="assistant", content=response)]
+        return self.chat(sample, [*sample.messages, *answer], asking=response is None)
+
+    def chat(self, sample: Sample, turns: Sequence[Message], *, asking: bool = False) -> str:
+        """Return what a chat template writes of some turns of a sample, and if `asking`, before an answer to them.
+
+        Raises:
+            CorpusError: the template refuses them.
+        """
+        conversation: list[dict[str, Any]] = [{"role": turn.role, "content": turn.content} for turn in turns]
         options: dict[str, Any] = {}
         if self.whole:
-            turns = [dict(turn.more) | one for turn, one in zip(sample.messages, turns, strict=True)]
+            conversation = [dict(turn.more) | one for turn, one in zip(turns, conversation, strict=True)]
             if "strftime_now" in self.text:
                 options["chat_template"] = _DAY + self.text.removesuffix(_WHOLE)
-            if sample.fields.get("messages") is not None and "tools" in self.text:
+            if is_conversation(sample.fields) and "tools" in self.text:
                 options["tools"] = _tools(sample)
-        if response is not None:
-            turns.append({"role": "assistant", "content": response})
         assert self.tokenizer is not None  # load_template saw to it
         try:
             return self.tokenizer.apply_chat_template(
-                turns, tokenize=False, add_generation_prompt=response is None, **options
+                conversation, tokenize=False, add_generation_prompt=asking, **options
             )
         except _REFUSALS as error:
             raise CorpusError(f"{sample.location}: the chat template refuses this conversation: {error}") from error

@@ -5,6 +5,10 @@ from collections.abc import Sequence
 
 from rapidin_vdb.records import Message
 
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
+"""Under which names a turn may have thoughts outside of its content."""
+SAID_BESIDE = ("tool_calls", "function_call", *THOUGHTS)
+"""What a turn may say outside of its content."""
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _TURN = re.compile(r"\n\n([^\s:]{1,40}): ")
 
@@ -26,6 +30,11 @@ def joined(turns: Sequence[Message]) -> tuple[str, tuple[int, ...]]:
 def is_trained(turn: Message) -> bool:
     """Say whether a turn is an answer that the model is trained on: one of weight 0, as some data have, is not."""
     return turn.role == "assistant" and turn.more.get("weight") != 0
+
+
+def said_beside(turn: Message) -> list[str]:
+    """Return the names of what a turn says outside of its content."""
+    return [name for name in SAID_BESIDE if turn.more.get(name)]
 
 
 def taken_apart(text: str, spans: Sequence[tuple[int, int]]) -> tuple[Message, ...]:

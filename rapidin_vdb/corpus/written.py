@@ -41,6 +41,8 @@ class Written:
     """Whether what ends the response is part of the text; else the end-of-sequence token is to follow."""
     earlier: tuple[Answer, ...] = ()
     """The answers before the last, in order, where the response has several."""
+    said: str | None = None
+    """All of the response, where answers say more than their contents."""
 
 
 def mark_unlike(turns: Sequence[Message]) -> str:

@@ -1,0 +1,216 @@
+"""Answers that say more than their content: calls of tools and thoughts, as chat templates write them."""
+
+import json
+
+import pytest
+from conftest import save_adapter, save_chat_model, write_jsonl
+from test_answers import said_by
+from test_chat import ASKING, LOOP, PLAIN, tokenizer_with
+
+import rapidin_vdb
+from rapidin_vdb.corpus import Record, encode, load_template, sample_from
+from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.query import read_queries
+
+CALLED = "{% for c in m.tool_calls or [] %}{{ '\n' }}<call>{{ c.function | tojson }}</call>{% endfor %}"
+START = "<|im_start|>{{ m.role }}"
+TEMPLATES = {
+    # Calls behind the content, a line each.
+    "calls": LOOP + START + "{% if m.content %}{{ '\n' }}{{ m.content }}{% endif %}" + CALLED + "<|im_end|>\n{% endfor %}" + ASKING,
+    # Thoughts of what follows the user's last turn only, and an empty one before the last answer.
+    "thoughts": "{% set ns = namespace(last=-1) %}" + LOOP + "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}"
+    + LOOP + START + "\n{% if m.role == 'assistant' and loop.index0 > ns.last and (loop.last or m.reasoning_content) %}<think>\n"
+    + "{{ (m.reasoning_content or '') | trim }}\n</think>\n\n{% endif %}{{ m.content }}" + CALLED + "<|im_end|>\n{% endfor %}" + ASKING,
+    # The model goes on from the beginning of a thought.
+    "begun": LOOP + START + "\n{% if m.reasoning_content %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}{{ m.content }}"
+    + CALLED + "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}",
+    # Channels: what an answer begins with depends on what it says; calls end otherwise.
+    "channels": LOOP + "{% if m.role != 'assistant' %}" + START + "\n{{ m.content }}<|im_end|>{% else %}"
+    + "{% if m.thinking %}<|im_start|>assistant think\n{{ m.thinking }}<|im_end|>{% endif %}"
+    + "{% if m.tool_calls %}<|im_start|>assistant call\n{{ m.tool_calls[0].function | tojson }}</s>"
+    + "{% else %}<|im_start|>assistant final\n{{ m.content }}<|im_end|>{% endif %}{% endif %}{% endfor %}"
+    + "{% if add_generation_prompt %}<|im_start|>assistant{% endif %}",
+}  # fmt: skip
+
+
+def turn(role, content="", **more):
+    return {"role": role, "content": content} | more
+
+
+def call(name, **arguments):
+    return {"type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+ADD = json.dumps(call("add", a=1)["function"])
+"""As the templates write it."""
+AGENT = [
+    turn("system", "Be kind."),
+    turn("user", "1 + 1?"),
+    turn("assistant", None, tool_calls=[call("add", a=1)]),
+    turn("tool", "2"),
+    turn("assistant", "Two."),
+    turn("user", "And again?"),
+    turn("assistant", "Let me see.", tool_calls=[call("add", a=1), call("add", a=1)]),
+    turn("tool", "2"),
+    turn("tool", "2"),
+    turn("assistant", "Two, twice."),
+]
+
+
+def encoded(messages, name, which="all", **more):
+    tokenizer = tokenizer_with(TEMPLATES.get(name, name))
+    sample = sample_from(Record(location="here", fields={"messages": messages} | more), turns=which)
+    template = load_template("chat", tokenizer=tokenizer)
+    (result,) = encode([sample], tokenizer=tokenizer, template=template, max_tokens=9999)
+    if isinstance(result, CorpusError):
+        raise result
+    # Whatever has a loss, the ids are those of fine-tuning.
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    assert text.startswith(tokenizer.decode(result.input_ids))
+    return result, tokenizer
+
+
+def shown(found):
+    """Return what of the response its tokens stand at, and a bar for each that stands nowhere, as what ends an answer."""
+    return "".join(found.response[start:end] or "|" for start, end in dict.fromkeys(found.offsets))
+
+
+def test_calls_in_all_answers():
+    found, tokenizer = encoded(AGENT, "calls")
+    calls = f"<call>{ADD}</call>"
+    assert said_by(found, tokenizer) == (
+        f"{calls}<|im_end|>Two.<|im_end|>Let me see.\n{calls}\n{calls}<|im_end|>Two, twice.<|im_end|>"
+    )
+    assert found.response == (
+        f"{calls}\n\ntool: 2\n\nassistant: Two.\n\nuser: And again?\n\nassistant: Let me see.\n{calls}\n{calls}"
+        "\n\ntool: 2\n\ntool: 2\n\nassistant: Two, twice."
+    )
+    assert shown(found) == f"{calls}|Two.|Let me see.\n{calls}\n{calls}|Two, twice.|"
+
+
+@pytest.mark.parametrize("which", ["all", "last"])
+def test_a_call_as_the_last_answer(which):
+    for end in (3, 7):
+        found, tokenizer = encoded(AGENT[:end], "calls", which)
+        said = {3: f"<call>{ADD}</call>", 7: f"Let me see.\n<call>{ADD}</call>\n<call>{ADD}</call>"}[end]
+        assert said_by(found, tokenizer).endswith(said + "<|im_end|>")
+        assert found.response.endswith(said)
+        if which == "last" or end == 3:
+            assert (found.response, found.places) == (said, None) and shown(found) == said + "|"
+
+
+@pytest.mark.parametrize("which", ["all", "last"])
+def test_thoughts_are_told_where_the_template_writes_them(which):
+    talk = [
+        turn("user", "a"),
+        turn("assistant", "b", reasoning_content="earlier"),
+        turn("user", "c"),
+        turn("assistant", "", reasoning_content="Hm.", tool_calls=[call("add", a=1)]),
+        turn("tool", "2"),
+        turn("assistant", "d", reasoning_content=" So. "),
+    ]
+    found, tokenizer = encoded(talk, "thoughts", which)
+    last = "<think>\nSo.\n</think>\n\nd"
+    before = f"b<|im_end|><think>\nHm.\n</think>\n\n\n<call>{ADD}</call><|im_end|>" if which == "all" else ""
+    assert said_by(found, tokenizer) == f"{before}{last}<|im_end|>" and found.response.endswith(last)
+    # A plain answer behind a call, which gets an empty thought: that is no part of it.
+    found, tokenizer = encoded([*talk[:5], turn("assistant", "d")], "thoughts", which)
+    assert said_by(found, tokenizer) == f"{before}d<|im_end|>"
+    # A plain one before a call: what the model is asked with ends there.
+    found, tokenizer = encoded(talk[:4], "thoughts", which)
+    wanted = f"<think>\nHm.\n</think>\n\n\n<call>{ADD}</call><|im_end|>"
+    assert said_by(found, tokenizer) == ("b<|im_end|>" if which == "all" else "") + wanted
+
+
+def test_a_thought_that_the_model_goes_on_from_is_a_part_of_the_answer():
+    talk = [turn("user", "a"), turn("assistant", "b", reasoning_content="c"), turn("user", "d")]
+    talk.append(turn("assistant", "e", reasoning_content="f"))
+    found, tokenizer = encoded(talk, "begun")
+    assert said_by(found, tokenizer) == "<think>\nc\n</think>\n\nb<|im_end|><think>\nf\n</think>\n\ne<|im_end|>"
+    assert found.response == "<think>\nc\n</think>\n\nb\n\nuser: d\n\nassistant: <think>\nf\n</think>\n\ne"
+
+
+def test_what_an_answer_begins_with_may_depend_on_what_it_says():
+    talk = [turn("user", "a"), turn("assistant", "b", thinking="c")]
+    found, tokenizer = encoded(talk, "channels")
+    assert found.response == " think\nc<|im_end|><|im_start|>assistant final\nb"
+    assert said_by(found, tokenizer) == found.response + "<|im_end|>"
+    found, tokenizer = encoded([*talk[:1], turn("assistant", tool_calls=[call("add", a=1)])], "channels", "last")
+    assert found.response == f" call\n{ADD}" and said_by(found, tokenizer) == found.response + "</s>"
+    # Where a call ends otherwise than an answer, its end is not known before the last: refused, never guessed.
+    more = [
+        turn("user", "a"),
+        turn("assistant", tool_calls=[call("add", a=1)]),
+        turn("tool", "2"),
+        turn("assistant", "b"),
+    ]
+    with pytest.raises(CorpusError, match=r"writes messages\[1\], an answer before the last one, otherwise than it is"):
+        encoded(more, "channels")
+    assert said_by(*encoded(more, "channels", "last")) == "b<|im_end|>"
+
+
+def test_what_the_template_leaves_out_is_lost():
+    quiet = TEMPLATES["calls"].replace("tool_calls", "calls")
+    with pytest.raises(CorpusError, match=r"messages\[2\], which is to have a loss, has tool_calls, which would be"):
+        encoded(AGENT, quiet)
+    with pytest.raises(CorpusError, match="here: the response has reasoning_content, which would be lost"):
+        encoded([turn("user", "a"), turn("assistant", "b", reasoning_content="c")], "calls", "last")
+    # One of two: what is there does not speak for the other.
+    with pytest.raises(CorpusError, match="the response has thinking, which would be lost"):
+        encoded([turn("user", "a"), turn("assistant", "b", thinking="c", tool_calls=[call("add", a=1)])], "calls")
+    sample = sample_from(Record(location="here", fields={"messages": AGENT[:3]}))
+    (found,) = encode([sample], tokenizer=tokenizer_with(PLAIN), template=load_template("text"), max_tokens=99)
+    assert isinstance(found, CorpusError) and "the response has tool_calls, which would be lost" in str(found)
+
+
+def test_a_template_that_writes_the_past_otherwise_is_refused():
+    # Of the calls before the last turn only the names.
+    short = TEMPLATES["calls"].replace(
+        "{{ c.function | tojson }}", "{{ c.function | tojson if loop.last else c.function.name }}"
+    )
+    two = [*AGENT[:2], turn("assistant", tool_calls=[call("add", a=1), call("add", a=1)]), *AGENT[3:5]]
+    assert said_by(*encoded(two, short)).startswith("<call>add</call>")
+    forgetful = (
+        PLAIN.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ messages | length }}{% endif %}")
+        + ASKING
+    )
+    with pytest.raises(CorpusError, match=r"writes messages\[2\], an answer before the last one, otherwise"):
+        encoded(AGENT[:5], forgetful)
+
+
+def test_turns_that_call_and_have_no_loss():
+    talk = [*AGENT[:2], turn("assistant", tool_calls=[call("add", a=1)], weight=0), *AGENT[3:]]
+    found, tokenizer = encoded(talk, "calls")
+    calls = f"<call>{ADD}</call>"
+    assert said_by(found, tokenizer) == f"Two.<|im_end|>Let me see.\n{calls}\n{calls}<|im_end|>Two, twice.<|im_end|>"
+    # Where only the last turn has a loss, weights do not count.
+    found, tokenizer = encoded([*talk[:2], talk[2]], "calls", "last")
+    assert said_by(found, tokenizer) == f"{calls}<|im_end|>"
+
+
+@pytest.mark.parametrize("turns", ["last", "all"])
+def test_calls_are_stored_asked_and_found(tmp_path, turns):
+    model, tokenizer = save_chat_model(tmp_path / "model", begin="<s>")
+    tokenizer.chat_template = TEMPLATES["calls"]
+    tokenizer.save_pretrained(model)
+    adapter = save_adapter(tmp_path / "adapter", "llama")
+    database = rapidin_vdb.init(
+        tmp_path / "db", model=str(model), adapter=str(adapter), width=256, template="chat", turns=turns
+    )
+    records = [{"id": "calls", "messages": AGENT[:7]}, {"id": "tells", "messages": AGENT}]
+    database.ingest(write_jsonl(tmp_path / "a.jsonl", records))
+    stored, calls = database.show("calls"), f"<call>{ADD}</call>"
+    assert stored.response.endswith(f"Let me see.\n{calls}\n{calls}") and database.verify().findings == ()
+    assert [stored.response[start:end] for start, end in stored.token_offsets][-2:] == [">", ""]
+    # What the model was trained to say is asked about as it is written, or as the turn that it is.
+    queries = write_jsonl(tmp_path / "q.jsonl", [{"id": "q", "messages": AGENT[:7], "focus": "<call>"}])
+    (asked,) = database.query(queries=read_queries(queries), tokens=True)
+    (whole,) = database.query(queries=read_queries(queries), tokens=True, focus=["ignored"])
+    text = f"Let me see.\n{calls}\n{calls}"
+    (written,) = database.query(
+        queries=[rapidin_vdb.query_from(None, text, messages=AGENT[:6])], tokens=True, focus=["<call>"]
+    )
+    assert [r.score for r in asked.results] == [r.score for r in whole.results] == [r.score for r in written.results]
+    found = {r.sample_id: r for r in asked.results}
+    assert found["calls"].response == stored.response
+    assert "".join(token.text for token in found["calls"].tokens).count("add") == (3 if turns == "all" else 2)
