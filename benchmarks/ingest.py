@@ -63,7 +63,7 @@ def batches_of(database, corpus: Path, batch_tokens: int) -> list:
     """Return the batches that an ingest of this corpus forms."""
     from rapidin_vdb.batches import planned_batches
     from rapidin_vdb.compute import road_here
-    from rapidin_vdb.plan import Corpus, encoded_windows
+    from rapidin_vdb.intake import Corpus, encoded_windows
 
     road = road_here(database._loaded())
     windows = list(

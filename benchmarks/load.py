@@ -52,7 +52,7 @@ def step(name: str, folder: Path) -> dict[str, float]:
     import rapidin_vdb
     from rapidin_vdb.engine import Made
     from rapidin_vdb.ingest import ingest
-    from rapidin_vdb.plan import Corpus
+    from rapidin_vdb.intake import Corpus
 
     database = rapidin_vdb.open(folder / "db")
     engine = database._loaded()

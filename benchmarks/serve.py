@@ -94,7 +94,7 @@ def make_many(folder: Path, demo: Path) -> Path:
     import rapidin_vdb
     from rapidin_vdb.engine import Made
     from rapidin_vdb.ingest import ingest
-    from rapidin_vdb.plan import Corpus
+    from rapidin_vdb.intake import Corpus
 
     shutil.copytree(demo / "db", folder / "db")
     shutil.rmtree(folder / "db" / "indexes", ignore_errors=True)

@@ -13,15 +13,15 @@ from rapidin_vdb.errors import SpecError
 from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.ingest import ingest
-from rapidin_vdb.plan import Corpus, token_width_for
+from rapidin_vdb.intake import Corpus
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from, read_queries
 from rapidin_vdb.question import Question
 from rapidin_vdb.reading import SampleReader, check_ids
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
-from rapidin_vdb.records import Aggregate, Focus, Level, OnBadRecord, OnDuplicate, Sample
+from rapidin_vdb.records import Aggregate, Focus, Level, OnBadRecord, OnDeleted, OnDuplicate, Sample
 from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, VerifyReport
-from rapidin_vdb.roads import choose_road
+from rapidin_vdb.roads import choose_road, token_width_for
 from rapidin_vdb.store import SampleTable, TableVersion, undisturbed, undisturbed_each
 from rapidin_vdb.verification import verify
 
@@ -57,16 +57,17 @@ class Database(SampleReader):
         self, *files: str | Path, split: str | None = None, source: str | None = None, id_field: str = "id",
         limit: int | None = None, batch_tokens: int | None = None, device: str = "auto", workers_per_device: int = 1,
         cluster: str | None = None, on_bad_record: OnBadRecord = "stop", on_duplicate: OnDuplicate = "error",
-        token_gradients: bool = False, token_width: int | None = None, dry_run: bool = False, model: str | None = None,
-        adapter: str | None = None, progress: Progress = silent,
+        on_deleted: OnDeleted = "add", token_gradients: bool = False, token_width: int | None = None,
+        dry_run: bool = False, model: str | None = None, adapter: str | None = None, progress: Progress = silent,
     ) -> IngestReport | IngestEstimate:  # fmt: skip
         """Add the records of some files; samples that are there already are left alone.
 
         `device` may name several, as `cuda:0,cuda:1`. With more than one device or worker, each worker is a process
         that loads the model for itself; `cluster` puts them on a Ray cluster: its address, `auto` or `local`.
         `batch_tokens` limits a batch, padding included; by default it follows free memory. With `token_gradients`,
-        response tokens get RapidGrads of their own, of width `token_width` (by default that of those which are there,
-        else 4096); samples that are there without get them. A `dry_run` counts and times instead of writing.
+        response tokens get RapidGrads of their own, of width `token_width` (by default that of those there, else 4096);
+        samples that are there without get them. By `on_deleted="skip"`, samples stay away that kept versions show to
+        have been deleted. A `dry_run` counts and times instead of writing.
 
         Raises:
             CorpusError: a file or a record cannot be read; nothing is written.
@@ -75,8 +76,8 @@ class Database(SampleReader):
         """
         if not files:
             raise SpecError("no file to ingest")
-        least_one = (("limit", limit), ("batch-tokens", batch_tokens), ("workers-per-device", workers_per_device))
-        for name, value in least_one:
+        least_one = {"limit": limit, "batch-tokens": batch_tokens, "workers-per-device": workers_per_device}
+        for name, value in least_one.items():
             if value is not None and value < 1:
                 raise SpecError(f"--{name} is {value}; wanted 1 or more")
         if token_width is not None and not token_gradients:
@@ -91,10 +92,8 @@ class Database(SampleReader):
             workers_per_device=workers_per_device, batch_tokens=batch_tokens, dry_run=dry_run, cluster=cluster,
             model=model, adapter=adapter, token_width=single,
         )  # fmt: skip
-        options = {
-            "tokenizer": road.tokenizer, "template": road.template, "batch_tokens": tokens,
-            "on_bad_record": on_bad_record, "on_duplicate": on_duplicate,
-        }  # fmt: skip
+        options = {"tokenizer": road.tokenizer, "template": road.template, "batch_tokens": tokens}
+        options |= {"on_bad_record": on_bad_record, "on_duplicate": on_duplicate, "on_deleted": on_deleted}
         if dry_run:
             return estimate(
                 self._table, corpus, road.compute, workers=workers, devices=devices, token_width=single, **options

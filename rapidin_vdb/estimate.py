@@ -11,9 +11,10 @@ from rapidin_vdb.compute import Compute
 from rapidin_vdb.corpus import Template, Tokenizer
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.gradient.memory import peak_bytes
+from rapidin_vdb.intake import Corpus, encoded_windows
 from rapidin_vdb.ledger import Entry, Ledger
-from rapidin_vdb.plan import Corpus, encoded_windows, make_plan, planned_windows
-from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate
+from rapidin_vdb.plan import make_plan, planned_windows
+from rapidin_vdb.records import Encoded, OnBadRecord, OnDeleted, OnDuplicate
 from rapidin_vdb.results import IngestEstimate
 from rapidin_vdb.store import SampleTable
 from rapidin_vdb.workers import speedup
@@ -33,6 +34,7 @@ def estimate(
     devices: Sequence[str],
     on_bad_record: OnBadRecord = "stop",
     on_duplicate: OnDuplicate = "error",
+    on_deleted: OnDeleted = "add",
     token_width: int | None = None,
 ) -> IngestEstimate:
     """Return what an ingest with these arguments would take; nothing is written.
@@ -55,6 +57,7 @@ def estimate(
             ledger,
             on_bad_record=on_bad_record,
             on_duplicate=on_duplicate,
+            on_deleted=on_deleted,
             token_gradients=token_width is not None,
         )
         sizes: list[tuple[int, int]] = []  # samples and work of each batch
@@ -79,8 +82,12 @@ def estimate(
     return IngestEstimate(
         truncated=plan.truncated,
         earlier_turns=plan.earlier_turns,
+        brought_back=plan.brought_back,
+        left_deleted=plan.left_deleted,
         mixed=plan.mixed,
         samples=samples,
+        unchanged=plan.unchanged,
+        kept=plan.kept,
         tokens=tokens,
         batches=len(sizes),
         token_gradients=single,

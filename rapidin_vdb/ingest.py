@@ -9,10 +9,11 @@ from rapidin_vdb.compute import Compute
 from rapidin_vdb.corpus import Template, Tokenizer
 from rapidin_vdb.engine import Made
 from rapidin_vdb.errors import CorpusError, GradientError
+from rapidin_vdb.intake import Corpus, encoded_windows
 from rapidin_vdb.ledger import Entry, Ledger
-from rapidin_vdb.plan import Corpus, Plan, encoded_windows, make_plan, planned_windows
+from rapidin_vdb.plan import Plan, make_plan, planned_windows
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.records import Encoded, OnBadRecord, OnDuplicate, Sample
+from rapidin_vdb.records import Encoded, OnBadRecord, OnDeleted, OnDuplicate, Sample
 from rapidin_vdb.results import IngestReport
 from rapidin_vdb.store import Row, SampleTable, TokenRows
 
@@ -33,6 +34,7 @@ def ingest(
     batch_tokens: int,
     on_bad_record: OnBadRecord = "stop",
     on_duplicate: OnDuplicate = "error",
+    on_deleted: OnDeleted = "add",
     token_width: int | None = None,
     progress: Progress = silent,
 ) -> IngestReport:
@@ -63,6 +65,7 @@ def ingest(
             ledger,
             on_bad_record=on_bad_record,
             on_duplicate=on_duplicate,
+            on_deleted=on_deleted,
             token_gradients=token_width is not None,
         )
         plan.seen = table.ensure_columns(plan.kinds, seen=plan.seen)
@@ -79,6 +82,8 @@ def ingest(
         bad=tuple(plan.bad),
         truncated=plan.truncated,
         earlier_turns=plan.earlier_turns,
+        brought_back=plan.brought_back,
+        left_deleted=plan.left_deleted,
         mixed=plan.mixed,
         tokens=tokens,
         token_gradients=writer.token_gradients,

@@ -29,6 +29,8 @@ class Entry:
     """Whether other content was to be written in the place of what is in the table, at some moment of the planning."""
     taken: bool = False
     """Whether it has been handed out to be written."""
+    deleted: bool = False
+    """Whether it is not in the table any more, and was once."""
 
     @property
     def tokens_only(self) -> bool:
@@ -60,14 +62,18 @@ class Ledger(_Scratch):
 
     _TABLE = (
         "CREATE TABLE samples (sample_id TEXT PRIMARY KEY, there TEXT, planned TEXT, has_tokens INT, "
-        "replaced INT, taken INT) WITHOUT ROWID"
+        "replaced INT, taken INT, deleted INT) WITHOUT ROWID"
     )
 
     def begin(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Begin anew with the samples that are in the table, by id and content hash."""
         with _told():
             self._file.execute("DELETE FROM samples")
-        self._many("INSERT OR REPLACE INTO samples VALUES (?, ?, NULL, 0, 0, 0)", pairs)
+        self._many("INSERT OR REPLACE INTO samples VALUES (?, ?, NULL, 0, 0, 0, 0)", pairs)
+
+    def note_deleted(self, sample_ids: Iterable[str]) -> None:
+        """Note that samples were once in the table; such as are there again count as there."""
+        self._many("INSERT OR IGNORE INTO samples VALUES (?, NULL, NULL, 0, 0, 0, 1)", ((name,) for name in sample_ids))
 
     def note_tokens(self, pairs: Iterable[tuple[str, str]]) -> None:
         """Note that samples have the RapidGrads of their tokens, where they are in the table with that content."""
@@ -85,9 +91,9 @@ class Ledger(_Scratch):
     def put(self, entries: dict[str, Entry]) -> None:
         """Put what is known now of some ids in the place of what was."""
         self._many(
-            "INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?, ?)",
+            "INSERT OR REPLACE INTO samples VALUES (?, ?, ?, ?, ?, ?, ?)",
             (
-                (name, entry.there, entry.planned, entry.has_tokens, entry.replaced, entry.taken)
+                (name, entry.there, entry.planned, entry.has_tokens, entry.replaced, entry.taken, entry.deleted)
                 for name, entry in entries.items()
             ),
         )
@@ -112,6 +118,10 @@ class Ledger(_Scratch):
     def planned(self) -> int:
         """Return how many samples are to be written."""
         return self._count("SELECT count(planned) FROM samples")
+
+    def brought_back(self) -> int:
+        """Return how many of them were deleted before."""
+        return self._count("SELECT count(planned) FROM samples WHERE deleted")
 
     def tokens_only(self) -> int:
         """Return how many of them are in the table, and lack the RapidGrads of their single tokens only."""
@@ -167,8 +177,17 @@ class Numbers(_Scratch):
         return found > 0 and (found, least, most) != (count, 0, count - 1)
 
 
-def _entry(name: str, there: str | None, planned: str | None, has_tokens: int, replaced: int, taken: int) -> Entry:
-    return Entry(there=there, planned=planned, has_tokens=bool(has_tokens), replaced=bool(replaced), taken=bool(taken))
+def _entry(
+    name: str, there: str | None, planned: str | None, has_tokens: int, replaced: int, taken: int, deleted: int
+) -> Entry:
+    return Entry(
+        there=there,
+        planned=planned,
+        has_tokens=bool(has_tokens),
+        replaced=bool(replaced),
+        taken=bool(taken),
+        deleted=bool(deleted),
+    )
 
 
 def _temporary(table: str) -> sqlite3.Connection:

@@ -6,56 +6,19 @@ What grows with the corpus stands in the ledger, not in memory.
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
-from pathlib import Path
+from itertools import chain
+
+import numpy as np
 
 from rapidin_vdb.batches import Pair, planned_batches
-from rapidin_vdb.corpus import Template, Tokenizer, as_written, encode, read_corpus
-from rapidin_vdb.errors import CorpusError, RapidInError, SpecError, check_unicode
-from rapidin_vdb.gradient import check_token_width
+from rapidin_vdb.errors import CorpusError, RapidInError
 from rapidin_vdb.ledger import Entry, Ledger
-from rapidin_vdb.records import OnBadRecord, OnDuplicate, Sample, Turns
+from rapidin_vdb.records import OnBadRecord, OnDeleted, OnDuplicate, Sample
 from rapidin_vdb.store import ColumnKind, SampleTable, can_hold, merge_kinds, undisturbed, value_kind
 
-# Records checked, encoded and sorted by length together.
-_WINDOW = 1024
 # Behind a record that ends it all, others are looked for no longer than this: a large corpus takes hours to read.
 _READ_ON_SECONDS = 30.0
 _LISTED = 5
-
-
-@dataclass(frozen=True, kw_only=True)
-class Corpus:
-    """What to ingest."""
-
-    paths: tuple[Path, ...]
-    """Files, in order."""
-    split: str | None = None
-    """Wins over the records' own field; `train` without either."""
-    source: str | None = None
-    """Wins over the records' own field."""
-    id_field: str = "id"
-    """Which field holds the sample id."""
-    limit: int | None = None
-    """How many records to read at most."""
-    turns: Turns = "last"
-    """Which turns of the assistant have a loss."""
-
-    def __post_init__(self) -> None:
-        """Refuse what no sample could have.
-
-        Raises:
-            SpecError: a split or source is no valid Unicode.
-        """
-        check_unicode(self.split, "--split")
-        check_unicode(self.source, "--source")
-
-    def read(self) -> Iterator[Sample | CorpusError]:
-        """Yield the samples, an error in the place of each record that cannot be one."""
-        samples = read_corpus(
-            self.paths, split=self.split, source=self.source, id_field=self.id_field, turns=self.turns
-        )
-        return islice(samples, self.limit)
 
 
 @dataclass(kw_only=True)
@@ -80,48 +43,14 @@ class Plan:
     """How many of the samples to write have more tokens than are looked at."""
     earlier_turns: int = 0
     """How many of them have turns of the assistant before their response."""
+    brought_back: int = 0
+    """How many of the samples to write were deleted before."""
+    left_deleted: int = 0
+    """How many records stay away because their samples were."""
     mixed: dict[str, str] = field(default_factory=dict)
     """New columns that hold text because of one value, or its lack, and where that is."""
     bad: list[str] = field(default_factory=list)
     """What is wrong with each record that cannot be stored."""
-
-
-def token_width_for(table: SampleTable, given: int | None) -> int:
-    """Return the width of single tokens' RapidGrads: that which they have in the table, or the one asked for.
-
-    Raises:
-        SpecError: the two differ, or it cannot be honoured.
-    """
-    here, widest = table.tokens.width, table.fingerprint.sketch.width
-    if here is not None and given not in (None, here):
-        raise SpecError(f"--token-width is {given}, but tokens are stored with {here} here; leave it out")
-    width = next(known for known in (here, given, min(4096, widest)) if known is not None)
-    check_token_width(width, widest)
-    return width
-
-
-def encoded_windows(
-    corpus: Corpus, *, tokenizer: Tokenizer, template: Template, max_tokens: int
-) -> Iterator[list[Pair | CorpusError]]:
-    """Yield a corpus's samples with their tokens, some at a time, an error in the place of each that has none."""
-    samples = corpus.read()
-    while window := list(islice(samples, _WINDOW)):
-        yield _encode_window(window, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
-
-
-def _encode_window(
-    window: Sequence[Sample | CorpusError], *, tokenizer: Tokenizer, template: Template, max_tokens: int
-) -> list[Pair | CorpusError]:
-    samples = [entry for entry in window if isinstance(entry, Sample)]
-    encoded = iter(encode(samples, tokenizer=tokenizer, template=template, max_tokens=max_tokens))
-    result: list[Pair | CorpusError] = []
-    for entry in window:
-        if isinstance(entry, CorpusError):
-            result.append(entry)
-        else:
-            tokens = next(encoded)
-            result.append(tokens if isinstance(tokens, CorpusError) else (as_written(entry, tokens), tokens))
-    return result
 
 
 def make_plan(
@@ -131,6 +60,7 @@ def make_plan(
     *,
     on_bad_record: OnBadRecord,
     on_duplicate: OnDuplicate,
+    on_deleted: OnDeleted = "add",
     token_gradients: bool = False,
 ) -> Plan:
     """Return what there is to write, every record having been looked at; an empty ledger gets which samples.
@@ -156,6 +86,9 @@ def make_plan(
                 continue
             sample, encoded = entry
             known = entries[sample.sample_id]
+            if known.deleted and on_deleted == "skip":
+                plan.left_deleted += 1
+                continue
             wanted = _decide(plan, sample, known, table, on_duplicate)
             if wanted:
                 known.replaced = known.there is not None
@@ -172,6 +105,7 @@ def make_plan(
     # Of several records of one id, the last is what is there.
     plan.unchanged += ledger.settle(token_gradients=token_gradients)
     plan.samples, plan.tokens_only = ledger.planned(), ledger.tokens_only()
+    plan.brought_back = ledger.brought_back()
     return plan
 
 
@@ -244,11 +178,15 @@ def _ids(window: Sequence[Pair | CorpusError]) -> Iterator[str]:
 
 @undisturbed
 def _note_there(table: SampleTable, ledger: Ledger, token_gradients: bool) -> int:
-    """Note what is in the table, and which of it has tokens; return the table's version."""
+    """Note what is in the table, which of it has tokens, and what was deleted; return the table's version."""
     snapshot = table.snapshot()
     tokens = table.tokens.snapshot() if token_gradients else None
     ledger.begin(snapshot.each_content())
     ledger.note_tokens(tokens.each_content() if tokens is not None else ())
+    for version, following in snapshot.deletions():
+        before, after = (table.snapshot(number) for number in (version, following))
+        gone = np.setdiff1d(before.row_keys()[0], after.row_keys()[0], assume_unique=True)
+        ledger.note_deleted(before.ids_of_rows(gone))
     return snapshot.version
 
 

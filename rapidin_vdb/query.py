@@ -1,5 +1,6 @@
 """Queries are read, encoded, and turned into RapidGrads by the road that samples take."""
 
+import difflib
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,9 @@ from rapidin_vdb.gradient import RapidGradMaker
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, Focus, Sample
 
+_OPTIONS = ("focus", "query_id")
+# How like one of them a name has to be to be taken for it, misspelt: `focsu` is, `query` is not.
+_NEAR = 0.8
 _SHAPES = "prompt and generation, or another shape of records (instruction/input/output, messages, or text)"
 
 
@@ -73,6 +77,7 @@ def read_queries(path: Path) -> list[Sample]:
         if isinstance(record, CorpusError):
             raise record
         check_shape(record.fields, record.location, wanted=_SHAPES)
+        _check_options(record)
         names = (record.fields.get("query_id"), record.fields.get("id"))
         name = next((name for name in names if name is not None), None)
         fields = _after_turns(record) | {"query_id": str(number) if name is None else name}
@@ -80,6 +85,18 @@ def read_queries(path: Path) -> list[Sample]:
     if not queries:
         raise CorpusError(f'{path}: no query in it; wanted lines such as {{"prompt": "...", "generation": "..."}}')
     return queries
+
+
+def _check_options(record: Record) -> None:
+    """Refuse a field that seems to be an option of a query, misspelt: it would go unheard.
+
+    Raises:
+        CorpusError: there is one.
+    """
+    for name in record.fields:
+        meant = difflib.get_close_matches(str(name).lower(), _OPTIONS, 1, _NEAR)
+        if meant and name != meant[0] and meant[0] not in record.fields:
+            raise CorpusError(f"{record.location}: is {name} meant to be {meant[0]}? Rename it, or leave it out")
 
 
 def _after_turns(record: Record) -> dict[str, Any]:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 from rapidin_vdb.compute import Road, WorkerSpec, road_here
 from rapidin_vdb.engine import Engine
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.gradient import default_batch_tokens, resolve_devices
+from rapidin_vdb.gradient import check_token_width, default_batch_tokens, resolve_devices
 from rapidin_vdb.records import Fingerprint
+from rapidin_vdb.store import SampleTable
 from rapidin_vdb.workers import road_of_workers, threads_each
 
 
@@ -61,3 +62,17 @@ def choose_road(
         road.config, dtype=fingerprint.dtype, device=devices[0], workers=workers_per_device
     )
     return road, tokens, workers, devices
+
+
+def token_width_for(table: SampleTable, given: int | None) -> int:
+    """Return the width of single tokens' RapidGrads: that which they have in the table, or the one asked for.
+
+    Raises:
+        SpecError: the two differ, or it cannot be honoured.
+    """
+    here, widest = table.tokens.width, table.fingerprint.sketch.width
+    if here is not None and given not in (None, here):
+        raise SpecError(f"--token-width is {given}, but tokens are stored with {here} here; leave it out")
+    width = next(known for known in (here, given, min(4096, widest)) if known is not None)
+    check_token_width(width, widest)
+    return width

@@ -10,7 +10,7 @@ import torch
 from conftest import byte_tokenizer, save_chat_model, save_model, toy_records, write_jsonl
 
 import rapidin_vdb
-from rapidin_vdb.cli import show
+from rapidin_vdb.cli.ingest import ingested
 from rapidin_vdb.corpus import Record, encode, load_template, sample_from
 from rapidin_vdb.errors import CorpusError, FingerprintError, ModelError, SpecError
 from rapidin_vdb.gradient import generation
@@ -202,7 +202,7 @@ def test_earlier_turns_without_a_gradient_are_told(tmp_path, capsys):
     path = write_jsonl(tmp_path / "talks.jsonl", [talk("Snow is white."), once, talk("Snow is blue.")])
     expected, report = database.ingest(path, dry_run=True), database.ingest(path)
     assert expected.earlier_turns == report.earlier_turns == 2
-    show.ingested(report)
+    ingested(report)
     assert "2 of them have earlier turns of the assistant, which have no gradient" in capsys.readouterr().err
     assert database.ingest(path).earlier_turns == 0
 

@@ -420,6 +420,19 @@ def test_a_query_without_a_query_id_keeps_its_id(tmp_path):
     assert [query.sample_id for query in read_queries(path)] == ["mine", "2"]
 
 
+@pytest.mark.parametrize(("name", "meant"), [("focsu", "focus"), ("Focus", "focus"), ("queryid", "query_id")])
+def test_an_option_of_a_query_that_is_misspelt_is_told(tmp_path, name, meant):
+    from rapidin_vdb.query import read_queries
+
+    asked = {"prompt": "a", "generation": "b"}
+    with pytest.raises(CorpusError, match=f"line 2: is {name} meant to be {meant}. Rename it"):
+        read_queries(write_jsonl(tmp_path / "q.jsonl", [asked, asked | {name: "b"}]))
+    # Not where that is there too, nor a name that is merely near.
+    both = [asked | {name: "b", meant: "b"}] if name.islower() else []
+    fine = [*both, asked | {"focal": 1, "query": "x", "identity": 3}]
+    assert len(read_queries(write_jsonl(tmp_path / "r.jsonl", fine))) == len(fine)
+
+
 def test_a_generation_follows_the_turns_of_a_query(tmp_path):
     from rapidin_vdb.query import query_from, read_queries
 

@@ -56,8 +56,15 @@ def test_what_only_looks_like_a_call_is_none(database):
 def test_a_text_in_double_quotes_is_told_as_such(database):
     with pytest.raises(FilterError, match="No field named train") as raised:
         database.count('split = "train"')
-    assert "Texts take single quotes" in str(raised.value) and "Columns are: sample_id" in str(raised.value)
+    assert "Is train a text? Texts take single quotes: 'train'." in str(
+        raised.value
+    ) and "Columns are: sample_id" in str(raised.value)
     assert "content_hash" not in str(raised.value), "a column of ours"
+    with pytest.raises(FilterError, match="Is train a text"):
+        database.count("split = train")
+    with pytest.raises(FilterError) as raised:
+        database.count("stars.a = 1")
+    assert "Is " not in str(raised.value)
 
 
 def test_a_filter_that_stops_lance_is_told_as_a_filter(database):

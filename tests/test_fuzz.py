@@ -22,7 +22,7 @@ from rapidin_vdb.engine import Made
 from rapidin_vdb.errors import CorpusError, RapidInError, SpecError
 from rapidin_vdb.index.manifest import list_manifests
 from rapidin_vdb.ingest import ingest
-from rapidin_vdb.plan import Corpus
+from rapidin_vdb.intake import Corpus
 from rapidin_vdb.query import read_queries
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import Sample

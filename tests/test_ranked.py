@@ -221,7 +221,11 @@ def test_a_matrix_that_nobody_would_see_is_refused(capsys, database, tmp_path):
     assert (code, out) == (1, "")
     assert err == "error: --matrix is shown by --json and --html FILE only; add one of them, or leave it out\n"
     assert call(capsys, *asked, "--json", "--top-k", 1)[0] == 0
-    assert call(capsys, *asked, "--html", tmp_path / "page.html", "--top-k", 1)[0] == 0
+    code, out, _ = call(capsys, *asked, "--html", tmp_path / "page.html", "--top-k", 1)
+    # Words are on the page; the terminal shows those that were asked for there.
+    assert code == 0 and "generation:" not in out
+    code, more, _ = call(capsys, *asked, "--html", tmp_path / "page.html", "--top-k", 1, "--tokens")
+    assert code == 0 and "generation:" in more and set(out.splitlines()) < set(more.splitlines())
 
 
 def test_a_difference_is_shown_beside_an_exact_score(capsys, tmp_path, models, adapters):

@@ -12,7 +12,7 @@ from reference import normalized, sample_gradient, sketched, top_k
 from safetensors.torch import load_file, save_file
 
 import rapidin_vdb
-from rapidin_vdb.cli import show
+from rapidin_vdb.cli.ingest import ingested
 from rapidin_vdb.corpus import Record, encode, load_template, sample_from
 from rapidin_vdb.errors import CorpusError, FingerprintError, GradientError, SpecError, TableError
 from rapidin_vdb.query import query_from
@@ -233,7 +233,7 @@ def test_all_that_is_bad_is_said_at_once(database, tmp_path, monkeypatch):
         places = [line.partition(": ")[0] for line in others]
         assert places == [f"{path}, line {number}" for number in (4, 6, 8, 10, 12)] + ["and 2 more"]
     two = write_jsonl(tmp_path / "two.jsonl", [bad, bad])
-    monkeypatch.setattr("rapidin_vdb.plan._WINDOW", 1)
+    monkeypatch.setattr("rapidin_vdb.intake._WINDOW", 1)
     with pytest.raises(
         CorpusError, match=r"line 1: the resp.* 1 more record .*\n.*\nreading on ended there: .*no such"
     ):
@@ -280,7 +280,7 @@ def test_columns_of_mixed_types_are_told(database, tmp_path, capsys):
     mixed = {"quality": "line 2", "good": "line 2", "note": "line 3"}
     assert {name: place.rsplit(", ")[1] for name, place in report.mixed.items()} == mixed
     assert expected.mixed == report.mixed
-    show.ingested(report)
+    ingested(report)
     assert f"column note holds text: its values are of several types ({path}, line 3)" in capsys.readouterr().err
     assert database.ingest(path).mixed == {}
 

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from rapidin_vdb.cli.options import DB, IdField
 from rapidin_vdb.cli.show import read_ids
 from rapidin_vdb.cli.text import cut
 from rapidin_vdb.errors import shown
@@ -14,7 +15,7 @@ _TOLD = 5
 
 
 def clean(
-    db: Annotated[str, typer.Argument(metavar="DB", help="Folder of the database, or s3://, gs://, az://.")],
+    db: DB,
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="What was ingested.")],
     out: Annotated[Path, typer.Option(help="The new file, .jsonl or .jsonl.gz.")],
     where: Annotated[str | None, typer.Option(help="SQL filter: records of samples that match are left out.")] = None,
@@ -22,9 +23,7 @@ def clean(
     absent: Annotated[
         bool, typer.Option("--absent", help="Leave out what is not in the database, as what was deleted.")
     ] = False,
-    id_field: Annotated[
-        str, typer.Option(help="Field that holds a unique id; without one, the content is the id.")
-    ] = "id",
+    id_field: IdField = "id",
 ) -> None:
     """Write training files again without some of their records.
 

@@ -7,20 +7,13 @@ import typer
 
 from rapidin_vdb.cli import show
 from rapidin_vdb.cli.clean import clean
+from rapidin_vdb.cli.ingest import ingest
 from rapidin_vdb.cli.interrupted import interruptible
+from rapidin_vdb.cli.options import DB, AsJson, Cluster, Device, Moved, MovedAdapter
 from rapidin_vdb.cli.pages import check_matrix, check_writable, write_page
 from rapidin_vdb.cli.progress import progress_bars
 from rapidin_vdb.cli.serve import serve
-from rapidin_vdb.records import Aggregate, DType, Level, Normalize, OnBadRecord, OnDuplicate, Quantization, Turns
-
-DB = Annotated[str, typer.Argument(metavar="DB", help="Folder of the database, or s3://, gs://, az://.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-Cluster = Annotated[
-    str | None, typer.Option(help="Use a Ray cluster: its address, auto, or local for one that is started here.")
-]
-Moved = Annotated[str | None, typer.Option(help="Where the model is now, if it has moved since init.")]
-MovedAdapter = Annotated[str | None, typer.Option(help="Where the adapter is now, if it has moved since init.")]
+from rapidin_vdb.records import Aggregate, DType, Level, Normalize, Quantization, Turns
 
 
 def init(
@@ -61,58 +54,6 @@ def init(
         max_tokens=max_tokens, epochs=epochs, learning_rate=learning_rate, device=device,
     )  # fmt: skip
     show.created(database)
-
-
-def ingest(
-    db: DB,
-    files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help=".jsonl(.gz), .json, .csv, .parquet or a saved dataset.")
-    ],
-    split: Annotated[
-        str | None, typer.Option(help="Split of the samples [default: the records' own, else train].")
-    ] = None,
-    source: Annotated[str | None, typer.Option(help="Source of the samples [default: the records' own].")] = None,
-    id_field: Annotated[
-        str, typer.Option(help="Field that holds a unique id; without one, the content is the id.")
-    ] = "id",
-    limit: Annotated[int | None, typer.Option(help="Read this many records at most.")] = None,
-    batch_tokens: Annotated[
-        int | None, typer.Option(help="Tokens a batch may have, padding included [default: by free memory].")
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:N, or several: cuda:0,cuda:1.")] = "auto",
-    workers_per_device: Annotated[int, typer.Option(help="Processes a device, each with the model.")] = 1,
-    cluster: Cluster = None,
-    on_bad_record: Annotated[
-        OnBadRecord, typer.Option(help="Stop before anything is written, or skip and list at the end.")
-    ] = "stop",
-    on_duplicate: Annotated[OnDuplicate, typer.Option(help="For an id that is there with other content.")] = "error",
-    token_gradients: Annotated[
-        bool, typer.Option("--token-gradients", help="Store a RapidGrad for every response token too.")
-    ] = False,
-    token_width: Annotated[
-        int | None, typer.Option(help="Length of those, a power of two [default: what is there, else 4096].")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it would take, from timing a few batches; write nothing.")
-    ] = False,
-    model: Moved = None,
-    adapter: MovedAdapter = None,
-) -> None:
-    """Add training records; those that are there already are left alone.
-
-    Example: rapidin-vdb ingest db alpaca.jsonl.gz --source alpaca
-    """
-    import rapidin_vdb
-
-    database = rapidin_vdb.open(db)
-    with progress_bars() as progress:
-        report = database.ingest(
-            *files, split=split, source=source, id_field=id_field, limit=limit, batch_tokens=batch_tokens,
-            device=device, workers_per_device=workers_per_device, cluster=cluster, on_bad_record=on_bad_record,
-            on_duplicate=on_duplicate, token_gradients=token_gradients, token_width=token_width, dry_run=dry_run,
-            model=model, adapter=adapter, progress=progress,
-        )  # fmt: skip
-    show.ingested(report)
 
 
 def index(
@@ -198,7 +139,8 @@ def query(
         )  # fmt: skip
     if html is not None:
         write_page(html, rankings, title=db)
-    show.ranked(rankings, asked, as_json=as_json)
+    # The page shows the words; the terminal does where they were asked for.
+    show.ranked(rankings, asked, as_json=as_json, words=tokens)
 
 
 def show_sample(

@@ -15,8 +15,8 @@ from rapidin_vdb.results import GroupInfluence, RankedSample, RankedToken, Ranki
 _GROUPS = 20
 
 
-def ranking_table(ranking: Ranking, query: Sample) -> None:
-    """Print one ranking; where tokens are shown, what the model was asked and what it said above them."""
+def ranking_table(ranking: Ranking, query: Sample, *, words: bool = True) -> None:
+    """Print one ranking; with the `words` of samples that have scores, what the model was asked and said above them."""
     matching = f" that match {printable(ranking.where)}" if ranking.where is not None else ""
     focus = f", on {', '.join(map(_named, ranking.focus))}" if ranking.focus else ""
     what = f"{len(ranking.results)} of {ranking.searched:,} {ranking.level}s{matching}"
@@ -35,13 +35,14 @@ def ranking_table(ranking: Ranking, query: Sample) -> None:
         return
     results = (*ranking.results, *(ranking.harmful or ()))
     most = largest_score(results)
-    if any(isinstance(result, RankedSample) and result.tokens is not None for result in results):
+    words = words and any(isinstance(result, RankedSample) and result.tokens is not None for result in results)
+    if words:
         asked_lines(query, ranking.focus or ())
         legend_line(most)
-    _result_lines(ranking.results, most)
+    _result_lines(ranking.results, most, words=words)
     if ranking.harmful is not None:
         typer.echo("most negative:")
-        _result_lines(ranking.harmful, most)
+        _result_lines(ranking.harmful, most, words=words)
     if ranking.groups is not None:
         _group_lines(ranking.groups)
 
@@ -61,7 +62,7 @@ def _named(entry: Focus) -> str:
     return printable(entry) if isinstance(entry, str) else f"characters {entry[0]} to {entry[1]}"
 
 
-def _result_lines(results: Sequence[RankedSample | RankedToken], most: float) -> None:
+def _result_lines(results: Sequence[RankedSample | RankedToken], most: float, *, words: bool) -> None:
     exact = any(isinstance(result, RankedSample) and result.exact_score is not None for result in results)
     single = any(isinstance(result, RankedToken) for result in results)
     longest = max(columns(printable(result.sample_id)) for result in results)
@@ -78,7 +79,7 @@ def _result_lines(results: Sequence[RankedSample | RankedToken], most: float) ->
         line = "  ".join([*parts, ""])
         room = max(80 - columns(line), 14)
         typer.echo(line + (_in_context(result, room) if isinstance(result, RankedToken) else _shown(result, room)))
-        if isinstance(result, RankedSample) and result.tokens is not None:
+        if words and isinstance(result, RankedSample) and result.tokens is not None:
             sample_lines(result, most)
 
 

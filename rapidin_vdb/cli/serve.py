@@ -4,6 +4,7 @@ from typing import Annotated
 
 import typer
 
+from rapidin_vdb.cli.options import Device, Moved, MovedAdapter
 from rapidin_vdb.errors import SpecError
 
 
@@ -23,9 +24,9 @@ def serve(
         typer.Option(metavar="URL", help="Public address of a reverse proxy in front, which sees to who may ask."),
     ] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds that a request may take, waiting included.")] = 300.0,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    model: Annotated[str | None, typer.Option(help="Where the model is now, if it has moved since init.")] = None,
-    adapter: Annotated[str | None, typer.Option(help="Where the adapter is now, if it has moved since init.")] = None,
+    device: Device = "auto",
+    model: Moved = None,
+    adapter: MovedAdapter = None,
 ) -> None:
     """Answer on HTTP: a page to look at, and a JSON API; needs the extra [web].
 

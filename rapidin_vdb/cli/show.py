@@ -16,8 +16,6 @@ from rapidin_vdb.records import Sample
 from rapidin_vdb.results import (
     DatabaseInfo,
     IndexInfo,
-    IngestEstimate,
-    IngestReport,
     KeptVersion,
     Ranking,
     StoredSample,
@@ -43,58 +41,6 @@ def created(database: "Database") -> None:
     )
 
 
-def ingested(report: IngestReport | IngestEstimate) -> None:
-    """Say what an ingest did, or would take."""
-    if isinstance(report, IngestEstimate):
-        _estimated(report)
-        return
-    parts = [f"{report.added:,} samples added"]
-    parts += [f"{report.replaced:,} replaced"] if report.replaced else []
-    parts += [f"{report.unchanged:,} were there already"] if report.unchanged else []
-    parts += [f"{report.kept:,} kept as they were"] if report.kept else []
-    parts += [f"{len(report.bad):,} skipped"] if report.bad else []
-    if parts == ["0 samples added"] and not report.token_gradients:
-        typer.echo("0 samples added: there is no record in what was given", err=True)
-        return
-    parts += [f"{report.token_gradients:,} token gradients"] if report.token_gradients else []
-    written = report.added + report.replaced
-    rate, what = (written, "samples") if written else (report.token_gradients, "token gradients")
-    speed = f" ({rate / report.seconds:,.1f} {what}/s, {report.tokens / report.seconds:,.0f} tokens/s)" if rate else ""
-    typer.echo(f"{', '.join(parts)}, in {report.seconds:.1f} s{speed}; version {report.table_version}", err=True)
-    _told(report, "were", "holds")
-    for message in report.bad:
-        typer.echo(f"skipped: {shown(message)}", err=True)
-
-
-def _estimated(expected: IngestEstimate) -> None:
-    single = f", and {expected.token_gradients:,} token gradients" if expected.token_gradients else ""
-    typer.echo(
-        f"{expected.samples:,} samples of {expected.tokens:,} tokens, in {expected.batches:,} batches{single}\n"
-        f"{expected.bytes / 1e6:,.1f} MB in the database, {expected.peak_memory / 1e9:,.1f} GB of memory at the most\n"
-        f"{expected.seconds:,.0f} s expected once the model is loaded, from timing a few batches; nothing was written"
-    )
-    _told(expected, "would be", "would hold")
-    for message in expected.bad:
-        typer.echo(f"would be skipped: {shown(message)}", err=True)
-
-
-def _told(found: IngestReport | IngestEstimate, cut: str, hold: str) -> None:
-    """Say what of the samples is otherwise than one might think, if anything."""
-    if found.truncated:
-        typer.echo(
-            f"{found.truncated:,} of them {cut} cut to the database's limit of tokens (init --max-tokens)", err=True
-        )
-    if found.earlier_turns:
-        typer.echo(
-            f"{found.earlier_turns:,} of them have earlier turns of the assistant, which have no gradient: only the "
-            "last one has. Where a model was trained on all of them, make a database with: init --template chat "
-            "--turns all",
-            err=True,
-        )
-    for name, place in found.mixed.items():
-        typer.echo(f"column {printable(name)} {hold} text: its values are of several types ({shown(place)})", err=True)
-
-
 def indexed(built: IndexInfo) -> None:
     """Say what was built."""
     typer.echo(
@@ -112,15 +58,15 @@ def _recalled(built: IndexInfo) -> str:
     )
 
 
-def ranked(rankings: Sequence[Ranking], queries: Sequence[Sample], *, as_json: bool) -> None:
-    """Print rankings as tables, or one JSON object a query."""
+def ranked(rankings: Sequence[Ranking], queries: Sequence[Sample], *, as_json: bool, words: bool = True) -> None:
+    """Print rankings as tables, with the words of samples if so wanted, or one JSON object a query."""
     for number, (ranking, query) in enumerate(zip(rankings, queries, strict=True)):
         if as_json:
             json_line(ranking.to_dict())
         else:
             if number:
                 typer.echo("")
-            ranking_table(ranking, query)
+            ranking_table(ranking, query, words=words)
 
 
 def sample(stored: StoredSample, *, as_json: bool) -> None:

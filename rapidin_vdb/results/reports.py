@@ -57,6 +57,10 @@ class IngestReport:
     """Samples with more tokens than the database's `max_tokens`, of which only the first ones count."""
     earlier_turns: int
     """Samples with turns of the assistant before their response, which are read and have no gradient."""
+    brought_back: int
+    """How many of them had been deleted before, as far as kept versions show it."""
+    left_deleted: int
+    """Records that were left out because their samples had been, under `on_deleted="skip"`."""
     mixed: Mapping[str, str]
     """New columns that hold text, though some of their values do not, and a place that shows it."""
     tokens: int
@@ -79,6 +83,14 @@ class IngestEstimate:
     """How many of them have more tokens than the database's `max_tokens`, of which only the first ones would count."""
     earlier_turns: int
     """How many have turns of the assistant before their response, which are read and have no gradient."""
+    unchanged: int
+    """Records whose samples are there already."""
+    kept: int
+    """Records whose id stands for other content, which would stay."""
+    brought_back: int
+    """How many of the samples to write were deleted before, as far as kept versions show it."""
+    left_deleted: int
+    """Records that would be left out because their samples were, under `on_deleted="skip"`."""
     mixed: Mapping[str, str]
     """New columns that would hold text, though some of their values do not, and a place that shows it."""
     tokens: int

@@ -24,6 +24,7 @@ _CHANGING = re.compile(r"\b(?:current_(?:date|time|timestamp)|localtime(?:stamp)
 # How Lance says that an expression was understood, but cannot be had of some row: a text that is no number, a division,
 # a part of what has none.
 _OF_ITS_VALUES = ("applying filter expression", "Arrow error: ", "LanceError(Arrow)", "Cannot access field at argument")
+_UNKNOWN = re.compile(r"No field named \"?(\w+)\"?$")
 _GAVE_UP = "Encountered internal error"
 
 
@@ -73,7 +74,8 @@ def understood(where: str, columns: Sequence[str]) -> Iterator[str]:
             raise
         # Lance goes on to name columns of ours that nobody asks for, in that form.
         said = first_line(error).split(" Valid fields are", 1)[0].rstrip(".")
-        hint = " Texts take single quotes: 'train', not \"train\"." if "No field named" in said and '"' in where else ""
+        name = _UNKNOWN.search(said)
+        hint = f" Is {name[1]} a text? Texts take single quotes: '{name[1]}'." if name else ""
         raise FilterError(
             f"the filter {where!r} is not understood: {said}.{hint} Columns are: {', '.join(columns)}"
         ) from error

@@ -1,6 +1,7 @@
 """One committed version of the table `samples`, for reading."""
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,8 @@ SAMPLES = "samples"
 _NEVER_SHOWN = frozenset({"vector", "input_ids", "content_hash", "checksum", PLACES})
 _SAMPLES_A_BATCH = 1000
 _COUNTS_A_BATCH = 1 << 14
+# So many deletions are looked at for samples that come back; each takes the row ids of two versions.
+_DELETIONS = 32
 
 
 class Snapshot(TableVersion):
@@ -51,6 +54,26 @@ class Snapshot(TableVersion):
                 for entry in entries
                 if int(entry["metadata"]["total_rows"])
             ]
+
+    def deletions(self) -> list[tuple[int, int]]:
+        """Return the versions before and after each of the last deletions, oldest first, as far as both are kept."""
+        with self._reading(f"the versions of {self._place} cannot be read"):
+            entries = sorted(self._table.list_versions(), key=lambda entry: int(entry["version"]))
+            rows = [(int(entry["version"]), int(entry["metadata"]["total_rows"])) for entry in entries]
+            fewer = [(before, after) for (before, had), (after, has) in pairwise(rows) if has < had]
+            dataset = self._place.dataset(self.name)
+            # Nor what a fence took back: that was never there for anybody.
+            return [
+                (before, after)
+                for before, after in fewer[-_DELETIONS:]
+                if word_for(dataset.read_transaction(after)) == "delete"
+            ]
+
+    def ids_of_rows(self, row_ids: Int64[np.ndarray, " some"]) -> list[str]:
+        """Return the ids of the samples in some rows."""
+        with self._reading(f"the table {self.name} of {self._place} cannot be read"):
+            rows = self._table.take_row_ids(row_ids.tolist()).select(["sample_id"]).to_arrow()
+        return [str(name) for name in rows["sample_id"].to_pylist()]
 
     def count(self, where: str | None = None) -> int:
         """Return how many samples there are, or how many a filter lets through.

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from rapidin_vdb.question import Question
-from rapidin_vdb.records import Aggregate, Level, OnBadRecord, OnDuplicate
+from rapidin_vdb.records import Aggregate, Level, OnBadRecord, OnDeleted, OnDuplicate
 from rapidin_vdb.results import IndexInfo, RankedSample, RankedToken, Ranking, StoredSample
 
 _Text = Annotated[str, Field(max_length=200_000)]
@@ -149,6 +149,7 @@ class IngestRequest(_Shape):
     source: str | None = Field(default=None, max_length=200)
     on_bad_record: OnBadRecord = "stop"
     on_duplicate: OnDuplicate = "error"
+    on_deleted: OnDeleted = "add"
 
 
 class ExportRequest(_Shape):

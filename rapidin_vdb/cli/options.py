@@ -1,0 +1,15 @@
+"""Arguments and options that several commands have."""
+
+from typing import Annotated
+
+import typer
+
+DB = Annotated[str, typer.Argument(metavar="DB", help="Folder of the database, or s3://, gs://, az://.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON lines instead of a table.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+Cluster = Annotated[
+    str | None, typer.Option(help="Use a Ray cluster: its address, auto, or local for one that is started here.")
+]
+Moved = Annotated[str | None, typer.Option(help="Where the model is now, if it has moved since init.")]
+MovedAdapter = Annotated[str | None, typer.Option(help="Where the adapter is now, if it has moved since init.")]
+IdField = Annotated[str, typer.Option(help="Field that holds a unique id; without one, the content is the id.")]
