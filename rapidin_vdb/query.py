@@ -11,7 +11,7 @@ import numpy as np
 
 from rapidin_vdb.corpus import Template, Tokenizer, as_written, encode, read_records, sample_from
 from rapidin_vdb.corpus.files import Record
-from rapidin_vdb.corpus.shapes import PROMPTS, RESPONSES, check_shape
+from rapidin_vdb.corpus.shapes import PROMPTS, RESPONSES, TURNS, check_shape
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.focus import focus_of, focused
 from rapidin_vdb.gradient import RapidGradMaker
@@ -21,7 +21,9 @@ from rapidin_vdb.records import Encoded, Focus, Sample
 _OPTIONS = ("focus", "query_id")
 # How like one of them a name has to be to be taken for it, misspelt: `focsu` is, `query` is not.
 _NEAR = 0.8
-_SHAPES = "prompt and generation, or another shape of records (instruction/input/output, messages, or text)"
+_SHAPES = (
+    "prompt and generation, or another shape of records (instruction/input/output, messages, conversations, or text)"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,15 +109,16 @@ def _after_turns(record: Record) -> dict[str, Any]:
     """
     fields = {name: value for name, value in record.fields.items() if value is not None}
     beside = [name for name in (*PROMPTS, *RESPONSES) if name in fields]
-    if "messages" not in fields or not beside:
+    turns = next((name for name in TURNS if name in fields), None)
+    if turns is None or not beside or (turns != "messages" and beside != ["generation"]):
         return dict(record.fields)
-    if beside != ["generation"] or not isinstance(fields["messages"], list):
+    if beside != ["generation"] or not isinstance(fields[turns], list):
         raise CorpusError(
-            f"{record.location}: a query has {' and '.join(beside)} beside messages; give the turns as messages, and "
+            f"{record.location}: a query has {' and '.join(beside)} beside {turns}; give the turns as {turns}, and "
             "what was said after them as generation, or as the last of them"
         )
     said = {"role": "assistant", "content": fields.pop("generation")}
-    return fields | {"messages": [*fields["messages"], said]}
+    return fields | {turns: [*fields[turns], said]}
 
 
 def encode_queries(

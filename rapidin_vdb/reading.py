@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.cleaning import write_cleaned
-from rapidin_vdb.corpus import Restorer, paths_of, plain_record, taken_apart
+from rapidin_vdb.corpus import Restorer, paths_of, plain_record, taken_apart, turns_of
 from rapidin_vdb.errors import SampleNotFoundError, SpecError
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Fingerprint, Message, Sample, Scalar
@@ -75,7 +75,7 @@ class SampleReader:
         if found is None:
             raise SampleNotFoundError(f"no sample {sample_id!r} in {self.path}")
         record, _ = _record_of(*found, Restorer())
-        return found[0], tuple(Message(**turn) for turn in record.get("messages", ()))
+        return found[0], turns_of(record, sample_id)
 
     @undisturbed
     def samples(self, *, where: str | None = None, offset: int = 0, limit: int = 50) -> tuple[list[StoredSample], int]:

@@ -38,6 +38,8 @@ class Message:
     """What was said."""
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
     """What else the turn holds, such as calls of tools."""
+    place: str = field(default="", compare=False)
+    """Where in its record it stands, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +63,8 @@ class Sample:
     turns: tuple[Message, ...] = ()
     """The turns that the response is made of, where it has several answers, or one that says more than its content; the
     first and the last are answers."""
+    behind: tuple[Message, ...] = ()
+    """The turns behind the response: they have no loss, but a template may write the response otherwise for them."""
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The record as it was read, for Jinja templates."""
     content_hash: str = ""

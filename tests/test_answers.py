@@ -243,7 +243,7 @@ def test_a_prompt_that_holds_the_mark_changes_nothing():
 def test_calls_of_tools_that_the_template_leaves_out_are_refused():
     fields = talk()
     fields["messages"][2]["tool_calls"] = [{"name": "look"}]
-    with pytest.raises(CorpusError, match=r"messages\[2\], which is to have a loss, has tool_calls"):
+    with pytest.raises(CorpusError, match=r"messages\[2\] has tool_calls, which would be lost"):
         encoded(fields, tokenizer_with(TEMPLATES["as it is"]))
     assert sample_from(Record(location="here", fields=fields)).response == "Water."
     for last in ("", " \n"):

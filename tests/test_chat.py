@@ -141,7 +141,7 @@ def test_what_an_answer_says_beside_its_content_is_not_lost(name):
     with pytest.raises(
         CorpusError, match=f"here: the response has {name}, which would be lost: this template does not write"
     ):
-        encoded(talk("yes", **{name: ["x"]}), tokenizer_with(TEMPLATES["as it is"]))
+        encoded(talk("yes", **{name: [{"name": "x"}]}), tokenizer_with(TEMPLATES["as it is"]))
 
 
 @pytest.mark.parametrize("what", ["messages[9].content", "1 // 0", "messages + 1", "raise_exception('no')"])

@@ -111,8 +111,9 @@ def test_conversations_of_other_tools_are_those_of_messages(which):
     wanted = of(messages=turns)
     assert wanted[2] == {"last": "b", "all": "a\n\ntool: t\n\nassistant: b"}[which] and wanted[4] == {"n": 1}
     assert of(conversations=said) == of(conversations=turns) == wanted
-    assert of(conversations=said[1:], system="s") == of(conversations=said, system="not this one") == wanted
-    assert of(conversations=said, system="") == of(conversations=said, system=None) == wanted
+    assert of(conversations=said[1:], system="s") == of(messages=said) == of(conversations=said, system=None) == wanted
+    # One that is not asked for is a field like any other.
+    assert of(conversations=said, system="x") == (*wanted[:4], {"n": 1, "system": "x"})
     assert of(messages=json.dumps(turns)) == of(conversations=json.dumps(said)) == wanted
     assert of(messages=[turn | {"content": [{"type": "text", "text": turn["content"]}]} for turn in turns]) == wanted
     # What stands in the prompt has no loss, also where all turns have one.
@@ -121,9 +122,12 @@ def test_conversations_of_other_tools_are_those_of_messages(which):
     assert late[1:3] == ((), "b") and late[0] == of(messages=turns)[0] + wanted[1][:2]
     assert of(prompt=turns[:2], completion="b")[:3] == (of(messages=turns[:3])[0], (), "b")
     assert of(prompt="u", completion=turns[2:3]) == of(prompt="u", completion="a")
-    # Where there is a pair of texts, it counts as before.
+    # Where there is a text, or a pair of them, it counts as before.
     assert of(instruction="x", output="y", conversations=said)[2] == "y"
-    assert of(text="x", conversations=said)[:4] == wanted[:4]
+    assert of(text="x", conversations=said)[2:4] == ("x", None)
+    for nothing in ("", " ", None):
+        assert of(text="x", messages=nothing)[2] == of(text="x", conversations=nothing)[2] == "x"
+        assert of(conversations=said, messages=nothing)[:4] == wanted[:4]
 
 
 def test_calls_from_function_call():
@@ -170,9 +174,9 @@ def test_messages_end_at_the_last_answer():
         ({"messages": [{"role": "user", "content": "x"}]}, "no turn of the role assistant"),
         ({"messages": [{"role": "user"}]}, "list of objects with texts role and content"),
         ({"messages": "no JSON"}, "messages is a text that is no JSON: "),
-        ({"messages": '{"role": "user"}'}, 'role and content; messages is {"role": "user"}'),
-        ({"messages": [{"from": "human", "value": "x"}]}, r"texts role and content; messages\[0\] is"),
-        ({"conversations": [{"from": "human"}]}, r"a list of objects with texts from and value; conversations\[0\] is"),
+        ({"messages": '{"role": "user"}'}, 'from and value; messages is {"role": "user"}'),
+        ({"messages": [{"from": "human", "value": "x"}]}, "no turn of the role assistant.*found the roles user$"),
+        ({"conversations": [{"from": "human"}]}, r"from and value; conversations\[0\] is"),
         ({"conversations": [{"from": "human", "value": "x"}]}, "no turn of the role assistant.*found the roles user"),
         (
             {"conversations": [{"from": "function_call", "value": "f()"}]},

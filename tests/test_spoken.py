@@ -137,21 +137,19 @@ def test_what_an_answer_begins_with_may_depend_on_what_it_says():
     assert said_by(found, tokenizer) == found.response + "<|im_end|>"
     found, tokenizer = encoded([*talk[:1], turn("assistant", tool_calls=[call("add", a=1)])], "channels", "last")
     assert found.response == f" call\n{ADD}" and said_by(found, tokenizer) == found.response + "</s>"
-    # Where a call ends otherwise than an answer, its end is not known before the last: refused, never guessed.
     more = [
         turn("user", "a"),
         turn("assistant", tool_calls=[call("add", a=1)]),
         turn("tool", "2"),
         turn("assistant", "b"),
     ]
-    with pytest.raises(CorpusError, match=r"writes messages\[1\], an answer before the last one, otherwise than it is"):
-        encoded(more, "channels")
+    assert said_by(*encoded(more, "channels")) == f" call\n{ADD}</s>b<|im_end|>"
     assert said_by(*encoded(more, "channels", "last")) == "b<|im_end|>"
 
 
 def test_what_the_template_leaves_out_is_lost():
     quiet = TEMPLATES["calls"].replace("tool_calls", "calls")
-    with pytest.raises(CorpusError, match=r"messages\[2\], which is to have a loss, has tool_calls, which would be"):
+    with pytest.raises(CorpusError, match=r"messages\[2\] has tool_calls, which would be"):
         encoded(AGENT, quiet)
     with pytest.raises(CorpusError, match="here: the response has reasoning_content, which would be lost"):
         encoded([turn("user", "a"), turn("assistant", "b", reasoning_content="c")], "calls", "last")
@@ -170,12 +168,19 @@ def test_a_template_that_writes_the_past_otherwise_is_refused():
     )
     two = [*AGENT[:2], turn("assistant", tool_calls=[call("add", a=1), call("add", a=1)]), *AGENT[3:5]]
     assert said_by(*encoded(two, short)).startswith("<call>add</call>")
-    forgetful = (
-        PLAIN.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ messages | length }}{% endif %}")
-        + ASKING
-    )
-    with pytest.raises(CorpusError, match=r"writes messages\[2\], an answer before the last one, otherwise"):
-        encoded(AGENT[:5], forgetful)
+    # What follows an answer stands in it, too, and it is not the same before others: as many letters as turns.
+    growing = PLAIN.replace("{{ m.content }}", "{{ 'x' * (messages | length) }}{{ m.content }}" + CALLED) + ASKING
+    follows = "<|im_end|>\n<|im_start|>tool\nxxxxxxx2<|im_end|>\n<|im_start|>assistant\nxxxxxxx"
+    for content, refused in (("Let me see.", False), (follows, True)):
+        talk = [*AGENT[:2], turn("assistant", content, tool_calls=[call("add", a=1)]), *AGENT[3:6], AGENT[9]]
+        if refused:
+            with pytest.raises(CorpusError, match=r"writes messages\[2\], an answer before the last one, otherwise"):
+                encoded(talk, growing)
+        else:
+            assert (
+                said_by(*encoded(talk, growing))
+                == f"Let me see.\n<call>{ADD}</call><|im_end|>Two.<|im_end|>Two, twice.<|im_end|>"
+            )
 
 
 def test_turns_that_call_and_have_no_loss():
@@ -214,3 +219,77 @@ def test_calls_are_stored_asked_and_found(tmp_path, turns):
     found = {r.sample_id: r for r in asked.results}
     assert found["calls"].response == stored.response
     assert "".join(token.text for token in found["calls"].tokens).count("add") == (3 if turns == "all" else 2)
+
+
+@pytest.mark.parametrize(
+    ("template", "answer", "lost"),
+    [
+        (
+            "{% if m.tool_calls %}" + CALLED + "{% else %}{{ m.content }}{% endif %}",
+            turn("assistant", "b", tool_calls=[call("add", a=1)]),
+            "content",
+        ),
+        (
+            CALLED.replace("m.tool_calls or []", "(m.tool_calls or [])[:1]") + "{{ m.content }}",
+            turn("assistant", tool_calls=[call("add", a=1), call("add", a=2)]),
+            "tool_calls",
+        ),
+    ],
+)
+def test_nothing_that_an_answer_says_is_lost(template, answer, lost):
+    whole = PLAIN.replace("{{ m.content }}", template) + ASKING
+    for which, more in (("last", []), ("all", [turn("tool", "1"), turn("assistant", "c")])):
+        with pytest.raises(CorpusError, match=f"has {lost}, which would be lost"):
+            encoded([turn("user", "a"), answer, *more], whole, which)
+        # A template that does not know the marks' names tells nothing of them: the words are looked for.
+        knowing = (
+            "{% if m.tool_calls and m.tool_calls[0].function.name != 'add' %}{{ raise_exception('x') }}{% endif %}"
+        )
+        with pytest.raises(CorpusError, match=f"has {lost}, which would be lost"):
+            encoded([turn("user", "a"), answer, *more], whole.replace(LOOP, LOOP + knowing), which)
+
+
+def test_what_is_no_call_is_refused():
+    with pytest.raises(CorpusError, match=r'in messages\[1\] a call of a tool is "add"; wanted an object with a name'):
+        encoded([turn("user", "a"), turn("assistant", tool_calls=["add"])], "calls", "last")
+
+
+def test_one_thought_under_two_names():
+    talk = [turn("user", "a"), turn("assistant", "b", reasoning="c", reasoning_content="c")]
+    found, tokenizer = encoded(talk, "begun")
+    assert said_by(found, tokenizer) == "<think>\nc\n</think>\n\nb<|im_end|>"
+    blank = [turn("user", "a"), turn("assistant", "b", reasoning_content="\n")]
+    sample = sample_from(Record(location="here", fields={"messages": blank}))
+    assert sample == sample_from(Record(location="here", fields={"messages": blank})) and not sample.turns
+
+
+@pytest.mark.parametrize("which", ["last", "all"])
+def test_turns_behind_the_last_answer_count_as_the_template_has_it(which):
+    """A thought that is left out where a user's turn follows has no loss; where it is written, it has."""
+    talk = [turn("user", "a"), turn("assistant", "b", reasoning_content="c"), turn("user", "d")]
+    with pytest.raises(CorpusError, match="the response has reasoning_content, which would be lost"):
+        encoded(talk, "thoughts", which)
+    found, tokenizer = encoded([*talk[:2], turn("tool", "d")], "thoughts", which)
+    assert said_by(found, tokenizer) == "<think>\nc\n</think>\n\nb<|im_end|>"
+    plain = [turn("user", "a"), turn("assistant", "b"), turn("user", "d")]
+    found, tokenizer = encoded(plain, "thoughts", which)
+    assert tokenizer.decode(found.input_ids) == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>"
+    if which == "all":
+        ended = [*plain, turn("assistant", "e", weight=0)]
+        assert encoded(ended, "thoughts", which)[0].input_ids == found.input_ids
+
+
+def test_results_of_tools_that_know_what_was_called():
+    """Templates that refuse results which nothing called for, or name them after the call."""
+    knowing = (
+        "{% set ns = namespace(name='') %}" + LOOP + "{% if m.tool_calls %}{% set ns.name = m.tool_calls[0].function.name %}{% endif %}"
+        "{% if m.role == 'tool' and not ns.name %}{{ raise_exception('nothing was called') }}{% endif %}" + START + " {{ ns.name if m.role == 'tool' }}\n"
+        "{{ m.content }}" + CALLED + "<|im_end|>\n{% if m.role == 'tool' %}{% set ns.name = '' %}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant \n{% endif %}"
+    )  # fmt: skip
+    found, tokenizer = encoded([*AGENT[:8], turn("assistant", "Two, twice.")], knowing)
+    calls = f"\n<call>{ADD}</call>"
+    assert (
+        said_by(found, tokenizer)
+        == f"{calls}<|im_end|>Two.<|im_end|>Let me see.{calls}{calls}<|im_end|>Two, twice.<|im_end|>"
+    )

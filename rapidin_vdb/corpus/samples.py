@@ -56,14 +56,15 @@ def sample_from(
         CorpusError: the record has none of the known shapes, an empty response, or a value of the wrong kind.
     """
     fields, location, text = record.fields, record.location, _unicode_of(record)
-    messages, said, used = conversation_of(fields, location, turns)
+    conversation = conversation_of(fields, location, turns)
+    messages, said = conversation.before, conversation.response
     response, _ = joined(said)
     if not said[-1].content.strip() and not said_beside(said[-1]):
         raise CorpusError(f"{location}: the response is empty; there is nothing to take a gradient of")
     split = split if split is not None else text_field(fields, "split", location) or "train"
     source = source if source is not None else text_field(fields, "source", location)
     sample_id = _sample_id(record, id_field, text)
-    metadata = _metadata(fields, used | {id_field, "id", "split", "source"}, location)
+    metadata = _metadata(fields, {*conversation.used} | {id_field, "id", "split", "source"}, location)
     return Sample(
         sample_id=sample_id,
         prompt=_prompt_text(messages),
@@ -73,6 +74,7 @@ def sample_from(
         metadata=metadata,
         messages=messages,
         turns=said if len(said) > 1 or said_beside(said[-1]) else (),
+        behind=conversation.behind,
         fields=fields,
         content_hash=hash_of(text, split, source),
         location=location,

@@ -3,9 +3,10 @@
 import difflib
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from rapidin_vdb.corpus.turns import is_trained
+from rapidin_vdb.corpus.turns import is_trained, said_beside
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import Message, Turns
 
@@ -13,62 +14,81 @@ RESPONSES = ("output", "response", "completion", "generation")
 """Names of a response; the first that is there counts."""
 PROMPTS = ("instruction", "prompt")
 """Names of a prompt."""
-SAYERS: Mapping[str, str] = {
-    "human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
-    "observation": "tool", "function_response": "tool",
-}  # fmt: skip
-"""What some data call roles, and the names that chat templates know; any other name is a role as it stands."""
+TURNS = ("messages", "conversations")
+"""Names of a list of turns."""
+# What some data call roles, and the names that chat templates know; any other name is a role as it stands.
+_SAYERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "ai": "assistant"}
+_FROM = _SAYERS | {"model": "assistant", "observation": "tool", "function_response": "tool"}
 _CALL = "function_call"
 _SHAPES = "instruction/input/output, prompt/response (or completion), messages, conversations, or text"
-_KNOWN = frozenset((*PROMPTS, *RESPONSES, "input", "messages", "conversations", "text"))
+_KNOWN = frozenset((*PROMPTS, *RESPONSES, *TURNS, "input", "text"))
 # How like a name that is known another has to be to be taken for it, misspelt.
 _NEAR = 0.75
-_WANTED = {
-    "messages": "a list of objects with texts role and content",
-    "conversations": "a list of objects with texts from and value",
-}
-_TEXT_OR_TURNS = f"a text, or {_WANTED['messages']}"
+_WANTED = "a list of objects with texts role and content, or from and value"
 _Said = tuple[Message, ...]
 
 
-def conversation_of(fields: Mapping[str, Any], location: str, which: Turns) -> tuple[_Said, _Said, set[str]]:
-    """Return the turns before the response, those of the response, and the names of the fields they came from.
+@dataclass(frozen=True)
+class Conversation:
+    """What a record says, turn by turn."""
+
+    before: _Said
+    """The turns before the response."""
+    response: _Said
+    """Those of the response."""
+    behind: _Said
+    """Those behind it."""
+    used: frozenset[str]
+    """The names of the fields that they came from."""
+
+
+def conversation_of(fields: Mapping[str, Any], location: str, which: Turns) -> Conversation:
+    """Return the turns of a record, of which the assistant's last one is the response, or all from the first of them.
 
     Raises:
         CorpusError: the record has none of the known shapes, or a value of the wrong kind.
     """
     check_shape(fields, location)
-    name = next((name for name in _WANTED if fields.get(name) is not None), None)
-    response_name = next((name for name in RESPONSES if fields.get(name) is not None), None)
-    prompt_name = next((name for name in PROMPTS if fields.get(name) is not None), None)
-    if name == "messages" or (name and not (response_name and prompt_name)):
-        turns, used = _listed(fields[name], name, location), {name}
-        if name == "conversations" and isinstance(fields.get("system"), str):
-            used.add("system")
-            if fields["system"] and turns[:1] and turns[0].role != "system":
-                turns = (Message(role="system", content=fields["system"]), *turns)
-        return *_parted(turns, name, location, which), used
-    if response_name and prompt_name:
-        used = {prompt_name, response_name, "input"} if prompt_name == "instruction" else {prompt_name, response_name}
-        if isinstance(fields[prompt_name], list) or isinstance(fields[response_name], list):
-            asked = _either(fields, prompt_name, "user", location)
-            said = _either(fields, response_name, "assistant", location)
-            before, said = _parted(said, response_name, location, which)
-            return (*asked, *before), said, used
-        prompt = text_field(fields, prompt_name, location) or ""
-        context = text_field(fields, "input", location) if prompt_name == "instruction" else None
-        if context:
-            prompt = f"{prompt}\n{context}"
-        response = text_field(fields, response_name, location) or ""
-        return (Message(role="user", content=prompt),), (Message(role="assistant", content=response),), used
-    text = text_field(fields, "text", location) or ""
-    return (), (Message(role="assistant", content=text),), {"text"}
+    names = _pair(fields)
+    if not _is_there(fields, "messages") and names:
+        prompt, response = names
+        used = frozenset((prompt, response, "input") if prompt == "instruction" else (prompt, response))
+        asked, said = _asked(fields, prompt, location), _said(fields, response, location)
+        if not is_conversation(fields):
+            return Conversation(asked, said, (), used)
+        before, said, behind = _parted(said, response, location, which)
+        return Conversation((*asked, *before), said, behind, used)
+    if not is_conversation(fields):
+        return Conversation((), _said(fields, "text", location), (), frozenset({"text"}))
+    name, turns = next(name for name in TURNS if _is_there(fields, name)), turns_of(fields, location)
+    system = {"system"} if turns and turns[0].place == "system" else set()
+    return Conversation(*_parted(turns, name, location, which), frozenset({name, *system}))
 
 
 def is_conversation(fields: Mapping[str, Any]) -> bool:
     """Say whether a record gives its turns as such, rather than as texts."""
-    lists = any(isinstance(fields.get(name), list) for name in (*PROMPTS, *RESPONSES))
-    return lists or any(fields.get(name) is not None for name in _WANTED)
+    names = _pair(fields)
+    if _is_there(fields, "messages"):
+        return True
+    if names:
+        return any(isinstance(fields[name], list) for name in names)
+    return fields.get("text") is None and _is_there(fields, "conversations")
+
+
+def turns_of(fields: Mapping[str, Any], location: str) -> _Said:
+    """Return all turns of a record that lists them as `messages` or `conversations`; of any other, none.
+
+    Raises:
+        CorpusError: they are no turns.
+    """
+    name = next((name for name in TURNS if _is_there(fields, name)), None)
+    if name is None or not is_conversation(fields):
+        return ()
+    turns = _listed(fields[name], name, location)
+    if name == "conversations" and turns and turns[0].role != "system":
+        system = text_field(fields, "system", location)
+        turns = (Message(role="system", content=system, place="system"), *turns) if system else turns
+    return turns
 
 
 def check_shape(fields: Mapping[str, Any], location: str, *, wanted: str = _SHAPES) -> None:
@@ -77,9 +97,9 @@ def check_shape(fields: Mapping[str, Any], location: str, *, wanted: str = _SHAP
     Raises:
         CorpusError: it has none.
     """
-    there = {name for name, value in fields.items() if value is not None}
-    if there & {*_WANTED, "text"} or (there & set(PROMPTS) and there & set(RESPONSES)):
+    if _pair(fields) or fields.get("text") is not None or any(_is_there(fields, name) for name in TURNS):
         return
+    there = {name for name, value in fields.items() if value is not None}
     found = [f"{name} (null)" if name in _KNOWN - there else str(name) for name in fields]
     near = ((name, difflib.get_close_matches(str(name).lower(), sorted(_KNOWN - there), 1, _NEAR)) for name in fields)
     meant = [f"; is {name} meant to be {known[0]}?" for name, known in near if known and name not in _KNOWN]
@@ -98,47 +118,81 @@ def text_field(fields: Mapping[str, Any], name: str, location: str) -> str | Non
     raise CorpusError(f"{location}: {name} is {json.dumps(value, default=str)[:60]}; wanted a text")
 
 
-def _either(fields: Mapping[str, Any], name: str, role: str, location: str) -> _Said:
-    """Return the turns of a field that is a list of them, or one text."""
+def _is_there(fields: Mapping[str, Any], name: str) -> bool:
+    """Say whether a record has a list of turns under a name; CSV has empty texts where there is none."""
+    value = fields.get(name)
+    return value is not None and not (isinstance(value, str) and not value.strip())
+
+
+def _pair(fields: Mapping[str, Any]) -> tuple[str, str] | None:
+    """Return the names of a record's prompt and response, if it has both."""
+    prompt = next((name for name in PROMPTS if fields.get(name) is not None), None)
+    response = next((name for name in RESPONSES if fields.get(name) is not None), None)
+    return (prompt, response) if prompt and response else None
+
+
+def _asked(fields: Mapping[str, Any], name: str, location: str) -> _Said:
+    """Return the turns of a prompt: a list of them, or one of the user's."""
+    context = text_field(fields, "input", location) if name == "instruction" else None
+    if isinstance(fields[name], list):
+        if context:
+            raise CorpusError(f"{location}: instruction is a list of turns, and input a text; wanted one of both")
+        return _listed(fields[name], name, location)
+    text = text_field(fields, name, location) or ""
+    return (Message(role="user", content=f"{text}\n{context}" if context else text),)
+
+
+def _said(fields: Mapping[str, Any], name: str, location: str) -> _Said:
+    """Return the turns of a response: a list of them, or one of the assistant's."""
     if isinstance(fields[name], list):
         return _listed(fields[name], name, location)
-    return (Message(role=role, content=text_field(fields, name, location) or ""),)
+    return (Message(role="assistant", content=text_field(fields, name, location) or ""),)
 
 
 def _listed(value: Any, name: str, location: str) -> _Said:
     """Return the turns that a field lists; a text, as in CSV, is JSON of that."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError) as error:
-            raise CorpusError(f"{location}: {name} is a text that is no JSON: {error}") from error
+        value = _parsed(value, name, location)
     if not isinstance(value, list):
-        found = json.dumps(value, ensure_ascii=False, default=str)[:80]
-        raise CorpusError(f"{location}: {name} must be {_WANTED.get(name, _TEXT_OR_TURNS)}; {name} is {found}")
+        raise _no_turns(value, name, name, location)
     return tuple(_turn(turn, f"{name}[{place}]", name, location) for place, turn in enumerate(value))
 
 
+def _parsed(text: str, name: str, location: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CorpusError(f"{location}: {name} is a text that is no JSON: {error}") from error
+
+
+def _no_turns(value: Any, where: str, name: str, location: str) -> CorpusError:
+    wanted = _WANTED if name in TURNS else f"a text, or {_WANTED}"
+    found = json.dumps(value, ensure_ascii=False, default=str)[:80]
+    return CorpusError(f"{location}: {name} must be {wanted}; {where} is {found}")
+
+
 def _turn(turn: Any, where: str, name: str, location: str) -> Message:
-    wrong = CorpusError(
-        f"{location}: {name} must be {_WANTED.get(name, _TEXT_OR_TURNS)}; {where} is "
-        f"{json.dumps(turn, ensure_ascii=False, default=str)[:80]}"
-    )
-    if not isinstance(turn, dict):
-        raise wrong
-    said_by, said = ("from", "value") if name == "conversations" and turn.get("role") is None else ("role", "content")
-    role, content = turn.get(said_by), turn.get(said)
+    keys = ("role", "content")
+    if isinstance(turn, dict) and turn.get("role") is None and turn.get("from") is not None:
+        keys = ("from", "value")
+    role = turn.get(keys[0]) if isinstance(turn, dict) else None
     if not isinstance(role, str):
-        raise wrong
-    more = {key: value for key, value in turn.items() if key not in (said_by, said) and value is not None}
-    if said_by == "from" and role == _CALL:
-        return Message(role="assistant", content="", more=more | {"tool_calls": _calls(content, where, location)})
+        raise _no_turns(turn, where, name, location)
+    content = turn.get(keys[1])
+    more = {key: value for key, value in turn.items() if key not in keys and value is not None}
+    if isinstance(more.get("tool_calls"), str):
+        more["tool_calls"] = _parsed(more["tool_calls"], f"tool_calls of {where}", location)
+    if keys[0] == "from" and role == _CALL and "tool_calls" not in more:
+        more["tool_calls"] = _calls(content, where, location)
+        return Message(role="assistant", content="", more=more, place=where)
     if isinstance(content, list):
         content = _only_text(content, where, location)
-    if content is None and (more.get("tool_calls") or more.get("function_call")):
-        content = ""  # a turn that only calls tools
-    if not isinstance(content, str):
-        raise wrong
-    return Message(role=SAYERS.get(role, role) if said_by == "from" else role, content=content, more=more)
+    known = _FROM if keys[0] == "from" else _SAYERS
+    said = content if isinstance(content, str) else ""
+    found = Message(role=known.get(role.lower(), role), content=said, more=more, place=where)
+    if not isinstance(content, str) and not (content is None and said_beside(found)):
+        raise _no_turns(turn, where, name, location)
+    return found
 
 
 def _only_text(parts: list[Any], where: str, location: str) -> str:
@@ -159,15 +213,16 @@ def _calls(value: Any, where: str, location: str) -> list[dict[str, Any]]:
         found = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError):
         found = None
-    calls = found if isinstance(found, list) else [found]
-    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+    listed = found if isinstance(found, list) else [found]
+    calls = [call.get("function", call) if isinstance(call, dict) else None for call in listed]
+    if not calls or not all(isinstance(call, dict) and {"name", "arguments"} <= set(call) for call in calls):
         said = json.dumps(value, ensure_ascii=False, default=str)[:80]
         raise CorpusError(f"{location}: {where} is from {_CALL}, with {said}; wanted JSON with name and arguments")
     return [{"type": "function", "function": call} for call in calls]
 
 
-def _parted(turns: _Said, name: str, location: str, which: Turns) -> tuple[_Said, _Said]:
-    """Return the turns before the response, and those of the response."""
+def _parted(turns: _Said, name: str, location: str, which: Turns) -> tuple[_Said, _Said, _Said]:
+    """Return the turns before the response, those of the response, and those behind it."""
     answers = [place for place, turn in enumerate(turns) if turn.role == "assistant"]
     if not answers:
         roles = ", ".join(dict.fromkeys(turn.role for turn in turns)) or "none"
@@ -177,8 +232,9 @@ def _parted(turns: _Said, name: str, location: str, which: Turns) -> tuple[_Said
         )
     for place in answers if which == "all" else ():
         if (weight := turns[place].more.get("weight", 1)) not in (0, 1):
-            raise CorpusError(f"{location}: {name}[{place}] has the weight {weight!r}; wanted 0 or 1")
+            raise CorpusError(f"{location}: {turns[place].place} has the weight {weight!r}; wanted 0 or 1")
     answers = [place for place in answers if is_trained(turns[place])] if which == "all" else answers[-1:]
     if not answers:
         raise CorpusError(f"{location}: all of the assistant's turns have weight 0, so that none is to have a loss")
-    return turns[: answers[0]], turns[answers[0] : answers[-1] + 1]
+    first, end = answers[0], answers[-1] + 1
+    return turns[:first], turns[first:end], turns[end:]

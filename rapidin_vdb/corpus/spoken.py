@@ -1,138 +1,256 @@
-"""What a chat template writes of an answer that says more than its content: calls of tools, and thoughts."""
+"""Answers that say more than their contents, calls of tools and thoughts, as a chat template writes them.
 
-from collections.abc import Sequence
+Such an answer is all that the template writes in its place: between what it writes before and behind a plain answer
+there, or, where that differs, from where the model is asked for it.
+"""
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
+from rapidin_vdb.corpus.marks import Stands, end_length, find_marked, marked, named, otherwise
 from rapidin_vdb.corpus.template import THOUGHT, Template
-from rapidin_vdb.corpus.turns import THOUGHTS, said_beside
-from rapidin_vdb.corpus.written import Written, mark_unlike
-from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.corpus.turns import THOUGHTS, joined, said_beside
+from rapidin_vdb.corpus.written import Answer, Written, mark_unlike
+from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.records import Message, Sample
+
+_Turns = tuple[Message, ...]
+
+
+def write_spoken(template: Template, sample: Sample, numbers: Sequence[int], behind: Sequence[Message]) -> Written:
+    """Return a conversation with some answers, by their number in the response, as it is written before other turns.
+
+    Raises:
+        CorpusError: something that an answer says is not written, or an answer not where it is known to stand.
+    """
+    first, turns = len(sample.messages), (*sample.messages, *sample.turns, *behind)
+    places = [first + number for number in numbers]
+    if not template.whole:
+        number = next(number for number in places if said_beside(turns[number]))
+        raise _lost(sample, number, said_beside(turns[number])[0])
+    mark = mark_unlike(turns)
+    instead, told = _with_marks(sample, turns, places, mark)
+    talk = _Talk(template, sample, turns, places, template.chat(sample, turns), mark)
+    try:
+        text = talk.write(instead)
+    except CorpusError:
+        text = None  # it knows calls by their names, or wants them to be known
+    if text is not None:
+        for number, name, new, _ in told:
+            if new not in text and json.dumps(new)[1:-1] not in text:
+                raise _lost(sample, number, name)
+    written, stands = _placed(talk)
+    start, stop = written.start, written.start + len(written.response)
+    end = written.text[stop:]
+    stands = [*stands, (start, stop, end)]
+    if text is None:
+        for (number, name, part), times in Counter((number, name, part) for number, name, _, part in told).items():
+            begin, close, _ = stands[places.index(number)]
+            if len(re.findall(rf"(?<!\w){re.escape(part)}(?!\w)", talk.text[begin:close])) < times:
+                raise _lost(sample, number, name)
+    said = list(sample.turns)
+    for number, (begin, close, _) in zip(numbers, stands, strict=True):
+        if said_beside(said[number]):
+            said[number] = replace(said[number], content=talk.text[begin:close])
+    response, begins = joined(said)
+    earlier = [
+        Answer(
+            begin,
+            close,
+            close + end_length(template, follows, end),
+            begins[number] + said[number].content.rindex(talk.text[begin:close]),
+        )
+        for number, (begin, close, follows) in zip(numbers[:-1], stands, strict=False)
+    ]
+    left_out = begins[numbers[-1]] + written.left_out
+    return replace(written, left_out=left_out, earlier=tuple(earlier), said=response)
 
 
 @dataclass(frozen=True)
-class Conversation:
-    """All turns of a sample, as its chat template writes them."""
+class _Talk:
+    """All turns of a sample, and what a template writes of them."""
 
+    template: Template
     sample: Sample
-    """What they are of."""
-    turns: tuple[Message, ...]
-    """Those before the response, and those of it, without thoughts that the template leaves out."""
+    turns: _Turns
+    answers: Sequence[int]
+    """Which of them are to have a loss, by their number."""
     text: str
-    """All of it."""
+    mark: str
+    """A text that is in none of them."""
+
+    def write(self, turns: Sequence[Message]) -> str:
+        return self.template.chat(self.sample, turns)
+
+    def asked(self, turns: Sequence[Message]) -> str:
+        """Return what is written when the model is asked for an answer to some turns."""
+        text = self.template.chat(self.sample, turns, asking=True)
+        # The thought is a part of the answer, though its beginning is given.
+        return text[: text.rindex(THOUGHT)] if text.rstrip().endswith(THOUGHT) else text
+
+    def ending(self, text: str) -> str:
+        """Return the marker that a text ends with, and the space behind it; nothing where it ends with none."""
+        markers = [marker for marker in self.template.markers if text.rstrip().endswith(marker)]
+        return text[text.rindex(max(markers, key=len)) :] if markers else ""
 
 
-def conversation(template: Template, sample: Sample, answers: Sequence[int]) -> Conversation:
-    """Return the turns of a sample, of which some answers, by their number among all, say more than their contents.
-
-    Raises:
-        CorpusError: that would be lost: the template does not write it, or is none that writes answers.
-    """
-    turns = (*sample.messages, *sample.turns)
-    if not template.whole:
-        raise _lost(sample, answers[0], turns, said_beside(turns[answers[0]])[0])
-    text = template.chat(sample, turns)
-    for number in range(len(turns) - 1):
-        # Many templates leave out the thoughts of earlier answers, as the model will not see them either.
-        if any(name in turns[number].more for name in THOUGHTS):
-            without = _without(turns, number, THOUGHTS)
-            turns = without if template.chat(sample, without) == text else turns
-    for number in answers:
-        for name in said_beside(turns[number]):
-            there = turns[: number + 1]
-            if template.chat(sample, there) == template.chat(sample, _without(there, number, (name,))):
-                raise _lost(sample, number, turns, name)
-    return Conversation(sample, turns, text)
-
-
-def _without(turns: tuple[Message, ...], number: int, names: Sequence[str]) -> tuple[Message, ...]:
-    more = {name: value for name, value in turns[number].more.items() if name not in names}
-    return (*turns[:number], replace(turns[number], more=more), *turns[number + 1 :])
-
-
-def _lost(sample: Sample, number: int, turns: Sequence[Message], name: str) -> CorpusError:
-    named = "the response" if number == len(turns) - 1 else f"messages[{number}], which is to have a loss,"
-    return CorpusError(
-        f"{sample.location}: {named} has {name}, which would be lost: this template does not write it; "
+def _placed(talk: _Talk) -> tuple[Written, list[Stands]]:
+    """Return the text up to the last answer's end, and where the answers before it stand."""
+    *earlier, last = talk.answers
+    ways = 0
+    for written, before in _last_answer(talk, last):
+        ways += 1
+        try:
+            other = before(marked(talk.turns, earlier, talk.mark))
+        except CorpusError:
+            continue
+        stands = find_marked(
+            written.text[: written.start], other, talk.mark, [talk.turns[number] for number in earlier]
+        )
+        if not isinstance(stands, int):
+            return written, stands
+    # Some write what is between answers by what was called, or refuse results of tools that nothing called.
+    for written, _ in _last_answer(talk, last):
+        turns = _without_unseen_thoughts(talk)
+        return written, [_by_what_is_before(talk, turns, number) for number in earlier]
+    raise CorpusError(
+        f"{talk.sample.location}: the chat template writes the response otherwise than an answer to what is before it; "
         "write all that the model is to say into its content, as the model would write it"
     )
 
 
-def written_last(template: Template, talk: Conversation) -> Written:
-    """Return a conversation whose last answer says more than its content.
+def _last_answer(talk: _Talk, last: int) -> Iterator[tuple[Written, Callable[[_Turns], str]]]:
+    """Yield the text up to the last answer's end, in each way that it is found, and what gives what is before it."""
+    answer, behind, text = talk.turns[last], talk.turns[last + 1 :], talk.text
+    if not said_beside(answer):
 
-    Raises:
-        CorpusError: the template writes it otherwise than an answer to what is before.
-    """
-    start = _start(template, talk, len(talk.turns) - 1)
-    end = _end(template, talk, start)
-    response = talk.text[start : len(talk.text) - len(end)]
+        def plainly(turns: _Turns) -> Written:
+            messages = turns[:last]
+            sample = replace(talk.sample, messages=messages, prompt="", response=answer.content, turns=())
+            return talk.template.write(sample, behind)
+
+        def before_it(turns: _Turns) -> str:
+            written = plainly(turns)
+            return written.text[: written.start]
+
+        if text.startswith((written := plainly(talk.turns)).text):
+            yield written, before_it
+        return
+
+    def parts(turns: _Turns) -> tuple[str, str]:
+        mark = f"{talk.mark}{talk.mark}"
+        before, _, after = talk.write((*turns[:last], replace(answer, content=mark, more={}), *behind)).rpartition(mark)
+        return before, after
+
+    try:
+        before, after = parts(talk.turns)
+    except CorpusError:
+        before, after = "", ""
+    if before and text.startswith(before) and text.endswith(after, len(before)):
+        yield _up_to(talk, len(before), after), lambda turns: parts(turns)[0]
+    asked = talk.asked(talk.turns[:last]) if last else ""
+    if text.startswith(asked):
+        if not (before and text.endswith(after, len(asked))):
+            after = "" if behind else talk.ending(text[len(asked) :])
+        if after or not behind:
+            yield _up_to(talk, len(asked), after), lambda turns: talk.asked(turns[:last])
+
+
+def _up_to(talk: _Talk, start: int, after: str) -> Written:
+    response = talk.text[start : len(talk.text) - len(after)]
     if not response.strip():
         raise CorpusError(f"{talk.sample.location}: the response is empty; there is nothing to take a gradient of")
-    end = end[: template.marker(end)[1]]
+    end = after[: talk.template.marker(after)[1]]
     return Written(talk.text[:start] + response + end, start, response, special=False, ended=bool(end))
 
 
-def _end(template: Template, talk: Conversation, start: int) -> str:
-    """Return what the template writes behind its last answer."""
-    mark = mark_unlike(talk.turns)
-    plain = template.chat(talk.sample, (*talk.turns[:-1], Message(role="assistant", content=mark)))
-    after = plain.rpartition(mark)[2]
-    if talk.text.endswith(after, start):
-        return after
-    # Calls of tools may end otherwise, with another marker.
-    behind = talk.text[start:]
-    ending = [marker for marker in template.markers if behind.rstrip().endswith(marker)]
-    return behind[behind.rindex(max(ending, key=len)) :] if ending else ""
+def _by_what_is_before(talk: _Talk, turns: _Turns, number: int) -> Stands:
+    """Return where an answer stands, from where the model is asked for it to the marker that ends it."""
+    asked, there = talk.asked(turns[:number]) if number else "", talk.write(turns[: number + 1])
+    said, plain = there[len(asked) :], turns[number].content.strip()
+    end = talk.ending(said)
+    if not there.startswith(asked) or not talk.text.startswith(there) or not end:
+        raise otherwise(talk.sample, number)
+    start, stop = len(asked), len(there) - len(end)
+    if not said_beside(turns[number]):
+        inside = talk.text[start:stop].rstrip()
+        if not inside.endswith(plain):
+            raise otherwise(talk.sample, number)
+        start, stop = start + len(inside) - len(plain), start + len(inside)
+    return start, stop, talk.text[stop : len(there)]
 
 
-def written_earlier(template: Template, talk: Conversation, number: int) -> tuple[int, int, str]:
-    """Return where an answer before the last stands, which says more than its content, and what follows it.
+def _without_unseen_thoughts(talk: _Talk) -> _Turns:
+    """Return the turns without thoughts that the template leaves out, which it may write where nothing follows them."""
+    turns = talk.turns
+    for number in range(len(turns) - 1):
+        if any(name in turns[number].more for name in THOUGHTS):
+            more = {name: value for name, value in turns[number].more.items() if name not in THOUGHTS}
+            without = (*turns[:number], replace(turns[number], more=more), *turns[number + 1 :])
+            turns = without if talk.write(without) == talk.text else turns
+    return turns
 
-    It begins where the model is asked for it, and ends where the template writes the same behind it as behind a plain
-    answer.
+
+_Told = list[tuple[int, str, str, str]]
+"""Of each thing that an answer says: the answer's number, what it is, the mark in its place, and its text."""
+
+
+def _with_marks(sample: Sample, turns: _Turns, answers: Sequence[int], mark: str) -> tuple[_Turns, _Told]:
+    """Return turns with a mark in the place of each thing that answers say, but thoughts of earlier ones.
 
     Raises:
-        CorpusError: the template writes it otherwise than an answer to what is before.
+        CorpusError: a call of a tool has no name.
     """
-    start = _start(template, talk, number)
-    mark = mark_unlike(talk.turns)
-    before, after = talk.turns[:number], replace(talk.turns[number + 1], content=mark)
-    answered = template.chat(talk.sample, (*before, talk.turns[number], after)).partition(mark)[0]
-    plain = template.chat(talk.sample, (*before, Message(role="assistant", content=f"{mark}{mark}"), after))
-    _, found, follows = plain.partition(f"{mark}{mark}")
-    follows = follows.partition(mark)[0]
-    stop = len(answered) - len(follows)
-    if not found or stop < start or not answered.endswith(follows) or not talk.text.startswith(answered):
-        raise otherwise(talk.sample, number)
-    return start, stop, follows
+    changed, told = list(turns), _Told()
+    for number in answers:
+        turn, beside = turns[number], said_beside(turns[number])
+        if not beside:
+            continue
+
+        def instead(name: str, said: str, number: int = number) -> str:
+            told.append((number, name, f"{mark}{len(told)}{mark}", said.strip()))
+            return told[-1][2]
+
+        content = instead("content", turn.content) if turn.content.strip() else turn.content
+        more = dict(turn.more)
+        if number == answers[-1]:
+            thoughts = {str(more[name]): name for name in beside if name in THOUGHTS}
+            for said, name in thoughts.items():  # one thought may stand under several names
+                new = instead(name, said)
+                more |= {other: new for other in THOUGHTS if str(more.get(other)) == said}
+        try:
+            if "tool_calls" in beside:
+                calls = more["tool_calls"] if isinstance(more["tool_calls"], list) else [more["tool_calls"]]
+                more["tool_calls"] = [_renamed(call, partial(instead, "tool_calls")) for call in calls]
+            if "function_call" in beside:
+                more["function_call"] = _renamed(more["function_call"], partial(instead, "function_call"))
+        except SpecError as error:
+            raise CorpusError(f"{sample.location}: in {named(sample, number)} {error}") from None
+        changed[number] = replace(turn, content=content, more=more)
+    return tuple(changed), told
 
 
-def asked(template: Template, sample: Sample, turns: Sequence[Message]) -> str:
-    """Return what the template writes when the model is asked for an answer, which begins behind it.
+def _renamed(call: Any, rename: Callable[[str], str]) -> Any:
+    """Return the call of a tool with another name.
 
     Raises:
-        CorpusError: the template refuses these turns.
+        SpecError: it has none.
     """
-    text = template.chat(sample, turns, asking=True)
-    # The thought is a part of the answer, though its beginning is given.
-    return text[: text.rindex(THOUGHT)] if text.rstrip().endswith(THOUGHT) else text
+    if isinstance(call, dict) and isinstance(call.get("function"), dict):
+        return call | {"function": _renamed(call["function"], rename)}
+    if isinstance(call, dict) and isinstance(call.get("name"), str):
+        return call | {"name": rename(call["name"])}
+    raise SpecError(f"a call of a tool is {json.dumps(call, default=str)[:60]}; wanted an object with a name")
 
 
-def _start(template: Template, talk: Conversation, number: int) -> int:
-    before = asked(template, talk.sample, talk.turns[:number])
-    if not talk.text.startswith(before):
-        raise otherwise(talk.sample, number)
-    return len(before)
-
-
-def otherwise(sample: Sample, number: int) -> CorpusError:
-    """Return the error of an answer, by its number among all turns, that the template writes in a way of its own."""
-    before = number < len(sample.messages) + len(sample.turns) - 1
+def _lost(sample: Sample, number: int, name: str) -> CorpusError:
+    of = "the response" if number == len(sample.messages) + len(sample.turns) - 1 else named(sample, number)
     return CorpusError(
-        f"{sample.location}: the chat template writes messages[{number}], an answer before the last one, otherwise "
-        "than it is; make a record of each answer, with what is before it"
-        if before
-        else f"{sample.location}: the chat template writes the response otherwise than an answer to what is before it; "
-        "write all that the model is to say into its content, as the model would write it"
+        f"{sample.location}: {of} has {name}, which would be lost: this template does not write it; write all that "
+        "the model is to say into its content, as the model would write it"
     )

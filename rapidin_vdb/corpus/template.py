@@ -77,8 +77,8 @@ class Template:
         """Whether it is a chat template that writes a response and its end, too."""
         return self.name == "chat" and self.text.endswith(_WHOLE)
 
-    def write(self, sample: Sample) -> Written:
-        """Return the text that the model is trained on.
+    def write(self, sample: Sample, behind: Sequence[Message] = ()) -> Written:
+        """Return the text that the model is trained on, as it is written where some turns stand behind the response.
 
         A chat template writes all of the conversation, as for fine-tuning.
 
@@ -89,7 +89,7 @@ class Template:
         if not self.whole or sample.prompt is None:
             before = self.render(sample)
             return Written(before + response, len(before), response)
-        before, stands, after = self._parts(sample)
+        before, stands, after = self._parts(sample, behind)
         end = after[: self.marker(after)[1]]
         return Written(
             before + stands + end, len(before), stands, response.index(stands), special=False, ended=bool(end)
@@ -110,19 +110,20 @@ class Template:
         written = self.write(sample)
         return written.text[written.start + len(written.response) :]
 
-    def _parts(self, sample: Sample) -> tuple[str, str, str]:
+    def _parts(self, sample: Sample, behind: Sequence[Message]) -> tuple[str, str, str]:
         """Return what a chat template writes before a response, the response as it stands there, and what follows."""
         response, asked = sample.response, self.render(sample)
-        mark = mark_unlike(sample.messages)
+        mark = mark_unlike((*sample.messages, *behind))
         try:
-            around, text = self._chat(sample, mark).split(mark), self._chat(sample, response)
+            around, text = (self._chat(sample, said, behind) for said in (mark, response))
         except CorpusError:
             return asked, response, ""  # some refuse a conversation that ends with an answer
-        before, after = around if len(around) == 2 else (asked, "")
+        parts = around.split(mark)
+        before, after = parts if len(parts) == 2 else (asked, "")
         stands = text[len(before) : len(text) - len(after)]
         whole = text.startswith(before) and text.endswith(after)
         # But for space around it.
-        if len(around) == 2 and whole and stands in response and stands.strip() == response.strip():
+        if len(parts) == 2 and whole and stands in response and stands.strip() == response.strip():
             return before, stands, after
         # It is rewritten, as the thoughts of an answer may be: it follows what the model goes on from.
         if text.startswith(asked + response):
@@ -150,9 +151,9 @@ class Template:
             )
         return _ALPACA.replace("{{ prompt }}", sample.prompt) if self.name == "alpaca" else sample.prompt
 
-    def _chat(self, sample: Sample, response: str | None) -> str:
+    def _chat(self, sample: Sample, response: str | None, behind: Sequence[Message] = ()) -> str:
         """Return a conversation with a response, or with what a response is to follow."""
-        answer = [] if response is None else [Message(role="assistant", content=response)]
+        answer = [] if response is None else [Message(role="assistant", content=response), *behind]
         return self.chat(sample, [*sample.messages, *answer], asking=response is None)
 
     def chat(self, sample: Sample, turns: Sequence[Message], *, asking: bool = False) -> str:

@@ -34,7 +34,7 @@ def is_trained(turn: Message) -> bool:
 
 def said_beside(turn: Message) -> list[str]:
     """Return the names of what a turn says outside of its content."""
-    return [name for name in SAID_BESIDE if turn.more.get(name)]
+    return [name for name in SAID_BESIDE if turn.more.get(name) and str(turn.more[name]).strip()]
 
 
 def taken_apart(text: str, spans: Sequence[tuple[int, int]]) -> tuple[Message, ...]:

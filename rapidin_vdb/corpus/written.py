@@ -1,5 +1,6 @@
 """A sample as the text that a model is trained on, and where its answers stand in it."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,7 +48,9 @@ class Written:
 
 def mark_unlike(turns: Sequence[Message]) -> str:
     """Return a text that is in none of the turns."""
+    texts = [turn.content for turn in turns]
+    texts += [json.dumps(dict(turn.more), ensure_ascii=False, default=str) for turn in turns if turn.more]
     mark = _MARK
-    while any(mark in turn.content for turn in turns):
+    while any(mark in text for text in texts):
         mark += _MARK
     return mark
