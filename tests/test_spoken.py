@@ -279,6 +279,17 @@ def test_turns_behind_the_last_answer_count_as_the_template_has_it(which):
         assert encoded(ended, "thoughts", which)[0].input_ids == found.input_ids
 
 
+def test_results_of_tools_in_the_turn_that_called_are_no_part_of_it():
+    inside = (
+        LOOP + "{% if m.role != 'tool' %}" + START + "\n{{ m.content }}{% if m.tool_calls %}" + CALLED + "</s>"
+        "{% for o in messages[loop.index:] if o.role == 'tool' %}<result>{{ o.content }}</result>{% endfor %}{% else %}<|im_end|>\n{% endif %}{% endif %}{% endfor %}"
+        + ASKING
+    )  # fmt: skip
+    found, tokenizer = encoded(AGENT[:5], inside)
+    assert said_by(found, tokenizer) == f"\n<call>{ADD}</call></s>Two.<|im_end|>"
+    assert "<result>2</result>" in tokenizer.decode(found.input_ids) and "result" not in found.response
+
+
 def test_results_of_tools_that_know_what_was_called():
     """Templates that refuse results which nothing called for, or name them after the call."""
     knowing = (

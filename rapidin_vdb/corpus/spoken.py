@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 from rapidin_vdb.corpus.marks import Stands, end_length, find_marked, marked, named, otherwise
@@ -112,7 +113,7 @@ def _placed(talk: _Talk) -> tuple[Written, list[Stands]]:
         stands = find_marked(
             written.text[: written.start], other, talk.mark, [talk.turns[number] for number in earlier]
         )
-        if not isinstance(stands, int):
+        if not isinstance(stands, int) and not _swallows(talk, stands):
             return written, stands
     # Some write what is between answers by what was called, or refuse results of tools that nothing called.
     for written, _ in _last_answer(talk, last):
@@ -122,6 +123,18 @@ def _placed(talk: _Talk) -> tuple[Written, list[Stands]]:
         f"{talk.sample.location}: the chat template writes the response otherwise than an answer to what is before it; "
         "write all that the model is to say into its content, as the model would write it"
     )
+
+
+def _swallows(talk: _Talk, stands: Sequence[Stands]) -> bool:
+    """Say whether what was taken for an answer holds what others say behind it.
+
+    Some write results of tools into the turn that called for them, and none behind a plain answer.
+    """
+    for (number, next_one), (_, _, follows) in zip(pairwise(talk.answers), stands, strict=True):
+        others = talk.turns[number + 1 : next_one]
+        if said_beside(talk.turns[number]) and any(turn.content.strip() not in follows for turn in others):
+            return True
+    return False
 
 
 def _last_answer(talk: _Talk, last: int) -> Iterator[tuple[Written, Callable[[_Turns], str]]]:
