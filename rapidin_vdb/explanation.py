@@ -108,13 +108,15 @@ class _Explanation:
                 Span(text=self._sample.response[start:end], start=start, end=end)
                 for start, end in self._encoded.offsets
             )
+        # Who asked does not know, either, what a template wrote of an answer that says more than its content.
+        told = columns is not None or self._encoded.response is not None
         return dataclasses.replace(
             ranking,
             score_unit=ranking.score_unit + self._again_unit(),
             results=filled[0],
             harmful=None if ranking.harmful is None else filled[1],
-            prompt=None if columns is None else self._sample.prompt,
-            generation=None if columns is None else self._sample.response,
+            prompt=self._sample.prompt if told else None,
+            generation=self._sample.response if told else None,
             generation_tokens=columns,
         )
 

@@ -110,7 +110,8 @@ def _after_turns(record: Record) -> dict[str, Any]:
     fields = {name: value for name, value in record.fields.items() if value is not None}
     beside = [name for name in (*PROMPTS, *RESPONSES) if name in fields]
     turns = next((name for name in TURNS if name in fields), None)
-    if turns is None or not beside or (turns != "messages" and beside != ["generation"]):
+    pair = bool({*beside} & {*PROMPTS} and {*beside} & {*RESPONSES})
+    if turns is None or not beside or (pair and turns == "conversations"):
         return dict(record.fields)
     if beside != ["generation"] or not isinstance(fields[turns], list):
         raise CorpusError(

@@ -142,7 +142,10 @@ def test_a_template_without_ends_has_the_end_of_sequence_once():
 
 
 def test_an_answer_that_the_template_writes_otherwise_is_refused():
-    said = ("m.content | upper", "m.content ~ m.content", "m.content | replace('ice', 'snow')", "m.content | length")
+    said = (
+        "m.content | upper", "m.content ~ m.content", "m.content | replace('ice', 'snow')", "m.content | length",
+        "m.content[:3]", "m.content.split('.')[-1]",
+    )  # fmt: skip
     for template in (PLAIN.replace("m.content", text) for text in said):
         with pytest.raises(
             CorpusError, match=r"writes messages\[[24]\], an answer before the last one, otherwise than it is"

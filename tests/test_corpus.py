@@ -447,6 +447,15 @@ def test_a_generation_follows_the_turns_of_a_query(tmp_path):
     (query,) = read_queries(path)
     wanted = query_from(None, "d", messages=turns, query_id="7")
     assert (query.messages, query.response, query.prompt) == (wanted.messages, "d", wanted.prompt)
+    said = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}, {"from": "human", "value": "c"}]
+    path.write_text(json.dumps({"conversations": said, "generation": "d"}), "utf-8")
+    (query,) = read_queries(path)
+    assert (query.messages, query.response) == (wanted.messages, "d")
+    path.write_text(json.dumps({"conversations": said, "generation": "d", "prompt": "e"}), "utf-8")
+    assert (read_queries(path)[0].prompt, read_queries(path)[0].response) == ("e", "d")
+    path.write_text(json.dumps({"conversations": said, "response": "d"}), "utf-8")
+    with pytest.raises(CorpusError, match="line 1: a query has response beside conversations; give the turns as conv"):
+        read_queries(path)
     for more in ({"generation": "d", "prompt": "c"}, {"response": "d"}, {"generation": "d", "output": "d"}):
         path.write_text(json.dumps({"messages": turns} | more), "utf-8")
         with pytest.raises(

@@ -8,6 +8,7 @@ from test_answers import said_by
 from test_chat import ASKING, LOOP, PLAIN, tokenizer_with
 
 import rapidin_vdb
+from rapidin_vdb.cli import show
 from rapidin_vdb.corpus import Record, encode, load_template, sample_from
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.query import read_queries
@@ -194,7 +195,7 @@ def test_turns_that_call_and_have_no_loss():
 
 
 @pytest.mark.parametrize("turns", ["last", "all"])
-def test_calls_are_stored_asked_and_found(tmp_path, turns):
+def test_calls_are_stored_asked_and_found(tmp_path, capsys, turns):
     model, tokenizer = save_chat_model(tmp_path / "model", begin="<s>")
     tokenizer.chat_template = TEMPLATES["calls"]
     tokenizer.save_pretrained(model)
@@ -202,11 +203,29 @@ def test_calls_are_stored_asked_and_found(tmp_path, turns):
     database = rapidin_vdb.init(
         tmp_path / "db", model=str(model), adapter=str(adapter), width=256, template="chat", turns=turns
     )
-    records = [{"id": "calls", "messages": AGENT[:7]}, {"id": "tells", "messages": AGENT}]
+    said = [
+        {"from": "system", "value": "Be brief."},
+        {"from": "human", "value": "Hi."},
+        {"from": "gpt", "value": "Ho."},
+    ]
+    records = [
+        {"id": "calls", "messages": AGENT[:7]},
+        {"id": "tells", "messages": AGENT},
+        {"id": "shared", "conversations": said},
+        {"id": "apart", "conversations": said[1:], "system": "Be brief."},
+    ]
     database.ingest(write_jsonl(tmp_path / "a.jsonl", records))
     stored, calls = database.show("calls"), f"<call>{ADD}</call>"
     assert stored.response.endswith(f"Let me see.\n{calls}\n{calls}") and database.verify().findings == ()
     assert [stored.response[start:end] for start, end in stored.token_offsets][-2:] == [">", ""]
+    for name in ("shared", "apart"):
+        sample, shown = database.show_turns(name)
+        assert [(turn.role, turn.content) for turn in shown] == [
+            ("system", "Be brief."), ("user", "Hi."), ("assistant", "Ho."),
+        ] and sample.response == "Ho."  # fmt: skip
+    exported = {name: (record, exact) for name, record, exact in database.each_record()}
+    assert exported["shared"] == (records[2], True) and exported["apart"] == (records[3], True)
+    assert not exported["calls"][1]
     # What the model was trained to say is asked about as it is written, or as the turn that it is.
     queries = write_jsonl(tmp_path / "q.jsonl", [{"id": "q", "messages": AGENT[:7], "focus": "<call>"}])
     (asked,) = database.query(queries=read_queries(queries), tokens=True)
@@ -215,6 +234,10 @@ def test_calls_are_stored_asked_and_found(tmp_path, turns):
     (written,) = database.query(
         queries=[rapidin_vdb.query_from(None, text, messages=AGENT[:6])], tokens=True, focus=["<call>"]
     )
+    show.ranked([asked], read_queries(queries), as_json=False)
+    out = capsys.readouterr().out
+    assert "generation: Let me see." in out and "<call>" in out.split("generation:")[1].split("score")[0]
+    assert asked.generation == text
     assert [r.score for r in asked.results] == [r.score for r in whole.results] == [r.score for r in written.results]
     found = {r.sample_id: r for r in asked.results}
     assert found["calls"].response == stored.response

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from rapidin_vdb.cli.text import printable, token_label
 from rapidin_vdb.focus import occurrences
 from rapidin_vdb.pieces import pieces_of
-from rapidin_vdb.records import Focus, Sample
+from rapidin_vdb.records import Focus
 from rapidin_vdb.results import RankedSample
 
 if TYPE_CHECKING:
@@ -26,19 +26,19 @@ def largest_score(results: Sequence[object]) -> float:
     return max((abs(score) for result in scored for _, score, _ in _scored(result)), default=0.0)
 
 
-def asked_lines(query: Sample, focus: Sequence[Focus]) -> None:
+def asked_lines(prompt: str | None, generation: str, focus: Sequence[Focus]) -> None:
     """Print what the model was asked, and what it said, each beside its name; what a focus names is underlined."""
     from rich.text import Text
 
     said, place = Text(), 0
-    found = [occurrences(query.response, entry) if isinstance(entry, str) else [entry] for entry in focus]
+    found = [occurrences(generation, entry) if isinstance(entry, str) else [entry] for entry in focus]
     spans = [span for some in found for span in some]
-    for piece in pieces_of(query.response, [(at, at + 1) for at in range(len(query.response))]):
+    for piece in pieces_of(generation, [(at, at + 1) for at in range(len(generation))]):
         end = place + len(piece.text)
         asked = any(start < end and place < last for start, last in spans)
         said.append(_lines_of(piece.text), style="bold underline" if asked else "")
         place = end
-    _named_lines([("prompt:", query.prompt and Text(_lines_of(query.prompt))), ("generation:", said)])
+    _named_lines([("prompt:", prompt and Text(_lines_of(prompt))), ("generation:", said)])
 
 
 def _named_lines(entries: Sequence[tuple[str, "Text | str | bool | None"]]) -> None:

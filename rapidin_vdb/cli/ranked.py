@@ -37,7 +37,8 @@ def ranking_table(ranking: Ranking, query: Sample, *, words: bool = True) -> Non
     most = largest_score(results)
     words = words and any(isinstance(result, RankedSample) and result.tokens is not None for result in results)
     if words:
-        asked_lines(query, ranking.focus or ())
+        said = query.response if ranking.generation is None else ranking.generation
+        asked_lines(query.prompt, said, ranking.focus or ())
         legend_line(most)
     _result_lines(ranking.results, most, words=words)
     if ranking.harmful is not None:

@@ -86,7 +86,7 @@ def _found(text: str, start: int, said: str, follows: str, *, final: bool) -> tu
         start -= len(thought)
         if not text.startswith(thought, start):
             return None
-    return (start, stop) if text[start:stop] in said else None
+    return (start, stop) if text[start:stop].strip() in (said.strip(), rest.strip()) else None
 
 
 def _thought(said: str) -> str:
