@@ -303,10 +303,10 @@ def test_turns_behind_the_last_answer_count_as_the_template_has_it(which):
 
 
 def test_results_of_tools_in_the_turn_that_called_are_no_part_of_it():
+    results = "{% for o in messages[loop.index:] if o.role == 'tool' %}<result>{{ o.content }}</result>{% endfor %}"
     inside = (
-        LOOP + "{% if m.role != 'tool' %}" + START + "\n{{ m.content }}{% if m.tool_calls %}" + CALLED + "</s>"
-        "{% for o in messages[loop.index:] if o.role == 'tool' %}<result>{{ o.content }}</result>{% endfor %}{% else %}<|im_end|>\n{% endif %}{% endif %}{% endfor %}"
-        + ASKING
+        LOOP + "{% if m.role != 'tool' %}" + START + "\n{{ m.content }}" + CALLED + "{% if m.tool_calls %}</s>" + results + "{% endif %}"
+        "{% if not m.tool_calls or messages[-1].role != m.role or not loop.last %}<|im_end|>\n{% endif %}{% endif %}{% endfor %}" + ASKING
     )  # fmt: skip
     found, tokenizer = encoded(AGENT[:5], inside)
     assert said_by(found, tokenizer) == f"\n<call>{ADD}</call></s>Two.<|im_end|>"
@@ -327,3 +327,31 @@ def test_results_of_tools_that_know_what_was_called():
         said_by(found, tokenizer)
         == f"{calls}<|im_end|>Two.<|im_end|>Let me see.{calls}{calls}<|im_end|>Two, twice.<|im_end|>"
     )
+
+
+NAMED = (
+    "{% set ns = namespace(name='', last=-1) %}" + LOOP + "{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}" + LOOP
+    + "{% if m.tool_calls %}{% set ns.name = m.tool_calls[0].function.name %}{% endif %}"
+    "{% if m.role == 'tool' and not ns.name %}{{ raise_exception('nothing was called') }}{% endif %}" + START + " {{ ns.name if m.role == 'tool' }}\n"
+    "{% if m.reasoning_content and loop.index0 > ns.last %}<think>{{ m.reasoning_content }}</think>{% endif %}{{ m.content }}" + CALLED
+    + "<|im_end|>\n{% if m.role == 'tool' %}{% set ns.name = '' %}{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant \n{% endif %}"
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_thoughts_among_results_that_know_what_was_called(late):
+    """Where only what is before an answer tells where it stands: thoughts that are left out are left out there, too."""
+    thinking = turn("assistant", tool_calls=[call("add", a=1)], reasoning_content="Hm.")
+    talk = [turn("user", "a"), thinking, turn("tool", "2"), turn("assistant", "Two.")]
+    found, tokenizer = encoded([*talk, turn("user", "b"), turn("assistant", "c")] if late else talk, NAMED)
+    thought, end = ("", "c<|im_end|>") if late else ("<think>Hm.</think>", "")
+    assert said_by(found, tokenizer) == f"{thought}\n<call>{ADD}</call><|im_end|>Two.<|im_end|>{end}"
+
+
+def test_a_thought_whose_beginning_is_given_where_plain_answers_have_an_empty_one():
+    begun = TEMPLATES["thoughts"].replace(
+        ASKING, "{% if add_generation_prompt %}<|im_start|>assistant\n<think>\n{% endif %}"
+    )
+    assert begun != TEMPLATES["thoughts"]
+    talk = [turn("user", "a"), turn("assistant", "b", reasoning_content="c")]
+    assert said_by(*encoded(talk, begun)) == "<think>\nc\n</think>\n\nb<|im_end|>"
