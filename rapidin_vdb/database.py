@@ -17,7 +17,7 @@ from rapidin_vdb.intake import Corpus
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from, read_queries
 from rapidin_vdb.question import Question
-from rapidin_vdb.reading import SampleReader, check_ids
+from rapidin_vdb.reading import SampleReader, check_ids, info_of
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import Aggregate, Focus, Level, OnBadRecord, OnDeleted, OnDuplicate, Sample
 from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, VerifyReport
@@ -92,13 +92,16 @@ class Database(SampleReader):
             workers_per_device=workers_per_device, batch_tokens=batch_tokens, dry_run=dry_run, cluster=cluster,
             model=model, adapter=adapter, token_width=single,
         )  # fmt: skip
-        options = {"tokenizer": road.tokenizer, "template": road.template, "batch_tokens": tokens}
+        options = {
+            "tokenizer": road.tokenizer,
+            "template": road.template,
+            "batch_tokens": tokens,
+            "token_width": single,
+        }
         options |= {"on_bad_record": on_bad_record, "on_duplicate": on_duplicate, "on_deleted": on_deleted}
         if dry_run:
-            return estimate(
-                self._table, corpus, road.compute, workers=workers, devices=devices, token_width=single, **options
-            )
-        return ingest(self._table, corpus, road.compute, progress=progress, token_width=single, **options)
+            return estimate(self._table, corpus, road.compute, workers=workers, devices=devices, **options)
+        return ingest(self._table, corpus, road.compute, progress=progress, **options)
 
     def _engine_on(self, model: str | None, adapter: str | None, device: str) -> Engine:
         if self._engine is None:
@@ -225,8 +228,9 @@ class Database(SampleReader):
         return nearest(question, sample_id, snapshot=snapshot, keeper=self._indexes["sample"], progress=progress)
 
     def generate(
-        self, prompt: str | None = None, *, messages: Sequence[Mapping[str, Any]] = (), max_tokens: int = 128,
-        temperature: float = 0.0, seed: int = 0, progress: Progress = silent,
+        self, prompt: str | None = None, *, messages: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Mapping[str, Any]] = (), max_tokens: int = 128, temperature: float = 0.0, seed: int = 0,
+        progress: Progress = silent,
     ) -> str:  # fmt: skip
         """Return what the model says to a prompt, or to a record's `messages`; most likely, or drawn at a temperature.
 
@@ -235,34 +239,18 @@ class Database(SampleReader):
             SpecError: not one of both is given, an option is out of range, or the prompt leaves no room.
         """
         return self._loaded().generate(
-            prompt, messages=messages, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress
-        )
+            prompt, messages=messages, tools=tools, max_tokens=max_tokens, temperature=temperature, seed=seed,
+            progress=progress,
+        )  # fmt: skip
 
     @undisturbed
     def info(self) -> DatabaseInfo:
         """Return how large the database is, what made it, and which indexes are fresh."""
         snapshot = self._table.snapshot()
         tokens = self._table.tokens.snapshot()
-        stored = self.fingerprint
         built = self._indexes["sample"].built(snapshot)
         built += () if tokens is None else self._indexes["token"].built(tokens)
-        return DatabaseInfo(
-            samples=snapshot.count(),
-            tokens=snapshot.total_tokens(),
-            width=stored.sketch.width,
-            shuffles=stored.sketch.shuffles,
-            seed=stored.sketch.seed,
-            normalize=stored.normalize,
-            model=stored.model,
-            adapter=stored.adapter,
-            table_version=snapshot.version,
-            indexes=built,
-            bytes=self.bytes,
-            token_gradients=0 if tokens is None else tokens.rows(),
-            token_width=None if tokens is None else tokens.width,
-            columns=snapshot.columns,
-            made_with=stored.settings,
-        )
+        return info_of(snapshot, tokens, built=built, size=self.bytes)
 
     def verify(self, *, progress: Progress = silent) -> VerifyReport:
         """Read all of the database, say what is wrong, and mend what is only a cache."""

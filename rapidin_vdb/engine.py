@@ -9,6 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from rapidin_vdb.corpus import Record, Template, load_template, sample_from
+from rapidin_vdb.corpus.shapes import asked_fields
 from rapidin_vdb.errors import GradientError, ModelError, SpecError
 from rapidin_vdb.gradient import (
     ExactInfluence,
@@ -60,10 +61,11 @@ class Engine:
         return ExactInfluence(self.maker)
 
     def generate(
-        self, prompt: str | None, *, messages: Sequence[Mapping[str, Any]] = (), max_tokens: int, temperature: float,
-        seed: int, progress: Progress = silent,
+        self, prompt: str | None, *, messages: Sequence[Mapping[str, Any]] = (),
+        tools: Sequence[Mapping[str, Any]] = (), max_tokens: int, temperature: float, seed: int,
+        progress: Progress = silent,
     ) -> str:  # fmt: skip
-        """Return what the model says to a prompt, or after several turns.
+        """Return what the model says to a prompt, or after several turns, where it could call some tools.
 
         Raises:
             CorpusError: a turn has no texts `role` and `content`, or the turns do not fit the template.
@@ -72,9 +74,7 @@ class Engine:
         if bool(messages) == (prompt is not None):
             raise SpecError("the model answers a prompt, or messages; give one of both")
         # What it will say is not known yet; a record cannot be without it.
-        fields: dict[str, Any] = {"prompt": prompt, "generation": "?"}
-        if messages:
-            fields = {"messages": [*messages, {"role": "assistant", "content": "?"}]}
+        fields = asked_fields(prompt, "?", messages, tools)
         location = "messages" if messages else "the prompt"
         sample = sample_from(Record(location=location, fields=fields | {"id": "prompt"}))
         text, end = self.template.render(sample), self.template.end(sample)

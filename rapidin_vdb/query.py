@@ -11,7 +11,7 @@ import numpy as np
 
 from rapidin_vdb.corpus import Template, Tokenizer, as_written, encode, read_records, sample_from
 from rapidin_vdb.corpus.files import Record
-from rapidin_vdb.corpus.shapes import PROMPTS, RESPONSES, TURNS, check_shape
+from rapidin_vdb.corpus.shapes import PROMPTS, RESPONSES, TURNS, asked_fields, check_shape
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.focus import focus_of, focused
 from rapidin_vdb.gradient import RapidGradMaker
@@ -43,11 +43,13 @@ class Sketched:
 
 
 def query_from(
-    prompt: str | None, generation: str, *, query_id: str = "query", messages: Sequence[Mapping[str, Any]] = ()
-) -> Sample:
+    prompt: str | None, generation: str, *, query_id: str = "query", messages: Sequence[Mapping[str, Any]] = (),
+    tools: Sequence[Mapping[str, Any]] = (),
+) -> Sample:  # fmt: skip
     """Return the query of one prompt and generation; without a prompt, all of the text is generation.
 
-    In the place of a prompt there may be several turns, each with `role` and `content`, as in records.
+    In the place of a prompt there may be several turns, each with `role` and `content`, as in records. `tools` are
+    those that the model could call, for chat templates that write them.
 
     >>> query_from(None, "A pear.", messages=[{"role": "user", "content": "Name a fruit."}]).prompt
     'Name a fruit.'
@@ -58,12 +60,9 @@ def query_from(
     """
     if messages and prompt is not None:
         raise SpecError("a query has a prompt, or messages before its generation; give one of both")
-    fields: dict[str, Any] = {"prompt": prompt, "generation": generation}
-    if messages:
-        fields = {"messages": [*messages, {"role": "assistant", "content": generation}]}
-    elif prompt is None:
-        fields = {"text": generation}
-    return sample_from(Record(location=query_id, fields=fields | {"id": query_id}))
+    return sample_from(
+        Record(location=query_id, fields=asked_fields(prompt, generation, messages, tools) | {"id": query_id})
+    )
 
 
 def read_queries(path: Path) -> list[Sample]:

@@ -9,8 +9,8 @@ from rapidin_vdb.corpus import Restorer, paths_of, plain_record, taken_apart, tu
 from rapidin_vdb.errors import SampleNotFoundError, SpecError
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Fingerprint, Message, Sample, Scalar
-from rapidin_vdb.results import CleanReport, KeptVersion, StoredSample
-from rapidin_vdb.store import SampleTable, undisturbed
+from rapidin_vdb.results import CleanReport, DatabaseInfo, IndexInfo, KeptVersion, StoredSample
+from rapidin_vdb.store import SampleTable, Snapshot, TokenSnapshot, undisturbed
 
 # Records between two words on how far an export is.
 _RECORDS_A_WORD = 500
@@ -171,6 +171,30 @@ def _record_of(
     )
     record = restorer.restored(sample)
     return plain_record(sample) if record is None else record, record is not None
+
+
+def info_of(
+    snapshot: Snapshot, tokens: TokenSnapshot | None, *, built: tuple[IndexInfo, ...], size: int
+) -> DatabaseInfo:
+    """Return what `info` says of a version of a database, whose files take `size` bytes."""
+    stored = snapshot.fingerprint
+    return DatabaseInfo(
+        samples=snapshot.count(),
+        tokens=snapshot.total_tokens(),
+        width=stored.sketch.width,
+        shuffles=stored.sketch.shuffles,
+        seed=stored.sketch.seed,
+        normalize=stored.normalize,
+        model=stored.model,
+        adapter=stored.adapter,
+        table_version=snapshot.version,
+        indexes=built,
+        bytes=size,
+        token_gradients=0 if tokens is None else tokens.rows(),
+        token_width=None if tokens is None else tokens.width,
+        columns=snapshot.columns,
+        made_with=stored.settings,
+    )
 
 
 def check_ids(ids: Sequence[str] | None) -> None:

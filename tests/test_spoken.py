@@ -355,3 +355,29 @@ def test_a_thought_whose_beginning_is_given_where_plain_answers_have_an_empty_on
     assert begun != TEMPLATES["thoughts"]
     talk = [turn("user", "a"), turn("assistant", "b", reasoning_content="c")]
     assert said_by(*encoded(talk, begun)) == "<think>\nc\n</think>\n\nb<|im_end|>"
+
+
+def test_a_last_answer_that_is_rewritten_has_no_place_behind_calls():
+    loud = TEMPLATES["calls"].replace("{{ m.content }}", "{{ m.content | upper }}")
+    with pytest.raises(CorpusError, match="here: the chat template writes the response otherwise than an answer to"):
+        encoded(AGENT[:5], loud)
+
+
+def test_plain_answers_among_results_that_know_what_was_called_are_written_as_they_are():
+    loud = NAMED.replace("{{ m.content }}", "{{ m.content | upper if loop.index == 4 else m.content }}")
+    talk = [*AGENT[1:6], turn("assistant", "c")]
+    assert said_by(*encoded(talk, NAMED)) == f"\n<call>{ADD}</call><|im_end|>Two.<|im_end|>c<|im_end|>"
+    with pytest.raises(CorpusError, match=r"writes messages\[3\], an answer before the last one, otherwise than it is"):
+        encoded(talk, loud)
+
+
+def test_a_call_behind_a_result_that_is_ended_otherwise_when_the_model_is_asked():
+    """Where asking is not the beginning of what is written, the answer is what stands in a plain one's place."""
+    ended = TEMPLATES["calls"].replace(
+        "<|im_end|>\n{% endfor %}", "<|im_end|>{{ '' if loop.last and m.role == 'tool' else '\n' }}{% endfor %}"
+    )
+    assert ended != TEMPLATES["calls"]
+    talk = [*AGENT[:4], turn("assistant", tool_calls=[call("add", a=1)])]
+    for which in ("last", "all"):
+        said = said_by(*encoded(talk, ended, which))
+        assert said == f"<call>{ADD}</call><|im_end|>" * (2 if which == "all" else 1)

@@ -96,7 +96,8 @@ def test_a_prompt_or_turns_and_not_both(made, client):
         answer = client.post("/api/generate", json=body)
         assert answer.status_code == 400
         assert answer.json()["detail"] == "the model answers a prompt, or messages; give one of both"
-    for turn in ({"role": "user"}, {"role": "", "content": "x"}, {"role": "user", "content": 1}, "user: Hi"):
+    assert client.post("/api/generate", json={"messages": [{"role": "user"}]}).status_code == 400
+    for turn in ({"role": "", "content": "x"}, {"role": "user", "content": 1}, "user: Hi"):
         assert client.post("/api/generate", json={"messages": [turn]}).status_code == 422
     assert client.post("/api/generate", json={"prompt": ""}).status_code == 422
     with pytest.raises(SpecError, match="a prompt, or messages; give one of both"):
@@ -408,3 +409,44 @@ def test_turns_on_a_phone(opened, scheme):
     assert len(sizes) == 4 and min(sizes) >= 16, "a phone does not enlarge them"
     box, label = (page.locator(name).bounding_box() for name in ("#add-turn", "#prompt"))
     assert box["y"] + box["height"] <= label["y"] + 1, "it does not lie over what is typed"
+
+
+def test_tools_and_calls_before_a_generation(tmp_path):
+    """As in a record: over HTTP, in Python, and in a file of queries."""
+    from test_spoken import AGENT, TEMPLATES
+
+    from rapidin_vdb.query import query_from, read_queries
+
+    model, tokenizer = save_chat_model(tmp_path / "model", begin="<s>")
+    tokenizer.chat_template = "{% if tools %}{{ tools | tojson }}{% endif %}" + TEMPLATES["calls"]
+    tokenizer.save_pretrained(model)
+    tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
+    made = rapidin_vdb.init(
+        tmp_path / "db", model=str(model), width=64, template="chat", turns="all", max_tokens=900,
+        adapter=str(save_adapter(tmp_path / "adapter", "llama")),
+    )  # fmt: skip
+    made.ingest(write_jsonl(tmp_path / "a.jsonl", [{"id": "a", "messages": AGENT, "tools": tools}]))
+    before, said_last = AGENT[:4], "Two."
+    asked = {"messages": [*before, {"role": "assistant", "content": said_last}], "tools": tools}
+    (wanted,) = made.query(queries=read_queries(write_jsonl(tmp_path / "q.jsonl", [asked])))
+    (found,) = made.query(queries=[query_from(None, said_last, messages=before, tools=tools)])
+    (without,) = made.query(queries=[query_from(None, said_last, messages=before)])
+    assert found.results[0].score == wanted.results[0].score != without.results[0].score
+    (single,) = made.query(queries=[query_from("1 + 1?", said_last, tools=tools)])
+    (turns,) = made.query(queries=[query_from(None, said_last, messages=[before[1]], tools=tools)])
+    assert single.results[0].score == turns.results[0].score
+    with TestClient(make_app(made), base_url="http://127.0.0.1") as client:
+        body = {"messages": before, "tools": tools}
+        answer = client.post("/api/query", json=body | {"generation": said_last}).json()
+        assert answer["results"][0]["score"] == wanted.results[0].score
+        answer = client.post("/api/generate", json=body | {"max_tokens": 9})
+        assert answer.status_code == 200, answer.text
+        assert answer.json()["generation"] == made.generate(messages=before, tools=tools, max_tokens=9)
+        assert answer.json()["messages"][2]["tool_calls"] == AGENT[2]["tool_calls"]
+        refused = client.post("/api/generate", json={"messages": [{"role": "user", "content": "a", "tool_cals": []}]})
+        assert refused.status_code == 422
+    text = tokenizer.apply_chat_template(before, tools=tools, tokenize=False, add_generation_prompt=True)
+    raw = rapidin_vdb.gradient.generate_one(
+        made._engine.loaded, text, max_tokens=9, temperature=0.0, seed=0, special=False, end="<|im_end|>"
+    )
+    assert raw == made.generate(messages=before, tools=tools, max_tokens=9)

@@ -2,7 +2,7 @@
 
 import difflib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,18 @@ def conversation_of(fields: Mapping[str, Any], location: str, which: Turns) -> C
     name, turns = next(name for name in TURNS if _is_there(fields, name)), turns_of(fields, location)
     system = {"system"} if turns and turns[0].place == "system" else set()
     return Conversation(*_parted(turns, name, location, which), frozenset({name, *system}))
+
+
+def asked_fields(
+    prompt: str | None, said: str, messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Return the record of a prompt, or of several turns, and what was said to it."""
+    if tools and prompt is not None:
+        messages = [{"role": "user", "content": prompt}]
+    if messages:
+        turns = [*messages, {"role": "assistant", "content": said}]
+        return {"messages": turns} | ({"tools": list(tools)} if tools else {})
+    return {"text": said} if prompt is None else {"prompt": prompt, "generation": said}
 
 
 def is_conversation(fields: Mapping[str, Any]) -> bool:

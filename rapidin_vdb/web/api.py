@@ -70,8 +70,8 @@ def make_api(service: Service) -> APIRouter:
         responses=documented(shapes.RankingInPieces, "ranking", EVENTS) | refusals(400, 408, 413, 415, 503, 504),
     )  # fmt: skip
     async def query(request: Request, asked: shapes.QueryRequest, pieces: _Pieces = False) -> Response:
-        turns = [turn.model_dump() for turn in asked.messages]
-        sample = query_from(asked.prompt, asked.generation, messages=turns)
+        turns = [turn.model_dump(exclude_none=True) for turn in asked.messages]
+        sample = query_from(asked.prompt, asked.generation, messages=turns, tools=asked.tools)
         question = asked.question(spans=pieces)
 
         def submit(progress: Progress) -> Job:
@@ -84,11 +84,13 @@ def make_api(service: Service) -> APIRouter:
         responses=documented(shapes.Generated, "generated", EVENTS) | refusals(400, 408, 413, 415, 503, 504),
     )  # fmt: skip
     async def generate(request: Request, asked: shapes.GenerateRequest) -> Response:
-        options = asked.model_dump(exclude={"prompt", "messages"})
-        turns = [turn.model_dump() for turn in asked.messages]
+        options = asked.model_dump(exclude={"prompt", "messages", "tools"})
+        turns = [turn.model_dump(exclude_none=True) for turn in asked.messages]
         before = {"messages": turns} if turns else {"prompt": asked.prompt}
         return await worked(
-            request, lambda progress: database.generate(asked.prompt, messages=turns, progress=progress, **options),
+            request, lambda progress: database.generate(
+                asked.prompt, messages=turns, tools=asked.tools, progress=progress, **options
+            ),
             lambda text: before | {"generation": text} | options,
         )  # fmt: skip
 

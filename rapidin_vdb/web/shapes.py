@@ -65,7 +65,17 @@ class Turn(_Shape):
     """What somebody said in a conversation."""
 
     role: str = Field(min_length=1, max_length=100, description="As in records: system, user, assistant, tool.")
-    content: _Text
+    content: _Text | None = Field(default=None, description="What was said; null where only tools were called.")
+    tool_calls: list[dict[str, Any]] | None = Field(default=None, max_length=100, description="As in records.")
+    tool_call_id: str | None = Field(default=None, max_length=1000)
+    name: str | None = Field(default=None, max_length=1000)
+    reasoning_content: _Text | None = None
+
+
+_Tools = Annotated[
+    list[dict[str, Any]],
+    Field(max_length=1000, description="The tools that the model could call, for chat templates that write them."),
+]
 
 
 class QueryRequest(Search):
@@ -94,6 +104,7 @@ class QueryRequest(Search):
     messages: list[Turn] = Field(
         default=[], max_length=1000, description="The turns before what it said, in the place of `prompt`."
     )
+    tools: _Tools = []
     generation: str = Field(min_length=1, max_length=200_000, description="What it said.")
 
 
@@ -116,6 +127,7 @@ class GenerateRequest(_Shape):
     messages: list[Turn] = Field(
         default=[], max_length=1000, description="The turns to be answered, in the place of `prompt`."
     )
+    tools: _Tools = []
     max_tokens: int = Field(default=128, ge=1, le=2048, description="Longest answer.")
     temperature: float = Field(
         default=0.0, ge=0.0, le=10.0, description="0 takes the most likely tokens; above, they are drawn."
