@@ -381,3 +381,21 @@ def test_a_call_behind_a_result_that_is_ended_otherwise_when_the_model_is_asked(
     for which in ("last", "all"):
         said = said_by(*encoded(talk, ended, which))
         assert said == f"<call>{ADD}</call><|im_end|>" * (2 if which == "all" else 1)
+
+
+def test_turns_behind_the_last_answer_that_the_template_refuses_do_not_count():
+    strict = (
+        "{% if messages[-1].role == 'user' and not add_generation_prompt %}{{ raise_exception('whose turn?') }}{% endif %}"
+        + PLAIN
+        + ASKING
+    )
+    tokenizer = tokenizer_with(strict)
+    talk = [turn("user", "a"), turn("assistant", "b")]
+    found, wanted = (
+        encode(
+            [sample_from(Record(location="here", fields={"messages": messages}))], tokenizer=tokenizer,
+            template=load_template("chat", tokenizer=tokenizer), max_tokens=99,
+        )[0]
+        for messages in ([*talk, turn("user", "c")], talk)
+    )  # fmt: skip
+    assert found.input_ids == wanted.input_ids and found.offsets == wanted.offsets

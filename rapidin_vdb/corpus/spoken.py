@@ -7,7 +7,7 @@ there, or, where that differs, from where the model is asked for it.
 import json
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -21,6 +21,8 @@ from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.records import Message, Sample
 
 _Turns = tuple[Message, ...]
+_Told = list[tuple[int, str, str, str]]
+"""Of each thing that an answer says: the answer's number, what it is, the mark in its place, and its text."""
 
 
 def write_spoken(template: Template, sample: Sample, numbers: Sequence[int], behind: Sequence[Message]) -> Written:
@@ -37,23 +39,12 @@ def write_spoken(template: Template, sample: Sample, numbers: Sequence[int], beh
     mark = mark_unlike(turns)
     instead, told = _with_marks(sample, turns, places, mark)
     talk = _Talk(template, sample, turns, places, template.chat(sample, turns), mark)
-    try:
-        text = talk.write(instead)
-    except CorpusError:
-        text = None  # it knows calls by their names, or wants them to be known
-    if text is not None:
-        for number, name, new, _ in told:
-            if new not in text and json.dumps(new)[1:-1] not in text:
-                raise _lost(sample, number, name)
+    unseen = _check_marks(talk, instead, told)
     written, stands = _placed(talk)
     start, stop = written.start, written.start + len(written.response)
     end = written.text[stop:]
     stands = [*stands, (start, stop, end)]
-    if text is None:
-        for (number, name, part), times in Counter((number, name, part) for number, name, _, part in told).items():
-            begin, close, _ = stands[places.index(number)]
-            if len(re.findall(rf"(?<!\w){re.escape(part)}(?!\w)", talk.text[begin:close])) < times:
-                raise _lost(sample, number, name)
+    _check_words(talk, unseen, dict(zip(places, stands, strict=True)))
     said = list(sample.turns)
     for number, (begin, close, _) in zip(numbers, stands, strict=True):
         if said_beside(said[number]):
@@ -100,12 +91,38 @@ class _Talk:
         return text[text.rindex(max(markers, key=len)) :] if markers else ""
 
 
+def _check_marks(talk: _Talk, instead: _Turns, told: _Told) -> _Told:
+    """See that all marks are written that stand in the place of what is said; return what could not be seen so.
+
+    Raises:
+        CorpusError: something is lost.
+    """
+    try:
+        text = talk.write(instead)
+    except CorpusError:
+        return told  # it knows calls by their names, or wants them to be known
+    for number, name, new, _ in told:
+        if new not in text and json.dumps(new)[1:-1] not in text:
+            raise _lost(talk.sample, number, name)
+    return []
+
+
+def _check_words(talk: _Talk, told: _Told, stands: Mapping[int, Stands]) -> None:
+    """See that what is said stands, as it is and as often, in what was found of its answer.
+
+    Raises:
+        CorpusError: something is lost.
+    """
+    for (number, name, part), times in Counter((number, name, part) for number, name, _, part in told).items():
+        start, stop, _ = stands[number]
+        if len(re.findall(rf"(?<!\w){re.escape(part)}(?!\w)", talk.text[start:stop])) < times:
+            raise _lost(talk.sample, number, name)
+
+
 def _placed(talk: _Talk) -> tuple[Written, list[Stands]]:
     """Return the text up to the last answer's end, and where the answers before it stand."""
     *earlier, last = talk.answers
-    ways = 0
     for written, before in _last_answer(talk, last):
-        ways += 1
         try:
             other = before(marked(talk.turns, earlier, talk.mark))
         except CorpusError:
@@ -207,10 +224,6 @@ def _without_unseen_thoughts(talk: _Talk) -> _Turns:
             without = (*turns[:number], replace(turns[number], more=more), *turns[number + 1 :])
             turns = without if talk.write(without) == talk.text else turns
     return turns
-
-
-_Told = list[tuple[int, str, str, str]]
-"""Of each thing that an answer says: the answer's number, what it is, the mark in its place, and its text."""
 
 
 def _with_marks(sample: Sample, turns: _Turns, answers: Sequence[int], mark: str) -> tuple[_Turns, _Told]:
