@@ -141,10 +141,15 @@ def test_calls_from_function_call():
     calls = [{"type": "function", "function": {"name": "f", "arguments": {"a": 1}}}]
     assert found.messages[1] == Message(role="assistant", content="", more={"tool_calls": calls})
     assert found.messages[1].more == {"tool_calls": calls}
+    for value in (f"[{called[1][1]}]", json.dumps({"type": "function", "function": json.loads(called[1][1])})):
+        found = sample(conversations=[{"from": "Human", "value": "u"}, {"from": "function_call", "value": value}])
+        assert found.turns[0].more == {"tool_calls": calls} and found.messages[0].role == "user"
+    # As a text, as CSV and some data have it.
     found = sample(
-        conversations=[{"from": "human", "value": "u"}, {"from": "function_call", "value": f"[{called[1][1]}]"}]
+        messages=[{"role": "Human", "content": "u"}, {"role": "gpt", "content": None, "tool_calls": json.dumps(calls)}]
     )
-    assert found.turns[0].more == {"tool_calls": calls}
+    assert found.turns[0] == Message(role="assistant", content="", more={"tool_calls": calls})
+    assert found.turns[0].more == {"tool_calls": calls} and found.messages[0].role == "user"
 
 
 def test_messages_end_at_the_last_answer():
@@ -183,6 +188,18 @@ def test_messages_end_at_the_last_answer():
             r'conversations\[0\] is from .*, with "f\(\)"',
         ),
         ({"conversations": [{"from": "function_call", "value": "[]"}]}, "wanted JSON with name and arguments"),
+        (
+            {"conversations": [{"from": "function_call", "value": '{"name": "f"}'}]},
+            "wanted JSON with name and arguments",
+        ),
+        (
+            {"messages": [{"role": "assistant", "content": None, "tool_calls": "f()"}]},
+            r"tool_calls of messages\[0\] is a te",
+        ),
+        (
+            {"instruction": [{"role": "user", "content": "a"}], "input": "b", "output": "c"},
+            "instruction is a list of turns, and input a text; wanted one of both",
+        ),
         (
             {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "image_url"}]}]},
             r"messages\[0\] has a content of the parts text, image_url; wanted a text",

@@ -10,6 +10,7 @@ from test_chat import ASKING, LOOP, PLAIN, tokenizer_with
 import rapidin_vdb
 from rapidin_vdb.cli import show
 from rapidin_vdb.corpus import Record, encode, load_template, sample_from
+from rapidin_vdb.corpus.written import _MARK
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.query import read_queries
 
@@ -182,6 +183,15 @@ def test_a_template_that_writes_the_past_otherwise_is_refused():
                 said_by(*encoded(talk, growing))
                 == f"Let me see.\n<call>{ADD}</call><|im_end|>Two.<|im_end|>Two, twice.<|im_end|>"
             )
+
+
+def test_calls_that_hold_the_mark_change_nothing():
+    called = call("add", a=f"{_MARK}2{_MARK}")
+    for weight in (0, 1):
+        talk = [*AGENT[:2], turn("assistant", tool_calls=[called], weight=weight), *AGENT[3:]]
+        said = said_by(*encoded(talk, "calls"))
+        shown = f"<call>{json.dumps(called['function'], ensure_ascii=False)}</call><|im_end|>"
+        assert said.startswith(f"{shown}Two.<|im_end|>Let" if weight else "Two.<|im_end|>Let")
 
 
 def test_turns_that_call_and_have_no_loss():
