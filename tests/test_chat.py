@@ -136,6 +136,13 @@ def test_calls_of_tools_are_handed_to_the_template():
     )
 
 
+def test_tools_of_a_record_of_texts_are_a_field_like_any_other():
+    """Its turns are ours: what its field `tools` holds need be no tools, nor `conversations` its turns."""
+    tokenizer = tokenizer_with("{{ tools | tojson if tools }}" + TEMPLATES["as it is"])
+    text, more = {"prompt": "a", "response": "b"}, {"tools": "hammer", "conversations": [{"from": "gpt", "value": "c"}]}
+    assert encoded(text | more, tokenizer).input_ids == encoded(text, tokenizer).input_ids
+
+
 @pytest.mark.parametrize("name", ["tool_calls", "reasoning_content"])
 def test_what_an_answer_says_beside_its_content_is_not_lost(name):
     with pytest.raises(

@@ -52,13 +52,19 @@ def test_only_what_was_deleted_is_told(filled, tmp_path):
     assert told(database.ingest(path, dry_run=True)) == (12, 0, 12, 0)
 
 
-def test_versions_that_hide_it(filled, monkeypatch):
+def test_versions_that_hide_it(filled, monkeypatch, tmp_path):
     database, path = filled
     names = [record["id"] for record in toy_records(12)]
     for name in names[:3]:
         database.delete(ids=[name])
     assert told(database.ingest(path, dry_run=True))[2] == 3
-    monkeypatch.setattr(snapshots, "_DELETIONS", 2)
+    # Commits that deleted nothing do not count among the last deletions.
+    for number in range(4):
+        database.ingest(write_jsonl(tmp_path / "one.jsonl", [toy_records(1)[0] | {"id": f"new-{number}"}]))
+    monkeypatch.setattr(snapshots, "_DELETIONS", 3)
+    assert told(database.ingest(path, dry_run=True))[2] == 3
+    database.delete(where="sample_id LIKE 'new-%'")
+    monkeypatch.setattr(snapshots, "_DELETIONS", 3)
     assert told(database.ingest(path, dry_run=True))[2] == 2  # the last ones
     monkeypatch.undo()
     # Fewer rows because a commit was taken back are no deletion.

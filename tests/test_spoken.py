@@ -99,6 +99,7 @@ def test_a_call_as_the_last_answer(which):
         assert found.response.endswith(said)
         if which == "last" or end == 3:
             assert (found.response, found.places) == (said, None) and shown(found) == said + "|"
+            assert found.offsets[-1] == (len(said), len(said)), "what ends it stands behind all of it"
 
 
 @pytest.mark.parametrize("which", ["all", "last"])
