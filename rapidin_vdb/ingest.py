@@ -83,6 +83,8 @@ def ingest(
         truncated=plan.truncated,
         earlier_turns=plan.earlier_turns,
         brought_back=plan.brought_back,
+        unwritten=plan.unwritten,
+        first_unwritten=plan.first_unwritten,
         left_deleted=plan.left_deleted,
         mixed=plan.mixed,
         tokens=tokens,

@@ -47,6 +47,10 @@ class Plan:
     """How many of the samples to write were deleted before."""
     left_deleted: int = 0
     """How many records stay away because their samples were."""
+    unwritten: int = 0
+    """How many of them have a turn that the template does not write as it is."""
+    first_unwritten: str = ""
+    """Where the first of these turns is."""
     mixed: dict[str, str] = field(default_factory=dict)
     """New columns that hold text because of one value, or its lack, and where that is."""
     bad: list[str] = field(default_factory=list)
@@ -94,6 +98,9 @@ def make_plan(
                 known.replaced = known.there is not None
                 _merge_kinds(plan, sample)
                 plan.truncated += encoded.truncated
+                if encoded.unwritten:
+                    plan.first_unwritten = plan.first_unwritten or f"{sample.location}: {encoded.unwritten}"
+                    plan.unwritten += 1
                 if table.fingerprint.turns == "last":
                     plan.earlier_turns += any(turn.role == "assistant" for turn in sample.messages)
             lacking = token_gradients and not known.has_tokens and known.there == sample.content_hash
@@ -145,7 +152,9 @@ def _refusal(
     mend = f"Nothing was written{others}; mend {'them' if more else 'it'}"
     listed += [f"and {more - len(listed):,} more"] if more > len(listed) else []
     return CorpusError(
-        f"{first}. {mend}, or pass over such records with: --on-bad-record skip", *listed, *([ended] if ended else [])
+        f"{str(first).rstrip('.')}. {mend}, or pass over such records with: --on-bad-record skip",
+        *listed,
+        *([ended] if ended else []),
     )
 
 

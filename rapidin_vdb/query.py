@@ -18,7 +18,7 @@ from rapidin_vdb.gradient import RapidGradMaker
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, Focus, Sample
 
-_OPTIONS = ("focus", "query_id")
+_OPTIONS = ("focus", "query_id", "generation", "tools")
 # How like one of them a name has to be to be taken for it, misspelt: `focsu` is, `query` is not.
 _NEAR = 0.8
 _SHAPES = (
@@ -135,6 +135,8 @@ def encode_queries(
         CorpusError: one of them leaves no token with a loss.
         SpecError: a focus is not in its generation.
     """
+    for query in queries:
+        _check_end(query, template)
     encoded = []
     results = encode(queries, tokenizer=tokenizer, template=template, max_tokens=max_tokens)
     for query, result in zip(queries, results, strict=True):
@@ -142,6 +144,21 @@ def encode_queries(
             raise result
         encoded.append(focused(as_written(query, result), result, focus_of(query, focus)))
     return encoded
+
+
+def _check_end(query: Sample, template: Template) -> None:
+    """Refuse a generation that ends with what a chat template writes behind it: that would stand there twice.
+
+    Raises:
+        CorpusError: it does.
+    """
+    if not template.whole or query.turns or query.prompt is None:
+        return
+    end = template.end(query).strip()
+    if end and query.response.rstrip().endswith(end):
+        raise CorpusError(
+            f"{query.location}: the generation ends with {end}, which the template writes behind it; leave it out"
+        )
 
 
 def sketch_queries(

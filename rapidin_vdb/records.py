@@ -95,6 +95,8 @@ class Encoded:
     """Where the response tokens stand among the ids, ascending, where other turns stand between them."""
     response: str | None = None
     """The response that offsets are of, where a template wrote what it says beside its contents, such as tool calls."""
+    unwritten: str = ""
+    """Which turn is not among the ids as it is, if any: a template may leave out roles that it does not know."""
 
     @property
     def response_tokens(self) -> int:

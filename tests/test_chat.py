@@ -136,6 +136,41 @@ def test_calls_of_tools_are_handed_to_the_template():
     )
 
 
+def test_turns_that_the_template_leaves_out_are_told(tmp_path, capsys):
+    model, tokenizer = save_chat_model(tmp_path / "model", begin="<s>")
+    tokenizer.chat_template = (
+        LOOP
+        + "{% if m.role in ('user', 'assistant') %}"
+        + PLAIN.removeprefix(LOOP).replace("{% endfor %}", "{% endif %}{% endfor %}")
+        + ASKING
+    )
+    tokenizer.save_pretrained(model)
+    for turns in ("last", "all"):
+        database = rapidin_vdb.init(
+            tmp_path / turns, model=str(model), width=64, template="chat", turns=turns, parameters="norm"
+        )
+        said = [("user", "a"), ("asistant", "b"), ("user", "c"), ("assistant", "d")]
+        whole = [{"role": role.replace("asis", "assis"), "content": content} for role, content in said]
+        records = [
+            {"id": "whole", "messages": whole},
+            {"id": "misspelt", "messages": [{"role": role, "content": content + "!?"} for role, content in said]},
+            {"id": "again", "messages": [{"role": "tool", "content": "of no use"}, *whole]},
+            {"id": "thought", "messages": [{"role": "user", "content": "<think>why</think>a"}, *whole[1:]]},
+        ]
+        path = write_jsonl(tmp_path / "a.jsonl", records)
+        expected, report = database.ingest(path, dry_run=True), database.ingest(path)
+        where = f"{path}, line 2: messages[1] (role asistant)"
+        assert (
+            (expected.unwritten, expected.first_unwritten) == (report.unwritten, report.first_unwritten) == (2, where)
+        )
+        ingested(report)
+        assert (
+            f"2 of them have a turn that the template does not write as it is, so that it has no part in their gradients: {where}"
+            in capsys.readouterr().err
+        )
+        assert database.ingest(path).unwritten == 0
+
+
 def test_tools_of_a_record_of_texts_are_a_field_like_any_other():
     """Its turns are ours: what its field `tools` holds need be no tools, nor `conversations` its turns."""
     tokenizer = tokenizer_with("{{ tools | tojson if tools }}" + TEMPLATES["as it is"])

@@ -441,7 +441,9 @@ def test_a_query_without_a_query_id_keeps_its_id(tmp_path):
     assert [query.sample_id for query in read_queries(path)] == ["mine", "2"]
 
 
-@pytest.mark.parametrize(("name", "meant"), [("focsu", "focus"), ("Focus", "focus"), ("queryid", "query_id")])
+@pytest.mark.parametrize(
+    ("name", "meant"), [("focsu", "focus"), ("Focus", "focus"), ("queryid", "query_id"), ("tool", "tools")]
+)
 def test_an_option_of_a_query_that_is_misspelt_is_told(tmp_path, name, meant):
     from rapidin_vdb.query import read_queries
 

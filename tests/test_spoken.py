@@ -12,7 +12,7 @@ from rapidin_vdb.cli import show
 from rapidin_vdb.corpus import Record, encode, load_template, sample_from
 from rapidin_vdb.corpus.written import _MARK
 from rapidin_vdb.errors import CorpusError
-from rapidin_vdb.query import read_queries
+from rapidin_vdb.query import encode_queries, query_from, read_queries
 
 CALLED = "{% for c in m.tool_calls or [] %}{{ '\n' }}<call>{{ c.function | tojson }}</call>{% endfor %}"
 START = "<|im_start|>{{ m.role }}"
@@ -229,6 +229,10 @@ def test_calls_are_stored_asked_and_found(tmp_path, capsys, turns):
     stored, calls = database.show("calls"), f"<call>{ADD}</call>"
     assert stored.response.endswith(f"Let me see.\n{calls}\n{calls}") and database.verify().findings == ()
     assert [stored.response[start:end] for start, end in stored.token_offsets][-2:] == [">", ""]
+    if turns == "last":
+        # What tools were called before stands in the prompt, to be read and looked for.
+        assert f"assistant: {json.dumps(AGENT[2]['tool_calls'])}\n\ntool: 2" in stored.prompt
+        assert database.count("contains(prompt, '\"arguments\"')") == 2
     for name in ("shared", "apart"):
         sample, shown = database.show_turns(name)
         assert [(turn.role, turn.content) for turn in shown] == [
@@ -410,3 +414,22 @@ def test_turns_behind_the_last_answer_that_the_template_refuses_do_not_count():
         for messages in ([*talk, turn("user", "c")], talk)
     )  # fmt: skip
     assert found.input_ids == wanted.input_ids and found.offsets == wanted.offsets
+
+
+def test_a_generation_that_ends_with_what_the_template_writes_is_refused():
+    tokenizer = tokenizer_with(TEMPLATES["calls"])
+    template = load_template("chat", tokenizer=tokenizer)
+
+    def asked(generation, prompt="a", template=template):
+        query = query_from(prompt, generation)
+        return encode_queries([query], tokenizer=tokenizer, template=template, max_tokens=99)[0]
+
+    for end in ("<|im_end|>", "<|im_end|>\n"):
+        with pytest.raises(
+            CorpusError, match=r"query: the generation ends with <\|im_end\|>, which the template writes"
+        ):
+            asked(f"Two.{end}")
+    # Inside, it is a part of what was said; without the template, nothing is written behind it.
+    assert tokenizer.decode(asked("<|im_end|> it is.").input_ids).endswith("<|im_end|> it is.<|im_end|>")
+    assert asked("Two.<|im_end|>", prompt=None).response_tokens > 2
+    assert asked("Two.<|im_end|>", template=load_template("text")).response_tokens > 2

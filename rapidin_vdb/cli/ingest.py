@@ -115,6 +115,12 @@ def _told(found: IngestReport | IngestEstimate, cut: str, hold: str, back: str) 
             "--on-deleted skip",
             err=True,
         )
+    if found.unwritten:
+        typer.echo(
+            f"{found.unwritten:,} of them have a turn that the template does not write as it is, so that it has no "
+            f"part in their gradients: {shown(found.first_unwritten)}",
+            err=True,
+        )
     if found.earlier_turns:
         typer.echo(
             f"{found.earlier_turns:,} of them have earlier turns of the assistant, which have no gradient: only the "

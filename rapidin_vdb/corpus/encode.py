@@ -1,5 +1,6 @@
 """A sample becomes token ids, with its prompt masked and the place of each response token in the text."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -104,7 +105,17 @@ def _encoded(
         truncated=truncated,
         places=None if places is None else tuple(places),
         response=written.said,
+        unwritten=_unwritten(sample, written.text),
     )
+
+
+def _unwritten(sample: Sample, text: str) -> str:
+    """Return where the first turn stands in its record that a text does not have as it is, thoughts aside."""
+    for turn in (*sample.messages, *sample.turns) if len(sample.messages) > 1 or sample.turns else ():
+        said = turn.content.rpartition("</think>")[2].strip()
+        if said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:
+            return f"{turn.place or 'a turn'} (role {turn.role})"
+    return ""
 
 
 def as_written(sample: Sample, encoded: Encoded) -> Sample:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rapidin_vdb.corpus.files import Record, read_records
 from rapidin_vdb.corpus.shapes import conversation_of, text_field
-from rapidin_vdb.corpus.turns import joined, said_beside
+from rapidin_vdb.corpus.turns import joined, said_beside, told
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import OWN_COLUMNS, Message, Sample, Scalar, Turns
 
@@ -120,7 +120,7 @@ def _prompt_text(messages: tuple[Message, ...]) -> str | None:
         return None
     if len(messages) == 1:
         return messages[0].content
-    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in messages)
+    return "\n\n".join(f"{turn.role}: {told(turn)}" for turn in messages)
 
 
 def _names(fields: dict[str, Any]) -> str:

@@ -239,8 +239,8 @@ def _parted(turns: _Said, name: str, location: str, which: Turns) -> tuple[_Said
     if not answers:
         roles = ", ".join(dict.fromkeys(turn.role for turn in turns)) or "none"
         raise CorpusError(
-            f"{location}: {name} has no turn of the role assistant, which would be the response; found the roles "
-            f"{roles}"
+            f"{location}: {name} has no turn of the role assistant, which would be the response (in a query, so would "
+            f"a field generation); found the roles {roles}"
         )
     for place in answers if which == "all" else ():
         if (weight := turns[place].more.get("weight", 1)) not in (0, 1):

@@ -1,5 +1,6 @@
 """Several turns as one text, as a database keeps them, and the turns of such a text."""
 
+import json
 import re
 from collections.abc import Sequence
 
@@ -35,6 +36,17 @@ def is_trained(turn: Message) -> bool:
 def said_beside(turn: Message) -> list[str]:
     """Return the names of what a turn says outside of its content."""
     return [name for name in SAID_BESIDE if turn.more.get(name) and str(turn.more[name]).strip()]
+
+
+def told(turn: Message) -> str:
+    """Return a turn's content, and what calls of tools it has, as JSON, on a line of their own.
+
+    >>> told(Message(role="assistant", content="", more={"tool_calls": [{"name": "look"}]}))
+    '[{"name": "look"}]'
+    """
+    calls = [turn.more[name] for name in ("tool_calls", "function_call") if turn.more.get(name)]
+    texts = [turn.content, *(json.dumps(call, ensure_ascii=False, default=str) for call in calls)]
+    return "\n".join(text for text in texts if text)
 
 
 def taken_apart(text: str, spans: Sequence[tuple[int, int]]) -> tuple[Message, ...]:

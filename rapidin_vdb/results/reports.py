@@ -57,6 +57,10 @@ class IngestReport:
     """Samples with more tokens than the database's `max_tokens`, of which only the first ones count."""
     earlier_turns: int
     """Samples with turns of the assistant before their response, which are read and have no gradient."""
+    unwritten: int
+    """Samples with a turn that the template does not write as it is, such as one of a role that it does not know."""
+    first_unwritten: str
+    """Where the first of these turns is; empty where there is none."""
     brought_back: int
     """How many of them had been deleted before, as far as kept versions show it."""
     left_deleted: int
@@ -87,6 +91,10 @@ class IngestEstimate:
     """Records whose samples are there already."""
     kept: int
     """Records whose id stands for other content, which would stay."""
+    unwritten: int
+    """Samples with a turn that the template does not write as it is, such as one of a role that it does not know."""
+    first_unwritten: str
+    """Where the first of these turns is; empty where there is none."""
     brought_back: int
     """How many of the samples to write were deleted before, as far as kept versions show it."""
     left_deleted: int
