@@ -76,7 +76,9 @@ def make_plan(
             How many more cannot be stored is said, and what is wrong with the first of them.
         ScratchError: the ledger cannot be kept.
     """
-    plan = Plan(seen=_note_there(table, ledger, token_gradients))
+    # Each version that is kept takes a request in an object store, one after the other.
+    deleted = on_deleted == "skip" or not table.place.cached
+    plan = Plan(seen=_note_there(table, ledger, token_gradients, deleted))
     columns = table.snapshot().column_kinds
     for window in windows:
         entries, changed = ledger.look(_ids(window)), dict[str, Entry]()
@@ -186,13 +188,13 @@ def _ids(window: Sequence[Pair | CorpusError]) -> Iterator[str]:
 
 
 @undisturbed
-def _note_there(table: SampleTable, ledger: Ledger, token_gradients: bool) -> int:
-    """Note what is in the table, which of it has tokens, and what was deleted; return the table's version."""
+def _note_there(table: SampleTable, ledger: Ledger, token_gradients: bool, deleted: bool) -> int:
+    """Note what is in the table, which of it has tokens, if `deleted` what was there; return the table's version."""
     snapshot = table.snapshot()
     tokens = table.tokens.snapshot() if token_gradients else None
     ledger.begin(snapshot.each_content())
     ledger.note_tokens(tokens.each_content() if tokens is not None else ())
-    for version, following in snapshot.deletions():
+    for version, following in snapshot.deletions() if deleted else ():
         before, after = (table.snapshot(number) for number in (version, following))
         gone = np.setdiff1d(before.row_keys()[0], after.row_keys()[0], assume_unique=True)
         ledger.note_deleted(before.ids_of_rows(gone))

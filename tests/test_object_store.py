@@ -68,6 +68,9 @@ def test_a_database_in_a_bucket_is_that_of_a_folder(bucket, database, tmp_path, 
     far.delete(where="sample_id = 'toy-003'")
     database.delete(where="sample_id = 'toy-003'")
     assert answers(rapidin_vdb.open(bucket)) == answers(database)
+    # Which samples were deleted takes a request for every version: it is looked up where it is asked for.
+    assert (far.ingest(toy, on_deleted="skip").left_deleted, far.ingest(toy, dry_run=True).brought_back) == (1, 0)
+    assert database.ingest(toy, dry_run=True).brought_back == 1
     more = write_jsonl(tmp_path / "more.jsonl", toy_records(4, first=24))
     far.ingest(more, token_gradients=True, token_width=16)
     database.ingest(more, token_gradients=True, token_width=16)
