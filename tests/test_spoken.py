@@ -193,6 +193,10 @@ def test_calls_that_hold_the_mark_change_nothing():
         said = said_by(*encoded(talk, "calls"))
         shown = f"<call>{json.dumps(called['function'], ensure_ascii=False)}</call><|im_end|>"
         assert said.startswith(f"{shown}Two.<|im_end|>Let" if weight else "Two.<|im_end|>Let")
+    # Also where nothing but marks tells where answers stand: as many letters before each as there are turns.
+    growing = PLAIN.replace("{{ m.content }}", "{{ 'x' * (messages | length) }}{{ m.content }}" + CALLED) + ASKING
+    talk = [*AGENT[:2], turn("assistant", tool_calls=[called], weight=0), *AGENT[3:]]
+    assert said_by(*encoded(talk, growing)).startswith("Two.<|im_end|>Let me see.")
 
 
 def test_turns_that_call_and_have_no_loss():
