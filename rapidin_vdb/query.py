@@ -152,9 +152,7 @@ def _check_end(query: Sample, template: Template) -> None:
     Raises:
         CorpusError: it does.
     """
-    if not template.whole or query.turns or query.prompt is None:
-        return
-    end = template.end(query).strip()
+    end = "" if query.turns else template.end(query).strip()
     if end and query.response.rstrip().endswith(end):
         raise CorpusError(
             f"{query.location}: the generation ends with {end}, which the template writes behind it; leave it out"

@@ -144,6 +144,7 @@ def test_turns_that_the_template_leaves_out_are_told(tmp_path, capsys):
         + PLAIN.removeprefix(LOOP).replace("{% endfor %}", "{% endif %}{% endfor %}")
         + ASKING
     )
+    tokenizer.chat_template = tokenizer.chat_template.replace("m.content", "m.content.split('</think>')[-1]")
     tokenizer.save_pretrained(model)
     for turns in ("last", "all"):
         database = rapidin_vdb.init(
@@ -169,6 +170,15 @@ def test_turns_that_the_template_leaves_out_are_told(tmp_path, capsys):
             in capsys.readouterr().err
         )
         assert database.ingest(path).unwritten == 0
+
+
+def test_a_file_may_write_a_prompt_in_parts(tmp_path):
+    (tmp_path / "a.jinja").write_text("{{ instruction }}: {{ input }}!")
+    fields = {"instruction": "Add", "input": "1 2", "output": "3"}
+    sample = sample_from(Record(location="here", fields=fields))
+    template = load_template(str(tmp_path / "a.jinja"))
+    (found,) = encode([sample], tokenizer=byte_tokenizer(), template=template, max_tokens=99)
+    assert sample.prompt == "Add\n1 2" and found.unwritten == ""
 
 
 def test_tools_of_a_record_of_texts_are_a_field_like_any_other():

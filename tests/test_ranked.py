@@ -223,9 +223,11 @@ def test_a_matrix_that_nobody_would_see_is_refused(capsys, database, tmp_path):
     assert call(capsys, *asked, "--json", "--top-k", 1)[0] == 0
     code, out, _ = call(capsys, *asked, "--html", tmp_path / "page.html", "--top-k", 1)
     # Words are on the page; the terminal shows those that were asked for there.
-    assert code == 0 and "generation:" not in out
+    assert code == 0 and "generation:" not in out and "response:" not in out
     code, more, _ = call(capsys, *asked, "--html", tmp_path / "page.html", "--top-k", 1, "--tokens")
-    assert code == 0 and "generation:" in more and set(out.splitlines()) < set(more.splitlines())
+    assert (
+        code == 0 and "generation:" in more and "response:" in more and set(out.splitlines()) < set(more.splitlines())
+    )
 
 
 def test_a_difference_is_shown_beside_an_exact_score(capsys, tmp_path, models, adapters):
