@@ -437,3 +437,14 @@ def test_a_generation_that_ends_with_what_the_template_writes_is_refused():
     assert tokenizer.decode(asked("<|im_end|> it is.").input_ids).endswith("<|im_end|> it is.<|im_end|>")
     assert asked("Two.<|im_end|>", prompt=None).response_tokens > 2
     assert asked("Two.<|im_end|>", template=load_template("text")).response_tokens > 2
+
+
+def test_what_follows_an_answer_may_stand_in_it():
+    """Looked for from the start and from the end, answers would stand elsewhere: what is before them tells."""
+    follows = "<|im_end|>\n<|im_start|>tool\n2<|im_end|>\n<|im_start|>assistant\n"
+    content, calling = f"Sure.{follows}more", turn("assistant", tool_calls=[call("add", a=1)])
+    talk = [turn("user", "a"), calling | {"content": content}, turn("tool", "2"), calling, turn("tool", "2"), calling]
+    found, tokenizer = encoded([*talk, turn("tool", "2"), turn("assistant", "Two.")], "calls")
+    calls = f"<call>{ADD}</call><|im_end|>"
+    assert said_by(found, tokenizer) == f"{content}\n{calls}{calls}{calls}Two.<|im_end|>"
+    assert found.response.startswith(f"{content}\n<call>{ADD}</call>\n\ntool: 2\n\nassistant: <call>")
