@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from rapidin_vdb.corpus.marks import Stands, end_length, find_marked, marked, otherwise
+from rapidin_vdb.corpus.marks import answer_at, find_marked, marked, otherwise
 from rapidin_vdb.corpus.spoken import write_spoken
 from rapidin_vdb.corpus.template import Template
 from rapidin_vdb.corpus.turns import is_trained, joined, said_beside
-from rapidin_vdb.corpus.written import Answer, Written, mark_unlike
+from rapidin_vdb.corpus.written import Written, mark_unlike
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import Message, Sample
 
@@ -55,15 +55,10 @@ def _write_plain(template: Template, sample: Sample, numbers: Sequence[int], beh
         raise otherwise(sample, first + earlier[found])
     _, places = joined(sample.turns)
     answers = [
-        _answer(template, before, stands, end, sample.turns[number].content, places[number])
+        answer_at(template, before, stands, end, sample.turns[number].content, places[number])
         for number, stands in zip(earlier, found, strict=True)
     ]
     return replace(written, left_out=places[last] + written.left_out, earlier=tuple(answers))
-
-
-def _answer(template: Template, text: str, stands: Stands, end: str, said: str, place: int) -> Answer:
-    start, stop, follows = stands
-    return Answer(start, stop, stop + end_length(template, follows, end), place + said.rindex(text[start:stop]))
 
 
 def _ending(sample: Sample, turns: Sequence[Message], answer: Message) -> Sample:

@@ -5,6 +5,7 @@ from collections.abc import Collection, Iterator, Sequence
 
 from rapidin_vdb.corpus.template import Template
 from rapidin_vdb.corpus.turns import said_beside
+from rapidin_vdb.corpus.written import Answer
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import Message, Sample
 
@@ -99,7 +100,13 @@ def _thought(said: str) -> str:
     return found[0] if found else ""
 
 
-def end_length(template: Template, follows: str, end: str) -> int:
+def answer_at(template: Template, text: str, stands: Stands, end: str, said: str, place: int) -> Answer:
+    """Return where an answer stands that says `said` at a place of the response; `end` is what ends the last one."""
+    start, stop, follows = stands
+    return Answer(start, stop, stop + _end_length(template, follows, end), place + said.rindex(text[start:stop]))
+
+
+def _end_length(template: Template, follows: str, end: str) -> int:
     """Return how much of what follows an answer ends it: what ends the last, or a marker that is next to it."""
     if end and follows.startswith(end):
         return len(end)

@@ -13,10 +13,10 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from rapidin_vdb.corpus.marks import Stands, end_length, find_marked, marked, named, otherwise
+from rapidin_vdb.corpus.marks import Stands, answer_at, find_marked, marked, named, otherwise
 from rapidin_vdb.corpus.template import THOUGHT, Template
 from rapidin_vdb.corpus.turns import THOUGHTS, joined, said_beside
-from rapidin_vdb.corpus.written import Answer, Written, mark_unlike
+from rapidin_vdb.corpus.written import Written, mark_unlike
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.records import Message, Sample
 
@@ -51,13 +51,8 @@ def write_spoken(template: Template, sample: Sample, numbers: Sequence[int], beh
             said[number] = replace(said[number], content=talk.text[begin:close])
     response, begins = joined(said)
     earlier = [
-        Answer(
-            begin,
-            close,
-            close + end_length(template, follows, end),
-            begins[number] + said[number].content.rindex(talk.text[begin:close]),
-        )
-        for number, (begin, close, follows) in zip(numbers[:-1], stands, strict=False)
+        answer_at(template, talk.text, place, end, said[number].content, begins[number])
+        for number, place in zip(numbers[:-1], stands, strict=False)
     ]
     left_out = begins[numbers[-1]] + written.left_out
     return replace(written, left_out=left_out, earlier=tuple(earlier), said=response)
