@@ -11,6 +11,7 @@ import numpy as np
 from rapidin_vdb.corpus import Record, Template, load_template, sample_from
 from rapidin_vdb.corpus.shapes import asked_fields
 from rapidin_vdb.errors import GradientError, ModelError, SpecError
+from rapidin_vdb.fingerprint import check_fingerprint
 from rapidin_vdb.gradient import (
     ExactInfluence,
     LoadedModel,
@@ -22,7 +23,6 @@ from rapidin_vdb.gradient import (
 )
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import DType, Encoded, Fingerprint, ModelSpec
-from rapidin_vdb.store import check_fingerprint
 
 
 @dataclass(frozen=True, eq=False)

@@ -9,9 +9,12 @@ import pytest
 import torch
 from conftest import byte_tokenizer, toy_records, write_jsonl
 from safetensors.torch import load_file, save_file
+from test_store import FINGERPRINT
 
 import rapidin_vdb
 from rapidin_vdb.errors import FingerprintError, ModelError, RapidInError, SpecError
+from rapidin_vdb.fingerprint import check_fingerprint
+from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.store import SampleTable
 
 
@@ -151,3 +154,35 @@ def test_secrets_in_addresses_are_not_printed(place, capsys, tmp_path, models):
     with pytest.raises(RapidInError) as caught:
         rapidin_vdb.open(place)
     assert "secret" not in str(caught.value) and "://" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_hash": "9"}, "model_hash is '1' in the database, '9' here"),
+        ({"adapter_hash": "9"}, "adapter_hash is None in the database"),
+        ({"dtype": "bfloat16"}, "dtype is 'float32' in the database, 'bfloat16' here"),
+        ({"tokenizer_hash": "x"}, "tokenizer_hash"),
+        ({"template_text": "x"}, "template_text"),
+        ({"normalize": "none"}, "normalize"),
+        ({"sketch": SketchSpec(width=16)}, "sketch"),
+        ({"theta": ()}, "theta differs in names or shapes"),
+        ({"model_hash": "9", "max_tokens": 5}, "model_hash.*max_tokens"),
+    ],
+)
+def test_fingerprints_that_differ_must_not_meet(change, message):
+    with pytest.raises(FingerprintError, match=message):
+        check_fingerprint(FINGERPRINT, dataclasses.replace(FINGERPRINT, **change), place="db")
+
+
+def test_a_moved_model_may_meet():
+    check_fingerprint(
+        FINGERPRINT, dataclasses.replace(FINGERPRINT, model="elsewhere", versions={"torch": "3"}), place="db"
+    )
+
+
+def test_where_two_long_values_differ_is_shown():
+    stored, here = (dataclasses.replace(FINGERPRINT, template_text="x" * 200 + end) for end in ("one", "other"))
+    with pytest.raises(FingerprintError) as found:
+        check_fingerprint(stored, here, place="db")
+    assert f"template_text is ...{'x' * 19}one' in the database, ...{'x' * 19}other' here" in str(found.value)

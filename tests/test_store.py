@@ -1,6 +1,5 @@
 """The table: filters, fingerprints, columns that grow, and what is refused."""
 
-import dataclasses
 import shutil
 import subprocess
 import sys
@@ -12,9 +11,9 @@ import numpy as np
 import pytest
 from conftest import toy_records, write_jsonl
 
-from rapidin_vdb.errors import FilterError, FingerprintError, TableError, TableExistsError, TableNotFoundError
+from rapidin_vdb.errors import FilterError, TableError, TableExistsError, TableNotFoundError
 from rapidin_vdb.records import Encoded, Fingerprint, ParameterShape, Sample, SketchSpec
-from rapidin_vdb.store import Row, SampleTable, check_fingerprint, merge_kinds
+from rapidin_vdb.store import Row, SampleTable, merge_kinds
 from rapidin_vdb.store.changes import delete_rows
 from rapidin_vdb.store.commits import word_for
 from rapidin_vdb.store.filters import checked_filter
@@ -390,31 +389,6 @@ def test_a_table_of_somebody_else_is_refused(tmp_path):
         SampleTable(str(tmp_path / "other"))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"model_hash": "9"}, "model_hash is '1' in the database, '9' here"),
-        ({"adapter_hash": "9"}, "adapter_hash is None in the database"),
-        ({"dtype": "bfloat16"}, "dtype is 'float32' in the database, 'bfloat16' here"),
-        ({"tokenizer_hash": "x"}, "tokenizer_hash"),
-        ({"template_text": "x"}, "template_text"),
-        ({"normalize": "none"}, "normalize"),
-        ({"sketch": SketchSpec(width=16)}, "sketch"),
-        ({"theta": ()}, "theta differs in names or shapes"),
-        ({"model_hash": "9", "max_tokens": 5}, "model_hash.*max_tokens"),
-    ],
-)
-def test_fingerprints_that_differ_must_not_meet(change, message):
-    with pytest.raises(FingerprintError, match=message):
-        check_fingerprint(FINGERPRINT, dataclasses.replace(FINGERPRINT, **change), place="db")
-
-
-def test_a_moved_model_may_meet():
-    check_fingerprint(
-        FINGERPRINT, dataclasses.replace(FINGERPRINT, model="elsewhere", versions={"torch": "3"}), place="db"
-    )
-
-
 CHAINS = {
     "sums": ("stars = 1", " + 1"), "signs": ("stars = ", "- "), "comparisons": ("stars", " = stars"), "casts": ("stars = 1", "::int"),
     "texts": ("sample_id = 'a'", " || 'a'"), "nulls": ("stars", " IS NULL"), "lists": ("stars", " IN (1)"),
@@ -521,10 +495,3 @@ def test_a_list_of_versions_beside_a_purge(database, monkeypatch):
     monkeypatch.setattr(type(database._table.snapshot()), "history", history)
     (newest,) = database.versions()
     assert newest.version == database.version and calls == sorted(calls)
-
-
-def test_where_two_long_values_differ_is_shown():
-    stored, here = (dataclasses.replace(FINGERPRINT, template_text="x" * 200 + end) for end in ("one", "other"))
-    with pytest.raises(FingerprintError) as found:
-        check_fingerprint(stored, here, place="db")
-    assert f"template_text is ...{'x' * 19}one' in the database, ...{'x' * 19}other' here" in str(found.value)

@@ -1,7 +1,6 @@
 """LanceDB tables, their fingerprint, and the filters that may be put to them."""
 
 from rapidin_vdb.store.cache import cache_limit, cache_root
-from rapidin_vdb.store.fingerprint import check_fingerprint
 from rapidin_vdb.store.place import size_of
 from rapidin_vdb.store.rows import ColumnKind, Row, can_hold, merge_kinds, value_kind
 from rapidin_vdb.store.scalar import indexed_columns, make_scalar_index, wrong_lookup
@@ -27,7 +26,6 @@ __all__ = [
     "cache_limit",
     "cache_root",
     "can_hold",
-    "check_fingerprint",
     "indexed_columns",
     "make_scalar_index",
     "merge_kinds",
