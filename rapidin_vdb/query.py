@@ -56,10 +56,14 @@ def query_from(
 
     Raises:
         CorpusError: the generation is empty, or a turn has no such texts.
-        SpecError: there are both a prompt and turns.
+        SpecError: there are both a prompt and turns, or tools and neither.
     """
     if messages and prompt is not None:
         raise SpecError("a query has a prompt, or messages before its generation; give one of both")
+    if tools and not messages and prompt is None:
+        raise SpecError(
+            "tools are given without a prompt or messages: no chat template writes them; give what was asked"
+        )
     return sample_from(
         Record(location=query_id, fields=asked_fields(prompt, generation, messages, tools) | {"id": query_id})
     )

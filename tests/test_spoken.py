@@ -164,6 +164,27 @@ def test_what_the_template_leaves_out_is_lost():
     assert isinstance(found, CorpusError) and "the response has tool_calls, which would be lost" in str(found)
 
 
+@pytest.mark.parametrize(
+    ("field", "meant"),
+    [("toolCalls", "tool_calls"), ("tool-calls", "tool_calls"), ("reasoningContent", "reasoning_content")],
+)
+def test_a_field_of_a_turn_in_another_spelling_is_told(field, meant):
+    """No template would see it, and what it says would be lost."""
+    turns = [turn("user", "a"), turn("assistant", "b", **{field: "c"})]
+    with pytest.raises(CorpusError, match=rf"messages\[1\] has a field {field}; is it meant to be {meant}\?"):
+        sample_from(Record(location="here", fields={"messages": turns}))
+    # Nothing is lost of an empty one, nor where the other is there too; and other fields are the template's.
+    for fine in ({field: None}, {field: "c", meant: "[]"}, {"tool": "c", "thought": "c"}):
+        assert sample_from(Record(location="here", fields={"messages": [turns[0], turn("assistant", "b", **fine)]}))
+
+
+def test_arguments_that_are_missing_are_told():
+    template = TEMPLATES["calls"].replace("c.function | tojson", "c.function.arguments | tojson")
+    talk = [turn("user", "a"), turn("assistant", tool_calls=[{"type": "function", "function": {"name": "add"}}])]
+    with pytest.raises(CorpusError, match="writes a field as JSON that is not there, as the arguments of a call"):
+        encoded(talk, template)
+
+
 def test_a_template_that_writes_the_past_otherwise_is_refused():
     # Of the calls before the last turn only the names.
     short = TEMPLATES["calls"].replace(

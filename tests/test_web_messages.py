@@ -435,6 +435,8 @@ def test_tools_and_calls_before_a_generation(tmp_path):
     (single,) = made.query(queries=[query_from("1 + 1?", said_last, tools=tools)])
     (turns,) = made.query(queries=[query_from(None, said_last, messages=[before[1]], tools=tools)])
     assert single.results[0].score == turns.results[0].score
+    with pytest.raises(SpecError, match="tools are given without a prompt or messages"):
+        query_from(None, said_last, tools=tools)
     with TestClient(make_app(made), base_url="http://127.0.0.1") as client:
         body = {"messages": before, "tools": tools}
         answer = client.post("/api/query", json=body | {"generation": said_last}).json()

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rapidin_vdb.corpus.turns import is_trained, said_beside
+from rapidin_vdb.corpus.turns import SAID_BESIDE, is_trained, said_beside
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import Message, Turns
 
@@ -20,6 +20,8 @@ TURNS = ("messages", "conversations")
 _SAYERS = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "ai": "assistant"}
 _FROM = _SAYERS | {"model": "assistant", "observation": "tool", "function_response": "tool"}
 _CALL = "function_call"
+_FIELDS = {name.replace("_", ""): name for name in (*SAID_BESIDE, "tool_call_id")}
+"""What a turn may have, by its letters alone: in other spellings no chat template would see it."""
 _SHAPES = "instruction/input/output, prompt/response (or completion), messages, conversations, or text"
 _KNOWN = frozenset((*PROMPTS, *RESPONSES, *TURNS, "input", "text"))
 # How like a name that is known another has to be to be taken for it, misspelt.
@@ -190,6 +192,10 @@ def _turn(turn: Any, where: str, name: str, location: str) -> Message:
     role = turn.get(keys[0]) if isinstance(turn, dict) else None
     if not isinstance(role, str):
         raise _no_turns(turn, where, name, location)
+    for field, value in turn.items():
+        meant = _FIELDS.get("".join(filter(str.isalnum, str(field))).lower(), field)
+        if value and meant not in turn:
+            raise CorpusError(f"{location}: {where} has a field {field}; is it meant to be {meant}?")
     content = turn.get(keys[1])
     more = {key: value for key, value in turn.items() if key not in keys and value is not None}
     if isinstance(more.get("tool_calls"), str):

@@ -176,7 +176,9 @@ class Template:
                 conversation, tokenize=False, add_generation_prompt=asking, **options
             )
         except _REFUSALS as error:
-            raise CorpusError(f"{sample.location}: the chat template refuses this conversation: {error}") from error
+            raise CorpusError(
+                f"{sample.location}: the chat template refuses this conversation: {_reason(error)}"
+            ) from error
 
     def _render_jinja(self, sample: Sample) -> str:
         # A query has a prompt only; a template written for a record's fields finds it under the usual names too.
@@ -186,7 +188,7 @@ class Template:
         try:
             return str(self._compiled.render(fields))
         except _REFUSALS as error:
-            raise CorpusError(f"{sample.location}: the template cannot render this record: {error}") from error
+            raise CorpusError(f"{sample.location}: the template cannot render this record: {_reason(error)}") from error
 
 
 def load_template(name: str, *, tokenizer: ChatTokenizer | None = None, text: str | None = None) -> Template:
@@ -231,6 +233,13 @@ def load_template(name: str, *, tokenizer: ChatTokenizer | None = None, text: st
 def known_templates() -> Sequence[str]:
     """Return the names that are not files."""
     return ("alpaca", "chat", "text")
+
+
+def _reason(error: Exception) -> str:
+    """Return an error of Jinja's as a user can use it: its filter tojson speaks of itself where a field is missing."""
+    if isinstance(error, TypeError) and "Undefined is not JSON" in str(error):
+        return "it writes a field as JSON that is not there, as the arguments of a call of a tool"
+    return str(error)
 
 
 def _tools(sample: Sample) -> Any:
