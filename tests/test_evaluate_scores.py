@@ -8,16 +8,19 @@ import pytest
 from conftest import toy_records
 from reference import normalized, sample_gradient, token_gradients
 
+from rapidin_vdb.errors import RapidInError
 from rapidin_vdb.evaluate import methods
 from rapidin_vdb.evaluate.experiment import Experiment
+from rapidin_vdb.evaluate.gradients import ranked_again
+from rapidin_vdb.evaluate.product import through_a_database
 from rapidin_vdb.evaluate.profiles import PROFILES
-from rapidin_vdb.evaluate.scoring import CONTAINING, EXACT, TOLD_BM25, TOLD_EXACT, all_scores, lissa, rapidin
+from rapidin_vdb.evaluate.scoring import CONTAINING, EXACT, TOLD_BM25, TOLD_EXACT, all_scores, lissa, rapidin, refined
 from rapidin_vdb.focus import focused
 from rapidin_vdb.query import query_from
 
 TINY = dataclasses.replace(
-    PROFILES["quick"], max_tokens=400, new_tokens=40, width=256, widths=(64, 256), shuffles=(3,), lissa_depth=2,
-    lissa_batch=2,
+    PROFILES["quick"], max_tokens=400, new_tokens=40, width=256, widths=(64, 256), shuffles=(3,), refined=2,
+    lissa_depth=2, lissa_batch=2,
 )  # fmt: skip
 
 
@@ -75,3 +78,56 @@ def test_everybody_may_be_told_the_words(experiment):
     # The sketch of the same.
     near = np.corrcoef(found[rapidin(256, 3, token_wise=True)]["scores"].ravel(), found[TOLD_EXACT]["scores"].ravel())
     assert near[0, 1] > 0.8
+    # Both ends of it, ranked again.
+    for told, exact in ((False, EXACT), (True, TOLD_EXACT)):
+        name = rapidin(256, 3, token_wise=told)
+        for ours, first, truth in zip(*(found[n]["scores"] for n in (refined(name), name, exact)), strict=True):
+            before = sorted(range(8), key=lambda place: -first[place])
+            wanted = [
+                *sorted(before[:2], key=lambda place: -truth[place]), *before[2:6],
+                *sorted(before[6:], key=lambda place: -truth[place]),
+            ]  # fmt: skip
+            assert sorted(range(8), key=lambda place: -ours[place]) == wanted
+        assert found[refined(name)]["bytes"] == found[name]["bytes"]
+
+
+def test_ends_that_would_meet_are_halves():
+    draw = np.random.default_rng(1)
+    scores, exact = draw.random(7), draw.random(7)
+    before = np.argsort(-scores)
+    ours = np.argsort(-ranked_again(scores, exact, 100)).tolist()
+    halves = [sorted(part, key=lambda place: -exact[place]) for part in (before[:3], before[4:])]
+    assert ours == [*halves[0], before[3], *halves[1]]
+    assert np.argsort(-ranked_again(scores, exact, 0)).tolist() == before.tolist()
+
+
+def test_a_database_is_held_against_the_experiment(experiment):
+    """Its scores, and both ends ranked again; what differs ends the experiment."""
+    records = toy_records(12)
+    queries = [query_from(f"Say {n}", text, query_id=f"q{n}") for n, text in ((50, "blue 35"), (51, "red, a red 9"))]
+    focus = [focused(query, encoded, ()) for query, encoded in zip(queries, experiment.encoded(queries), strict=True)]
+    found = all_scores(experiment, records, queries, focus, [["blue"], ["red"]])
+    ours, exact = rapidin(256, 3), found[EXACT]["scores"]
+    scores = {"scores": found[ours]["scores"], "refined": found[refined(ours)]["scores"], "exact": exact}
+    ids, corpus = [record["id"] for record in records], experiment.write_corpus(records)
+
+    def held(**other) -> dict:
+        (experiment.folder / "product.json").unlink(missing_ok=True)
+        return through_a_database(experiment, corpus, queries, ids, **scores | other)
+
+    result = held()
+    assert result["refined_queries"] == 2 and result["seconds"]["refine_a_query"] > 0
+    # The second of each end is another than the first: by order alone, by exact scores alone.
+    swapped = scores["refined"].copy()
+    for row in swapped:
+        first, second = np.argsort(-row)[:2]
+        row[[first, second]] = row[[second, first]]
+    lowest = 13 - scores["refined"]
+    for other, said in (
+        ({"scores": 1.1 * scores["scores"]}, "scores differ from the experiment's by 0.09"),
+        ({"refined": swapped}, "at rank 1 is"),
+        ({"refined": lowest}, "at rank 1 is"),
+        ({"exact": exact + 0.1}, "a database's exact score of "),
+    ):
+        with pytest.raises(RapidInError, match=said):
+            held(**other)

@@ -17,7 +17,7 @@ from rapidin_vdb.evaluate.fitting import fitting
 from rapidin_vdb.evaluate.product import through_a_database
 from rapidin_vdb.evaluate.profiles import KS, PROFILES
 from rapidin_vdb.evaluate.provenance import Made
-from rapidin_vdb.evaluate.scoring import EXACT, all_scores, lissa_settings, rapidin
+from rapidin_vdb.evaluate.scoring import EXACT, all_scores, lissa_settings, rapidin, refined
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
 from rapidin_vdb.records import Encoded, ProfileName, Sample
@@ -85,6 +85,7 @@ def run_backdoor(
         experiment, records, queries, [focus for _, _, focus in traced], [words for _, words, _ in traced]
     )
     positive = np.array([record["poisoned"] for record in records])
+    sketched = [rapidin(width, shuffles) for shuffles in sizes.shuffles for width in sizes.widths]
     result: dict[str, Any] = {
         "experiment": "backdoor",
         "profile": profile,
@@ -95,13 +96,10 @@ def run_backdoor(
         "distinct": len({query.response for query in queries}),
         "tuning": tuning,
         "lissa": lissa_settings(sizes),
+        "refined": sizes.refined,
         "attack": attack,
         "methods": {name: _judged(entry, positive, seed) for name, entry in found.items()},
-        "agreement": {
-            name: metrics.agreement(entry["scores"], found[EXACT]["scores"])
-            for name, entry in found.items()
-            if name.startswith("RapidIn") and not name.endswith("token-wise")
-        },
+        "agreement": {name: metrics.agreement(found[name]["scores"], found[EXACT]["scores"]) for name in sketched},
     }
     result["recalls"] = list(_RECALLS)
     result["curves"] = {
@@ -112,7 +110,10 @@ def run_backdoor(
     }
     product = rapidin(sizes.width, sizes.shuffles[0])
     result["histogram"] = _histogram(found[product]["scores"], positive)
-    result["product"] = through_a_database(experiment, path, queries, found[product]["scores"])
+    result["product"] = through_a_database(
+        experiment, path, queries, [str(record["id"]) for record in records], scores=found[product]["scores"],
+        refined=found[refined(product)]["scores"], exact=found[EXACT]["scores"],
+    )  # fmt: skip
     result["provenance"] = experiment.provenance()
     return result
 

@@ -82,6 +82,7 @@ def run_error_tracing(
         "temperature": _TEMPERATURE,
         "tuning": tuning,
         "lissa": lissa_settings(experiment.profile),
+        "refined": experiment.profile.refined,
         "provenance": experiment.provenance(),
         "examples": [
             {"prompt": query.prompt, "generation": query.response}

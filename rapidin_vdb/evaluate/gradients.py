@@ -249,6 +249,26 @@ def tracin_normalised(dots: np.ndarray, norms: np.ndarray, query_norms: np.ndarr
     return np.stack([(dots[:, number] * theirs * row).sum(1) for number, row in enumerate(ours)])
 
 
+def ranked_again(
+    scores: Float64[np.ndarray, " samples"], exact: Float64[np.ndarray, " samples"], count: int
+) -> Float64[np.ndarray, " samples"]:
+    """Return scores that rank the `count` highest among themselves, and the lowest too, by exact ones.
+
+    So does `query --both --refine COUNT`. They are places from the end, for scores and exact ones are not compared. Of
+    fewer than 2 `count` samples, each half is ranked again. Ties go by place.
+
+    >>> ranked_again(np.array([9.0, 8.0, 5.0, 1.0, 0.0]), np.array([1.0, 2.0, 9.0, 3.0, 4.0]), 2)
+    array([4., 5., 3., 1., 2.])
+    """
+    count = min(count, len(scores) // 2)
+    order = np.argsort(-scores, kind="stable")
+    for part in (slice(0, count), slice(len(scores) - count, None)):
+        order[part] = order[part][np.argsort(-exact[order[part]], kind="stable")]
+    found = np.empty(len(scores))
+    found[order] = np.arange(len(scores), 0, -1)
+    return found
+
+
 def _made(maker: RapidGradMaker, queries: Sequence[Encoded], *, batch: int = 16) -> Tensor:
     rows = torch.empty(len(queries), maker.spec.width)
     for first in range(0, len(queries), batch):

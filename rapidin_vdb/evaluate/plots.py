@@ -6,7 +6,7 @@ from typing import Any
 
 _FAMILIES = {"RapidIn": "Reds", "TracIn": "Blues", "influence": "Purples", "": "Greens"}
 """Colour map of the methods whose names begin so."""
-_DASHES = {"token-wise": "--", "lambda = 100": ":", "": "-"}
+_DASHES = {"refined": "-.", "token-wise": "--", "lambda = 100": ":", "": "-"}
 """Line of the methods whose names contain this."""
 
 

@@ -11,15 +11,19 @@ import rapidin_vdb
 from rapidin_vdb.errors import RapidInError
 from rapidin_vdb.evaluate.experiment import Experiment
 from rapidin_vdb.records import Sample
+from rapidin_vdb.results import RankedSample, Ranking
 
 
 def through_a_database(
-    experiment: Experiment, corpus: Path, queries: Sequence[Sample], scores: np.ndarray
-) -> dict[str, Any]:
+    experiment: Experiment, corpus: Path, queries: Sequence[Sample], sample_ids: Sequence[str], *, scores: np.ndarray,
+    refined: np.ndarray, exact: np.ndarray,
+) -> dict[str, Any]:  # fmt: skip
     """Return the seconds of ingest, index and queries and the bytes on disk; a step of its own.
 
+    `scores`, `refined` and `exact` are the experiment's, [queries, samples], of the samples with those ids.
     `timed_samples` says how many samples the seconds of the ingest are of, and `whole_index` whether those of the
-    index are of all of it: after an interruption they are of the rest.
+    index are of all of it: after an interruption they are of the rest. `refined_queries` are those that were also
+    ranked again at both ends, for the seconds of `refine_a_query`.
 
     Raises:
         RapidInError: the database's scores are not the experiment's.
@@ -53,12 +57,42 @@ def through_a_database(
             differing = max(differing, float(np.abs(best - ours).max() / np.abs(best).max()))
         if differing > 0.01:
             raise RapidInError(f"the database's scores differ from the experiment's by {differing:.3f}")
+        again = list(queries[: profile.refined_queries])
+        count = min(profile.refined, len(sample_ids) // 2)
+        rankings = database.query(
+            queries=again, top_k=min(10, count), both=True, refine=count, device=experiment.device
+        )
+        seconds["refine_a_query"] = float(np.mean([ranking.seconds.tokens for ranking in rankings]))
+        for ranking, row, truth in zip(rankings, refined, exact, strict=False):
+            _compare(ranking, np.argsort(-row, kind="stable"), truth, sample_ids)
         return {
             "seconds": seconds,
             "timed_samples": added,
             "whole_index": whole,
             "bytes": database.info().bytes,
             "largest_difference": differing,
+            "refined_queries": len(again),
         }
 
     return dict(experiment.step("product", work))
+
+
+def _compare(ranking: Ranking, order: np.ndarray, exact: np.ndarray, sample_ids: Sequence[str]) -> None:
+    """See that a database ranks both ends again as the experiment does: by exact scores that are the experiment's.
+
+    Raises:
+        RapidInError: it does not.
+    """
+    places = {name: number for number, name in enumerate(sample_ids)}
+    largest = float(np.abs(exact).max())
+    assert ranking.harmful is not None
+    for end, wanted in ((ranking.results, order), (ranking.harmful, order[::-1])):
+        for result, number in zip(end, wanted, strict=False):
+            assert isinstance(result, RankedSample) and result.exact_score is not None
+            # Neighbours may change places by a rounding, but no score may be another.
+            others = (exact[places[result.sample_id]], exact[number])
+            if max(abs(result.exact_score - other) for other in others) > 0.001 * largest:
+                raise RapidInError(
+                    f"a database's exact score of {result.sample_id} at rank {result.rank} is "
+                    f"{result.exact_score:.4f}; the experiment's is {others[0]:.4f}, and {others[1]:.4f} at that rank"
+                )

@@ -90,6 +90,7 @@ def _backdoor(result: Result) -> str:
         f"the discriminator: {discriminator} (clean and generated ones of the training data; the pairs are all of the paper's, also those "
         f"that were too long to train on). {result['queries']} attacked generations are traced ({result['distinct']} different texts)."
         + _told(result)
+        + _refined(result)
         + _influence(result),
         paper.BACKDOOR_DIFFERS,
         table(
@@ -145,6 +146,17 @@ def _told(result: Result) -> str:
     )
 
 
+def _refined(result: Result) -> str:
+    """Return what refined rankings are, where there are some."""
+    if "refined" not in result:
+        return ""
+    count = result["refined"]
+    return (
+        f" Refined rankings have their {count:,} highest and {count:,} lowest samples ranked again by exact scores, as "
+        f"`query --both --refine {count}` does."
+    )
+
+
 def _influence(result: Result) -> str:
     """Return how influence functions were made."""
     names = [name for name in result["methods"] if "influence function" in name]
@@ -168,6 +180,10 @@ def _cost(result: Result) -> str:
     rests = {"ingest": rest(product["timed_samples"], result["samples"], "samples")}
     if not product["whole_index"]:
         rests["index"] = " (of the rest: the run before was interrupted)"
+    if "refined_queries" in product:
+        rests["refine_a_query"] = (
+            f" (of {product['refined_queries']}; what a refined ranking takes beyond the seconds of its row)"
+        )
     seconds = ", ".join(
         f"{name.replace('_', ' ')} {value:{',.0f' if value >= 100 else '.3g'}} s{rests.get(name, '')}"
         for name, value in product["seconds"].items()
@@ -201,6 +217,7 @@ def _error_tracing(result: Result) -> str:
         + _groups(result)
         + " Token-wise methods ask about the wrong name only."
         + _told(result)
+        + _refined(result)
         + _influence(result)
     )
     if _searched(result):

@@ -26,6 +26,11 @@ def rapidin(width: int, shuffles: int, *, token_wise: bool = False) -> str:
     return f"RapidIn (K = {width:,}, lambda = {shuffles})" + (", token-wise" if token_wise else "")
 
 
+def refined(name: str) -> str:
+    """Return the name of a RapidIn whose two ends are ranked again by exact scores."""
+    return f"{name}, refined"
+
+
 def lissa(steps: int) -> str:
     """Return the name of LiSSA's influence function: it depends on the steps what that is."""
     return f"influence function (LiSSA, {steps} steps)"
@@ -111,6 +116,7 @@ def _gradient_scores(
     names = ["TracIn", EXACT, TOLD_EXACT]
     names += [rapidin(width, shuffles) for shuffles in profile.shuffles for width in profile.widths]
     names.append(rapidin(profile.width, first, token_wise=True))
+    ours = {rapidin(profile.width, first, token_wise=told): TOLD_EXACT if told else EXACT for told in (False, True)}
     influence: list[str] = []
     if experiment.influence_functions:
         influence = [DATAINF] + ([lissa(profile.lissa_depth)] if profile.lissa_depth else [])
@@ -127,7 +133,24 @@ def _gradient_scores(
         with np.load(products_file, allow_pickle=False) as kept:
             dots, norms = kept["dots"], kept["norms"]
         _influence(experiment, full, makers[first], samples, asked, dots, norms)
-    return names + influence
+    for name, exact in ours.items():
+        if experiment.kept(refined(name)) is None:
+            _refine(experiment, name, exact)
+    return names + [refined(name) for name in ours] + influence
+
+
+def _refine(experiment: Experiment, name: str, exact: str) -> None:
+    """Make the scores of a RapidIn whose ends are ranked again.
+
+    Its seconds are those of the RapidIn alone: what exact scores of its ends take is measured through a database.
+    """
+    ours, theirs = experiment.kept(name), experiment.kept(exact)
+    assert ours is not None and theirs is not None
+    rows = [
+        gradients.ranked_again(row, exactly, experiment.profile.refined)
+        for row, exactly in zip(ours["scores"], theirs["scores"], strict=True)
+    ]
+    experiment.keep(refined(name), np.stack(rows), ours["seconds"], ours["bytes"])
 
 
 def _first_pass(
