@@ -55,7 +55,7 @@ def query_from(
     'Name a fruit.'
 
     Raises:
-        CorpusError: the generation is empty, or a turn has no such texts.
+        CorpusError: the generation is empty, or the last of the turns, or a turn has no such texts.
         SpecError: there are both a prompt and turns, or tools and neither.
     """
     if messages and prompt is not None:
@@ -64,9 +64,8 @@ def query_from(
         raise SpecError(
             "tools are given without a prompt or messages: no chat template writes them; give what was asked"
         )
-    return sample_from(
-        Record(location=query_id, fields=asked_fields(prompt, generation, messages, tools) | {"id": query_id})
-    )
+    fields = asked_fields(prompt, generation, messages, tools) | {"id": query_id}
+    return _said_once(sample_from(Record(location=query_id, fields=fields)))
 
 
 def read_queries(path: Path) -> list[Sample]:
@@ -86,7 +85,8 @@ def read_queries(path: Path) -> list[Sample]:
         names = (record.fields.get("query_id"), record.fields.get("id"))
         name = next((name for name in names if name is not None), None)
         fields = _after_turns(record) | {"query_id": str(number) if name is None else name}
-        queries.append(sample_from(Record(location=record.location, fields=fields), id_field="query_id"))
+        query = sample_from(Record(location=record.location, fields=fields), id_field="query_id")
+        queries.append(query if record.fields.get("generation") is None else _said_once(query))
     if not queries:
         raise CorpusError(f'{path}: no query in it; wanted lines such as {{"prompt": "...", "generation": "..."}}')
     return queries
@@ -123,6 +123,21 @@ def _after_turns(record: Record) -> dict[str, Any]:
         )
     said = {"role": "assistant", "content": fields.pop("generation")}
     return fields | {turns: [*fields[turns], said]}
+
+
+def _said_once(query: Sample) -> Sample:
+    """Return a query whose generation is not the last of the turns before it as well, as if it had been said twice.
+
+    Raises:
+        CorpusError: it is.
+    """
+    last = query.messages[-1] if query.messages else None
+    if last is not None and last.role == "assistant" and last.content.strip() == query.response.strip():
+        raise CorpusError(
+            f"{query.location}: the last of the messages is the generation itself, which is to follow them; leave it "
+            "out of the messages"
+        )
+    return query
 
 
 def encode_queries(

@@ -485,6 +485,26 @@ def test_a_generation_follows_the_turns_of_a_query(tmp_path):
     assert read_queries(path)[0].response == "b"
 
 
+def test_a_generation_is_not_among_the_turns_before_it(tmp_path):
+    from rapidin_vdb.query import query_from, read_queries
+
+    turns = [
+        {"role": role, "content": content} for role, content in (("user", "b"), ("assistant", "b "), ("user", "b"))
+    ]
+    path = tmp_path / "q.jsonl"
+    asked = {"messages": turns[:2], "generation": "b"}
+    for ask in (
+        lambda: query_from(None, "b", messages=turns[:2]),
+        lambda: read_queries(write_jsonl(path, [asked | {"generation": "c"}, asked])),
+    ):
+        with pytest.raises(CorpusError, match="the last of the messages is the generation itself"):
+            ask()
+    # Others may say the same, and so may earlier turns; what stands twice in a file's turns is the file's.
+    assert query_from(None, "b", messages=turns).response == query_from(None, "b", messages=turns[:1]).response == "b"
+    (query,) = read_queries(write_jsonl(path, [{"messages": [*turns[:2], turns[1]]}]))
+    assert [turn.content for turn in query.messages] == ["b", "b "] and query.response == "b "
+
+
 def test_a_query_of_no_known_shape_is_told_which_name_was_meant(tmp_path):
     from rapidin_vdb.query import read_queries
 
