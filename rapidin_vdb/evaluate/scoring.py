@@ -114,8 +114,12 @@ def _gradient_scores(
     profile, loaded = experiment.profile, experiment.loaded()
     widest, first = max(profile.widths), profile.shuffles[0]
     names = ["TracIn", EXACT, TOLD_EXACT]
-    names += [rapidin(width, shuffles) for shuffles in profile.shuffles for width in profile.widths]
-    names.append(rapidin(profile.width, first, token_wise=True))
+    names += [
+        rapidin(width, shuffles, token_wise=told)
+        for told in (False, True)
+        for shuffles in profile.shuffles
+        for width in profile.widths
+    ]
     ours = {rapidin(profile.width, first, token_wise=told): TOLD_EXACT if told else EXACT for told in (False, True)}
     influence: list[str] = []
     if experiment.influence_functions:
@@ -158,15 +162,13 @@ def _first_pass(
     focused: Sequence[Encoded], products_file: Path,
 ) -> None:  # fmt: skip
     """Make the scores of TracIn and of all RapidIns from one pass over the samples."""
-    profile, first = experiment.profile, experiment.profile.shuffles[0]
+    profile = experiment.profile
     # The queries on their telling words are further columns of the same products.
     directions, query_norms = full.directions([*asked, *focused])
     takers: dict[str, Any] = {"products": gradients.Products(directions, full.shapes, full.samples)}
-    takers |= {
-        str(shuffles): gradients.Sketches(maker, asked, profile.widths, full.samples)
-        for shuffles, maker in makers.items()
-    }
-    takers[str(first)].ask("token-wise", list(focused), [profile.width])
+    for shuffles, maker in makers.items():
+        takers[str(shuffles)] = sketches = gradients.Sketches(maker, asked, profile.widths, full.samples)
+        sketches.ask("token-wise", focused, profile.widths)
     seconds = full.run("gradients", takers)
     products, count, size = takers["products"], len(asked), _bytes(full)
     dots, exact_seconds = products.dots[:, :count], seconds["products"]
