@@ -1,5 +1,6 @@
 """Databases are opened, or made for the training samples of one model."""
 
+import logging
 import math
 from pathlib import Path
 
@@ -10,6 +11,8 @@ from rapidin_vdb.errors import SpecError
 from rapidin_vdb.gradient import check_chat_template, fingerprint_of, load_model
 from rapidin_vdb.records import LOSSES, DType, ModelSpec, Normalize, Quantization, SketchSpec, Turns
 from rapidin_vdb.store import SampleTable
+
+logger = logging.getLogger(__name__)
 
 _DEFAULT_SKETCH = SketchSpec()
 
@@ -76,6 +79,12 @@ def init(
         raise SpecError(f"--turns all goes with --template chat, which writes every turn; here it is {chosen.name}")
     if chosen.name == "chat" and adapter is not None:
         check_chat_template(loaded.tokenizer, adapter)
+    if chosen.name in ("alpaca", "text") and getattr(loaded.tokenizer, "chat_template", None):
+        logger.warning(
+            "prompts are written by the template %s, and the model's tokenizer has a chat template: if the fine-tuning "
+            "used that, make the database with --template chat, or gradients are of other texts than it saw",
+            chosen.name,
+        )
     fingerprint = fingerprint_of(
         loaded,
         template=chosen.name,

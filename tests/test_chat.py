@@ -309,6 +309,24 @@ def test_generation_ends_where_an_answer_does(monkeypatch):
     assert said == tokenizer.decode([40, 41])
 
 
+def test_another_template_than_the_tokenizer_s_is_told(tmp_path, models, caplog):
+    """Whoever forgets it gets gradients of texts that the model was not tuned on."""
+    folder, _ = save_chat_model(tmp_path / "model")
+    (tmp_path / "t.jinja").write_text("{{ prompt }}")
+    for number, (model, template, told) in enumerate(
+        [
+            (folder, "alpaca", True), (folder, "text", True), (folder, "chat", False),
+            (folder, str(tmp_path / "t.jinja"), False), (models["llama"], "alpaca", False),
+        ]
+    ):  # fmt: skip
+        caplog.clear()
+        rapidin_vdb.init(
+            tmp_path / f"db{number}", model=str(model), width=64, template=template, parameters="norm", device="cpu"
+        )
+        said = [record.getMessage() for record in caplog.records if "has a chat template" in record.getMessage()]
+        assert (len(said) == 1 and f"written by the template {template}," in said[0]) if told else said == []
+
+
 def test_a_space_before_a_response_is_the_prompts(tmp_path):
     """Tokenizers that leave it out of a token's place, as RoBERTa's, would count its token to the response."""
     from tokenizers import processors

@@ -77,7 +77,8 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
     made = run("init", db, "--model", models["llama"], "--adapter", adapters["llama"], "--width", 64, check=0)
     assert (made.stdout, made.stderr.strip()) == (
         "",
-        f"made {db}: 12 parameter tensors of 416 coordinates, sketched to width 64. Next: rapidin-vdb ingest {db} FILE",
+        f"made {db}: 12 parameter tensors of 416 coordinates, sketched to width 64; prompts are written by the template "
+        f"alpaca. Next: rapidin-vdb ingest {db} FILE",
     )
     added = run("ingest", db, lines, "--split", "test", "--limit", 10, check=0)
     assert added.stdout == "" and added.stderr.startswith("10 samples added, in ")

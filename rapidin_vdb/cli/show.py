@@ -36,7 +36,8 @@ def created(database: "Database") -> None:
     stored, path = database.fingerprint, shown(database.path)
     typer.echo(
         f"made {path}: {len(stored.theta)} parameter tensors of {stored.gradient_length:,} coordinates, sketched to "
-        f"width {stored.sketch.width:,}. Next: rapidin-vdb ingest {shlex.quote(path)} FILE",
+        f"width {stored.sketch.width:,}; prompts are written by the template {stored.template}. "
+        f"Next: rapidin-vdb ingest {shlex.quote(path)} FILE",
         err=True,
     )
 
