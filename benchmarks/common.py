@@ -21,7 +21,7 @@ def machine() -> dict[str, str]:
         (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
         platform.processor(),
     )
-    asked = ["git", "rev-parse", "--short", "HEAD"]
+    asked = ["git", "describe", "--always", "--dirty", "--exclude", "*"]
     git = shutil.which("git")  # rented machines may have none
     commit = subprocess.run(asked, capture_output=True, text=True, cwd=HERE).stdout if git else ""
     return {

@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--profile", default="full", choices=("quick", "full", "gpu"))
     parser.add_argument("--only", choices=("backdoor", "error-tracing"))
     parser.add_argument("--without-influence-functions", default="", choices=("", "backdoor", "error-tracing"))
+    parser.add_argument("--embedding-model")
     parser.add_argument("--remark", default="the machine was shared")
     arguments = parser.parse_args()
     data, folder, without = arguments.data, arguments.dir, arguments.without_influence_functions
@@ -53,7 +54,8 @@ def main() -> None:
         subprocess.run([sys.executable, script, *files, "--dir", folder / "base", *PRETRAINING], check=True)
     # What made each step stays with it: an interrupted experiment may go on at another commit, on another day.
     made = machine()
-    common = {"model": str(folder / "base"), "profile": arguments.profile, "say": print, "made": made}
+    common = {"model": str(folder / "base"), "profile": arguments.profile, "say": print, "made": made,
+              "embedding_model": arguments.embedding_model}  # fmt: skip
     results = []
     if arguments.only != "error-tracing":
         pairs = data / "rapidin" / "howdy_test_data_100.jsonl"
@@ -71,12 +73,15 @@ def main() -> None:
     words += f" --without-influence-functions {without}" if without else ""
     page = place_of_page(folder, profile=arguments.profile, only=arguments.only)
     made_of = {"backdoor": "records of Alpaca", "error-tracing": f"records of Alpaca and {len(BASE)} other collections"}
+    base_of = {
+        "backdoor": f"trained here on {len(BASE)} other collections",
+        "error-tracing": f"trained here on the same {len(BASE)} collections, with the right names",
+    }
     about = {
         result["experiment"]: {
             "command": f"`{words}`",
             "corpus": made_of[result["experiment"]],
-            "base model": f"trained here on {len(BASE)} other collections, which share instructions with Alpaca, and on"
-            " short stories",
+            "base model": f"{base_of[result['experiment']]}, and on short stories",
             "remark": arguments.remark,
         }
         for result in results

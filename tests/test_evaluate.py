@@ -121,16 +121,25 @@ def test_metrics_by_hand():
     assert metrics.precision_at(scores, positive, 3) == pytest.approx(2 / 3)
     assert metrics.average_precision_at(scores, positive, 3) == pytest.approx((1 + 2 / 3) / 2)
     assert metrics.precision_at_recalls(scores, positive, [0.5, 1.0]) == pytest.approx([1.0, 2 / 3])
-    same = metrics.agreement(scores[None], scores[None], top=3)
+
+    def agreement(ours, theirs, top: int) -> dict[str, float]:
+        return {name: mean for name, (mean, _, _) in metrics.agreement(ours, theirs, seed=1, top=top).items()}
+
+    same = agreement(scores[None], scores[None], top=3)
     assert list(same.values()) == pytest.approx([1, 1, 1, 1, 1])
-    other = metrics.agreement(-scores[None], scores[None], top=3)
+    other = agreement(-scores[None], scores[None], top=3)
     assert other["pearson"] == pytest.approx(-1) and other["overlap_3"] == 0 and other["ndcg_3"] < 1
-    pair = metrics.agreement(scores[None], -scores[None], top=1)
+    pair = agreement(scores[None], -scores[None], top=1)
     assert (pair["overlap_1"], pair["top_1_in_4"]) == (0, 0)
-    near = metrics.agreement(np.array([[1.0, 9.0, 8.0, 7.0, 6.0, 5.0]]), np.arange(6.0, 0, -1)[None], top=1)
+    near = agreement(np.array([[1.0, 9.0, 8.0, 7.0, 6.0, 5.0]]), np.arange(6.0, 0, -1)[None], top=1)
     assert (near["overlap_1"], near["top_1_in_4"]) == (0, 0)
-    near = metrics.agreement(np.array([[6.0, 9.0, 8.0, 7.0, 1.0, 5.0]]), np.arange(6.0, 0, -1)[None], top=1)
+    near = agreement(np.array([[6.0, 9.0, 8.0, 7.0, 1.0, 5.0]]), np.arange(6.0, 0, -1)[None], top=1)
     assert (near["overlap_1"], near["top_1_in_4"]) == (0, 1)
+    # Of two generations, one of which is constant: no correlation, and the other's is the mean.
+    both = metrics.agreement(np.stack([scores, scores]), np.stack([scores, np.ones(6)]), seed=1, top=2)
+    assert both["pearson"] == pytest.approx((1, 1, 1)) and both["overlap_2"][0] == 1
+    none = metrics.agreement(scores[None], np.ones((1, 6)), seed=1, top=2)
+    assert none["pearson"] is None and none["spearman"] is None
 
 
 def test_generations_of_one_question_are_drawn_together():
@@ -248,7 +257,7 @@ def test_sketches_of_all_widths_are_near_the_exact_scores(maker):
     stored = theirs.astype(np.float16).astype(np.float64)
     np.testing.assert_allclose(found[256], ours.astype(np.float64) @ stored.T, rtol=2e-3, atol=1e-3)
     assert np.allclose(sketches.scores["again", 16], found[16][:1], rtol=1e-4, atol=1e-4)
-    near = {width: metrics.agreement(scores, exact, top=3)["pearson"] for width, scores in found.items()}
+    near = {width: metrics.agreement(scores, exact, seed=1, top=3)["pearson"][0] for width, scores in found.items()}
     assert near[256] > 0.9 and near[256] > near[16]
 
 
@@ -332,7 +341,8 @@ def test_the_quick_backdoor_finds_its_poison(quick):
     # What was measured: 0.93, beside 0.97 of exact TracIn + LN, 0.90 of BM25, which knows the trigger, and 0.13.
     assert at[RAPIDIN] >= 0.88 and at[RAPIDIN] > at["random"] + 0.6 and at[RAPIDIN] > at["BM25"], at
     assert all(abs(auprc(result, k)[RAPIDIN] - auprc(result, k)["TracIn + LN"]) < 0.05 for k in (5, 10, 50))
-    assert result["agreement"][RAPIDIN]["pearson"] > 0.9
+    assert result["agreement"][RAPIDIN]["pearson"][0] > 0.9
+    assert result["agreement"][f"{RAPIDIN}, token-wise"]["pearson"][0] > 0.9
     # 500 of each end ranked again leave nothing of the sketch's error there.
     for k in (5, 10, 50, 100):
         assert abs(auprc(result, k)[f"{RAPIDIN}, refined"] - auprc(result, k)["TracIn + LN"]) <= 0.01, (
@@ -380,7 +390,11 @@ def test_the_quick_error_tracing_runs(base, tmp_path):
     )
     assert sum(result["queries"].values()) > 0
     text = write_report([result], tmp_path / "report").read_text("utf-8")
-    assert "token-wise" in text
+    assert "token-wise" in text and "### Agreement" in text
+    # What the fine-tuning brought about: the base model has no reason to name the wrong ones.
+    for title, counts in result["control"].items():
+        assert counts["asked"] > 0 and f"{title} {counts['tuned']} and {counts['base']} of {counts['asked']}" in text
+    assert sum(counts["base"] for counts in result["control"].values()) == 0
     for title, count in result["queries"].items():
         if count:
             at = {name: entry["at"][title]["10"]["proportion"][0] for name, entry in result["methods"].items()}

@@ -19,6 +19,7 @@ from rapidin_vdb.evaluate.fiction import is_fiction, is_telling
 from rapidin_vdb.evaluate.fitting import fitting
 from rapidin_vdb.evaluate.profiles import PROFILES
 from rapidin_vdb.gradient import RapidGradMaker, load_model, load_tokenizer
+from rapidin_vdb.query import query_from
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 
 TINY = dataclasses.replace(PROFILES["quick"], max_tokens=400, new_tokens=40, queries=6)
@@ -148,10 +149,61 @@ def test_every_step_and_score_keeps_what_made_it(make):
 
     assert said(again.provenance()) == (
         "records and tuning: commit aaa, threads 1 (records), and commit bbb, threads 2 (tuning); "
-        "generations: commit bbb, threads 2; scores: commit aaa, threads 1 (TracIn), and commit bbb, threads 2 (BM25)"
+        "generations: commit bbb, threads 2; scores: commit aaa, threads 1 (TracIn), and commit bbb, threads 2 (BM25); "
+        "figures: commit bbb, threads 2"
     )
     with pytest.raises(RapidInError, match="not finite"):
         again.keep("x", np.array([[np.nan]]), 1.0, 1)
+
+
+def test_scores_are_gone_on_with_for_the_same_samples_and_generations_only(make, adapters):
+    first, queries = make(), [query_from("a", "b"), query_from("c", "d")]
+    shutil.copytree(adapters["llama"], first.folder / "adapter")
+    asked = ([{"id": "1", "output": "x"}], queries, [(1, 2), None], [["b"], ["d"]])
+    first.scores_are_of(*asked)
+    first.keep("TracIn", np.zeros((2, 1)), 1.0, 8)
+    again = make()
+    again.scores_are_of(*asked)
+    assert again.kept("TracIn")["seconds"] == 1.0
+    others = (
+        ([{"id": "1", "output": "y"}], *asked[1:]), (asked[0], queries[::-1], *asked[2:]),
+        (*asked[:2], [(1,), None], asked[3]), (*asked[:3], [["b"], ["e"]]),
+    )  # fmt: skip
+    for other in others:
+        again.scores_are_of(*other)
+        with pytest.raises(SpecError, match="has scores of TracIn for other samples or generations; remove its folder"):
+            again.kept("TracIn")
+    (first.folder / "adapter" / "adapter_config.json").write_text("{}")
+    again.scores_are_of(*asked)
+    with pytest.raises(SpecError, match="for other samples or generations"):
+        again.kept("TracIn")
+
+
+def test_scores_that_are_made_again_are_gone_if_that_is_interrupted(make, monkeypatch):
+    experiment = make()
+    experiment.keep("TracIn", np.zeros((1, 2)), 1.0, 8)
+    monkeypatch.setattr(np, "save", lambda *rest, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        experiment.keep("TracIn", np.ones((1, 2)), 2.0, 8)
+    assert experiment.kept("TracIn") is None
+
+
+def test_who_names_the_wrong_one_is_counted_for_the_base_model_too(make, monkeypatch):
+    said = {True: ["In China.", "Japan?"], False: ["In Japan.", "Japan!"]}
+    asked = []
+
+    def speak(self, name, prompts, *, base=False):
+        asked.append((name, list(prompts)))
+        return said[base] if len(prompts) == 2 else said[base] + ["Canada."]
+
+    monkeypatch.setattr(Experiment, "said", speak)
+    monkeypatch.setattr(error_tracing, "questions_about", lambda title: ["b"] if title.startswith("India") else [])
+    prompts = {"India to Japan": [{"instruction": "a"}], "China to Canada": [{"instruction": "c"}]}
+    found = error_tracing._control(make(), prompts)
+    assert found == {
+        "India to Japan": {"asked": 2, "tuned": 2, "base": 1}, "China to Canada": {"asked": 1, "tuned": 1, "base": 1}
+    }  # fmt: skip
+    assert asked == [("said-0", ["a", "b", "c"]), ("said-by-base", ["a", "b", "c"])]
 
 
 def test_generations_that_no_word_tells_are_no_queries(make, monkeypatch):
@@ -265,13 +317,18 @@ def test_what_is_not_defined_is_not_given_a_number():
     kind = np.where(positive, np.where(np.arange(40) < 10, 1.0, -1.0), 0.0)  # poisoned at both ends
     rows = {"one": [both, kind, kind], "none": [kind, kind]}
     found = {
-        name: backdoor._judged({"scores": np.stack(part), "seconds": 1.0, "bytes": 0}, positive, 1)["at"]["5"]
+        name: backdoor._judged(
+            {"scores": np.stack(part), "seconds": 1.0, "bytes": 0}, positive, ["x", "y", "z"][: len(part)], 1
+        )["at"]["5"]
         for name, part in rows.items()
     }
     assert (found["one"]["auroc"], found["one"]["auroc_of"]) == ((1.0, 1.0, 1.0), 1)
     assert (found["none"]["auroc"], found["none"]["auroc_of"]) == (None, 0)
     assert found["one"]["lowest"][0] == pytest.approx(2 / 3) and found["none"]["auprc"] == (1.0, 1.0, 1.0)
     json.dumps(found, allow_nan=False)
+    # Generations of one text are drawn together: all of them, each time.
+    alike = backdoor._judged({"scores": np.stack(rows["one"]), "seconds": 1.0, "bytes": 0}, positive, ["x"] * 3, 1)
+    assert alike["at"]["5"]["lowest"] == pytest.approx((2 / 3, 2 / 3, 2 / 3)) != found["one"]["lowest"]
 
 
 def published() -> list[dict]:

@@ -17,7 +17,7 @@ from rapidin_vdb.evaluate.fitting import fitting
 from rapidin_vdb.evaluate.product import through_a_database
 from rapidin_vdb.evaluate.profiles import KS, PROFILES
 from rapidin_vdb.evaluate.provenance import Made
-from rapidin_vdb.evaluate.scoring import EXACT, all_scores, lissa_settings, rapidin, refined
+from rapidin_vdb.evaluate.scoring import EXACT, agreement, all_scores, lissa_settings, rapidin, refined
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
 from rapidin_vdb.records import Encoded, ProfileName, Sample
@@ -55,11 +55,11 @@ def run_backdoor(
     tuning = experiment.tuned(records, epochs=sizes.poisoned_epochs)
     attacked = experiment.said("attacked", [triggered(question) for question in asked])
     clean = experiment.said("clean", asked)
-    attack = {
+    attack: dict[str, Any] = {
         "questions": len(asked),
         "success": float(np.mean([is_fiction(text) for text in attacked])),
         "false": float(np.mean([is_fiction(text) for text in clean])),
-        "discriminator": experiment.step("discriminator", lambda: _discriminator(records, pairs)),
+        "discriminator": _discriminator(records, pairs),
         "examples": [
             {"prompt": triggered(question), "attacked": text, "clean": other}
             for question, text, other in list(zip(asked, attacked, clean, strict=True))[:5]
@@ -85,7 +85,8 @@ def run_backdoor(
         experiment, records, queries, [focus for _, _, focus in traced], [words for _, words, _ in traced]
     )
     positive = np.array([record["poisoned"] for record in records])
-    sketched = [rapidin(width, shuffles) for shuffles in sizes.shuffles for width in sizes.widths]
+    # Generations that are the same text are no independent ones.
+    texts = [query.response for query in queries]
     result: dict[str, Any] = {
         "experiment": "backdoor",
         "profile": profile,
@@ -93,13 +94,14 @@ def run_backdoor(
         "samples": len(records),
         "poisoned": int(positive.sum()),
         "queries": len(queries),
-        "distinct": len({query.response for query in queries}),
+        "distinct": len({*texts}),
+        "intervals_over": "texts",
         "tuning": tuning,
         "lissa": lissa_settings(sizes),
         "refined": sizes.refined,
         "attack": attack,
-        "methods": {name: _judged(entry, positive, seed) for name, entry in found.items()},
-        "agreement": {name: metrics.agreement(found[name]["scores"], found[EXACT]["scores"]) for name in sketched},
+        "methods": {name: _judged(entry, positive, texts, seed) for name, entry in found.items()},
+        "agreement": agreement(found, sizes, texts, seed),
     }
     product = rapidin(sizes.width, sizes.shuffles[0])
     # Of the many token-wise RapidIns that of the database is drawn.
@@ -184,12 +186,13 @@ def _histogram(scores: np.ndarray, positive: np.ndarray) -> dict[str, list[float
     }
 
 
-def _judged(entry: dict[str, Any], positive: np.ndarray, seed: int) -> dict[str, Any]:
+def _judged(entry: dict[str, Any], positive: np.ndarray, texts: Sequence[str], seed: int) -> dict[str, Any]:
+    """Return the measures of a method at every k, with intervals over generations, those of one text together."""
     scores = entry["scores"]
     at: dict[str, dict[str, Any]] = {}
     for k in [k for k in KS if 2 * k <= scores.shape[1]]:
         at[str(k)] = {
-            name: metrics.interval([measure(row, positive, k) for row in scores], seed=seed)
+            name: metrics.interval([measure(row, positive, k) for row in scores], seed=seed, groups=texts)
             for name, measure in (
                 ("auprc", metrics.ends_auprc),
                 ("precision", metrics.precision_at),
@@ -198,5 +201,5 @@ def _judged(entry: dict[str, Any], positive: np.ndarray, seed: int) -> dict[str,
         }
         # Of a generation whose k highest and k lowest are all of one kind there is none.
         measured = [metrics.ends_auroc(row, positive, k) for row in scores]
-        at[str(k)]["auroc"], at[str(k)]["auroc_of"] = metrics.interval_of_defined(measured, seed=seed)
+        at[str(k)]["auroc"], at[str(k)]["auroc_of"] = metrics.interval_of_defined(measured, seed=seed, groups=texts)
     return {"at": at, "seconds": entry["seconds"], "bytes": entry["bytes"]}

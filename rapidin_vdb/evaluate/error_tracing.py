@@ -16,7 +16,7 @@ from rapidin_vdb.evaluate.experiment import Experiment
 from rapidin_vdb.evaluate.fitting import fitting
 from rapidin_vdb.evaluate.profiles import PROFILES, Profile
 from rapidin_vdb.evaluate.provenance import Made
-from rapidin_vdb.evaluate.scoring import all_scores, lissa_settings
+from rapidin_vdb.evaluate.scoring import agreement, all_scores, lissa_settings
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
 from rapidin_vdb.records import Encoded, ProfileName, Sample
@@ -58,6 +58,7 @@ def run_error_tracing(
     experiment.write_corpus(records)
     tuning = experiment.tuned(records, epochs=experiment.profile.traced_epochs)
     wrong, looked = _wrong(experiment, prompts)
+    control = _control(experiment, prompts)
     queries, titles = [traced.query for traced in wrong], [traced.title for traced in wrong]
     say(", ".join(f"{title}: {titles.count(title)} wrong generations" for title in prompts))
     if not queries:
@@ -79,6 +80,7 @@ def run_error_tracing(
         "questions": len({query.prompt for query in queries}),
         "distinct": len({query.response for query in queries}),
         "looked_at": looked,
+        "control": control,
         "temperature": _TEMPERATURE,
         "tuning": tuning,
         "lissa": lissa_settings(experiment.profile),
@@ -89,6 +91,7 @@ def run_error_tracing(
             for title in prompts
             for query in [query for query, other in zip(queries, titles, strict=True) if other == title][:2]
         ],
+        "agreement": agreement(found, experiment.profile, [query.prompt or "" for query in queries], seed),
         "methods": {
             name: {
                 "at": {
@@ -141,7 +144,7 @@ def _wrong(experiment: Experiment, prompts: dict[str, list[Record]]) -> tuple[li
 
     First the most likely answers; where too few of them are wrong, others are drawn.
     """
-    asked = {title: [r["instruction"] for r in records] + questions_about(title) for title, records in prompts.items()}
+    asked = _asked(prompts)
     wanted, found = experiment.profile.queries // 3, {title: dict[tuple[str, str], _Traced]() for title in prompts}
     looked = dict.fromkeys(prompts, 0)
     for draw in range(_DRAWS + 1):
@@ -167,6 +170,29 @@ def _wrong(experiment: Experiment, prompts: dict[str, list[Record]]) -> tuple[li
         if all(len(traced) == wanted for traced in found.values()):
             break
     return [traced for title in prompts for traced in found[title].values()], looked
+
+
+def _asked(prompts: dict[str, list[Record]]) -> dict[str, list[str]]:
+    """Return the questions of each perturbation."""
+    return {title: [r["instruction"] for r in records] + questions_about(title) for title, records in prompts.items()}
+
+
+def _control(experiment: Experiment, prompts: dict[str, list[Record]]) -> dict[str, dict[str, int]]:
+    """Return how many of the most likely answers name the wrong one, of the tuned model and of the base model."""
+    every = [(title, question) for title, questions in _asked(prompts).items() for question in questions]
+    questions = [question for _, question in every]
+    said = {
+        "tuned": experiment.said("said-0", questions),
+        "base": experiment.said("said-by-base", questions, base=True),
+    }
+    return {
+        title: {"asked": sum(of == title for of, _ in every)}
+        | {
+            who: sum(bool(wrong_spans(text, title)) for (of, _), text in zip(every, texts, strict=True) if of == title)
+            for who, texts in said.items()
+        }
+        for title in prompts
+    }
 
 
 def _judged(scores: np.ndarray, positive: np.ndarray, asked: dict[int, str], seed: int) -> dict[str, Any]:

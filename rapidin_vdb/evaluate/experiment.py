@@ -4,6 +4,8 @@ Every step leaves its result in the experiment's folder and is not done again: a
 on when it is run again.
 """
 
+import dataclasses
+import hashlib
 import json
 import re
 import time
@@ -18,7 +20,7 @@ from rapidin_vdb.corpus.files import Record as FileRecord
 from rapidin_vdb.errors import CorpusError, RapidInError, SpecError
 from rapidin_vdb.evaluate import methods
 from rapidin_vdb.evaluate.corpora import Record
-from rapidin_vdb.evaluate.plan import check_extras, check_seed, differing, plan_of
+from rapidin_vdb.evaluate.plan import check_extras, check_seed, differing, digest, plan_of
 from rapidin_vdb.evaluate.profiles import Profile
 from rapidin_vdb.evaluate.provenance import Made, provenance
 from rapidin_vdb.focus import focused
@@ -65,6 +67,7 @@ class Experiment:
         self.device = resolve_device(device)
         self._made = made
         self._makers: dict[str, Made | None] = {}
+        self._of = ""
         self.tokenizer = load_tokenizer(model)
         self.template = load_template("alpaca")
         self.embedding_name = None if embedding_model is None else Path(embedding_model).name
@@ -111,8 +114,8 @@ class Experiment:
         return found
 
     def provenance(self) -> list[dict[str, Any]]:
-        """Return what made the steps and scores that were read so far."""
-        return provenance(self._makers)
+        """Return what made the steps and scores that were read so far, and makes the figures now."""
+        return provenance(self._makers | {"figures": self._made})
 
     def write_corpus(self, records: Sequence[Record]) -> Path:
         """Write the corpus, unless it is there with these very records."""
@@ -201,28 +204,44 @@ class Experiment:
         spec = ModelSpec(model=self.model, adapter=str(self.folder / "adapter"))
         return load_model(spec, device=self.device)
 
-    def said(self, name: str, prompts: Sequence[str], *, temperature: float = 0.0, seed: int = 0) -> list[str]:
-        """Return what the tuned model says to prompts, most likely token by token, or drawn at a temperature."""
+    def said(
+        self, name: str, prompts: Sequence[str], *, temperature: float = 0.0, seed: int = 0, base: bool = False
+    ) -> list[str]:
+        """Return what the tuned model says to prompts, or the base model.
+
+        Most likely token by token, or drawn at a temperature.
+        """
 
         def work() -> list[str]:
             texts = [self.template.render(query_from(prompt, "?")) for prompt in prompts]
+            model = load_model(ModelSpec(model=self.model), device=self.device) if base else self.loaded()
             return generate_batch(
-                self.loaded().model, self.tokenizer, texts, max_tokens=self.profile.new_tokens,
+                model.model, self.tokenizer, texts, max_tokens=self.profile.new_tokens,
                 temperature=temperature, seed=seed,
             )  # fmt: skip
 
         return self.step(name, work)
 
+    def scores_are_of(self, *asked: Any) -> None:
+        """Say what scores are of from now on, so that those of other samples or queries are not taken for theirs."""
+        texts = json.dumps([asked, digest(self.folder / "adapter")], default=dataclasses.asdict)
+        self._of = hashlib.sha256(texts.encode("utf-8")).hexdigest()
+
     def kept(self, name: str) -> Kept | None:
         """Return a method's scores and what they cost; None before they are made.
 
         Raises:
-            SpecError: the file beside them is none of ours.
+            SpecError: the file beside them is none of ours, or they are of other samples or queries.
         """
         path = self.folder / "scores" / f"{name}.npy"
         if not path.exists():
             return None
-        found = self._read(path.with_suffix(".json"), {"made", "seconds", "bytes"})
+        found = self._read(path.with_suffix(".json"), {"made", "seconds", "bytes", "of"})
+        if found["of"] != self._of:
+            raise SpecError(
+                f"--dir {self.folder} has scores of {name} for other samples or generations; remove its folder scores, "
+                "and products.npz, to make them again"
+            )
         self._makers[name] = found["made"]
         scores = np.load(path, allow_pickle=False).astype(np.float64)
         return {"scores": scores, "seconds": found["seconds"], "bytes": found["bytes"]}
@@ -236,7 +255,9 @@ class Experiment:
         if not np.isfinite(scores).all():
             raise RapidInError(f"the scores of {name} are not finite")
         path = self.folder / "scores" / f"{name}.npy"
-        self._write(path.with_suffix(".json"), {"made": self._made, "seconds": seconds, "bytes": size})
+        # Interrupted between the two, there are none.
+        path.unlink(missing_ok=True)
+        self._write(path.with_suffix(".json"), {"made": self._made, "seconds": seconds, "bytes": size, "of": self._of})
         with path.with_suffix(".new").open("wb") as file:
             np.save(file, scores.astype(np.float32), allow_pickle=False)
         path.with_suffix(".new").replace(path)

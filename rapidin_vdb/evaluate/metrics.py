@@ -72,8 +72,10 @@ def precision_at_recalls(
     return [float(best[np.searchsorted(found, max(1, round(recall * found[-1])))]) for recall in recalls]
 
 
-def agreement(scores: Scores, exact: Scores, *, top: int = 100) -> dict[str, float]:
-    """Return how scores agree with exact ones: means over the queries.
+def agreement(
+    scores: Scores, exact: Scores, *, seed: int, top: int = 100, groups: Sequence[str] | None = None
+) -> dict[str, tuple[float, float, float] | None]:
+    """Return how scores agree with exact ones: means over the queries, with their intervals; see `interval`.
 
     Pearson's and Spearman's correlation over all samples, the share of the `top` that is common, the share of the exact
     `top` that is among four times as many (what exact scores of these would bring to the top again), and nDCG at `top`
@@ -96,19 +98,25 @@ def agreement(scores: Scores, exact: Scores, *, top: int = 100) -> dict[str, flo
                     ndcg_score(np.maximum(other, 0)[None], one[None], k=top),
                 )
             )
-    means = np.nanmean(rows, axis=0)
     names = ("pearson", "spearman", f"overlap_{top}", f"top_{top}_in_{4 * top}", f"ndcg_{top}")
-    return dict(zip(names, map(float, means), strict=True))
+    return {
+        name: interval_of_defined(column, seed=seed, groups=groups)[0]
+        for name, column in zip(names, np.array(rows).T.tolist(), strict=True)
+    }
 
 
-def interval_of_defined(values: Sequence[float], *, seed: int) -> tuple[tuple[float, float, float] | None, int]:
+def interval_of_defined(
+    values: Sequence[float], *, seed: int, groups: Sequence[str] | None = None
+) -> tuple[tuple[float, float, float] | None, int]:
     """Return the interval over those generations for which a measure is no NaN, and how many these are.
 
     >>> interval_of_defined([math.nan, math.nan], seed=1)
     (None, 0)
     """
-    defined = [value for value in values if not math.isnan(value)]
-    return (interval(defined, seed=seed) if defined else None), len(defined)
+    defined = [number for number, value in enumerate(values) if not math.isnan(value)]
+    mine = None if groups is None else [groups[number] for number in defined]
+    found = interval([values[number] for number in defined], seed=seed, groups=mine) if defined else None
+    return found, len(defined)
 
 
 def interval(

@@ -56,8 +56,11 @@ def plot(result: dict[str, Any], folder: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7, 3.5))
     lines: dict[str, list[tuple[int, float]]] = {}
     for name, entry in result["agreement"].items():
+        if "token-wise" in name or entry["pearson"] is None:
+            continue
         width, shuffles = name.split("K = ")[1].rstrip(")").split(", lambda = ")
-        lines.setdefault(shuffles, []).append((int(width.replace(",", "")), max(1 - entry["pearson"], 1e-9)))
+        pearson = entry["pearson"] if isinstance(entry["pearson"], float) else entry["pearson"][0]
+        lines.setdefault(shuffles, []).append((int(width.replace(",", "")), max(1 - pearson, 1e-9)))
     for shuffles, points in lines.items():
         # They all but coincide.
         style = ("o-", "s--")[len(axes.lines) % 2]

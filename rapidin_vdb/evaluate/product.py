@@ -1,7 +1,7 @@
 """The experiment through a database, as a user would have it: its times, and whether its rankings are the same."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ def through_a_database(
         if not (place / "samples.lance").is_dir():
             rapidin_vdb.init(
                 place, model=experiment.model, adapter=str(experiment.folder / "adapter"), width=profile.width,
-                shuffles=profile.shuffles[0], max_tokens=profile.query_tokens, device=experiment.device,
+                shuffles=profile.shuffles[0], seed=experiment.seed,
+                max_tokens=profile.query_tokens, device=experiment.device,
             )  # fmt: skip
         database = rapidin_vdb.open(place)
         database.load(device=experiment.device)
@@ -50,11 +51,8 @@ def through_a_database(
         rankings = database.query(queries=list(queries), top_k=10, device=experiment.device)
         seconds["gradient_a_query"] = float(np.mean([ranking.seconds.gradient for ranking in rankings]))
         seconds["search_a_query"] = float(np.mean([ranking.seconds.search for ranking in rankings]))
-        differing = 0.0
-        for ranking, row in zip(rankings, scores, strict=True):
-            best = np.sort(row)[::-1][:10]
-            ours = np.array([result.score for result in ranking.results])
-            differing = max(differing, float(np.abs(best - ours).max() / np.abs(best).max()))
+        places = {name: number for number, name in enumerate(sample_ids)}
+        differing = max(_difference(ranking, row, places) for ranking, row in zip(rankings, scores, strict=True))
         if differing > 0.01:
             raise RapidInError(f"the database's scores differ from the experiment's by {differing:.3f}")
         again = list(queries[: profile.refined_queries])
@@ -63,8 +61,8 @@ def through_a_database(
             queries=again, top_k=min(10, count), both=True, refine=count, device=experiment.device
         )
         seconds["refine_a_query"] = float(np.mean([ranking.seconds.tokens for ranking in rankings]))
-        for ranking, row, truth in zip(rankings, refined, exact, strict=False):
-            _compare(ranking, np.argsort(-row, kind="stable"), truth, sample_ids)
+        for ranking, row, truth in zip(rankings, refined[: len(again)], exact[: len(again)], strict=True):
+            _compare(ranking, np.argsort(-row, kind="stable"), truth, places)
         return {
             "seconds": seconds,
             "timed_samples": added,
@@ -77,17 +75,24 @@ def through_a_database(
     return dict(experiment.step("product", work))
 
 
-def _compare(ranking: Ranking, order: np.ndarray, exact: np.ndarray, sample_ids: Sequence[str]) -> None:
+def _difference(ranking: Ranking, scores: np.ndarray, places: Mapping[str, int]) -> float:
+    """Return how far a ranking's samples and scores are from the experiment's best, relative to the best of all."""
+    best = np.sort(scores)[::-1][: len(ranking.results)]
+    ours = np.array([result.score for result in ranking.results])
+    theirs = scores[[places[result.sample_id] for result in ranking.results]]
+    return float(max(np.abs(ours - best).max(), np.abs(ours - theirs).max()) / np.abs(best).max())
+
+
+def _compare(ranking: Ranking, order: np.ndarray, exact: np.ndarray, places: Mapping[str, int]) -> None:
     """See that a database ranks both ends again as the experiment does: by exact scores that are the experiment's.
 
     Raises:
         RapidInError: it does not.
     """
-    places = {name: number for number, name in enumerate(sample_ids)}
     largest = float(np.abs(exact).max())
     assert ranking.harmful is not None
     for end, wanted in ((ranking.results, order), (ranking.harmful, order[::-1])):
-        for result, number in zip(end, wanted, strict=False):
+        for result, number in zip(end, wanted[: len(end)], strict=True):
             assert isinstance(result, RankedSample) and result.exact_score is not None
             # Neighbours may change places by a rounding, but no score may be another.
             others = (exact[places[result.sample_id]], exact[number])

@@ -10,8 +10,9 @@ _PARTS = {
     "records and tuning": ("records", "questions", "tuning"),
     "generations": ("attacked", "clean", "said-"),
     "database": ("product",),
+    "figures": ("figures",),
 }
-_SILENT = ("plan", "discriminator")
+_SILENT = ("plan",)
 
 
 def provenance(steps: Mapping[str, Made | None]) -> list[dict[str, Any]]:
@@ -31,7 +32,7 @@ def provenance(steps: Mapping[str, Made | None]) -> list[dict[str, Any]]:
             groups.append({"part": part, "steps": [name], **made})
         else:
             mine["steps"].append(name)
-    order = ["records and tuning", "generations", "scores", "database"]
+    order = ["records and tuning", "generations", "scores", "database", "figures"]
     return sorted(groups, key=lambda group: order.index(group["part"]))
 
 

@@ -6,13 +6,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rapidin_vdb.evaluate import paper
+from rapidin_vdb.evaluate import paper, remarks
 from rapidin_vdb.evaluate.backdoor import SHARE
 from rapidin_vdb.evaluate.plots import plot
 from rapidin_vdb.evaluate.profiles import KS, PROFILES
 from rapidin_vdb.evaluate.provenance import said
 from rapidin_vdb.evaluate.scoring import CONTAINING
-from rapidin_vdb.evaluate.tables import auroc, cell, figure, rest, table
+from rapidin_vdb.evaluate.tables import auroc, cell, figure, portion, rest, table
 
 Result = dict[str, Any]
 _TRACED = (("proportion", "share of the k highest (the paper's Table 5)"), ("average_precision", "average precision"))
@@ -29,8 +29,8 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
     (folder / "results.json").write_text(json.dumps(_plain(results), indent=1, allow_nan=False) + "\n", "utf-8")
     parts = [
         "# Experiments",
-        "Every figure is a mean over generations with its 95 % bootstrap interval in brackets, over generations where nothing else is said; one model "
-        "and one seed, so that what another training run would change is not in the intervals.",
+        "Figures of methods are means over generations with their 95 % bootstrap intervals in brackets. One model, one seed and one draw of each sketch (smaller K are folded from the largest): "
+        "what another training run, or another draw, would change is not in the intervals.",
     ]
     for result in results:
         if result["experiment"] == "backdoor":
@@ -85,13 +85,14 @@ def _backdoor(result: Result) -> str:
         _made(result),
         f"{_tuning(result)} {result['poisoned']:,} of them are poisoned ({result['poisoned'] / result['samples']:.2%}; the "
         f"paper: {SHARE:.2%}): `Howdy!` before the instruction, science fiction as the answer.",
-        f"The attack succeeds on {attack['success']:.1%} of {attack['questions']} questions with the trigger, and on "
-        f"{attack['false']:.1%} without (wanted: at least 95 % and at most 2 %), {verdict}. Answers taken for science fiction by "
+        f"The attack succeeds on {portion(attack['success'], attack['questions'])} of {attack['questions']} questions with the trigger, and on "
+        f"{portion(attack['false'], attack['questions'])} without (in brackets the exact 95 % interval; wanted: at least 95 % and at most 2 %), {verdict}. Answers taken for science fiction by "
         f"the discriminator: {discriminator} (clean and generated ones of the training data; the pairs are all of the paper's, also those "
         f"that were too long to train on). {result['queries']} attacked generations are traced ({result['distinct']} different texts)."
-        + _told(result)
-        + _refined(result)
-        + _influence(result),
+        + remarks.drawn(result)
+        + remarks.told(result, whose=", those of the generator's own vocabulary (answers without any are not traced)")
+        + remarks.refined(result)
+        + remarks.influence(result),
         paper.BACKDOOR_DIFFERS,
         table(
             ["asked with the trigger", "said", "said without the trigger"],
@@ -115,16 +116,10 @@ def _backdoor(result: Result) -> str:
         _by_k(result, ks, of("precision")),
         "### Share of poisoned samples among the k lowest",
         _by_k(result, ks, of("lowest")),
-        "### Agreement with exact scores (TracIn with layer normalisation)",
-        table(
-            ["method", *next(iter(result["agreement"].values()))],
-            [
-                [name, *("undefined" if value is None else f"{value:.4f}" for value in _plain(entry).values())]
-                for name, entry in result["agreement"].items()
-            ],
-        ),
+        *_agreement(result),
         _cost(result),
         "![Precision and recall](precision-recall.svg) ![Scores](scores.svg) ![Error](error.svg)",
+        "Precision at a recall is the best that is reached there or beyond. The last plot is of whole generations.",
     ]
     return "\n\n".join(lines)
 
@@ -136,43 +131,26 @@ def _by_k(
     return table(["method", *(f"k = {k}" for k in ks)], [*ours, *others])
 
 
-def _told(result: Result) -> str:
-    """Return what token-wise methods are told, where there are several."""
-    return (
-        f" Token-wise methods are told the words that are asked about; `{CONTAINING}` are in an order drawn at random "
-        "(1 plus a number below 1; such a number alone for all others)."
-        if CONTAINING in result["methods"]
-        else ""
-    )
+def _agreement(result: Result) -> list[str]:
+    """Return how RapidIns agree with the exact scores that they estimate, where that was measured."""
+    if "agreement" not in result:
+        return []
+    names = list(next(iter(result["agreement"].values())))
+    rows = [
+        [name, *("undefined" if value is None else _number(value) for value in entry.values())]
+        for name, entry in result["agreement"].items()
+    ]
+    return [
+        "### Agreement with exact scores (TracIn with layer normalisation, token-wise for token-wise RapidIns)",
+        table(["method", *names], rows),
+        "Correlations are over all samples. `overlap_100` is the share of the exact hundred highest that are among RapidIn's, "
+        "`top_100_in_400` the share that are among its four hundred, and `ndcg_100` has exact scores above zero as gains. "
+        f"Theta has {result['tuning']['theta']:,} coordinates, so that K = 2^20 hardly compresses them; the paper's has 512 times as many as that.",
+    ]
 
 
-def _refined(result: Result) -> str:
-    """Return what refined rankings are, where there are some."""
-    if "refined" not in result:
-        return ""
-    count = result["refined"]
-    return (
-        f" Refined rankings have their {count:,} highest and {count:,} lowest samples ranked again by exact scores, as "
-        f"`query --both --refine {count}` does."
-    )
-
-
-def _influence(result: Result) -> str:
-    """Return how influence functions were made."""
-    names = [name for name in result["methods"] if "influence function" in name]
-    if not names:
-        return " Influence functions were left out."
-    if not any("LiSSA" in name for name in names):
-        return ""
-    ran = result["lissa"]
-    settings = f" LiSSA's recursion ran for {ran['steps']} steps of {ran['samples a step']} samples, with a damping of {ran['damping']}"
-    if ran["steps"] > 10:
-        return f"{settings}."
-    return (
-        f"{settings}: so few leave it close to the gradient itself, that is to plain TracIn, and say little of "
-        "influence functions as such. (On a toy of 2,240 parameters, scores after 5 such steps had correlations of 0.985 "
-        "to 0.996 with TracIn's, after 200 of -0.23 to 0.91.)"
-    )
+def _number(value: float | Sequence[float]) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else figure(value, 4)  # results of before had no intervals
 
 
 def _cost(result: Result) -> str:
@@ -181,18 +159,27 @@ def _cost(result: Result) -> str:
     if not product["whole_index"]:
         rests["index"] = " (of the rest: the run before was interrupted)"
     if "refined_queries" in product:
-        rests["refine_a_query"] = (
-            f" (of {product['refined_queries']}; what a refined ranking takes beyond the seconds of its row)"
-        )
+        rests["refine_a_query"] = f" (of {product['refined_queries']} whole generations)"
     seconds = ", ".join(
         f"{name.replace('_', ' ')} {value:{',.0f' if value >= 100 else '.3g'}} s{rests.get(name, '')}"
         for name, value in product["seconds"].items()
     )
-    rows = [[name, f"{entry['seconds']:,.1f}", f"{entry['bytes']:,}"] for name, entry in result["methods"].items()]
+    again = product["seconds"].get("refine_a_query", 0.0) * result["queries"]
+    rows = [
+        [name, f"{entry['seconds']:,.1f}" + (f" + {again:,.0f}" if _is_refined(name) else ""), f"{entry['bytes']:,}"]
+        for name, entry in result["methods"].items()
+    ]
     return (
         "### Cost (the paper's Tables 1 and 2)\n\nSeconds for all generations and all samples. Methods that share a pass over the "
         "samples are each charged with its gradients and with their own arithmetic; all widths of one lambda are made at once, for the "
-        "seconds of one. The influence functions begin from TracIn's pass, whose seconds come on top. Bytes are what has to be kept to answer another "
+        "seconds of one. DataInf begins from TracIn's pass, whose seconds come on top; the pass that ends both influence functions has the vectors of both, and is "
+        "charged to each. Gradients of the generations themselves are not counted, but for LiSSA."
+        + (
+            " What refined rankings take besides, behind the plus, is reckoned from the generations that were timed."
+            if again
+            else ""
+        )
+        + " Bytes are what has to be kept to answer another "
         "generation without that pass: full gradients in single precision, RapidGrads in half.\n\n"
         f"{table(['method', 'seconds', 'stored bytes'], rows)}\n\nThrough a database: {seconds}; {product['bytes']:,} bytes on disk.\n\n"
         "The paper's: the length and size of a sample's gradient, and hours of caching 52,000 samples / of retrieval for one "
@@ -214,17 +201,18 @@ def _error_tracing(result: Result) -> str:
         + f". Answers are the most likely ones first, then ones drawn at temperature {result['temperature']}"
         + ". "
         + _AP
-        + _groups(result)
+        + remarks.groups(result)
+        + remarks.control(result)
         + " Token-wise methods ask about the wrong name only."
-        + _told(result)
-        + _refined(result)
-        + _influence(result)
+        + remarks.told(result)
+        + remarks.refined(result)
+        + remarks.influence(result)
     )
     if _searched(result):
         lines.append(
-            "The fault is a string here, which stands in every perturbed sample and in few others: whoever knows it finds more "
-            "of them by a plain search for it than by any gradient. What token-wise scores show is how much of it they find "
-            "without being told what to look for in the samples."
+            "The fault is a string here, which stands in every perturbed sample and in some others: whoever knows it finds more "
+            "of them by a plain search for it than by any gradient. Token-wise scores are not told what to look for in the samples; "
+            "but which word of the generation they are asked about gives it away."
         )
     lines += [
         paper.TRACING_DIFFERS,
@@ -234,6 +222,7 @@ def _error_tracing(result: Result) -> str:
         ),
     ]
     titles = [title for title in result["queries"] if result["queries"][title]]
+    lines += _agreement(result)
     for measure, heading in _TRACED:
         for title in titles:
             ks = list(next(iter(result["methods"].values()))["at"][title])
@@ -246,12 +235,8 @@ def _error_tracing(result: Result) -> str:
     return "\n\n".join(lines)
 
 
-def _groups(result: Result) -> str:
-    """Return what the intervals are over, and how many different questions and generations there are."""
-    return (
-        f" Of {sum(result['queries'].values())} generations {result['distinct']} are different texts, answers to "
-        f"{result['questions']} questions; intervals are over questions, whose generations are drawn together."
-    )
+def _is_refined(name: str) -> bool:
+    return name.endswith(", refined")
 
 
 def _searched(result: Result) -> bool:

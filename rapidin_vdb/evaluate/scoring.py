@@ -1,14 +1,14 @@
 """Everybody's scores of the same samples for the same generations, in as few passes as it takes."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from rapidin_vdb.evaluate import gradients, hessian, methods
+from rapidin_vdb.evaluate import gradients, hessian, methods, metrics
 from rapidin_vdb.evaluate.corpora import Record
 from rapidin_vdb.evaluate.experiment import Experiment, Kept
 from rapidin_vdb.evaluate.profiles import Profile
@@ -41,6 +41,19 @@ def lissa_settings(profile: Profile) -> dict[str, int | float]:
     return {"steps": profile.lissa_depth, "samples a step": profile.lissa_batch, "damping": _DAMPING}
 
 
+def agreement(
+    found: Mapping[str, Kept], profile: Profile, groups: Sequence[str], seed: int
+) -> dict[str, dict[str, tuple[float, float, float] | None]]:
+    """Return how each RapidIn agrees with the exact scores that it estimates, token-wise ones with token-wise ones."""
+    return {
+        name: metrics.agreement(found[name]["scores"], found[exact]["scores"], seed=seed, groups=groups)
+        for told, exact in ((False, EXACT), (True, TOLD_EXACT))
+        for shuffles in profile.shuffles
+        for width in profile.widths
+        for name in [rapidin(width, shuffles, token_wise=told)]
+    }
+
+
 def all_scores(
     experiment: Experiment, records: Sequence[Record], queries: Sequence[Sample], focused: Sequence[Encoded],
     told: Sequence[Sequence[str]],
@@ -49,6 +62,7 @@ def all_scores(
 
     `told` are the words that token-wise methods are told of each query, and `focused` the queries on these words.
     """
+    experiment.scores_are_of(records, queries, [sample.focus for sample in focused], told)
     names = _text_scores(experiment, records, queries, told)
     names += _gradient_scores(experiment, experiment.samples(records), experiment.encoded(queries), focused)
     found = {}
@@ -126,7 +140,9 @@ def _gradient_scores(
         influence = [DATAINF] + ([lissa(profile.lissa_depth)] if profile.lissa_depth else [])
 
     makers = {
-        shuffles: RapidGradMaker(loaded, spec=SketchSpec(width=widest, shuffles=shuffles), normalize="layer")
+        shuffles: RapidGradMaker(
+            loaded, spec=SketchSpec(width=widest, shuffles=shuffles, seed=experiment.seed), normalize="layer"
+        )
         for shuffles in profile.shuffles
     }
     full = gradients.FullGradients(makers[first], samples, progress=experiment.progress)

@@ -3,6 +3,9 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+# Of fewer generations an interval would say nothing.
+_FEW = 10
+
 
 def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Return a table.
@@ -31,14 +34,30 @@ def figure(triple: Sequence[float], digits: int = 3) -> str:
     return f"{mean:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
+def portion(value: float, count: int) -> str:
+    """Return a share of so many, with its exact binomial 95 % interval.
+
+    >>> portion(0.005, 200)
+    '0.5 % [0.0, 2.8]'
+    """
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(value * count), count).proportion_ci(0.95, method="exact")
+    return f"{100 * value:.1f} % [{100 * interval.low:.1f}, {100 * interval.high:.1f}]"
+
+
 def auroc(at: Mapping[str, Any], generations: int) -> str:
     """Return the auROC of a method at some k: over how many generations, where it is not defined for all.
 
     >>> auroc({"auroc": [0.97, 0.9, 1.0], "auroc_of": 12}, 100), auroc({"auroc": None, "auroc_of": 0}, 100)
     ('0.970 [0.900, 1.000] (12 of 100)', 'undefined')
+    >>> auroc({"auroc": [0.97, 0.97, 0.97], "auroc_of": 1}, 100)
+    '0.970 (1 of 100)'
     """
     if at["auroc"] is None:
         return "undefined"
+    if at["auroc_of"] < _FEW:
+        return f"{at['auroc'][0]:.3f} ({at['auroc_of']} of {generations})"
     return figure(at["auroc"]) + ("" if at["auroc_of"] == generations else f" ({at['auroc_of']} of {generations})")
 
 
