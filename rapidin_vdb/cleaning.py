@@ -4,7 +4,7 @@ import gzip
 import json
 import os
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -16,27 +16,32 @@ from rapidin_vdb.ledger import Ledger, Names
 from rapidin_vdb.results import CleanReport
 
 _WINDOW = 1024
+_LOOKED_UP = 1000
 _TOLD = 10
 
 
 def write_cleaned(
-    paths: Iterable[Path], out: Path, ids: Sequence[str], *, only: bool = False, id_field: str = "id"
-) -> CleanReport:
+    paths: Iterable[Path], out: Path, ids: Sequence[str], *, only: bool = False, id_field: str = "id",
+    belong: Callable[[Sequence[str]], bool] = lambda names: True,
+) -> CleanReport:  # fmt: skip
     """Write the records of some files, in order, without those of some samples, and say what was done.
 
     With `only`, those of these samples alone are written. Lines of JSON stay as they are, byte for byte; records of
     other formats become lines of JSON. A record that cannot be one of a sample is kept where all but some are, and
-    where it is a line.
+    where it is a line. `belong` says whether any of some ids is one of the database's; it is asked about the first of
+    the files where none of those that were to be found is in them.
 
     Raises:
         CorpusError: a file cannot be read; nothing is written.
-        SpecError: `out` is there already, is of another format, or cannot be written.
+        SpecError: `out` is there already, is of another format, or cannot be written, or the files are of other ids
+            than the database; nothing is written.
     """
     written = left_out = 0
     bad: list[str] = []
+    first: list[str] = []
     with closing(Ledger()) as ledger, closing(Names()) as seen, _new_file(out) as file:
         ledger.begin((name, "") for name in ids)
-        missing = ledger.there()
+        wanted = missing = ledger.there()
         records = _named(paths, id_field)
         while window := list(islice(records, _WINDOW)):
             known = ledger.look(name for name, _ in window if not isinstance(name, CorpusError))
@@ -45,12 +50,18 @@ def write_cleaned(
                     kept = bool(line) and not only
                     bad.append(f"{name} ({'kept' if kept else 'left out'})")
                 else:
+                    first += [name] if len(first) < _LOOKED_UP else []
                     named = known[name].there is not None
                     missing -= named and seen.add(name)
                     kept = named == only
                 if kept:
                     file.write(line.encode("utf-8", "surrogateescape"))
                 written, left_out = written + kept, left_out + (not kept)
+        if first and wanted and missing == wanted and not belong(first):
+            raise SpecError(
+                f"none of the first {len(first):,} records has an id that is in the database, such as {first[0]!r}: "
+                f"nothing would be cleaned. Name the field of ids, as for ingest, with --id-field (it is {id_field})"
+            )
         unfound = tuple(islice((name for name in ids if missing and seen.add(name)), _TOLD))
     return CleanReport(
         written=written, left_out=left_out, not_found=missing, first_not_found=unfound, bad=tuple(bad), out=str(out)
@@ -59,8 +70,8 @@ def write_cleaned(
 
 def _named(paths: Iterable[Path], id_field: str) -> Iterator[tuple[str | CorpusError, str]]:
     """Yield each record's sample id, or why it has none, and its line, which is empty where there can be none."""
-    for path in paths:
-        for record, line in read_lines(path):
+    for lines in [read_lines(path) for path in paths]:
+        for record, line in lines:
             if line is None:
                 line = _as_line(record) if isinstance(record, Record) else ""
             elif not line.endswith("\n"):

@@ -148,10 +148,11 @@ class BatchMaker:
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
-            if len(batch) == 1 and not self._engine.maker.save_memory():
-                raise
+            saved = len(batch) > 1 or self._engine.maker.save_memory()
         # Out here, where the error no longer holds what did not fit.
         release_memory()
+        if not saved:
+            return [GradientError("it does not fit the memory, even alone and with gradient checkpointing")]
         if len(batch) == 1:
             logger.warning("one sample does not fit the memory: going on with gradient checkpointing")
             self._room = Room()  # with that, batches may fit which did not

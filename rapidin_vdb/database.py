@@ -1,7 +1,6 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +11,13 @@ from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
+from rapidin_vdb.gradient.model import resolve_device
 from rapidin_vdb.ingest import ingest
 from rapidin_vdb.intake import Corpus
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.query import query_from, read_queries
+from rapidin_vdb.query import queries_of
 from rapidin_vdb.question import Question
-from rapidin_vdb.reading import SampleReader, check_ids, info_of
+from rapidin_vdb.reading import SampleReader, ids_of, info_of
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import Aggregate, Focus, Level, OnBadRecord, OnDeleted, OnDuplicate, Sample
 from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, VerifyReport
@@ -88,7 +88,9 @@ class Database(SampleReader):
             turns=self.fingerprint.turns,
         )  # fmt: skip
         road, tokens, workers, devices = choose_road(
-            self.fingerprint, place=self.path, loaded=partial(self._engine_on, model, adapter), device=device,
+            self.fingerprint, place=self.path, loaded=lambda first: self._engine_on(
+                model, adapter, first, elsewhere=device != "auto"
+            ), device=device,
             workers_per_device=workers_per_device, batch_tokens=batch_tokens, dry_run=dry_run, cluster=cluster,
             model=model, adapter=adapter, token_width=single,
         )  # fmt: skip
@@ -103,8 +105,10 @@ class Database(SampleReader):
             return estimate(self._table, corpus, road.compute, workers=workers, devices=devices, **options)
         return ingest(self._table, corpus, road.compute, progress=progress, **options)
 
-    def _engine_on(self, model: str | None, adapter: str | None, device: str) -> Engine:
-        if self._engine is None:
+    def _engine_on(self, model: str | None, adapter: str | None, device: str, *, elsewhere: bool) -> Engine:
+        """Return the engine; if it may be `elsewhere` than it is loaded, one on this very device."""
+        here = self._engine
+        if here is None or (elsewhere and resolve_device(device) != here.loaded.device):
             self.load(model=model, adapter=adapter, device=device)
         return self._loaded()
 
@@ -138,7 +142,7 @@ class Database(SampleReader):
         generation: str | None = None,
         *,
         file: str | Path | None = None,
-        queries: Sequence[Sample] | None = None,
+        queries: Iterable[Sample] | None = None,
         top_k: int = 10,
         where: str | None = None,
         harmful: bool = False,
@@ -169,7 +173,8 @@ class Database(SampleReader):
         many of the first results again by exact score. `group_by` names a column, by whose values the influence of all
         samples is added up or averaged; `histogram` counts all scores in so many bins. `index` names the built index to
         use, and `as_of` an older version of the table. `model`, `adapter` and `device` are as for `load`, where nothing
-        is loaded yet. `cluster`, a Ray cluster's address, `auto` or `local`, searches a share of the rows on each node.
+        is loaded yet, or elsewhere. `cluster`, a Ray cluster's address, `auto` or `local`, searches a share of the rows
+        on each node.
 
         Raises:
             CorpusError: a query cannot be read or encoded.
@@ -185,20 +190,26 @@ class Database(SampleReader):
             matrix=matrix, refine=refine, group_by=group_by, aggregate=aggregate, histogram=histogram,
             index=index, as_of=as_of,
         )  # fmt: skip
-        if (generation is not None) + (file is not None) + (queries is not None) != 1 or (
-            prompt is not None and generation is None
-        ):
-            raise SpecError("give one of: --prompt and --generation, or --file QUERIES.jsonl")
-        if generation is not None:
-            queries = [query_from(prompt, generation)]
-        elif file is not None:
-            queries = read_queries(Path(file))
-        if not queries:
+        asked = queries_of(prompt, generation, file=file, queries=queries)
+        if not asked:
             return []
+        self.prepare(question, model=model, adapter=adapter, device=device)
+        return undisturbed(lambda: list(self.ask(question, asked, cluster=cluster, progress=progress)))()
+
+    def prepare(
+        self, question: Question, *, model: str | None = None, adapter: str | None = None, device: str = "auto"
+    ) -> None:
+        """See that a question can be answered, and load the model where that is still to be done.
+
+        Raises:
+            FilterError: the filter cannot be understood.
+            ModelError: the model cannot be loaded.
+            FingerprintError: it is not that which the database was made with.
+            TableError: the database is empty, has no such version, or no RapidGrads of tokens.
+        """
         if self._engine is None:
             undisturbed(versions_for)(self._table, question)  # what it cannot answer is said before a model is loaded
-            self.load(model=model, adapter=adapter, device=device)
-        return undisturbed(lambda: list(self.ask(question, queries, cluster=cluster, progress=progress)))()
+        self._engine_on(model, adapter, device, elsewhere=device != "auto")
 
     @undisturbed_each
     def ask(
@@ -273,13 +284,13 @@ class Database(SampleReader):
             FilterError: the filter cannot be understood; nothing is deleted.
             SpecError: neither or both are given, or the ids are one string.
         """
-        check_ids(ids)
+        wanted = ids_of(ids)
         if (where is None) == (ids is None) and not (purge and where is None):
             raise SpecError("give one of: --where SQL, or --ids FILE")
         gone: list[str] | int = 0
         if where is not None or ids is not None:
             delete = undisturbed(self._table.delete_where)
-            gone = delete(where) if where is not None else self._table.delete_ids(ids or [])
+            gone = delete(where) if where is not None else self._table.delete_ids(wanted or [])
         if purge:
             self._table.purge()
             for keeper, newest in self._kept():

@@ -89,6 +89,7 @@ def estimate(
         mixed=plan.mixed,
         samples=samples,
         unchanged=plan.unchanged,
+        repeated=plan.repeated,
         kept=plan.kept,
         tokens=tokens,
         batches=len(sizes),

@@ -47,7 +47,8 @@ def ingest(
 
     Raises:
         CorpusError: a record cannot be stored, under `on_bad_record="stop"`; nothing is written. Or another ingest has
-            written other content under one of the ids meanwhile, under `on_duplicate="error"`; the rest is written.
+            written other content under one of the ids meanwhile, under `on_duplicate="error"`, or a file was changed
+            meanwhile; the rest is written.
         GradientError: a gradient cannot be, under "stop"; the samples before it are written.
         TableError: a field does not fit its column; nothing is written.
     """
@@ -67,6 +68,7 @@ def ingest(
             on_duplicate=on_duplicate,
             on_deleted=on_deleted,
             token_gradients=token_width is not None,
+            progress=progress,
         )
         plan.seen = table.ensure_columns(plan.kinds, seen=plan.seen)
         if token_width is not None:
@@ -78,6 +80,7 @@ def ingest(
         added=writer.added,
         replaced=writer.replaced,
         unchanged=plan.unchanged + writer.unchanged,
+        repeated=plan.repeated,
         kept=plan.kept + writer.kept,
         bad=tuple(plan.bad),
         truncated=plan.truncated,
@@ -133,6 +136,11 @@ def _write(
     finally:
         # On an error or Ctrl-C too: what has been computed is not lost.
         writer.commit()
+    if done < plan.samples:
+        raise CorpusError(
+            f"{plan.samples - done:,} of {plan.samples:,} samples that were read first were not in the files when they "
+            "were read again: a file was changed meanwhile. What was done is kept; run it again"
+        )
     return tokens
 
 
@@ -161,6 +169,7 @@ class _Writer:
                 self._replacing.add(sample.sample_id)
             self._rows.append(Row(sample=sample, encoded=encoded, vector=made.vector, loss=made.loss))
             self._bytes += made.vector.nbytes
+        self._bytes += len(sample.prompt or "") + len(sample.response)
         self._bytes += _RECORD_BYTES + _ID_BYTES * len(encoded.input_ids) + _SPAN_BYTES * len(encoded.offsets)
         if made.tokens is not None:
             self._tokens.append(TokenRows(encoded=encoded, content_hash=sample.content_hash, vectors=made.tokens))

@@ -13,6 +13,7 @@ import numpy as np
 from rapidin_vdb.batches import Pair, planned_batches
 from rapidin_vdb.errors import CorpusError, RapidInError
 from rapidin_vdb.ledger import Entry, Ledger
+from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import OnBadRecord, OnDeleted, OnDuplicate, Sample
 from rapidin_vdb.store import ColumnKind, SampleTable, can_hold, merge_kinds, undisturbed, value_kind
 
@@ -33,6 +34,8 @@ class Plan:
     """The columns that their fields need."""
     unchanged: int = 0
     """Samples that are there already."""
+    repeated: int = 0
+    """Records that stand in the corpus before, with the same content."""
     tokens: int = 0
     """How many tokens go through the model for them, padding aside."""
     seen: int = 0
@@ -51,6 +54,8 @@ class Plan:
     """How many of them have a turn that the template does not write as it is."""
     first_unwritten: str = ""
     """Where the first of these turns is."""
+    fitting: set[tuple[tuple[str, str], ...]] = field(default_factory=set)
+    """Names and kinds of fields that changed nothing of the columns."""
     mixed: dict[str, str] = field(default_factory=dict)
     """New columns that hold text because of one value, or its lack, and where that is."""
     bad: list[str] = field(default_factory=list)
@@ -66,6 +71,7 @@ def make_plan(
     on_duplicate: OnDuplicate,
     on_deleted: OnDeleted = "add",
     token_gradients: bool = False,
+    progress: Progress = silent,
 ) -> Plan:
     """Return what there is to write, every record having been looked at; an empty ledger gets which samples.
 
@@ -80,7 +86,10 @@ def make_plan(
     deleted = on_deleted == "skip" or not table.place.cached
     plan = Plan(seen=_note_there(table, ledger, token_gradients, deleted))
     columns = table.snapshot().column_kinds
+    looked_at = 0
     for window in windows:
+        looked_at += len(window)
+        progress("records", looked_at, looked_at)  # how many there are is not known before the last
         entries, changed = ledger.look(_ids(window)), dict[str, Entry]()
         rest = iter(window)
         for found in rest:
@@ -175,11 +184,18 @@ def _fitting(pair: Pair | CorpusError, columns: Mapping[str, ColumnKind | None])
 
 def _merge_kinds(plan: Plan, sample: Sample) -> None:
     """Make the columns hold a sample's fields too, and note which hold text only because types are mixed."""
-    kinds = merge_kinds(plan.kinds, sample.metadata)
+    mine = tuple((name, value_kind(value)) for name, value in sample.metadata.items() if value is not None)
+    if mine in plan.fitting:
+        return
+    kinds, values = merge_kinds(plan.kinds, sample.metadata), {name.lower(): kind for name, kind in mine}
     for name, before in plan.kinds.items():
-        values = [value for other, value in sample.metadata.items() if other.lower() == name.lower()]
-        if kinds[name] == "str" and any(v is not None and {before, value_kind(v)} != {"str"} for v in values):
+        kind = values.get(name.lower())
+        if kinds[name] == "str" and kind is not None and {before, kind} != {"str"}:
             plan.mixed.setdefault(name, sample.location)
+    if kinds == plan.kinds:
+        plan.fitting.add(mine)
+    else:
+        plan.fitting.clear()
     plan.kinds = kinds
 
 
@@ -207,7 +223,9 @@ def _decide(plan: Plan, sample: Sample, known: Entry, table: SampleTable, on_dup
     if before is None:
         return True
     if before == sample.content_hash:
-        plan.unchanged += 1
+        repeated = known.there != sample.content_hash
+        plan.repeated += repeated
+        plan.unchanged += not repeated
         return False
     if on_duplicate == "error":
         raise CorpusError(

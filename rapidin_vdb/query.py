@@ -2,8 +2,9 @@
 
 import difflib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, Focus, Sample
 
 _OPTIONS = ("focus", "query_id", "generation", "tools")
+# What is asked for over HTTP with each query. Others of these options are also what fields of records are called.
+_FOR_ALL = ("where", "top_k", "refine", "group_by", "as_of")
 # How like one of them a name has to be to be taken for it, misspelt: `focsu` is, `query` is not.
 _NEAR = 0.8
 _SHAPES = (
@@ -68,6 +71,28 @@ def query_from(
     return _said_once(sample_from(Record(location=query_id, fields=fields)))
 
 
+def queries_of(
+    prompt: str | None, generation: str | None, *, file: str | Path | None, queries: Iterable[Sample] | None
+) -> list[Sample]:
+    """Return the queries of one prompt and generation, of a file, or those that are given.
+
+    Raises:
+        CorpusError: a query cannot be read.
+        SpecError: not one kind of query is given, or some are no queries.
+    """
+    if (generation is not None) + (file is not None) + (queries is not None) != 1 or (
+        prompt is not None and generation is None
+    ):
+        raise SpecError("give one of: --prompt and --generation, or --file QUERIES.jsonl")
+    if generation is not None:
+        return [query_from(prompt, generation)]
+    found = read_queries(Path(file)) if file is not None else list(queries or ())
+    wrong = next((query for query in found if not isinstance(query, Sample)), None)
+    if wrong is not None:
+        raise SpecError(f"one of the queries is of type {type(wrong).__name__}; make it with rapidin_vdb.query_from")
+    return found
+
+
 def read_queries(path: Path) -> list[Sample]:
     """Return the queries of a file: records of any shape, their response being the generation.
 
@@ -93,12 +118,17 @@ def read_queries(path: Path) -> list[Sample]:
 
 
 def _check_options(record: Record) -> None:
-    """Refuse a field that seems to be an option of a query, misspelt: it would go unheard.
+    """Refuse a field that is an option of all queries, or seems to be one of a query, misspelt: it would go unheard.
 
     Raises:
         CorpusError: there is one.
     """
     for name in record.fields:
+        if name in _FOR_ALL:
+            option = f"--{name.replace('_', '-')}"
+            raise CorpusError(
+                f"{record.location}: {name} is an option of all queries, not of one: leave it out, and give {option}"
+            )
         meant = difflib.get_close_matches(str(name).lower(), _OPTIONS, 1, _NEAR)
         if meant and name != meant[0] and meant[0] not in record.fields:
             raise CorpusError(f"{record.location}: is {name} meant to be {meant[0]}? Rename it, or leave it out")
@@ -194,7 +224,7 @@ def sketch_queries(
     for number, query in enumerate(encoded):
         progress("gradients", number, len(encoded))
         started = time.monotonic()
-        vectors.append(maker.make(query)[0])
+        vectors.append(maker.within_memory(partial(maker.make, query), f"query {query.sample_id}")[0])
         seconds.append(time.monotonic() - started)
     progress("gradients", len(encoded), len(encoded))
     return Sketched(

@@ -71,6 +71,10 @@ class Question:
                 raise SpecError(f"{name} is {text!r}; wanted {' or '.join(known)}")
         if self.as_of is not None and type(self.as_of) is not int:
             raise SpecError(f"--as-of is {self.as_of!r}; wanted the number of a version (see `info --versions`)")
+        if self.where is not None and not isinstance(self.where, str):
+            raise SpecError(f"--where is {self.where!r}; wanted an expression of SQL, as a text")
+        if self.aggregate != "sum" and self.group_by is None:
+            raise SpecError(f"--aggregate {self.aggregate} goes with --group-by")
         if self.harmful and self.both:
             raise SpecError("give one of --harmful and --both")
         check_focus(self.focus)

@@ -1,6 +1,6 @@
 """The samples of a database, for reading: what needs neither a model nor an index."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -134,16 +134,22 @@ class SampleReader:
         Raises:
             CorpusError: a file cannot be read; nothing is written.
             FilterError: the filter cannot be understood; nothing is written.
-            SpecError: not one of the three is given, or `out` cannot be a new file.
+            SpecError: not one of the three is given, `out` cannot be a new file, or nothing is found in files that do
+                not seem to be the database's; nothing is written.
         """
         if (where is not None) + (ids is not None) + absent != 1:
             raise SpecError("give one of: --where SQL, --ids FILE, or --absent")
         if not files:
             raise SpecError("no file to clean")
-        check_ids(ids)
-        if ids is None:
-            ids = undisturbed(lambda: self._table.snapshot().sample_ids(where))()
-        return write_cleaned(paths_of(files), Path(out), ids, only=absent, id_field=id_field)
+        wanted = ids_of(ids)
+        if wanted is None:
+            wanted = undisturbed(lambda: self._table.snapshot().sample_ids(where))()
+
+        def belong(names: Sequence[str]) -> bool:
+            snapshot = self._table.snapshot()
+            return not snapshot.rows() or any(True for _ in snapshot.each_content(names))
+
+        return write_cleaned(paths_of(files), Path(out), wanted, only=absent, id_field=id_field, belong=belong)
 
     @undisturbed
     def values_of(self, column: str, *, most: int = 100) -> list[Scalar] | None:
@@ -197,11 +203,18 @@ def info_of(
     )
 
 
-def check_ids(ids: Sequence[str] | None) -> None:
-    """Refuse one string in the place of a list of ids.
+def ids_of(ids: Iterable[str] | None) -> list[str] | None:
+    """Return ids as a list, whatever holds them.
 
     Raises:
-        SpecError: it is one.
+        SpecError: one string is in their place, or some are no texts.
     """
+    if ids is None:
+        return None
     if isinstance(ids, str):
         raise SpecError(f"ids is the string {ids!r}, whose letters would be the ids; wanted a list: ids=[{ids!r}]")
+    found = list(ids)
+    wrong = next((name for name in found if not isinstance(name, str)), None)
+    if wrong is not None:
+        raise SpecError(f"one of the ids is {wrong!r}; wanted texts, as ids are stored: {str(wrong)!r}")
+    return found

@@ -1,6 +1,7 @@
 """Training files are written again without some samples: byte for byte, whole or not at all."""
 
 import gzip
+import inspect
 import json
 import os
 import shutil
@@ -132,6 +133,8 @@ def test_nothing_is_written_over_and_nothing_half(filled, files, tmp_path):
             filled.clean(path, out=out, **options)
     with pytest.raises(SpecError, match="no file to clean"):
         filled.clean(out=out, ids=["a"])
+    with pytest.raises(SpecError, match="one of the ids is 7; wanted texts, as ids are stored: '7'"):
+        inspect.unwrap(type(filled).clean)(filled, path, out=tmp_path / "none.jsonl", ids=["a", 7])
     with pytest.raises(SpecError, match="whose letters would be the ids"):
         filled.clean(path, out=out, ids="a")
 
@@ -143,6 +146,29 @@ def test_another_field_may_hold_the_ids(database, tmp_path):
     report = database.clean(path, out=tmp_path / "out.jsonl", ids=["two"], id_field="name")
     assert report.written == 2 and "no field 'name'" in report.bad[0]
     assert [json.loads(line)["response"] for line in (tmp_path / "out.jsonl").read_text().splitlines()] == ["y", "none"]
+
+
+def test_files_of_other_ids_are_told(database, tmp_path):
+    """Whoever forgets where the ids are would train on what was to be left out."""
+    records = [{"name": n, "id": f"row {n}", "prompt": "x", "response": n} for n in ("one", "two", "three")]
+    path, out = write_jsonl(tmp_path / "named.jsonl", records), tmp_path / "out.jsonl"
+    database.ingest(path, id_field="name")
+    for options in ({"ids": ["two"]}, {"where": "sample_id = 'two'"}, {"absent": True}):
+        with pytest.raises(
+            SpecError, match="of the first 3 records has an id that is in the database, such as 'row one'"
+        ):
+            database.clean(path, out=out, **options)
+        assert not out.exists() and [p.name for p in tmp_path.glob(".out*")] == []
+        assert database.clean(path, out=out, **options, id_field="name").left_out == (0 if options.get("absent") else 1)
+        out.unlink()
+    # Nothing to be found is another matter, as is a file of others of its samples, or of a database that is empty now.
+    assert database.clean(path, out=out, where="sample_id = 'nowhere'").written == 3
+    out.unlink()
+    rest = write_jsonl(tmp_path / "rest.jsonl", [*records[:1], {"id": "toy-001", "prompt": "x", "response": "y"}])
+    assert database.clean(rest, out=out, ids=["two"]).written == 2
+    out.unlink()
+    database.delete(where="true")
+    assert database.clean(path, out=out, ids=["two"]).written == 3
 
 
 def test_the_command_line(filled, files, tmp_path):

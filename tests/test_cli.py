@@ -13,7 +13,7 @@ from conftest import toy_records, write_jsonl
 
 from rapidin_vdb.cli import show
 from rapidin_vdb.cli.interrupted import interruptible
-from rapidin_vdb.errors import SpecError
+from rapidin_vdb.errors import RapidInError, SpecError
 
 
 def run(*arguments, check=None):
@@ -288,21 +288,23 @@ def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch, tmp_path)
     def interrupt(self, *arguments, **options):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("rapidin_vdb.database.Database.show", interrupt)
-    code, out, err = call(capsys, "show", database.path, "x")
+    monkeypatch.setattr("rapidin_vdb.database.Database.delete", interrupt)
+    code, out, err = call(capsys, "delete", database.path, "--where", "stars = 1")
     assert (code, out) == (130, "")
     assert err == (
         "interrupted: what was committed is kept (24 samples are in the table); run the same command again to go on\n"
     )
+    monkeypatch.setattr("rapidin_vdb.database.Database.show", interrupt)
+    assert call(capsys, "show", database.path, "x") == (130, "", "interrupted\n"), "nothing is to be gone on with"
     monkeypatch.setattr("rapidin_vdb.web.serve", interrupt)
     assert call(capsys, "serve", database.path) == (130, "", "stopped\n"), "which is no accident"
     for endless, said in ((True, "stopped\n"), (False, "interrupted: what was committed is kept; run the same ")):
         with pytest.raises(typer.Exit):
-            interruptible(interrupt, endless=endless)(None)
+            interruptible(interrupt, endless=endless, goes_on=True)(None)
         assert capsys.readouterr().err.startswith(said), "whatever its name"
-    call(capsys, "show", tmp_path / "nowhere", "x")
+    call(capsys, "delete", tmp_path / "nowhere", "--where", "stars = 1")
     monkeypatch.setattr("rapidin_vdb.creation.SampleTable.__init__", interrupt)
-    err = call(capsys, "show", database.path, "x")[2]
+    err = call(capsys, "delete", database.path, "--where", "stars = 1")[2]
     assert err == "interrupted: what was committed is kept; run the same command again to go on\n"
 
 
@@ -384,3 +386,49 @@ def test_progress_is_drawn_on_a_terminal(database, tmp_path):
     text = drawn.decode("utf-8")
     assert (child.returncode, out) == (0, b"")
     assert "ingest" in text and "30/30" in text and "/s" in text and "30 samples added" in text
+
+
+def test_rankings_are_written_as_they_are_ready(capsys, database, tmp_path, monkeypatch):
+    """What an error cuts off was hours of work."""
+    from rapidin_vdb.database import Database
+
+    lines = [{"prompt": f"Say {n}", "generation": f"blue {n}"} for n in range(3)]
+    path = write_jsonl(tmp_path / "q.jsonl", lines)
+    original = Database.ask
+
+    def breaking(self, question, queries, **options):
+        for number, ranking in enumerate(original(self, question, queries, **options)):
+            if number == 2:
+                raise RapidInError("no more")
+            yield ranking
+
+    monkeypatch.setattr(Database, "ask", breaking)
+    code, out, err = call(capsys, "query", database.path, "--file", path, "--json")
+    assert code == 1 and "no more" in err
+    assert [json.loads(line)["query_id"] for line in out.splitlines()] == ["1", "2"]
+    monkeypatch.undo()
+    code, whole, _ = call(capsys, "query", database.path, "--file", path, "--json")
+
+    def told(text):
+        return [json.loads(line) | {"seconds": None} for line in text.splitlines()]
+
+    assert code == 0 and told(whole)[:2] == told(out) and len(told(whole)) == 3
+
+
+def test_what_is_printed_beside_progress_goes_to_stdout(monkeypatch):
+    """Where stderr is a terminal, rich would take stdout to be its own, and a file would get nothing."""
+    import io
+
+    from rapidin_vdb.cli import progress
+
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    out, err = io.StringIO(), Terminal()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", err)
+    with progress.progress_bars() as draw:
+        draw("tokens", 1, 2)
+        typer.echo("a line")
+    assert out.getvalue() == "a line\n" and "tokens" in err.getvalue() and "a line" not in err.getvalue()

@@ -54,7 +54,7 @@ def test_two_workers_write_what_one_process_writes(tmp_path, models, adapters):
     seen = []
     report = together.ingest(lines, batch_tokens=900, workers_per_device=2, progress=lambda *told: seen.append(told))
     assert (report.added, report.unchanged, report.bad) == (40, 0, ())
-    assert seen[0] == ("ingest", 0, 40) and seen[-2] == ("ingest", 40, 40)
+    assert seen[:2] == [("records", 40, 40), ("ingest", 0, 40)] and seen[-2] == ("ingest", 40, 40)
     # Tokens beside samples, all of which were known before.
     tokens = [(done, total) for stage, done, total in seen if stage == "tokens"]
     assert tokens[-1] == (report.tokens, report.tokens) and {total for _, total in tokens} == {report.tokens}
@@ -264,6 +264,93 @@ def test_what_did_not_fit_is_not_tried_again(narrow, caplog):
     maker.make(batches[0])
     assert sizes == [1, 1, 8], "with gradient checkpointing there is more room"
     assert caplog.messages == ["one sample does not fit the memory: going on with gradient checkpointing"]
+
+
+def test_a_sample_that_fits_no_memory_is_named(narrow, database, tmp_path):
+    """It ends an ingest, or is passed over, as any other that has no gradient."""
+    from rapidin_vdb.compute import BatchMaker
+
+    engine, _, _ = narrow
+    engine.maker.save_memory()
+    made = BatchMaker(engine)
+
+    def full(batch, *, token_width=None):
+        raise MemoryError
+
+    engine.make = full
+    (result,) = made.make([encoded(0)])
+    assert isinstance(result, GradientError) and "does not fit the memory, even alone and with grad" in str(result)
+    path = write_jsonl(tmp_path / "more.jsonl", toy_records(2, first=30))
+    with pytest.raises(GradientError, match="line 2: it does not fit the memory"):
+        database.ingest(path)
+    assert len(database.ingest(path, on_bad_record="skip").bad) == 2 and database.count() == 24
+
+
+@pytest.mark.parametrize("lacking", ["forward", "always"])
+def test_a_query_that_does_not_fit_the_memory_goes_on_with_checkpointing(database, monkeypatch, caplog, lacking):
+    """Its sketch, its full gradient, and those of the samples found; or it is said that nothing helps."""
+    from rapidin_vdb.gradient import influence, rapidgrad
+
+    asked = {"prompt": "Say 5", "generation": "blue 35", "top_k": 3, "refine": 3, "tokens": True}
+    (wanted,) = database.query(**asked)
+    maker, tried = database._loaded().maker, []
+
+    def limited(original):
+        def work(*arguments, **options):
+            tried.append(maker.checkpointing)
+            if lacking == "always" or not maker.checkpointing:
+                raise RuntimeError("CUDA error: out of memory")
+            return original(*arguments, **options)
+
+        return work
+
+    monkeypatch.setattr(influence, "stream_gradient", limited(influence.stream_gradient))
+    monkeypatch.setattr(rapidgrad.RapidGradMaker, "make", limited(rapidgrad.RapidGradMaker.make))
+    monkeypatch.setattr(rapidgrad.RapidGradMaker, "stream", limited(rapidgrad.RapidGradMaker.stream))
+    if lacking == "always":
+        with pytest.raises(
+            GradientError, match="query query does not fit the memory, even with gradient checkpointing"
+        ):
+            database.query(**asked)
+        return
+    (found,) = database.query(**asked)
+    assert (
+        tried[:2] == [False, True]
+        and caplog.messages.count("query query does not fit the memory: going on with gradient checkpointing") == 1
+    )
+    for one, other in zip(found.results, wanted.results, strict=True):
+        assert one.sample_id == other.sample_id and one.exact_score == pytest.approx(other.exact_score, rel=1e-4)
+    monkeypatch.setattr(maker._gradients, "checkpointing", False)
+    direction = database._loaded().influence.direction(encoded(0))
+    assert maker.checkpointing and np.isfinite(direction.norms).all()
+    monkeypatch.setattr(maker._gradients, "checkpointing", False)
+    database._loaded().influence.exact(direction, [encoded(1), encoded(2)])
+    assert maker.checkpointing
+
+
+def test_a_model_is_loaded_where_it_is_asked_for(database, monkeypatch, tmp_path):
+    """Once; and elsewhere, where another device is named."""
+    from rapidin_vdb import database as module
+    from rapidin_vdb import roads
+    from rapidin_vdb.question import Question
+
+    database.load(device="cpu")
+    here = database._engine
+    loads = []
+    monkeypatch.setattr(type(database), "load", lambda self, **options: loads.append(options["device"]))
+    question = Question()
+    for device in ("auto", "cpu"):
+        database.prepare(question, device=device)
+        database.ingest(write_jsonl(tmp_path / "none.jsonl", []), device=device, batch_tokens=99)
+    assert loads == [] and database._engine is here
+    monkeypatch.setattr(module, "resolve_device", lambda device: {"cuda": "cuda:0"}.get(device, device))
+    monkeypatch.setattr(roads, "resolve_devices", lambda device: ["cuda:0"])  # what auto means here, too
+    database.prepare(question)
+    database.ingest(tmp_path / "none.jsonl", batch_tokens=99)
+    assert loads == [], "it was loaded on the CPU"
+    database.prepare(question, device="cuda")
+    database.ingest(tmp_path / "none.jsonl", device="cuda", batch_tokens=99)
+    assert loads == ["cuda", "cuda:0"]
 
 
 def test_a_worker_remembers_what_did_not_fit(narrow, database, monkeypatch, request):

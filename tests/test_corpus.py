@@ -3,13 +3,14 @@
 import csv
 import gzip
 import json
+import sys
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import byte_tokenizer, toy_records, write_jsonl
 
-from rapidin_vdb.corpus import Record, encode, load_template, read_corpus, sample_from
+from rapidin_vdb.corpus import Record, encode, load_template, read_corpus, read_records, sample_from
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.records import Encoded, Message
 
@@ -456,6 +457,38 @@ def test_an_option_of_a_query_that_is_misspelt_is_told(tmp_path, name, meant):
     assert len(read_queries(write_jsonl(tmp_path / "r.jsonl", fine))) == len(fine)
 
 
+@pytest.mark.parametrize("name", ["where", "top_k", "refine", "group_by", "as_of"])
+def test_an_option_of_all_queries_is_not_one_of_a_query(tmp_path, name):
+    """Over HTTP it is: whoever writes a file as a request's body would have it ignored."""
+    from rapidin_vdb.query import read_queries
+
+    asked = {"prompt": "a", "generation": "b"}
+    option = f"--{name.replace('_', '-')}"
+    with pytest.raises(
+        CorpusError, match=f"line 2: {name} is an option of all queries, not of one: leave it out, and give {option}"
+    ):
+        read_queries(write_jsonl(tmp_path / "q.jsonl", [asked, asked | {name: 3}]))
+    assert (
+        len(read_queries(write_jsonl(tmp_path / "r.jsonl", [asked | {"harmful": True, "level": 2, "index": 1}]))) == 1
+    )
+
+
+def test_what_is_given_for_queries_is_told(tmp_path):
+    import inspect
+
+    from rapidin_vdb import query as module
+    from rapidin_vdb.query import query_from
+
+    queries_of = inspect.unwrap(module.queries_of)  # types are checked in tests only
+    query = query_from("a", "b")
+    assert queries_of(None, None, file=None, queries=(one for one in [query, query])) == [query, query]
+    with pytest.raises(SpecError, match="one of the queries is of type dict; make it with rapidin_vdb.query_from"):
+        queries_of(None, None, file=None, queries=[query, {"prompt": "a", "generation": "b"}])
+    for prompt, generation, file in (("a", None, None), (None, "b", tmp_path), ("a", None, tmp_path)):
+        with pytest.raises(SpecError, match="give one of: --prompt and --generation, or --file"):
+            queries_of(prompt, generation, file=file, queries=None)
+
+
 def test_a_generation_follows_the_turns_of_a_query(tmp_path):
     from rapidin_vdb.query import query_from, read_queries
 
@@ -523,3 +556,62 @@ def test_a_query_of_no_known_shape_is_told_which_name_was_meant(tmp_path):
         path.write_text(json.dumps(fields), "utf-8")
         with pytest.raises(CorpusError, match=f"q.jsonl, line 1: found the fields .*{said}"):
             read_queries(path)
+
+
+def test_a_row_of_another_length_says_nothing_of_columns(tmp_path):
+    """A comma too many shifts values into other columns: whole numbers elsewhere would become texts, with other ids."""
+    rows = "instruction,output,stars\nq1,a,1\nq2,b,2\n"
+    for name, bad in (("a.csv", ""), ("b.csv", "q3, a comma, a3,4\n"), ("c.csv", "short\n")):
+        (tmp_path / name).write_text(rows + bad)
+    good = [one for one in read_records(tmp_path / "a.csv")]
+    assert [record.fields["stars"] for record in good] == [1, 2]
+    for name in ("b.csv", "c.csv"):
+        found = list(read_records(tmp_path / name))
+        assert [record.fields for record in found[:2]] == [record.fields for record in good]
+        assert isinstance(found[2], CorpusError)
+
+
+def test_a_csv_that_breaks_off_says_where(tmp_path):
+    (tmp_path / "a.csv").write_text('output\nfine\n"two\nlines"\n"stray" x\nfine\n')
+    with pytest.raises(CorpusError, match="a.csv, in the row that begins in line 5: not CSV"):
+        list(read_records(tmp_path / "a.csv"))
+
+
+def test_a_name_that_cannot_be_looked_for_is_told(tmp_path):
+    for name in ("x" * 300 + ".jsonl", "a\0.jsonl"):
+        with pytest.raises(CorpusError, match="cannot be read: "):
+            read_records(tmp_path / name)
+    with pytest.raises(CorpusError, match="no such file"):
+        read_records(write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}]) / "b.jsonl")
+
+
+@pytest.mark.parametrize("state", ["[]", '{"_data_files": null}', '{"_data_files": [3]}', "{"])
+def test_a_saved_dataset_whose_state_is_none_is_told(tmp_path, state):
+    (tmp_path / "state.json").write_text(state)
+    with pytest.raises(CorpusError, match="not readable as a saved dataset"):
+        list(read_records(tmp_path))
+
+
+def test_all_files_are_looked_for_before_the_first_is_read(tmp_path):
+    there = write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}])
+    samples = read_corpus([there, tmp_path / "typo.jsonl"])
+    with pytest.raises(CorpusError, match=r"typo.jsonl: no such file"):
+        next(samples)
+
+
+def test_long_texts_are_tokenised_in_parts(monkeypatch):
+    tokenizer, sizes = byte_tokenizer(), []
+
+    class Watched:
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, texts, **options):
+            sizes.append(sum(map(len, texts)))
+            return tokenizer(texts, **options)
+
+    samples = [sample(text="word " * n) for n in (3, 90, 1, 1, 40, 300, 2)]
+    whole = encode(samples, tokenizer=tokenizer, template=load_template("text"), max_tokens=64)
+    monkeypatch.setattr(sys.modules["rapidin_vdb.corpus.encode"], "_CHARACTERS", 500)
+    parts = encode(samples, tokenizer=Watched(), template=load_template("text"), max_tokens=64)
+    assert parts == whole and sizes == [475, 200, 1500, 10]

@@ -6,6 +6,7 @@ from test_whole import make
 from typer.testing import CliRunner
 
 from rapidin_vdb.cli.main import app
+from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.store import snapshot as snapshots
 
 
@@ -46,7 +47,8 @@ def test_only_what_was_deleted_is_told(filled, tmp_path):
     assert told(database.ingest(new, on_deleted="skip")) == (3, 0, 0, 0)
     # By its id, whatever it says now, and once, however often it stands there.
     again = write_jsonl(tmp_path / "c.jsonl", [toy_records(2)[1] | {"output": "other"}] * 2 + toy_records(1))
-    assert told(database.ingest(again, dry_run=True)) == (2, 1, 2, 0)
+    twice = database.ingest(again, dry_run=True)
+    assert (told(twice), twice.repeated) == ((2, 0, 2, 0), 1)
     assert told(database.ingest(again, dry_run=True, on_deleted="skip")) == (0, 0, 0, 3)
     database.delete(where="true")
     assert told(database.ingest(path, dry_run=True)) == (12, 0, 12, 0)
@@ -64,8 +66,11 @@ def test_versions_that_hide_it(filled, monkeypatch, tmp_path):
     monkeypatch.setattr(snapshots, "_DELETIONS", 3)
     assert told(database.ingest(path, dry_run=True))[2] == 3
     database.delete(where="sample_id LIKE 'new-%'")
-    monkeypatch.setattr(snapshots, "_DELETIONS", 3)
-    assert told(database.ingest(path, dry_run=True))[2] == 2  # the last ones
+    # Deletions one behind the other are one, as when many ids are deleted.
+    monkeypatch.setattr(snapshots, "_DELETIONS", 2)
+    assert told(database.ingest(path, dry_run=True))[2] == 3
+    monkeypatch.setattr(snapshots, "_DELETIONS", 1)
+    assert told(database.ingest(path, dry_run=True))[2] == 0  # the last one
     monkeypatch.undo()
     # Fewer rows because a commit was taken back are no deletion.
     dataset = database._table.place.dataset("samples")
@@ -108,3 +113,25 @@ def test_the_command_line_says_so(filled):
     assert f"{gone} left out, for they had been deleted, in " in said("--on-deleted", "skip")
     assert f"{gone} of them had been deleted before, and are back; leave such records out with: --on-deleted" in said()
     assert "deleted" not in said()
+
+
+def test_a_file_that_changes_between_the_readings_is_told(filled, tmp_path, monkeypatch):
+    """What was done is kept, and what is missing is no success."""
+    from rapidin_vdb import ingest as module
+
+    database, _ = filled
+    path = write_jsonl(tmp_path / "more.jsonl", toy_records(6, first=50))
+    original = module._write
+
+    def meanwhile(planned, *rest, **options):
+        write_jsonl(path, toy_records(4, first=50))
+        return original(planned, *rest, **options)
+
+    monkeypatch.setattr(module, "_write", meanwhile)
+    with pytest.raises(
+        CorpusError, match="2 of 6 samples that were read first were not in the files when they were read"
+    ):
+        database.ingest(path)
+    assert database.count() == 16
+    monkeypatch.undo()
+    assert database.ingest(path).unchanged == 4

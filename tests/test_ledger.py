@@ -25,12 +25,14 @@ class Wanted:
     having: set[str]
     now: dict[str, str] = field(default_factory=dict)
     unchanged: int = 0
+    repeated: int = 0
     kept: int = 0
 
     def see(self, name: str, content: str, on_duplicate: str) -> None:
         before = self.now.get(name, self.stored.get(name))
         if before == content:
-            self.unchanged += 1
+            self.unchanged += self.stored.get(name) == content
+            self.repeated += self.stored.get(name) != content
         elif before is not None and on_duplicate == "skip":
             self.kept += 1
             return

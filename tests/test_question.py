@@ -19,6 +19,8 @@ from rapidin_vdb.question import Question
         ({"most_groups": -1}, "most_groups is -1"),
         ({"level": "tokens"}, "--level is 'tokens'; wanted sample or token"),
         ({"aggregate": "median"}, "--aggregate is 'median'; wanted sum or mean"),
+        ({"aggregate": "mean"}, "--aggregate mean goes with --group-by"),
+        ({"where": 5}, "--where is 5; wanted an expression of SQL, as a text"),
         ({"as_of": 1.5}, "--as-of is 1.5"),
         ({"as_of": True}, "--as-of is True"),
     ],

@@ -1,5 +1,6 @@
 """The commands, one function each."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -122,6 +123,7 @@ def query(
     """
     import rapidin_vdb
     from rapidin_vdb.query import query_from, read_queries
+    from rapidin_vdb.question import Question
 
     if (generation is None) == (file is None) or (prompt is not None and file is not None):
         raise typer.BadParameter("give --generation (and --prompt), or --file QUERIES.jsonl")
@@ -130,13 +132,20 @@ def query(
         check_writable(html, level)
     database = rapidin_vdb.open(db)
     asked = read_queries(file) if file is not None else [query_from(prompt, generation or "")]
+    question = Question(
+        top_k=top_k, where=where, harmful=harmful, both=both, level=level, focus=tuple(focus or ()),
+        tokens=tokens or html is not None, matrix=matrix or html is not None, refine=refine, group_by=group_by,
+        aggregate=aggregate, index=index_name, as_of=as_of,
+    )  # fmt: skip
     with progress_bars() as progress:
-        rankings = database.query(
-            queries=asked, top_k=top_k, where=where, harmful=harmful, both=both, level=level,
-            focus=focus or (), tokens=tokens or html is not None, matrix=matrix or html is not None, refine=refine,
-            group_by=group_by, aggregate=aggregate, index=index_name, as_of=as_of, progress=progress, device=device,
-            cluster=cluster, model=model, adapter=adapter,
-        )  # fmt: skip
+        database.prepare(question, model=model, adapter=adapter, device=device)
+        answers = database.ask(question, asked, cluster=cluster, progress=progress)
+        if as_json and html is None and not sys.stdout.isatty():
+            # Each as soon as it is there: what an interruption or an error cuts off was hours of work.
+            for ranking, query in zip(answers, asked, strict=True):
+                show.ranked([ranking], [query], as_json=True)
+            return
+        rankings = list(answers)
     if html is not None:
         write_page(html, rankings, title=db)
     # The page shows the words; the terminal does where they were asked for.
@@ -239,4 +248,5 @@ def add_to(app: typer.Typer) -> None:
     """Register every command, in the order of a database's life."""
     for function in (init, ingest, index, query, show_sample, info, delete, clean, verify, serve, demo):
         name = function.__name__.removesuffix("_sample")
-        app.command(name=name)(interruptible(function, endless=function is serve))
+        goes_on = function in (ingest, index, delete)
+        app.command(name=name)(interruptible(function, endless=function is serve, goes_on=goes_on))

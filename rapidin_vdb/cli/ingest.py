@@ -72,6 +72,7 @@ def ingested(report: IngestReport | IngestEstimate) -> None:
     parts = [f"{report.added:,} samples added"]
     parts += [f"{report.replaced:,} replaced"] if report.replaced else []
     parts += [f"{report.unchanged:,} were there already"] if report.unchanged else []
+    parts += [f"{report.repeated:,} are repeated in these files"] if report.repeated else []
     parts += [f"{report.kept:,} kept as they were"] if report.kept else []
     parts += [f"{report.left_deleted:,} left out, for they had been deleted"] if report.left_deleted else []
     parts += [f"{len(report.bad):,} skipped"] if report.bad else []
@@ -90,6 +91,7 @@ def ingested(report: IngestReport | IngestEstimate) -> None:
 
 def _estimated(expected: IngestEstimate) -> None:
     there = f"; {expected.unchanged:,} are there already" if expected.unchanged else ""
+    there += f"; {expected.repeated:,} are repeated in these files" if expected.repeated else ""
     there += f"; {expected.kept:,} would be kept as they are" if expected.kept else ""
     there += f"; {expected.left_deleted:,} left out, for they had been deleted" if expected.left_deleted else ""
     single = f", and {expected.token_gradients:,} token gradients" if expected.token_gradients else ""

@@ -10,10 +10,12 @@ import typer
 from rapidin_vdb.errors import RapidInError
 
 
-def interruptible(function: Callable[..., None], *, endless: bool = False) -> Callable[..., None]:
+def interruptible(
+    function: Callable[..., None], *, endless: bool = False, goes_on: bool = False
+) -> Callable[..., None]:
     """Answer Ctrl-C with a message and exit code 130; Typer's own answer is silent.
 
-    What is `endless` is ended so, and nothing is to be gone on with.
+    What is `endless` is ended so. Of what `goes_on` when it is run again, it is told what is kept.
     """
 
     @wraps(function)
@@ -21,8 +23,8 @@ def interruptible(function: Callable[..., None], *, endless: bool = False) -> Ca
         try:
             function(*arguments, **options)
         except KeyboardInterrupt:
-            if endless:
-                typer.echo("stopped", err=True)
+            if endless or not goes_on:
+                typer.echo("stopped" if endless else "interrupted", err=True)
             else:
                 kept = f"what was committed is kept{_committed(options.get('db'))}"
                 typer.echo(f"interrupted: {kept}; run the same command again to go on", err=True)

@@ -24,7 +24,8 @@ def progress_bars() -> Iterator[Progress]:
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    with Bars(*columns, console=console) as bars:
+    # What is printed meanwhile belongs to stdout, which may be a file.
+    with Bars(*columns, console=console, redirect_stdout=False) as bars:
         tasks: dict[str, TaskID] = {}
 
         def draw(stage: str, done: int, total: int) -> None:

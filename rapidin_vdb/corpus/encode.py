@@ -1,7 +1,7 @@
 """A sample becomes token ids, with its prompt masked and the place of each response token in the text."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -14,6 +14,10 @@ from rapidin_vdb.records import Encoded, Sample
 Tokenizer = Any
 """A fast tokenizer of Hugging Face transformers. No protocol: it makes its attributes up as they are asked for, which
 Python 3.12 does not count as having them."""
+
+
+# A tokenizer's tokens take some 200 bytes a character in Python.
+_CHARACTERS = 4 << 20
 
 
 def encode(
@@ -34,20 +38,30 @@ def encode(
         except CorpusError as error:
             results[place] = error
     for special in (True, False):
-        group = [(place, written) for place, written in texts if _adds_special(written, tokenizer) == special]
-        if not group:
-            continue
-        tokens = tokenizer(
-            [written.text for _, written in group],
-            add_special_tokens=special,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            truncation=False,
-            verbose=False,
-        )
-        for (place, written), ids, spans in zip(group, tokens["input_ids"], tokens["offset_mapping"], strict=True):
-            results[place] = _encoded(samples[place], written, ids, spans, tokenizer.eos_token_id, max_tokens)
+        for group in _in_parts([entry for entry in texts if _adds_special(entry[1], tokenizer) == special]):
+            tokens = tokenizer(
+                [written.text for _, written in group],
+                add_special_tokens=special,
+                return_offsets_mapping=True,
+                return_attention_mask=False,
+                truncation=False,
+                verbose=False,
+            )
+            for (place, written), ids, spans in zip(group, tokens["input_ids"], tokens["offset_mapping"], strict=True):
+                results[place] = _encoded(samples[place], written, ids, spans, tokenizer.eos_token_id, max_tokens)
     return [result for result in results if result is not None]
+
+
+def _in_parts(texts: Sequence[tuple[int, Written]]) -> Iterator[Sequence[tuple[int, Written]]]:
+    """Yield texts in parts of some characters: all tokens of a part are held, also of texts that are cut then."""
+    first = held = 0
+    for number, (_, written) in enumerate(texts):
+        if held and held + len(written.text) > _CHARACTERS:
+            yield texts[first:number]
+            first, held = number, 0
+        held += len(written.text)
+    if first < len(texts):
+        yield texts[first:]
 
 
 def _adds_special(written: Written, tokenizer: Tokenizer) -> bool:

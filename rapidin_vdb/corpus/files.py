@@ -7,8 +7,9 @@ import csv
 import gzip
 import json
 import re
+import stat
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from io import TextIOWrapper
 from os import PathLike
@@ -54,9 +55,9 @@ def read_records(path: Path) -> Iterator[Record | CorpusError]:
     Raises:
         CorpusError: the file is missing, of no known format, or cannot be read at all.
     """
-    if path.is_dir():
+    if _is(path, stat.S_ISDIR):
         return _read_saved_dataset(path)
-    if not path.is_file():
+    if not _is(path, stat.S_ISREG):
         raise CorpusError(f"{path}: no such file")
     match _suffix(path):
         case suffix if suffix in _JSON:
@@ -77,9 +78,23 @@ def read_lines(path: Path) -> Iterator[tuple[Record | CorpusError, str | None]]:
     Raises:
         CorpusError: the file is missing, of no known format, or cannot be read at all.
     """
-    if path.is_file() and _suffix(path) in _JSON:
+    if _is(path, stat.S_ISREG) and _suffix(path) in _JSON:
         return _read_json(path)
     return ((record, None) for record in read_records(path))
+
+
+def _is(path: Path, kind: Callable[[int], bool]) -> bool:
+    """Say whether a path leads to something of a kind.
+
+    Raises:
+        CorpusError: that cannot be seen, as in a folder that must not be entered.
+    """
+    try:
+        return kind(path.stat().st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a name with a null character
+        raise CorpusError(f"{path}: cannot be read: {error}") from error
 
 
 def _suffix(path: Path) -> str:
@@ -167,6 +182,7 @@ def _read_csv(path: Path) -> Iterator[Record | CorpusError]:
 
 
 def _csv_rows(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    line = 1
     try:
         with _open_text(path, newline="") as file:
             reader = csv.reader(file, strict=True)
@@ -179,14 +195,16 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
                     yield f"{path}, line {line}", names, row
                 line = reader.line_num + 1
     except (OSError, EOFError, zlib.error, csv.Error) as error:
-        raise CorpusError(f"{path}: not CSV: {error}") from error
+        raise CorpusError(f"{path}, in the row that begins in line {line}: not CSV: {error}") from error
 
 
 def _csv_kinds(path: Path) -> dict[str, type]:
     """CSV has no types: a column is of the narrowest of int, float and text that fits all its values."""
     kinds: dict[str, type] = {}
     for _, names, row in _csv_rows(path):
-        for name, value in zip(names, row, strict=False):
+        if len(row) != len(names):  # a comma too many shifts values into other columns, and it is a bad record anyway
+            continue
+        for name, value in zip(names, row, strict=True):
             kind = kinds.setdefault(name, str if name in _TEXTS else int)
             if kind is int and value and not _INT.fullmatch(value):
                 kind = float
@@ -216,11 +234,11 @@ def _read_parquet(path: Path) -> Iterator[Record | CorpusError]:
 def _read_saved_dataset(path: Path) -> Iterator[Record | CorpusError]:
     import pyarrow
 
-    if (path / "dataset_dict.json").is_file():
+    if _is(path / "dataset_dict.json", stat.S_ISREG):
         splits = sorted(child.name for child in path.iterdir() if (child / "state.json").is_file())
         example = f", as in: {path / splits[0]} --split {splits[0]}" if splits else ""
         raise CorpusError(f"{path}: holds the splits {', '.join(splits) or 'none'}; ingest one at a time{example}")
-    if not (path / "state.json").is_file():
+    if not _is(path / "state.json", stat.S_ISREG):
         raise CorpusError(f"{path}: a folder without state.json; wanted {_FORMATS}")
     try:
         names = [entry["filename"] for entry in json.loads((path / "state.json").read_text("utf-8"))["_data_files"]]
@@ -230,7 +248,7 @@ def _read_saved_dataset(path: Path) -> Iterator[Record | CorpusError]:
                 for batch in batches:
                     yield from _arrow_records(path, [batch], first=first)
                     first += batch.num_rows
-    except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+    except (pyarrow.ArrowException, OSError, KeyError, ValueError, TypeError, OverflowError) as error:
         raise CorpusError(f"{path}: not readable as a saved dataset: {error}") from error
 
 

@@ -31,8 +31,9 @@ def read_corpus(
     Raises:
         CorpusError: a file is missing, of no known format, or cannot be read at all.
     """
-    for path in paths:
-        for record in read_records(path):
+    # All are looked for first: the last of them would be missed only after hours.
+    for records in [read_records(path) for path in paths]:
+        for record in records:
             if isinstance(record, CorpusError):
                 yield record
                 continue

@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,6 +77,9 @@ class ExactInfluence:
         Raises:
             GradientError: the loss or the gradient is not finite.
         """
+        return self._maker.within_memory(partial(self._direction, query, norms), f"sample {query.sample_id}")
+
+    def _direction(self, query: Encoded, norms: Float64[np.ndarray, " tensors"] | None) -> Direction:
         grads: dict[int, Tensor] = {}
         found = np.zeros(len(self._loaded.theta))
 
@@ -85,11 +89,10 @@ class ExactInfluence:
             if norm:
                 grads[number] = grad.detach().float() / (norm if self._normal else 1.0)
 
-        stream_gradient(self._loaded, query, receive)
-        norms = found
-        if not np.isfinite(norms).all():
+        stream_gradient(self._loaded, query, receive, checkpointing=self._maker.checkpointing)
+        if not np.isfinite(found).all():
             raise GradientError(f"sample {query.sample_id}: the gradient is not finite")
-        return Direction(grads, norms)
+        return Direction(grads, found)
 
     def exact(self, direction: Direction, batch: Sequence[Encoded]) -> Exact:
         """Return the exact scores of samples (Eq. 5 without epochs and learning rate), from one backward pass.
@@ -105,7 +108,8 @@ class ExactInfluence:
             self._maker.stream(part, measuring)
             return list(zip(dots.dots, measuring.norms, strict=True))
 
-        rows = in_parts(measured, list(batch))
+        whose = f"sample {max(batch, key=lambda sample: len(sample.input_ids)).sample_id}"
+        rows = self._maker.within_memory(lambda: in_parts(measured, list(batch)), whose)
         norms = np.stack([norm for _, norm in rows])
         parts = np.stack([dot for dot, _ in rows]) * self._maker.scales(norms)
         for sample, finite in zip(batch, np.isfinite(parts).all(1), strict=True):

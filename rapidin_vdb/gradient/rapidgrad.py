@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError
+from rapidin_vdb.gradient.memory import is_out_of_memory, release_memory
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.probe import kind_of
 from rapidin_vdb.gradient.receivers import Measuring, Receiver, Sketcher
@@ -20,6 +22,7 @@ from rapidin_vdb.records import Encoded, Normalize, SketchSpec
 from rapidin_vdb.sketch import Sketch
 
 logger = logging.getLogger(__name__)
+T = TypeVar("T")
 
 # A context of one token, and one that it predicts.
 _STUB_TOKENS = 2
@@ -64,6 +67,33 @@ class RapidGradMaker:
         self._gradients.checkpointing = True
         self._checked = 0
         return True
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether layers are computed twice; see `save_memory`."""
+        return self._gradients.checkpointing
+
+    def within_memory(self, work: Callable[[], T], what: str) -> T:
+        """Return what `work` gives; where that does not fit the memory, what it gives once `save_memory` was called.
+
+        Raises:
+            GradientError: it does not fit then either; the message names `what`.
+        """
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            saved = self.save_memory()
+        # Out here, where the error no longer holds what did not fit.
+        release_memory()
+        if not saved:
+            raise GradientError(
+                f"{what} does not fit the memory, even with gradient checkpointing: it takes another device, or a "
+                "database with a smaller --max-tokens"
+            )
+        logger.warning("%s does not fit the memory: going on with gradient checkpointing", what)
+        return self.within_memory(work, what)
 
     def make(self, encoded: Encoded) -> tuple[np.ndarray, float]:
         """Return the RapidGrad of a sample, float32 [width], and its loss.

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rapidin_vdb.errors import SpecError
 from rapidin_vdb.records import Focus, Level, Scalar
 from rapidin_vdb.results.tables import arrow_table, column_of
 
@@ -263,8 +264,15 @@ class Ranking:
         return table.replace_schema_metadata({"generation_tokens": spans})
 
     def to_pandas(self) -> Any:
-        """Return a pandas.DataFrame, one row a result; needs the extra `[pandas]`."""
-        return self.to_arrow().to_pandas()
+        """Return a pandas.DataFrame, one row a result; needs the extra `[pandas]`.
+
+        Raises:
+            SpecError: pandas is not installed.
+        """
+        try:
+            return self.to_arrow().to_pandas()
+        except ModuleNotFoundError as error:
+            raise SpecError("to_pandas needs the extra [pandas]: pip install 'rapidin-vdb[pandas]'") from error
 
 
 def _without(values: dict[str, Any], optional: tuple[str, ...]) -> dict[str, Any]:

@@ -49,6 +49,8 @@ class IngestReport:
     """Samples that took the place of one with the same id."""
     unchanged: int
     """Samples that were there already."""
+    repeated: int
+    """Records that stand in these files before, with the same id and content: they are one sample."""
     kept: int
     """Samples whose id stands for other content, which was kept (`--on-duplicate skip`)."""
     bad: tuple[str, ...]
@@ -89,6 +91,8 @@ class IngestEstimate:
     """How many have turns of the assistant before their response, which are read and have no gradient."""
     unchanged: int
     """Records whose samples are there already."""
+    repeated: int
+    """Records that stand in these files before, with the same id and content: they are one sample."""
     kept: int
     """Records whose id stands for other content, which would stay."""
     unwritten: int

@@ -101,10 +101,11 @@ def merge_kinds(kinds: Mapping[str, ColumnKind], metadata: Mapping[str, Scalar])
     {'stars': 'float', 'lang': 'str'}
     """
     merged = dict(kinds)
+    known = {name.lower(): name for name in merged}
     for name, value in metadata.items():
         if value is None:
             continue
-        name = next((known for known in merged if known.lower() == name.lower()), name)
+        name = known.setdefault(name.lower(), name)
         kind = value_kind(value)
         before = merged.get(name, kind)
         merged[name] = before if before == kind else "float" if {before, kind} == {"int", "float"} else "str"

@@ -56,18 +56,26 @@ class Snapshot(TableVersion):
             ]
 
     def deletions(self) -> list[tuple[int, int]]:
-        """Return the versions before and after each of the last deletions, oldest first, as far as both are kept."""
+        """Return the versions before and after each of the last deletions, oldest first, as far as both are kept.
+
+        Of deletions one behind the other, as many ids make them, the first and the last version are enough.
+        """
         with self._reading(f"the versions of {self._place} cannot be read"):
             entries = sorted(self._table.list_versions(), key=lambda entry: int(entry["version"]))
             rows = [(int(entry["version"]), int(entry["metadata"]["total_rows"])) for entry in entries]
-            fewer = [(before, after) for (before, had), (after, has) in pairwise(rows) if has < had]
             dataset = self._place.dataset(self.name)
-            # Nor what a fence took back: that was never there for anybody.
-            return [
-                (before, after)
-                for before, after in fewer[-_DELETIONS:]
-                if word_for(dataset.read_transaction(after)) == "delete"
-            ]
+            runs: list[tuple[int, int]] = []
+            for (before, had), (after, has) in reversed([*pairwise(rows)]):
+                # Nor what a fence took back: that was never there for anybody.
+                if has >= had or word_for(dataset.read_transaction(after)) != "delete":
+                    continue
+                if runs and runs[-1][0] == after:
+                    runs[-1] = before, runs[-1][1]
+                elif len(runs) == _DELETIONS:
+                    break
+                else:
+                    runs.append((before, after))
+            return runs[::-1]
 
     def ids_of_rows(self, row_ids: Int64[np.ndarray, " some"]) -> list[str]:
         """Return the ids of the samples in some rows."""
@@ -185,8 +193,13 @@ class Snapshot(TableVersion):
         Raises:
             FilterError: there is no such column, or it holds no plain values.
         """
-        values = set(self.group_of(column)[1]) - {None}
-        return sorted(values) if len(values) <= most else None  # type: ignore[type-var]
+        values: set[Scalar] = set()
+        name = self.group_column(column)
+        for batch in self._scan([name], _COUNTS_A_BATCH, None):
+            values.update(batch[name].unique().to_pylist())
+            if len(values - {None}) > most:
+                return None
+        return sorted(values - {None})  # type: ignore[type-var]
 
     def _shown(self) -> list[str]:
         return [name for name in self.schema.names if name not in _NEVER_SHOWN]
