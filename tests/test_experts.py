@@ -122,3 +122,43 @@ def test_token_scores_have_the_adapters_of_experts(dtype, caplog):
     direction = influence.direction(query)
     influence.token_scores(direction, others, influence.exact(direction, others))
     assert "by double differentiation" in caplog.text and "did not sum" not in caplog.text
+
+
+def test_tokens_are_sent_as_they_were_chosen():
+    """Against a look at each expert by itself; some choices are of no expert here."""
+    from rapidin_vdb.gradient.experts import _sent
+
+    draw = torch.Generator().manual_seed(3)
+    chosen = torch.stack([torch.randperm(9, generator=draw)[:3] for _ in range(4 * 5)]).unflatten(0, (4, 5)) - 1
+    found = dict(_sent(chosen, 6))
+    flat = chosen.flatten(0, 1)
+    for expert in range(6):
+        places, choices = torch.where(flat == expert)
+        sent = found.pop(expert)
+        assert torch.equal(sent.places, places) and torch.equal(sent.choices, choices)
+        assert torch.equal(sent.samples, places // 5)
+        assert sent.counts == [int((chosen[sample] == expert).sum()) for sample in range(4)]
+        assert sent.within.tolist() == [n for count in sent.counts for n in range(count)]
+    assert found == {}
+    (only,) = _sent(torch.full((2, 3, 1), 4), 6)
+    assert only[0] == 4 and only[1].counts == [3, 3]
+    assert list(_sent(torch.full((2, 3, 1), 7), 6)) == []
+
+
+@pytest.mark.parametrize("filled", [0, 1_000])
+@pytest.mark.parametrize("alone", [False, True])
+def test_sums_over_tokens_are_the_same_filled_up_or_one_by_one(monkeypatch, filled, alone):
+    from rapidin_vdb.gradient import experts
+
+    monkeypatch.setattr(experts, "_FILLED", filled)
+    draw = torch.Generator().manual_seed(4)
+    chosen = torch.randint(0, 2, (5, 7, 1), generator=draw)
+    chosen[3] = 1  # a sample without any token there
+    sent = dict(experts._sent(chosen, 2))[0]
+    left, right = (torch.randn(sum(sent.counts), columns, generator=draw) for columns in (3, 4))
+    found = experts._summed(left, None if alone else right, sent)
+    for sample in range(5):
+        mine = sent.samples == sample
+        wanted = left[mine].sum(0) if alone else left[mine].T @ right[mine]
+        torch.testing.assert_close(found[sample], wanted)
+    assert not found[3].any()

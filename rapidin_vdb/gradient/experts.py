@@ -5,8 +5,10 @@ few experts: a sample's gradient of one is the sum over those of its tokens that
 """
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from rapidin_vdb.gradient.adapted_experts import Experts
@@ -15,8 +17,13 @@ from rapidin_vdb.gradient.contribution import Call, Contribution, Dense, NoRuleE
 _Pair = Callable[[Experts, int, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(experts, which one, its tokens' states, what comes back to its output) -> what comes back to one of its linear
 layers, and what this has read; [tokens, columns] each."""
-_Sum = Callable[[Experts, int, Tensor, Tensor], Tensor]
-"""(experts, which one, and what a `_Pair` gives, of one sample) -> the gradient of one of its tensors."""
+_Parts = Callable[[Experts, int, Tensor, Tensor], tuple[Tensor, Tensor | None]]
+"""(experts, which one, and what a `_Pair` gives) -> what a sample's gradient of one of its tensors is made of, token by
+token: the sum of the outer products of both, or of the first alone."""
+
+# Samples have different numbers of tokens at an expert; filled up to the most, they may be so many times as many, or
+# each sample is multiplied by itself.
+_FILLED = 4
 
 
 def is_router(module: torch.nn.Module) -> bool:
@@ -47,11 +54,11 @@ def expert_rule(name: str) -> Callable[[torch.nn.Module, Call, Tensor, int], Con
             return _factor(experts, layer, kind == "A", pair, call, delta, batch)
 
         return factor_rule
-    summed = _matrix if tensor == layer else _bias
+    parts = _matrix if tensor == layer else _bias
 
     def rule(module: torch.nn.Module, call: Call, delta: Tensor, batch: int) -> Contribution:
         experts = Experts(module)
-        return Dense(_former(experts, pair, summed, tuple(experts.tensor(tensor).shape), call, delta, batch))
+        return Dense(_former(experts, pair, parts, tuple(experts.tensor(tensor).shape), call, delta, batch))
 
     return rule
 
@@ -68,12 +75,12 @@ def _to_down(experts: Experts, expert: int, read: Tensor, delta: Tensor) -> tupl
     return delta, experts.gate(experts.gate_up(expert, read))
 
 
-def _matrix(experts: Experts, expert: int, left: Tensor, right: Tensor) -> Tensor:
-    return right.T @ left if experts.turned else left.T @ right
+def _matrix(experts: Experts, expert: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    return (right, left) if experts.turned else (left, right)
 
 
-def _bias(experts: Experts, expert: int, left: Tensor, right: Tensor) -> Tensor:
-    return left.float().sum(0)
+def _bias(experts: Experts, expert: int, left: Tensor, right: Tensor) -> tuple[Tensor, None]:
+    return left.float(), None
 
 
 def _factor(
@@ -81,16 +88,14 @@ def _factor(
 ) -> Contribution:
     """Return the gradients of A, the first, or B of a layer's adapter, from what comes back to B A and what it read."""
 
-    def summed(experts: Experts, expert: int, left: Tensor, right: Tensor) -> Tensor:
+    def parts(experts: Experts, expert: int, left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
         factors = experts.factors(layer, expert)
         left, right = (part.to(factors.a.dtype) for part in ((left, right) if factors.a_reads else (right, left)))
-        if first:
-            return factors.scale * ((left @ factors.b).T @ right)
-        return factors.scale * (left.T @ (right @ factors.a.T))
+        return (factors.scale * (left @ factors.b), right) if first else (left, factors.scale * (right @ factors.a.T))
 
     count, factors = len(experts.tensor(layer)), experts.factors(layer, 0)
     shape = (count, *(factors.a if first else factors.b).shape)
-    form = _former(experts, pair, summed, shape, call, delta, batch)
+    form = _former(experts, pair, parts, shape, call, delta, batch)
     if first:
         return Dense(lambda samples: form(samples).flatten(1, 2))
     return Dense(lambda samples: form(samples).permute(0, 2, 3, 1).flatten(2))
@@ -99,7 +104,7 @@ def _factor(
 def _former(
     experts: Experts,
     pair: _Pair,
-    summed: _Sum,
+    parts: _Parts,
     shape: tuple[int, ...],
     call: Call,
     delta: Tensor,
@@ -112,26 +117,71 @@ def _former(
     delta = tokens_of(delta, batch)
 
     def form(samples: slice) -> Tensor:
-        some, longest = states[samples].shape[:2]
-        grads = torch.zeros(some, *shape, device=delta.device)
-        for expert, places, choices in _sent(chosen[samples].flatten(0, 1), shape[0]):
-            read = states[samples].flatten(0, 1)[places]
-            back = delta[samples].flatten(0, 1)[places]
-            shares = weights[samples].flatten(0, 1)[places, choices].unsqueeze(1)
+        grads = torch.zeros(len(states[samples]), *shape, device=delta.device)
+        for expert, sent in _sent(chosen[samples], shape[0]):
+            read = states[samples].flatten(0, 1)[sent.places]
+            back = delta[samples].flatten(0, 1)[sent.places]
+            shares = weights[samples].flatten(0, 1)[sent.places, sent.choices].unsqueeze(1)
             left, right = pair(experts, expert, read, (back * shares).to(read.dtype))
-            # Tokens are in order, so those of a sample stand together.
-            ends = torch.searchsorted(places, torch.arange(1, some + 1, device=places.device) * longest).tolist()
-            for sample, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):
-                if end > begin:
-                    grads[sample, expert] = summed(experts, expert, left[begin:end], right[begin:end])
+            grads[:, expert] = _summed(*parts(experts, expert, left, right), sent)
         return grads
 
     return form
 
 
-def _sent(chosen: Tensor, experts: int) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """Yield each expert that tokens were sent to, these tokens, and as which of their choices."""
-    for expert in range(experts):
-        places, choices = torch.where(chosen == expert)
-        if len(places):
-            yield expert, places, choices
+@dataclass(frozen=True, eq=False)
+class _Sent:
+    """The tokens of some samples that one expert was sent, in order."""
+
+    places: Tensor
+    """Which they are, of the tokens of all these samples."""
+    choices: Tensor
+    """As which of its choices each was sent."""
+    samples: Tensor
+    """Of which sample each is."""
+    within: Tensor
+    """Which of its sample's tokens here each is."""
+    counts: list[int]
+    """How many each sample has here."""
+
+
+def _sent(chosen: Int64[Tensor, "samples tokens choices"], experts: int) -> Iterator[tuple[int, _Sent]]:
+    """Yield each expert that tokens were sent to, and these tokens; all counts are waited for at once."""
+    some, longest, choices = chosen.shape
+    # What is none of them, as experts that pass a token on, comes last.
+    flat = torch.where((chosen >= 0) & (chosen < experts), chosen, experts).flatten()
+    order = torch.argsort(flat, stable=True)
+    samples = torch.arange(some, device=flat.device).repeat_interleave(longest * choices)
+    counts = torch.zeros((experts + 1) * some, dtype=torch.int64, device=flat.device)
+    counts = counts.index_add_(0, flat * some + samples, torch.ones_like(flat)).unflatten(0, (-1, some))
+    begins = counts.cumsum(1) - counts
+    first = 0
+    for expert, mine in enumerate(counts[:experts].tolist()):
+        count = sum(mine)
+        if count:
+            picked = order[first : first + count]
+            owners = samples[picked]
+            within = torch.arange(count, device=flat.device) - begins[expert][owners]
+            yield expert, _Sent(picked // choices, picked % choices, owners, within, mine)
+        first += count
+
+
+def _summed(left: Tensor, right: Tensor | None, sent: _Sent) -> Tensor:
+    """Return for each sample the sum over its tokens of the outer products of both, or of `left` alone."""
+    some = len(sent.counts)
+    if right is None:
+        return left.new_zeros(some, left.shape[1]).index_add_(0, sent.samples, left)
+    most = max(sent.counts)
+    if some * most <= _FILLED * len(left):
+        filled = [part.new_zeros(some, most, part.shape[1]) for part in (left, right)]
+        for whole, part in zip(filled, (left, right), strict=True):
+            whole[sent.samples, sent.within] = part
+        return torch.bmm(filled[0].transpose(1, 2), filled[1])
+    sums = left.new_zeros(some, left.shape[1], right.shape[1])
+    first = 0
+    for sample, count in enumerate(sent.counts):
+        if count:
+            mine = slice(first, first + count)
+            torch.mm(left[mine].T, right[mine], out=sums[sample])
+        first += count
+    return sums
