@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -275,3 +276,46 @@ def test_a_gpu_gives_a_batch_most_of_its_free_memory_beside_what_gradients_take(
     assert 1.5 * tokens(30, "cpu") < tokens(30, "cuda:0")
     assert 1 <= tokens(1, "cuda:0") < 40 and tokens(0, "cuda:0") == 1
     assert tokens(10_000, "cuda:0") == 32768 and tokens(10_000, "cpu") == 4096
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "told"),
+    [
+        (None, {}, False),
+        ({"quant_method": "bitsandbytes", "load_in_4bit": True}, {}, False),
+        ({"quant_method": "mxfp4"}, {"dequantize": True}, False),
+        ({"quant_method": "gptq", "bits": 4}, {}, True),
+        (SimpleNamespace(quant_method=SimpleNamespace(value="awq")), {}, True),
+    ],
+)
+def test_a_checkpoint_that_is_quantised_itself(stored, wanted, told, monkeypatch, caplog):
+    """Where its kernels may hand no gradient on, it is dequantised, or that is said."""
+    from rapidin_vdb.gradient import model as module
+
+    monkeypatch.setattr(module, "load_config", lambda name: SimpleNamespace(quantization_config=stored))
+    options = module._of_quantized("there")
+    found = options.get("quantization_config")
+    assert ({} if found is None else found.get_loading_attributes()) == wanted
+    assert ("there is quantised (" in caplog.text) == told
+
+
+def test_an_adapter_is_read_where_the_model_is(models, adapters, monkeypatch):
+    """By PEFT's own choice it would be on the first GPU, whatever the model is on."""
+    import peft
+
+    asked, original = [], peft.PeftModel.from_pretrained
+
+    def watched(*arguments, **options):
+        asked.append(options["torch_device"])
+        return original(*arguments, **options)
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", watched)
+    load_model(spec_of("adapter", "llama", models, adapters), device="cpu")
+    assert asked == ["cpu"]
+
+    def full(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(peft.PeftModel, "from_pretrained", full)
+    with pytest.raises(ModelError, match="cpu has no memory for the adapter .*: CUDA out of memory"):
+        load_model(spec_of("adapter", "llama", models, adapters), device="cpu")

@@ -236,3 +236,28 @@ def test_what_a_model_does_to_batches_alone_is_not_taken_for_rounding():
     )
     maker.make_batch(samples())
     assert len(maker._gradients.unruled) == len(maker.loaded.theta)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("lora", [False, True])
+def test_where_memory_is_short_the_check_computes_layers_twice_too(dtype, lora, monkeypatch):
+    """Else a model that fits with checkpointing alone would end the ingest in its check."""
+    maker = maker_in(dtype, lora=lora)
+    layers = maker.loaded.inner.model.layers
+    kept = []
+
+    def watch(module, given):
+        if torch.is_grad_enabled() and not getattr(module.forward, "for_first_run", False):
+            kept.append(module)
+
+    for layer in layers:
+        layer.register_forward_pre_hook(watch)
+    plain = maker.make_batch(samples())
+    assert kept, "as it is without"
+    assert maker.save_memory() and maker.checkpointing
+    kept.clear()
+    again = maker.make_batch(samples())
+    assert kept == [] and not maker._gradients.unruled
+    for (one, loss), (other, before) in zip(again, plain, strict=True):
+        assert loss == pytest.approx(before, rel=0.02)
+        assert abs(one - other).max() < (1e-5 if dtype == torch.float32 else 0.1) * abs(other).max()

@@ -1,7 +1,7 @@
 """Load a causal language model, its adapter and its tokenizer, and choose the parameters theta."""
 
 import dataclasses
-import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -11,10 +11,13 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from rapidin_vdb.errors import ModelError, SpecError, check_unicode, without_secrets
+from rapidin_vdb.gradient.adapter import load_adapter
 from rapidin_vdb.gradient.parameters import choose_parameters
 from rapidin_vdb.gradient.quiet import quiet_libraries, short
 from rapidin_vdb.gradient.tokenizer import load_tokenizer
 from rapidin_vdb.records import DType, ModelSpec, ParameterShape
+
+logger = logging.getLogger(__name__)
 
 _WANTED = "Wanted a folder with config.json and model.safetensors, or the name of a model on the Hugging Face hub"
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -129,7 +132,7 @@ def load_model(spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
     model = _load_base(spec, device)
     dtype = str(model.dtype).removeprefix("torch.")
     if spec.adapter is not None:
-        model = _load_adapter(model, spec.adapter, spec.model)
+        model = load_adapter(model, spec.adapter, spec.model, device)
     model.eval()
     if spec.quantization != "none":
         _keep_differentiable(model)
@@ -163,6 +166,8 @@ def _load_base(spec: ModelSpec, device: str) -> Any:
     options: dict[str, Any] = {"dtype": _DTYPES[spec.dtype]}
     if spec.quantization != "none":
         options["quantization_config"] = _quantization(spec)
+    else:
+        options |= _of_quantized(spec.model)
     try:
         with quiet_libraries():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -189,6 +194,26 @@ def _resolved_dtype(spec: ModelSpec) -> DType:
     return cast(DType, found if found in _DTYPES else "float32")
 
 
+def _of_quantized(name: str) -> dict[str, Any]:
+    """Return how a checkpoint is loaded that is quantised itself, and say where its gradients are another's affair."""
+    stored = getattr(load_config(name), "quantization_config", None)
+    method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
+    method = str(getattr(method, "value", method))
+    if stored is None or method == "bitsandbytes":
+        return {}
+    if method == "mxfp4":
+        from transformers import Mxfp4Config
+
+        # Its kernel, where that is installed, hands no gradient on; so everywhere it is as on a CPU.
+        return {"quantization_config": Mxfp4Config(dequantize=True)}
+    logger.warning(
+        "%s is quantised (%s): whether gradients pass through its layers is up to that library, and nothing here would "
+        "find out; a checkpoint in 16 bits, or with --quantization nf4, is known to be right",
+        name, method,
+    )  # fmt: skip
+    return {}
+
+
 def _quantization(spec: ModelSpec) -> Any:
     from transformers import BitsAndBytesConfig
 
@@ -213,65 +238,3 @@ def _keep_differentiable(model: torch.nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.training = True
-
-
-def _refuse_pickle(adapter: str) -> None:
-    """Refuse an adapter without safetensors: PEFT would go on to unpickle what is there instead."""
-    file = "adapter_model.safetensors"
-    if Path(adapter).is_dir():
-        there = (Path(adapter) / file).is_file()
-    else:
-        from transformers.utils import cached_file
-
-        cached_file(adapter, "adapter_config.json")  # or it says that there is no such adapter
-        there = cached_file(adapter, file, _raise_exceptions_for_missing_entries=False) is not None
-    if not there:
-        raise ModelError(
-            f"the adapter {adapter} has no {file}; pickled weights (.bin) are not loaded, for they can run code: save "
-            "the adapter again with save_pretrained(..., safe_serialization=True)"
-        )
-
-
-def _load_adapter(model: Any, adapter: str, base: str) -> Any:
-    try:
-        _refuse_pickle(adapter)
-        with quiet_libraries():  # the imports too: bitsandbytes says at import what it does without
-            from peft import PeftConfig, PeftModel, get_peft_model_state_dict
-            from peft.utils import load_peft_weights
-
-            config = PeftConfig.from_pretrained(adapter)
-            if config.is_prompt_learning:
-                raise ModelError(
-                    f"the adapter {adapter} learns a prompt ({config.peft_type.value}), which takes places before a "
-                    "sample's own tokens; wanted one that changes the model's layers, such as LoRA"
-                )
-            adapted = PeftModel.from_pretrained(model, adapter, is_trainable=True, use_safetensors=True)
-            weights = load_peft_weights(adapter, device="cpu", use_safetensors=True)
-    except SafetensorError as error:
-        raise ModelError(
-            f"the adapter {adapter} cannot be read: {short(error)}; save it again, or copy it anew"
-        ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
-        if not Path(adapter).is_dir() and isinstance(error, OSError | ValueError) and "find" in str(error).lower():
-            raise ModelError(f"no adapter at {adapter}: neither a folder nor a name that can be reached") from error
-        raise ModelError(
-            f"the adapter {adapter} does not fit the model {base}: {short(error)}. "
-            f"Was it made for another model?{_made_for(adapter)}"
-        ) from error
-    # PEFT only warns of keys that it could not place, or did not find.
-    placed = get_peft_model_state_dict(adapted)
-    differing = set(weights) ^ set(placed)
-    if differing:
-        raise ModelError(
-            f"the adapter {adapter} does not fit the model {base}: {len(differing)} of its weights have no place there "
-            f"or are missing, such as {min(differing)}. Was it made for another model?{_made_for(adapter)}"
-        )
-    return adapted
-
-
-def _made_for(adapter: str) -> str:
-    try:
-        base = json.loads((Path(adapter) / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path")
-    except (OSError, ValueError):
-        return ""
-    return f" Its configuration names {base}." if base else ""

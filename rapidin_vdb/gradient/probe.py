@@ -144,7 +144,7 @@ def give_up_wrong_tensors(
         alone[number] = projection.probe(number, grad.reshape(1, -1).float())
 
     with gradients.plainly():
-        stream_gradient(maker.loaded, batch[place], receive, among=among)
+        stream_gradient(maker.loaded, batch[place], receive, among=among, checkpointing=maker.checkpointing)
         if not all(one.isfinite().all() for one in alone.values()):
             raise GradientError(f"sample {batch[place].sample_id}: the gradient is not finite")
         while True:

@@ -202,7 +202,7 @@ class RapidGradMaker:
             flat = grad.reshape(-1).float()
             self.sketch.add(rapidgrad, number, normalized(flat) if self.normalize == "layer" else flat)
 
-        loss = stream_gradient(self.loaded, sample, receive, among=among)
+        loss = stream_gradient(self.loaded, sample, receive, among=among, checkpointing=self.checkpointing)
         if not rapidgrad.isfinite().all():
             raise GradientError(f"sample {sample.sample_id}: the gradient is not finite (loss {loss:.4g})")
         return loss

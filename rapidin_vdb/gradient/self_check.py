@@ -10,8 +10,8 @@ padded as the batch is, or our way from itself without TF32 and output layer.
 
 import logging
 import math
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient.batch import LateGradientError
+from rapidin_vdb.gradient.checkpoint import checkpointed_layers
 from rapidin_vdb.gradient.forward import OutputError, batch_losses
 from rapidin_vdb.gradient.head import OutputLayer
 from rapidin_vdb.gradient.probe import TOLERANCE, ends, first_to_compare, give_up_wrong_tensors, to_compare
@@ -49,7 +50,7 @@ def check(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> bool:
         if loaded.dtype != "float32" and not _check_within(maker, ends(batch)):
             return True
         if gradients.checkpointing:
-            # Alone, activations are kept, for which there is no memory.
+            # Comparing takes more than a batch does, and there was no memory for that.
             batch = ends(batch)
         place, alone, loss = _alone(maker, batch)
         if loaded.dtype == "float32":
@@ -158,29 +159,45 @@ def _losses_of(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> list[float]
 
 def _output_layer_agrees(maker: "RapidGradMaker", batch: Sequence[Encoded], output: OutputLayer) -> bool:
     """Say whether losses, and their derivatives by what the output layer reads, are those that the model itself has."""
-    layer = maker.loaded.inner.get_output_embeddings()
-    both: list[tuple[Tensor, Tensor]] = []
-    for used in (output, None):
-        read: list[Tensor] = []
-        handle = layer.register_forward_pre_hook(lambda module, given, read=read: read.append(given[0]))
-        try:
-            # The derivative is wanted of what it reads, whatever else asks for one.
-            with torch.enable_grad(), maker._gradients.plainly():
-                losses = batch_losses(maker.loaded, batch, output=used).means()
-                if not read or not losses.requires_grad:
-                    return True  # nothing is asked of it
-                (grad,) = torch.autograd.grad(losses.sum(), read)
-        except OutputError:
-            return True  # it will be left with the first batch
-        finally:
-            handle.remove()
-        both.append((losses.detach(), grad.float()))
-    (losses, grad), (expected, wanted) = both
+    try:
+        ours, theirs = (_at_output(maker, batch, used) for used in (output, None))
+    except OutputError:
+        return True  # it will be left with the first batch
+    if ours is None or theirs is None:
+        return True  # nothing is asked of it
+    (losses, grad), (expected, wanted) = ours, theirs
     tolerance = TOLERANCE.get(maker.loaded.dtype, 0.1)
     return bool(
         (grad - wanted).norm() <= tolerance * wanted.norm()
         and ((losses - expected).abs() <= tolerance * expected.abs().clamp(min=1.0)).all()
     )
+
+
+def _at_output(
+    maker: "RapidGradMaker", batch: Sequence[Encoded], output: OutputLayer | None
+) -> tuple[Tensor, Tensor] | None:
+    """Return a batch's losses, and their derivative by what the output layer reads; None where there is none."""
+    read: list[Tensor] = []
+    layer = maker.loaded.inner.get_output_embeddings()
+    handle = layer.register_forward_pre_hook(lambda module, given: read.append(given[0]))
+    try:
+        # The derivative is wanted of what it reads, whatever else asks for one.
+        with maker._gradients.plainly(), _recorded(maker):
+            losses = batch_losses(maker.loaded, batch, output=output).means()
+            if not read or not losses.requires_grad:
+                return None
+            (grad,) = torch.autograd.grad(losses.sum(), read)
+    finally:
+        handle.remove()
+    return losses.detach(), grad.float()
+
+
+@contextmanager
+def _recorded(maker: "RapidGradMaker") -> Iterator[None]:
+    """Let autograd record, with gradient checkpointing where the model needs it."""
+    checkpointing = maker._gradients.checkpointing
+    with checkpointed_layers(maker.loaded.model, hooks=False) if checkpointing else nullcontext(), torch.enable_grad():
+        yield
 
 
 def _independent(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int) -> bool:
@@ -197,7 +214,7 @@ def _independent(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int) 
 
     handle = maker.loaded.model.get_input_embeddings().register_forward_hook(watch, prepend=True)
     try:
-        with torch.enable_grad():
+        with _recorded(maker):
             loss = batch_losses(maker.loaded, batch).means()[place]
             grads = torch.autograd.grad(loss, wrote, allow_unused=True)
     finally:

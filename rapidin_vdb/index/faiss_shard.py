@@ -183,6 +183,8 @@ class FaissShard:
     def added(self, vectors: Rows) -> "FaissShard":
         """Return a shard with further rows."""
         place = self._near
+        if place.type != "cpu":
+            torch.cuda.empty_cache()  # FAISS cannot use what torch keeps for itself
         step = max(1, (_HOST_BYTES if place.type == "cpu" else _GPU_BYTES) // (4 * self.index.d))
         for first in range(0, len(vectors), step):
             part = vectors[first : first + step].view(np.float16)

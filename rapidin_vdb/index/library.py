@@ -15,8 +15,8 @@ def faiss() -> Any:
         import faiss as module
     except ImportError as error:
         raise SpecError(
-            "FAISS is not installed; on a machine without an NVIDIA GPU: pip install 'rapidin-vdb[cpu]', with one: "
-            "pip install 'rapidin-vdb[gpu]' (not both: they provide the same module)"
+            f"FAISS cannot be imported ({error}). On a machine without an NVIDIA GPU: pip install 'rapidin-vdb[cpu]', "
+            "with one: pip install 'rapidin-vdb[gpu]' (not both: they provide the same module)"
         ) from error
     return module
 

@@ -1,5 +1,6 @@
 """The sketch's inner loop on a GPU, in Triton: one pass over a gradient fills its buckets and takes its norm."""
 
+from contextlib import nullcontext
 from functools import cache
 from typing import Any
 
@@ -94,7 +95,9 @@ def _summed(
     sums = torch.zeros(width, samples, device=grads.device)
     squares = torch.zeros(samples, dtype=torch.float64, device=grads.device)
     grid = (min(-(-length // _BLOCK), _PROGRAMS),)
-    _kernel()[grid](
-        grads, signed_view(buckets), signs, sums, squares, length, count, width, SAMPLES=samples, BLOCK=_BLOCK
-    )
+    # Triton launches on the current device: in a thread of autograd's that of the gradient, else the first.
+    with torch.cuda.device(grads.device) if grads.is_cuda else nullcontext():
+        _kernel()[grid](
+            grads, signed_view(buckets), signs, sums, squares, length, count, width, SAMPLES=samples, BLOCK=_BLOCK
+        )
     return sums, squares
