@@ -51,6 +51,36 @@ def test_a_check_that_ran_out_of_memory_is_made_up_for(monkeypatch):
     assert len(maker._gradients.unruled) == 1
 
 
+def test_a_check_that_takes_more_than_the_batch_looks_at_fewer_samples(monkeypatch):
+    """Else batches would be halved for good, for the sake of the first."""
+    from rapidin_vdb.gradient import rapidgrad
+
+    maker, looked_at, original = maker_of(loaded_from(tiny_model("llama"))), [], rapidgrad.check
+    batch = sorted(samples(), key=lambda sample: len(sample.input_ids))
+
+    def scarce(maker, some):
+        looked_at.append([sample.sample_id for sample in some])
+        if len(some) > 3:
+            raise RuntimeError("CUDA error: out of memory")
+        return original(maker, some)
+
+    monkeypatch.setattr(rapidgrad, "check", scarce)
+    check_all(maker, batch)
+    names = [sample.sample_id for sample in batch]
+    assert looked_at[0] == names and len(looked_at[-1]) <= 3
+    assert looked_at[-1][0] == names[0] and looked_at[-1][-1] == names[-1], "the shortest and the longest"
+    count = len(looked_at)
+    maker.make_batch(batch)
+    assert len(looked_at) == count, "once"
+
+    def none(maker, some):
+        raise MemoryError
+
+    monkeypatch.setattr(rapidgrad, "check", none)
+    with pytest.raises(MemoryError):
+        maker_of(loaded_from(tiny_model("llama"))).make_batch(batch)
+
+
 @pytest.mark.parametrize("alone", [True, False])
 def test_a_tensor_that_the_loss_does_not_depend_on_has_no_part(alone):
     """As the biases by which some mixtures only choose their experts."""

@@ -208,3 +208,14 @@ def test_specs_that_cannot_be_honoured(spec, length, message):
         BucketMap(spec, length)
     with pytest.raises(SpecError, match="cannot fold 10 coordinates to width 4"):
         fold(torch.zeros(10), 4)
+
+
+def test_gradients_are_added_in_parts(monkeypatch):
+    from rapidin_vdb.sketch import sketch as module
+
+    grad, spec = torch.randn(1003, generator=torch.Generator().manual_seed(2)), SketchSpec(width=64, shuffles=3)
+    whole, parts = torch.zeros(64), torch.zeros(64)
+    Sketch(spec, [1003]).add(whole, 0, grad)
+    monkeypatch.setattr(module, "_ADDED", 64)
+    Sketch(spec, [1003]).add(parts, 0, grad)
+    torch.testing.assert_close(parts, whole)

@@ -156,9 +156,24 @@ class RapidGradMaker:
 
         A sample whose loss is not finite has a loss of NaN. The first batch is checked, as `make_batch` says.
         """
-        if self._checked < kind_of(batch) and check(self, batch):
-            self._checked = kind_of(batch)
+        if self._checked < kind_of(batch):
+            self._check(batch)
         return self._stream(batch, receiver)
+
+    def _check(self, batch: Sequence[Encoded]) -> None:
+        """Check a batch; where that does not fit the memory, which it takes more of than the batch, fewer samples."""
+        try:
+            if check(self, batch):
+                self._checked = kind_of(batch)
+            return
+        except (RuntimeError, MemoryError) as error:
+            if len(batch) <= 2 or not is_out_of_memory(error):
+                raise
+        # Out here, where the error no longer holds what did not fit.
+        release_memory()
+        fewer = max(2, len(batch) // 2)
+        # From both ends: batches are sorted by length, and padding is to be looked at too.
+        self._check([*batch[: fewer - fewer // 2], *batch[-(fewer // 2) :]])
 
     def _stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
         unruled = self._gradients.unruled

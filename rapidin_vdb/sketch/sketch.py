@@ -22,6 +22,9 @@ from rapidin_vdb.sketch.scatter_torch import numbers, scatter_batch_torch, scatt
 
 logger = logging.getLogger(__name__)
 
+# Coordinates that are added at a time in plain torch, which takes some 20 bytes for each; signs are bits of bytes.
+_ADDED = 1 << 24
+
 Keep = Literal["device", "host", "nowhere"]
 """Where the composed map is kept; `nowhere` computes it again for every batch."""
 
@@ -138,7 +141,10 @@ class Sketch:
         The sketch is linear: adding all tensors, in any order, gives the sketch of the whole gradient.
         """
         buckets, signs = self._tensor(number)
-        rapidgrad.index_add_(0, numbers(buckets), grad * unpacked(signs, len(grad)))
+        for first in range(0, len(grad), _ADDED):
+            part = grad[first : first + _ADDED]
+            bits = unpacked(signs[first // 8 : (first + _ADDED) // 8], len(part))
+            rapidgrad.index_add_(0, numbers(buckets[first : first + _ADDED]), part * bits)
 
     def add_batch(
         self,
