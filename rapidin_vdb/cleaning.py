@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -16,7 +17,7 @@ from rapidin_vdb.ledger import Ledger, Names
 from rapidin_vdb.results import CleanReport
 
 _WINDOW = 1024
-_LOOKED_UP = 1000
+_LOOKED_UP = 500
 _TOLD = 10
 
 
@@ -28,8 +29,8 @@ def write_cleaned(
 
     With `only`, those of these samples alone are written. Lines of JSON stay as they are, byte for byte; records of
     other formats become lines of JSON. A record that cannot be one of a sample is kept where all but some are, and
-    where it is a line. `belong` says whether any of some ids is one of the database's; it is asked about the first of
-    the files where none of those that were to be found is in them.
+    where it is a line. `belong` says whether any of some ids is one of the database's; it is asked where none of those
+    that were to be left out is in the files, about the first and the last of theirs.
 
     Raises:
         CorpusError: a file cannot be read; nothing is written.
@@ -38,7 +39,7 @@ def write_cleaned(
     """
     written = left_out = 0
     bad: list[str] = []
-    first: list[str] = []
+    some = list[str](), deque[str](maxlen=_LOOKED_UP)
     with closing(Ledger()) as ledger, closing(Names()) as seen, _new_file(out) as file:
         ledger.begin((name, "") for name in ids)
         wanted = missing = ledger.there()
@@ -50,17 +51,19 @@ def write_cleaned(
                     kept = bool(line) and not only
                     bad.append(f"{name} ({'kept' if kept else 'left out'})")
                 else:
-                    first += [name] if len(first) < _LOOKED_UP else []
+                    (some[0] if len(some[0]) < _LOOKED_UP else some[1]).append(name)
                     named = known[name].there is not None
                     missing -= named and seen.add(name)
                     kept = named == only
                 if kept:
                     file.write(line.encode("utf-8", "surrogateescape"))
                 written, left_out = written + kept, left_out + (not kept)
-        if first and wanted and missing == wanted and not belong(first):
+        seem = [*some[0], *some[1]]
+        if seem and wanted and missing == wanted and not only and not belong(seem):
             raise SpecError(
-                f"none of the first {len(first):,} records has an id that is in the database, such as {first[0]!r}: "
-                f"nothing would be cleaned. Name the field of ids, as for ingest, with --id-field (it is {id_field})"
+                f"nothing is to be left out of these files, and none of {len(seem):,} of their records has an id "
+                f"that is in the database, such as {seem[0]!r}. Name the field of ids, as for ingest, with --id-field "
+                f"(it is {id_field}), or leave out files that were not ingested"
             )
         unfound = tuple(islice((name for name in ids if missing and seen.add(name)), _TOLD))
     return CleanReport(

@@ -136,21 +136,34 @@ class BatchMaker:
         self._engine = engine
         self._token_width = token_width
         self._room = Room()
+        self._fitted = 0  # tokens of the longest sample that was made
 
     def make(self, batch: Batch) -> list[Result]:
-        """Return what each sample of a batch is turned into, or why it cannot be."""
+        """Return what each sample of a batch is turned into, or why it cannot be.
+
+        Raises:
+            GradientError: a sample does not fit the memory that is no longer than others before it.
+        """
         # Short samples make large batches, and their tokens as many RapidGrads again.
         size = 2 * (self._token_width or 0) * sum(sample.response_tokens for sample in batch)
         if len(batch) > 1 and (size > _TOKEN_BYTES or not self._room.has(batch)):
             return self._make_halves(batch)
+        longest = max(len(sample.input_ids) for sample in batch)
         try:
-            return self._engine.make(batch, token_width=self._token_width)
+            made = self._engine.make(batch, token_width=self._token_width)
+            self._fitted = max(self._fitted, longest)
+            return made
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
             saved = len(batch) > 1 or self._engine.maker.save_memory()
         # Out here, where the error no longer holds what did not fit.
         release_memory()
+        if not saved and longest <= self._fitted:
+            raise GradientError(
+                f"sample {batch[0].sample_id} does not fit the memory, where longer ones did before: something else "
+                "takes it up. What was done before is kept; run it again to go on"
+            )
         if not saved:
             return [GradientError("it does not fit the memory, even alone and with gradient checkpointing")]
         if len(batch) == 1:

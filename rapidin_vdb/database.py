@@ -1,6 +1,7 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +71,7 @@ class Database(SampleReader):
         have been deleted. A `dry_run` counts and times instead of writing.
 
         Raises:
-            CorpusError: a file or a record cannot be read; nothing is written.
+            CorpusError: a file or a record cannot be read; nothing is written. Or a file was changed meanwhile.
             GradientError: a sample gives no finite gradient; those before it are written.
             TableError: a field does not fit its column; nothing is written.
         """
@@ -80,17 +81,14 @@ class Database(SampleReader):
         for name, value in least_one.items():
             if value is not None and value < 1:
                 raise SpecError(f"--{name} is {value}; wanted 1 or more")
-        if token_width is not None and not token_gradients:
-            raise SpecError("--token-width goes with --token-gradients")
-        single = token_width_for(self._table, token_width) if token_gradients else None
+        single = token_width_for(self._table, token_width, wanted=token_gradients)
         corpus = Corpus(
             paths=paths_of(files), split=split, source=source, id_field=id_field, limit=limit,
             turns=self.fingerprint.turns,
         )  # fmt: skip
         road, tokens, workers, devices = choose_road(
-            self.fingerprint, place=self.path, loaded=lambda first: self._engine_on(
-                model, adapter, first, elsewhere=device != "auto"
-            ), device=device,
+            self.fingerprint, place=self.path, device=device,
+            loaded=partial(self._engine_on, model, adapter, elsewhere=device != "auto"),
             workers_per_device=workers_per_device, batch_tokens=batch_tokens, dry_run=dry_run, cluster=cluster,
             model=model, adapter=adapter, token_width=single,
         )  # fmt: skip
@@ -101,15 +99,18 @@ class Database(SampleReader):
             "token_width": single,
         }
         options |= {"on_bad_record": on_bad_record, "on_duplicate": on_duplicate, "on_deleted": on_deleted}
+        options["progress"] = progress
         if dry_run:
             return estimate(self._table, corpus, road.compute, workers=workers, devices=devices, **options)
-        return ingest(self._table, corpus, road.compute, progress=progress, **options)
+        return ingest(self._table, corpus, road.compute, **options)
 
     def _engine_on(self, model: str | None, adapter: str | None, device: str, *, elsewhere: bool) -> Engine:
         """Return the engine; if it may be `elsewhere` than it is loaded, one on this very device."""
         here = self._engine
-        if here is None or (elsewhere and resolve_device(device) != here.loaded.device):
+        if here is None:
             self.load(model=model, adapter=adapter, device=device)
+        elif elsewhere and resolve_device(device) != here.loaded.device:
+            self.load(model=model or here.loaded.spec.model, adapter=adapter or here.loaded.spec.adapter, device=device)
         return self._loaded()
 
     @undisturbed
@@ -204,6 +205,7 @@ class Database(SampleReader):
         Raises:
             FilterError: the filter cannot be understood.
             ModelError: the model cannot be loaded.
+            SpecError: there is no such device.
             FingerprintError: it is not that which the database was made with.
             TableError: the database is empty, has no such version, or no RapidGrads of tokens.
         """

@@ -7,13 +7,14 @@ from contextlib import closing
 from itertools import islice
 
 from rapidin_vdb.batches import Pair, padded_tokens
-from rapidin_vdb.compute import Compute
+from rapidin_vdb.compute import Compute, Result
 from rapidin_vdb.corpus import Template, Tokenizer
-from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.errors import CorpusError, GradientError
 from rapidin_vdb.gradient.memory import peak_bytes
 from rapidin_vdb.intake import Corpus, encoded_windows
 from rapidin_vdb.ledger import Entry, Ledger
 from rapidin_vdb.plan import make_plan, planned_windows
+from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, OnBadRecord, OnDeleted, OnDuplicate
 from rapidin_vdb.results import IngestEstimate
 from rapidin_vdb.store import SampleTable
@@ -36,6 +37,7 @@ def estimate(
     on_duplicate: OnDuplicate = "error",
     on_deleted: OnDeleted = "add",
     token_width: int | None = None,
+    progress: Progress = silent,
 ) -> IngestEstimate:
     """Return what an ingest with these arguments would take; nothing is written.
 
@@ -44,6 +46,7 @@ def estimate(
 
     Raises:
         CorpusError: a record cannot be stored, where the options do not allow it.
+        GradientError: none of the samples that are timed has a gradient.
     """
     max_tokens, width = table.fingerprint.max_tokens, table.fingerprint.sketch.width
 
@@ -59,6 +62,7 @@ def estimate(
             on_duplicate=on_duplicate,
             on_deleted=on_deleted,
             token_gradients=token_width is not None,
+            progress=progress,
         )
         sizes: list[tuple[int, int]] = []  # samples and work of each batch
         tokens = text = samples = single = 0
@@ -76,7 +80,7 @@ def estimate(
             chosen = _pick(planned_windows(windows(), ledger, batch_tokens, width=width), timed)
             list(compute(iter(chosen[:1])))  # once for what happens once: compiling, the self-check
             started = time.monotonic()
-            list(compute(iter(chosen)))
+            _see_to(list(compute(iter(chosen))))
             measured = sum(_work(batch, token_width is not None) for batch in chosen)
             seconds = (time.monotonic() - started) * work / measured / speedup(workers, devices)
     return IngestEstimate(
@@ -101,6 +105,18 @@ def estimate(
         seconds=seconds,
         bad=tuple(plan.bad),
     )
+
+
+def _see_to(made: Sequence[tuple[Sequence[Encoded], Sequence[Result]]]) -> None:
+    """Refuse to reckon with batches of which nothing came.
+
+    Raises:
+        GradientError: no sample has a gradient.
+    """
+    results = [result for _, batch in made for result in batch]
+    errors = [result for result in results if isinstance(result, GradientError)]
+    if errors and len(errors) == len(results):
+        raise GradientError(f"none of the {len(results):,} samples that were timed has a gradient: {errors[0]}")
 
 
 def _work(batch: Sequence[Encoded], token_gradients: bool) -> int:

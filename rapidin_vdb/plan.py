@@ -20,6 +20,8 @@ from rapidin_vdb.store import ColumnKind, SampleTable, can_hold, merge_kinds, un
 # Behind a record that ends it all, others are looked for no longer than this: a large corpus takes hours to read.
 _READ_ON_SECONDS = 30.0
 _LISTED = 5
+# Corpora of many optional fields have as many combinations of them as records.
+_FITTING = 4096
 
 
 @dataclass(kw_only=True)
@@ -35,7 +37,7 @@ class Plan:
     unchanged: int = 0
     """Samples that are there already."""
     repeated: int = 0
-    """Records that stand in the corpus before, with the same content."""
+    """Records that stand in the corpus before, with the same content, and are not in the table."""
     tokens: int = 0
     """How many tokens go through the model for them, padding aside."""
     seen: int = 0
@@ -89,7 +91,7 @@ def make_plan(
     looked_at = 0
     for window in windows:
         looked_at += len(window)
-        progress("records", looked_at, looked_at)  # how many there are is not known before the last
+        progress("records", looked_at, 0)
         entries, changed = ledger.look(_ids(window)), dict[str, Entry]()
         rest = iter(window)
         for found in rest:
@@ -192,10 +194,10 @@ def _merge_kinds(plan: Plan, sample: Sample) -> None:
         kind = values.get(name.lower())
         if kinds[name] == "str" and kind is not None and {before, kind} != {"str"}:
             plan.mixed.setdefault(name, sample.location)
+    if kinds != plan.kinds or len(plan.fitting) == _FITTING:
+        plan.fitting.clear()
     if kinds == plan.kinds:
         plan.fitting.add(mine)
-    else:
-        plan.fitting.clear()
     plan.kinds = kinds
 
 

@@ -86,7 +86,9 @@ def queries_of(
         raise SpecError("give one of: --prompt and --generation, or --file QUERIES.jsonl")
     if generation is not None:
         return [query_from(prompt, generation)]
-    found = read_queries(Path(file)) if file is not None else list(queries or ())
+    if isinstance(queries, Sample):
+        raise SpecError("queries is one query; wanted a list: queries=[...]")
+    found = read_queries(Path(file)) if file is not None else [] if queries is None else list(queries)
     wrong = next((query for query in found if not isinstance(query, Sample)), None)
     if wrong is not None:
         raise SpecError(f"one of the queries is of type {type(wrong).__name__}; make it with rapidin_vdb.query_from")
@@ -123,8 +125,8 @@ def _check_options(record: Record) -> None:
     Raises:
         CorpusError: there is one.
     """
-    for name in record.fields:
-        if name in _FOR_ALL:
+    for name, value in record.fields.items():
+        if name in _FOR_ALL and value is not None:
             option = f"--{name.replace('_', '-')}"
             raise CorpusError(
                 f"{record.location}: {name} is an option of all queries, not of one: leave it out, and give {option}"
@@ -161,8 +163,9 @@ def _said_once(query: Sample) -> Sample:
     Raises:
         CorpusError: it is.
     """
-    last = query.messages[-1] if query.messages else None
-    if last is not None and last.role == "assistant" and last.content.strip() == query.response.strip():
+    last, said = query.messages[-1] if query.messages else None, query.response.strip()
+    # Calls of tools, one turn after the other, may all be without a content.
+    if said and last is not None and last.role == "assistant" and last.content.strip() == said and not query.turns:
         raise CorpusError(
             f"{query.location}: the last of the messages is the generation itself, which is to follow them; leave it "
             "out of the messages"

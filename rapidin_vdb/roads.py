@@ -64,12 +64,18 @@ def choose_road(
     return road, tokens, workers, devices
 
 
-def token_width_for(table: SampleTable, given: int | None) -> int:
+def token_width_for(table: SampleTable, given: int | None, *, wanted: bool) -> int | None:
     """Return the width of single tokens' RapidGrads: that which they have in the table, or the one asked for.
 
+    None where they are not `wanted`.
+
     Raises:
-        SpecError: the two differ, or it cannot be honoured.
+        SpecError: the two differ, it cannot be honoured, or there is one for what is not wanted.
     """
+    if not wanted:
+        if given is not None:
+            raise SpecError("--token-width goes with --token-gradients")
+        return None
     here, widest = table.tokens.width, table.fingerprint.sketch.width
     if here is not None and given not in (None, here):
         raise SpecError(f"--token-width is {given}, but tokens are stored with {here} here; leave it out")

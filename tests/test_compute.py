@@ -54,7 +54,7 @@ def test_two_workers_write_what_one_process_writes(tmp_path, models, adapters):
     seen = []
     report = together.ingest(lines, batch_tokens=900, workers_per_device=2, progress=lambda *told: seen.append(told))
     assert (report.added, report.unchanged, report.bad) == (40, 0, ())
-    assert seen[:2] == [("records", 40, 40), ("ingest", 0, 40)] and seen[-2] == ("ingest", 40, 40)
+    assert seen[:2] == [("records", 40, 0), ("ingest", 0, 40)] and seen[-2] == ("ingest", 40, 40)
     # Tokens beside samples, all of which were known before.
     tokens = [(done, total) for stage, done, total in seen if stage == "tokens"]
     assert tokens[-1] == (report.tokens, report.tokens) and {total for _, total in tokens} == {report.tokens}
@@ -269,6 +269,7 @@ def test_what_did_not_fit_is_not_tried_again(narrow, caplog):
 def test_a_sample_that_fits_no_memory_is_named(narrow, database, tmp_path):
     """It ends an ingest, or is passed over, as any other that has no gradient."""
     from rapidin_vdb.compute import BatchMaker
+    from rapidin_vdb.engine import Made
 
     engine, _, _ = narrow
     engine.maker.save_memory()
@@ -284,6 +285,15 @@ def test_a_sample_that_fits_no_memory_is_named(narrow, database, tmp_path):
     with pytest.raises(GradientError, match="line 2: it does not fit the memory"):
         database.ingest(path)
     assert len(database.ingest(path, on_bad_record="skip").bad) == 2 and database.count() == 24
+    # No longer than what was made before: it is the memory that has changed, and no sample is passed over for that.
+    engine.make = lambda batch, **options: [Made(np.zeros(64, np.float16), 0.0) for _ in batch]
+    made.make([encoded(0, length=30)])
+    engine.make = full
+    with pytest.raises(
+        GradientError, match="does not fit the memory, where longer ones did before: something else takes"
+    ):
+        made.make([encoded(0, length=30)])
+    assert isinstance(made.make([encoded(0, length=31)])[0], GradientError)
 
 
 @pytest.mark.parametrize("lacking", ["forward", "always"])
@@ -312,6 +322,7 @@ def test_a_query_that_does_not_fit_the_memory_goes_on_with_checkpointing(databas
             GradientError, match="query query does not fit the memory, even with gradient checkpointing"
         ):
             database.query(**asked)
+        assert not maker.checkpointing, "which was of no use"
         return
     (found,) = database.query(**asked)
     assert (
@@ -320,12 +331,36 @@ def test_a_query_that_does_not_fit_the_memory_goes_on_with_checkpointing(databas
     )
     for one, other in zip(found.results, wanted.results, strict=True):
         assert one.sample_id == other.sample_id and one.exact_score == pytest.approx(other.exact_score, rel=1e-4)
+    assert maker.checkpointing
     monkeypatch.setattr(maker._gradients, "checkpointing", False)
     direction = database._loaded().influence.direction(encoded(0))
     assert maker.checkpointing and np.isfinite(direction.norms).all()
     monkeypatch.setattr(maker._gradients, "checkpointing", False)
     database._loaded().influence.exact(direction, [encoded(1), encoded(2)])
     assert maker.checkpointing
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_token_scores_that_do_not_fit_the_memory_are_told(database, monkeypatch, twice):
+    from rapidin_vdb.gradient import influence
+
+    def full(*arguments, **options):
+        raise RuntimeError("CUDA error: out of memory")
+
+    exact = database._loaded().influence
+    monkeypatch.setattr(exact, "_twice", twice)
+    monkeypatch.setattr(*((influence, "token_scores_twice") if twice else (exact._tangents, "token_scores")), full)
+    with pytest.raises(
+        GradientError, match="sample toy-0.*: the scores of its tokens do not fit the memory; leave tokens"
+    ):
+        database.query("Say 5", "blue 35", top_k=3, tokens=True)
+
+    def broken(*arguments, **options):
+        raise RuntimeError("mat1 and mat2")
+
+    monkeypatch.setattr(*((influence, "token_scores_twice") if twice else (exact._tangents, "token_scores")), broken)
+    with pytest.raises(RuntimeError, match="mat1"):
+        database.query("Say 5", "blue 35", top_k=3, tokens=True)
 
 
 def test_a_model_is_loaded_where_it_is_asked_for(database, monkeypatch, tmp_path):
@@ -337,7 +372,7 @@ def test_a_model_is_loaded_where_it_is_asked_for(database, monkeypatch, tmp_path
     database.load(device="cpu")
     here = database._engine
     loads = []
-    monkeypatch.setattr(type(database), "load", lambda self, **options: loads.append(options["device"]))
+    monkeypatch.setattr(type(database), "load", lambda self, **options: loads.append(options))
     question = Question()
     for device in ("auto", "cpu"):
         database.prepare(question, device=device)
@@ -350,7 +385,9 @@ def test_a_model_is_loaded_where_it_is_asked_for(database, monkeypatch, tmp_path
     assert loads == [], "it was loaded on the CPU"
     database.prepare(question, device="cuda")
     database.ingest(tmp_path / "none.jsonl", device="cuda", batch_tokens=99)
-    assert loads == ["cuda", "cuda:0"]
+    assert [load["device"] for load in loads] == ["cuda", "cuda:0"]
+    places = here.loaded.spec.model, here.loaded.spec.adapter
+    assert [(load["model"], load["adapter"]) for load in loads] == [places] * 2, "where they were found"
 
 
 def test_a_worker_remembers_what_did_not_fit(narrow, database, monkeypatch, request):

@@ -124,13 +124,14 @@ def test_token_scores_have_the_adapters_of_experts(dtype, caplog):
     assert "by double differentiation" in caplog.text and "did not sum" not in caplog.text
 
 
-def test_tokens_are_sent_as_they_were_chosen():
+@pytest.mark.parametrize("kind", [torch.int64, torch.int32])
+def test_tokens_are_sent_as_they_were_chosen(kind):
     """Against a look at each expert by itself; some choices are of no expert here."""
     from rapidin_vdb.gradient.experts import _sent
 
     draw = torch.Generator().manual_seed(3)
     chosen = torch.stack([torch.randperm(9, generator=draw)[:3] for _ in range(4 * 5)]).unflatten(0, (4, 5)) - 1
-    found = dict(_sent(chosen, 6))
+    found = dict(_sent(chosen.to(kind), 6))
     flat = chosen.flatten(0, 1)
     for expert in range(6):
         places, choices = torch.where(flat == expert)

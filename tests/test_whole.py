@@ -234,9 +234,12 @@ def test_all_that_is_bad_is_said_at_once(database, tmp_path, monkeypatch):
         assert places == [f"{path}, line {number}" for number in (4, 6, 8, 10, 12)] + ["and 2 more"]
     two = write_jsonl(tmp_path / "two.jsonl", [bad, bad])
     monkeypatch.setattr("rapidin_vdb.intake._WINDOW", 1)
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1")
     with pytest.raises(
-        CorpusError, match=r"line 1: the resp.* 1 more record .*\n.*\nreading on ended there: .*no such"
+        CorpusError, match=r"line 1: the resp.* 1 more record .*\n.*\nreading on ended there: .*not readable as Parquet"
     ):
+        database.ingest(two, tmp_path / "broken.parquet")
+    with pytest.raises(CorpusError, match=r"^\S*missing.jsonl: no such file$"):  # before anything is read
         database.ingest(two, tmp_path / "missing.jsonl")
     monkeypatch.setattr("rapidin_vdb.plan._READ_ON_SECONDS", -1.0)
     with pytest.raises(CorpusError, match=r"mend it, .*skip\nreading on was given up .*: there may be others$"):
@@ -292,7 +295,8 @@ def test_two_records_of_one_id_in_the_same_files(database, tmp_path):
         database.ingest(path)
     assert database.info().samples == 24
     report = database.ingest(path, on_duplicate="skip")
-    assert (report.added, report.kept, report.unchanged, database.show("d").response) == (1, 1, 1, "one")
+    assert (report.added, report.kept, report.unchanged, report.repeated) == (1, 1, 0, 1)
+    assert database.show("d").response == "one"
     report = database.ingest(write_jsonl(tmp_path / "last.jsonl", [first, second]), on_duplicate="replace")
     assert (report.added, report.replaced, report.unchanged, database.show("d").response) == (0, 1, 1, "two")
     again = database.ingest(tmp_path / "last.jsonl", on_duplicate="replace")
@@ -475,7 +479,9 @@ def test_a_single_sample_beyond_memory_is_checkpointed(database, tmp_path, monke
         raise MemoryError
 
     monkeypatch.setattr(maker, "make_batch", exhausted)
-    with pytest.raises(MemoryError):
+    with pytest.raises(
+        GradientError, match="last.jsonl, line 1: it does not fit the memory, even alone and with gradient"
+    ):
         database.ingest(write_jsonl(tmp_path / "last.jsonl", toy_records(1, first=60)))
 
 

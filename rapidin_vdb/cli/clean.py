@@ -40,6 +40,8 @@ def clean(
 
 def _told(report: CleanReport, *, absent: bool) -> None:
     typer.echo(f"{report.written:,} records written to {shown(report.out)}; {report.left_out:,} left out", err=True)
+    if absent and report.left_out and not report.written:
+        typer.echo("none of them is in the database; if another field holds the ids, name it: --id-field", err=True)
     if report.not_found:
         of = "of the database" if absent else "to be left out"
         what = f"1 sample {of} is" if report.not_found == 1 else f"{report.not_found:,} samples {of} are"

@@ -124,6 +124,7 @@ def query(
     import rapidin_vdb
     from rapidin_vdb.query import query_from, read_queries
     from rapidin_vdb.question import Question
+    from rapidin_vdb.store import undisturbed
 
     if (generation is None) == (file is None) or (prompt is not None and file is not None):
         raise typer.BadParameter("give --generation (and --prompt), or --file QUERIES.jsonl")
@@ -139,13 +140,13 @@ def query(
     )  # fmt: skip
     with progress_bars() as progress:
         database.prepare(question, model=model, adapter=adapter, device=device)
-        answers = database.ask(question, asked, cluster=cluster, progress=progress)
         if as_json and html is None and not sys.stdout.isatty():
             # Each as soon as it is there: what an interruption or an error cuts off was hours of work.
+            answers = database.ask(question, asked, cluster=cluster, progress=progress)
             for ranking, query in zip(answers, asked, strict=True):
                 show.ranked([ranking], [query], as_json=True)
             return
-        rankings = list(answers)
+        rankings = undisturbed(lambda: list(database.ask(question, asked, cluster=cluster, progress=progress)))()
     if html is not None:
         write_page(html, rankings, title=db)
     # The page shows the words; the terminal does where they were asked for.

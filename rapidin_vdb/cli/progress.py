@@ -30,8 +30,10 @@ def progress_bars() -> Iterator[Progress]:
 
         def draw(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
-                tasks[stage] = bars.add_task(stage, total=total, rate="")
+                tasks[stage] = bars.add_task(stage, total=total or None, rate="")
             speed = bars.tasks[tasks[stage]].speed
-            bars.update(tasks[stage], completed=done, total=total, rate="" if speed is None else f"{speed:,.1f}/s")
+            bars.update(
+                tasks[stage], completed=done, total=total or None, rate="" if speed is None else f"{speed:,.1f}/s"
+            )
 
         yield draw

@@ -194,8 +194,10 @@ def _csv_rows(path: Path) -> Iterator[tuple[str, list[str], list[str]]]:
                 if row:
                     yield f"{path}, line {line}", names, row
                 line = reader.line_num + 1
-    except (OSError, EOFError, zlib.error, csv.Error) as error:
+    except csv.Error as error:
         raise CorpusError(f"{path}, in the row that begins in line {line}: not CSV: {error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise CorpusError(f"{path}: cannot be read: {error}") from error
 
 
 def _csv_kinds(path: Path) -> dict[str, type]:

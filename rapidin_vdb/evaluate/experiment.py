@@ -239,8 +239,8 @@ class Experiment:
         found = self._read(path.with_suffix(".json"), {"made", "seconds", "bytes", "of"})
         if found["of"] != self._of:
             raise SpecError(
-                f"--dir {self.folder} has scores of {name} for other samples or generations; remove its folder scores, "
-                "and products.npz, to make them again"
+                f"--dir {self.folder} has scores of {name} for other samples or generations; remove its folders "
+                "scores and db, products.npz and product.json, to make them again"
             )
         self._makers[name] = found["made"]
         scores = np.load(path, allow_pickle=False).astype(np.float64)

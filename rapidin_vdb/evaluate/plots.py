@@ -6,15 +6,21 @@ from typing import Any
 
 _FAMILIES = {"RapidIn": "Reds", "TracIn": "Blues", "influence": "Purples", "": "Greens"}
 """Colour map of the methods whose names begin so."""
-_DASHES = {"refined": "-.", "token-wise": "--", "lambda = 100": ":", "": "-"}
+_DASHES = {
+    "token-wise, refined": (0, (1, 1, 1, 1, 5, 1)),
+    "refined": "-.",
+    "token-wise": "--",
+    "lambda = 100": ":",
+    "": "-",
+}
 """Line of the methods whose names contain this."""
 
 
-def _looks(methods: Sequence[str]) -> dict[str, tuple[Any, str]]:
+def _looks(methods: Sequence[str]) -> dict[str, tuple[Any, Any]]:
     """Return each method's colour and line: hues tell families apart, shades their methods."""
     import matplotlib
 
-    found: dict[str, tuple[Any, str]] = {}
+    found: dict[str, tuple[Any, Any]] = {}
     for family, colours in _FAMILIES.items():
         of = [name for name in methods if name.startswith(family) and name not in found]
         # Methods that differ by their line only share a shade.

@@ -55,7 +55,7 @@ def load_adapter(model: Any, adapter: str, base: str, device: str) -> Any:
         raise ModelError(
             f"the adapter {adapter} cannot be read: {short(error)}; save it again, or copy it anew"
         ) from error
-    except (OSError, ValueError, KeyError, RuntimeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, TypeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise ModelError(f"{device} has no memory for the adapter {adapter}: {short(error)}") from error
         if not Path(adapter).is_dir() and isinstance(error, OSError | ValueError) and "find" in str(error).lower():

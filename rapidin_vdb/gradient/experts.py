@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Int64
+from jaxtyping import Integer
 from torch import Tensor
 
 from rapidin_vdb.gradient.adapted_experts import Experts
@@ -145,11 +145,11 @@ class _Sent:
     """How many each sample has here."""
 
 
-def _sent(chosen: Int64[Tensor, "samples tokens choices"], experts: int) -> Iterator[tuple[int, _Sent]]:
+def _sent(chosen: Integer[Tensor, "samples tokens choices"], experts: int) -> Iterator[tuple[int, _Sent]]:
     """Yield each expert that tokens were sent to, and these tokens; all counts are waited for at once."""
     some, longest, choices = chosen.shape
     # What is none of them, as experts that pass a token on, comes last.
-    flat = torch.where((chosen >= 0) & (chosen < experts), chosen, experts).flatten()
+    flat = torch.where((chosen >= 0) & (chosen < experts), chosen, experts).flatten().long()
     order = torch.argsort(flat, stable=True)
     samples = torch.arange(some, device=flat.device).repeat_interleave(longest * choices)
     counts = torch.zeros((experts + 1) * some, dtype=torch.int64, device=flat.device)

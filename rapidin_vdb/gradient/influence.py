@@ -11,7 +11,7 @@ from jaxtyping import Float64
 from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
-from rapidin_vdb.gradient.memory import in_parts
+from rapidin_vdb.gradient.memory import in_parts, is_out_of_memory
 from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
 from rapidin_vdb.gradient.receivers import Dots, Measuring, norms_of
 from rapidin_vdb.gradient.sample import stream_gradient
@@ -207,8 +207,29 @@ class ExactInfluence:
                 scores = in_parts(forward, list(range(len(batch))))
             except NoTangentError as reason:
                 self._give_up_tangents(str(reason))
+            except (RuntimeError, MemoryError) as error:
+                _see_to_memory(batch, error)
+                raise
         if scores is None:
-            scores = [
-                token_scores_twice(self._loaded, sample, grads, row) for sample, row in zip(batch, factors, strict=True)
-            ]
+            try:
+                scores = [
+                    token_scores_twice(self._loaded, sample, grads, row)
+                    for sample, row in zip(batch, factors, strict=True)
+                ]
+            except (RuntimeError, MemoryError) as error:
+                _see_to_memory(batch, error)
+                raise
         return [found.double().cpu().numpy() / len(found) for found in scores]
+
+
+def _see_to_memory(batch: Sequence[Encoded], error: Exception) -> None:
+    """Tell by the longest sample that memory ended, if that is what an error says.
+
+    Raises:
+        GradientError: it is.
+    """
+    if is_out_of_memory(error):
+        whose = max(batch, key=lambda sample: len(sample.input_ids)).sample_id
+        raise GradientError(
+            f"sample {whose}: the scores of its tokens do not fit the memory; leave tokens and matrix out"
+        ) from error

@@ -93,7 +93,11 @@ class RapidGradMaker:
                 "database with a smaller --max-tokens"
             )
         logger.warning("%s does not fit the memory: going on with gradient checkpointing", what)
-        return self.within_memory(work, what)
+        try:
+            return self.within_memory(work, what)
+        except GradientError:
+            self._gradients.checkpointing = False  # it was of no use
+            raise
 
     def make(self, encoded: Encoded) -> tuple[np.ndarray, float]:
         """Return the RapidGrad of a sample, float32 [width], and its loss.

@@ -48,9 +48,9 @@ class IngestReport:
     replaced: int
     """Samples that took the place of one with the same id."""
     unchanged: int
-    """Samples that were there already."""
+    """Records whose samples were there already."""
     repeated: int
-    """Records that stand in these files before, with the same id and content: they are one sample."""
+    """Records that others of these files repeat, id and content alike, and that were not there before."""
     kept: int
     """Samples whose id stands for other content, which was kept (`--on-duplicate skip`)."""
     bad: tuple[str, ...]
@@ -92,7 +92,7 @@ class IngestEstimate:
     unchanged: int
     """Records whose samples are there already."""
     repeated: int
-    """Records that stand in these files before, with the same id and content: they are one sample."""
+    """Records that others of these files repeat, id and content alike, and that were not there before."""
     kept: int
     """Records whose id stands for other content, which would stay."""
     unwritten: int

@@ -25,6 +25,8 @@ _SAMPLES_A_BATCH = 1000
 _COUNTS_A_BATCH = 1 << 14
 # So many deletions are looked at for samples that come back; each takes the row ids of two versions.
 _DELETIONS = 32
+# And so many versions with fewer rows than the one before, to see what made them.
+_LOOKED_AT = 1024
 
 
 class Snapshot(TableVersion):
@@ -65,9 +67,10 @@ class Snapshot(TableVersion):
             rows = [(int(entry["version"]), int(entry["metadata"]["total_rows"])) for entry in entries]
             dataset = self._place.dataset(self.name)
             runs: list[tuple[int, int]] = []
-            for (before, had), (after, has) in reversed([*pairwise(rows)]):
+            fewer = [(before, after) for (before, had), (after, has) in pairwise(rows) if has < had]
+            for before, after in reversed(fewer[-_LOOKED_AT:]):
                 # Nor what a fence took back: that was never there for anybody.
-                if has >= had or word_for(dataset.read_transaction(after)) != "delete":
+                if word_for(dataset.read_transaction(after)) != "delete":
                     continue
                 if runs and runs[-1][0] == after:
                     runs[-1] = before, runs[-1][1]

@@ -80,8 +80,8 @@ EXAMPLES: dict[str, Any] = {
     "page": {"samples": [_SAMPLE], "total": 1, "offset": 0, "limit": 50},
     "generated": {"prompt": "Name a fruit.", "generation": "A comet.", "max_tokens": 40, "temperature": 0.0, "seed": 0},
     "ingested": {
-        "added": 1, "replaced": 0, "unchanged": 0, "kept": 0, "bad": [], "truncated": 0, "earlier_turns": 0,
-        "unwritten": 0, "first_unwritten": "", "brought_back": 0, "left_deleted": 0,
+        "added": 1, "replaced": 0, "unchanged": 0, "repeated": 0, "kept": 0, "bad": [], "truncated": 0,
+        "earlier_turns": 0, "unwritten": 0, "first_unwritten": "", "brought_back": 0, "left_deleted": 0,
         "mixed": {}, "tokens": 9, "token_gradients": 0,
         "seconds": 0.2, "table_version": 7,
     },
