@@ -66,7 +66,7 @@ def test_every_command_is_in_the_overview():
 
 
 def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
-    """init, ingest, index, query, show, info, delete, each in a process of its own; what is asked again, in this one."""
+    """What changes it, and a query, each in a process of its own; what is looked at besides, in this one."""
 
     def here(*arguments, check):
         code, out, err = call(capsys, *arguments)
@@ -86,7 +86,7 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
     nothing = here("ingest", db, empty, check=0).stderr
     assert nothing == "0 samples added: there is no record in what was given\n", nothing
-    told = run("info", db, check=0).stdout
+    told = here("info", db, check=0).stdout
     assert "\nmax tokens     512\n" in told and "\ntemplate       alpaca\n" in told and "quantization" in told
     run("index", db, "--recipe", "indexes/cpu.toml", check=0)
     found = run("query", db, "--prompt", "Say 5", "--generation", "blue 35", "--top-k", 3, "--json", check=0)
@@ -124,7 +124,7 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
     assert here("info", db, "--versions", check=0).stdout.splitlines()[-1].split() == [
         str(newest["version"]), *newest["made"].split("+")[0].split("T"), "10", "scalar", "index",
     ]  # fmt: skip
-    info = json.loads(run("info", db, "--json", check=0).stdout)
+    info = json.loads(here("info", db, "--json", check=0).stdout)
     assert list(info) == [
         "samples", "tokens", "width", "shuffles", "seed", "normalize", "model", "adapter", "table_version", "indexes", "bytes"
     ]  # fmt: skip
@@ -138,7 +138,7 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
     assert [(i["name"], i["fresh"], i["samples"], i["recipe"]["devices"]) for i in info["indexes"]] == [
         ("cpu", True, 10, ["cpu"])
     ]
-    shown = json.loads(run("show", db, "toy-003", "--json", check=0).stdout)
+    shown = json.loads(here("show", db, "toy-003", "--json", check=0).stdout)
     assert (shown["response"], shown["token_offsets"][0], shown["metadata"]) == ("黄 21", [0, 1], {"stars": 3})
     (tmp_path / "ids.txt").write_text("toy-001\nnobody\n")
     gone = run("delete", db, "--ids", tmp_path / "ids.txt", check=0)
