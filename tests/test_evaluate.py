@@ -365,8 +365,9 @@ def test_an_experiment_is_reported_and_not_done_again(quick, tmp_path):
     assert result["tuning"]["timed_steps"] == result["tuning"]["steps"]
     assert result["product"]["whole_index"] and result["provenance"] == []
     text = report.read_text("utf-8")
-    assert (
-        "`query --both --refine 500 --top-k 500`" in text and f"| {RAPIDIN}, refined |" in text and " s (of 2; " in text
+    assert "`query --both --refine 500 --top-k 500`" in text and f"| {RAPIDIN}, refined |" in text
+    assert " s (of 2 whole generations)" in text and (
+        f"| {RAPIDIN}, refined | {result['methods'][RAPIDIN]['seconds']:,.1f} + " in text
     )
     assert "among the k lowest" in text and "| influence function (LiSSA, 3 steps) |" in text
     assert all(entry["bytes"] > 0 for name, entry in result["methods"].items() if name.startswith("BM25"))
