@@ -495,3 +495,24 @@ def test_a_list_of_versions_beside_a_purge(database, monkeypatch):
     monkeypatch.setattr(type(database._table.snapshot()), "history", history)
     (newest,) = database.versions()
     assert newest.version == database.version and calls == sorted(calls)
+
+
+def test_values_of_a_column_are_looked_at_until_there_are_too_many(database, monkeypatch):
+    from rapidin_vdb.store import snapshot as module
+
+    snapshot, read = database._table.snapshot(), []
+    for column in ("source", "stars", "sample_id"):
+        wanted = sorted({*snapshot.group_of(column)[1]} - {None})
+        assert snapshot.values_of(column, most=len(wanted)) == wanted
+        assert snapshot.values_of(column, most=len(wanted) - 1) is None
+    original = type(snapshot)._scan
+
+    def watched(self, *arguments, **options):
+        for batch in original(self, *arguments, **options):
+            read.append(len(batch))
+            yield batch
+
+    monkeypatch.setattr(type(snapshot), "_scan", watched)
+    monkeypatch.setattr(module, "_COUNTS_A_BATCH", 4)
+    assert snapshot.values_of("sample_id", most=5) is None
+    assert sum(read) < snapshot.rows(), "and no further"
