@@ -433,8 +433,8 @@ def test_a_bug_in_a_worker_is_raised_as_it_is_and_says_where_it_was(database):
 
     # The child checks no types.
     broken = object.__new__(Encoded)
-    broken.__dict__.update(sample_id="s", input_ids=None, offsets=(), truncated=False, focus=None)
-    with pytest.raises(TypeError, match="'NoneType' object is not iterable") as raised:
+    broken.__dict__.update(sample_id="s", input_ids=[None], offsets=(), truncated=False, focus=None)
+    with pytest.raises(TypeError, match="None") as raised:
         list(compute_in_workers(worker_at(database))(iter([[broken]])))
     (note,) = raised.value.__notes__
     assert note.startswith("in a worker:\nTraceback") and "rapidgrad.py" in note

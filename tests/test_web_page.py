@@ -175,6 +175,7 @@ def test_from_a_generation_to_a_cleaned_file(visit, address, made, width, scheme
     assert saved_lines(page, "#save-ids") == [{"id": name} for name in (ranked[0], ranked[2])]
     # History, and a link that asks the same again in another browser.
     page.get_by_role("button", name="History").click()
+    page.get_by_role("button", name="Ask again").first.wait_for()  # until then the marked samples are there
     assert page.locator("article").count() == 3
     page.get_by_role("button", name="Ask again").nth(0).click()
     page.locator("#generation").wait_for()
