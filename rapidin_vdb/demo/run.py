@@ -238,7 +238,7 @@ def _next_commands(demo: _Demo, queries: Path, query: dict[str, Any]) -> str:
         (
             f"  {program} query {database} --prompt {shlex.quote(query['prompt'])} \\\n"
             f"      --generation {shlex.quote(query['generation'])}",
-            f"  {program} query {database} --file {file} --harmful --json",
+            f"  {program} query {database} --file {file} --both --json",
             f"  {program} show {database} demo-0001",
             f"  {program} info {database}",
             f"  {program} delete {database} --where 'poisoned = true'",
