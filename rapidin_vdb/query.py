@@ -163,9 +163,11 @@ def _said_once(query: Sample) -> Sample:
     Raises:
         CorpusError: it is.
     """
-    last, said = query.messages[-1] if query.messages else None, query.response.strip()
-    # Calls of tools, one turn after the other, may all be without a content.
-    if said and last is not None and last.role == "assistant" and last.content.strip() == said and not query.turns:
+    last = query.messages[-1] if query.messages else None
+    # What calls tools is made of turns: several may follow one another, all without a content.
+    if last is None or last.role != "assistant" or query.turns:
+        return query
+    if last.content.strip() == query.response.strip():
         raise CorpusError(
             f"{query.location}: the last of the messages is the generation itself, which is to follow them; leave it "
             "out of the messages"

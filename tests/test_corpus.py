@@ -531,6 +531,10 @@ def test_a_generation_is_not_among_the_turns_before_it(tmp_path):
     ):
         with pytest.raises(CorpusError, match="the last of the messages is the generation itself"):
             ask()
+    # Calls of tools may follow one another, all without a content.
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "a", "arguments": {}}}]}
+    (query,) = read_queries(write_jsonl(path, [{"prompt": [turns[0], call], "generation": [call]}]))
+    assert (query.messages[-1].content, query.response) == ("", "")
     # Others may say the same, and so may earlier turns; what stands twice in a file's turns is the file's.
     assert query_from(None, "b", messages=turns).response == query_from(None, "b", messages=turns[:1]).response == "b"
     (query,) = read_queries(write_jsonl(path, [{"messages": [*turns[:2], turns[1]]}]))
