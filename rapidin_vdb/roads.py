@@ -5,7 +5,7 @@ from collections.abc import Callable
 from rapidin_vdb.compute import Road, WorkerSpec, road_here
 from rapidin_vdb.engine import Engine
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.gradient import check_token_width, default_batch_tokens, resolve_devices
+from rapidin_vdb.gradient import check_token_width, default_batch_tokens, resolve_devices, weight_bytes
 from rapidin_vdb.records import Fingerprint
 from rapidin_vdb.store import SampleTable
 from rapidin_vdb.workers import road_of_workers, threads_each
@@ -50,7 +50,8 @@ def choose_road(
         return road, tokens, workers_per_device, [device]
     devices = resolve_devices(device)
     workers = len(devices) * workers_per_device
-    if workers == 1 or dry_run:
+    here = workers == 1 or dry_run
+    if here:
         threads = threads_each(workers) if workers > 1 else None
         road = road_here(loaded(devices[0]), token_width=token_width, threads=threads)
     else:
@@ -58,10 +59,20 @@ def choose_road(
             fingerprint, place=place, devices=devices, workers=workers, model=model, adapter=adapter,
             token_width=token_width,
         )  # fmt: skip
-    tokens = batch_tokens or default_batch_tokens(
-        road.config, dtype=fingerprint.dtype, device=devices[0], workers=workers_per_device
-    )
-    return road, tokens, workers, devices
+    if batch_tokens is None:
+        # Of the models on a device, the one of this process is there already.
+        to_come = workers_per_device - here
+        weights = (
+            weight_bytes(road.config, dtype=fingerprint.dtype, quantization=fingerprint.quantization)
+            * to_come
+            // workers_per_device
+            if to_come
+            else 0
+        )
+        batch_tokens = default_batch_tokens(
+            road.config, dtype=fingerprint.dtype, device=devices[0], workers=workers_per_device, weights=weights
+        )
+    return road, batch_tokens, workers, devices
 
 
 def token_width_for(table: SampleTable, given: int | None, *, wanted: bool) -> int | None:

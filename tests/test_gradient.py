@@ -11,10 +11,10 @@ import torch
 from conftest import save_adapter, save_model
 from reference import normalized, sample_gradient, sketched
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from rapidin_vdb.errors import GradientError, ModelError, SpecError
-from rapidin_vdb.gradient import RapidGradMaker, default_batch_tokens, fingerprint_of, load_model
+from rapidin_vdb.gradient import RapidGradMaker, default_batch_tokens, fingerprint_of, load_model, weight_bytes
 from rapidin_vdb.gradient.rapidgrad import judged
 from rapidin_vdb.gradient.rapidgrad import normalized as scaled_to_one
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
@@ -276,6 +276,43 @@ def test_a_gpu_gives_a_batch_most_of_its_free_memory_beside_what_gradients_take(
     assert 1.5 * tokens(30, "cpu") < tokens(30, "cuda:0")
     assert 1 <= tokens(1, "cuda:0") < 40 and tokens(0, "cuda:0") == 1
     assert tokens(10_000, "cuda:0") == 32768 and tokens(10_000, "cpu") == 4096
+    # Models that are still to be loaded take theirs first.
+    assert tokens(38, "cuda:0", workers=2) == tokens(38 + 2 * 13, "cuda:0", workers=2, weights=13 << 30)
+    assert tokens(38, "cuda:0") == tokens(38 + 13, "cuda:0", weights=13 << 30) > tokens(38, "cuda:0", weights=13 << 30)
+    assert tokens(10, "cuda:0", weights=13 << 30) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "dense", "sparse"),
+    [
+        ("mixtral", {"intermediate_size": 256}, {"num_experts_per_tok": 2}),
+        ("qwen2_moe", {"intermediate_size": 128}, {"moe_intermediate_size": 64, "num_experts_per_tok": 4}),
+        ("deepseek_v3", {"intermediate_size": 96}, {"moe_intermediate_size": 64, "num_experts_per_tok": 2}),
+    ],
+)
+def test_a_batch_leaves_room_for_all_experts_a_token_goes_through(name, dense, sparse, monkeypatch):
+    """A mixture is reckoned as a plain model that is as wide as its experts in use are together."""
+    widths = {"mixtral": 2 * 256, "qwen2_moe": 4 * 64 + 256, "deepseek_v3": 2 * 64 + 64}
+    monkeypatch.setattr("rapidin_vdb.gradient.memory.free_bytes", lambda device: 1 << 26)
+    sizes = {"hidden_size": 128, "num_hidden_layers": 4, "vocab_size": 64}
+    shared = {"qwen2_moe": {"shared_expert_intermediate_size": 256}, "deepseek_v3": {"n_shared_experts": 1}}
+    mixture = AutoConfig.for_model(name, **sizes, **dense, **sparse, **shared.get(name, {}))
+    plain = LlamaConfig(**sizes, intermediate_size=widths[name])
+    found, wanted = (default_batch_tokens(each, dtype="float32", device="cpu") for each in (mixture, plain))
+    assert found == wanted < 4096
+
+
+def test_the_bytes_of_weights_are_known_before_they_are_loaded():
+    """So that models that several workers are still to load are left room."""
+    config = LlamaConfig(hidden_size=64, intermediate_size=128, num_hidden_layers=2, vocab_size=100,
+                         num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    linear = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert weight_bytes(config, dtype="float32", quantization="none") == 4 * total
+    assert weight_bytes(config, dtype="bfloat16", quantization="none") == 2 * total
+    assert weight_bytes(config, dtype="float16", quantization="int8") == 2 * (total - linear) + linear
+    assert weight_bytes(config, dtype="bfloat16", quantization="nf4") == 2 * (total - linear) + linear * 9 // 16
 
 
 @pytest.mark.parametrize(

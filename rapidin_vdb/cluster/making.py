@@ -30,7 +30,7 @@ from rapidin_vdb.compute import (
     use_threads,
 )
 from rapidin_vdb.errors import GradientError, RapidInError, SpecError
-from rapidin_vdb.gradient import default_batch_tokens
+from rapidin_vdb.gradient import default_batch_tokens, weight_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -101,8 +101,10 @@ def _batch_tokens_there(ray: Any, road: Road, spec: WorkerSpec, layout: Layout, 
     # itself try again for ever.
     options = {"num_cpus": min(0.01, layout.cpus), "num_gpus": layout.gpus, "max_retries": 0}
     look = ray.remote(default_batch_tokens).options(**options)
+    dtype, quantization = spec.fingerprint.dtype, spec.fingerprint.quantization
+    weights = weight_bytes(road.config, dtype=dtype, quantization=quantization)
     for life in range(_LIVES):
-        found = look.remote(road.config, dtype=spec.fingerprint.dtype, device=layout.device, workers=workers_per_device)
+        found = look.remote(road.config, dtype=dtype, device=layout.device, workers=workers_per_device, weights=weights)
         try:
             return int(ray.get(found, timeout=_ROOM_SECONDS))
         except ray.exceptions.GetTimeoutError as error:

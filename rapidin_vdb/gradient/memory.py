@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 import torch
 
+from rapidin_vdb.gradient.quiet import quiet_libraries
 from rapidin_vdb.sketch.memory import free_bytes
 
 logger = logging.getLogger(__name__)
@@ -20,20 +21,51 @@ _ENOUGH_TOKENS = {"cpu": 4096, "cuda": 32768}
 # thirds of what is reckoned below (Llama's shape, 7 billion parameters), beside gradients that are formed at a time.
 _SHARE = {"cpu": 1 / 3, "cuda": 3 / 4}
 _FORMED_BYTES = {"cpu": 0, "cuda": 2 << 30}
+# A weight of a quantised linear layer, with its share of a block's scale.
+_QUANTIZED_BYTES = {"nf4": 0.5 + 4 / 64, "int8": 1.0}
 
 
-def default_batch_tokens(config: Any, *, dtype: str, device: str, workers: int = 1) -> int:
-    """Return how many tokens (padding included) a batch can have in a worker's share of the memory that is free now."""
+def default_batch_tokens(config: Any, *, dtype: str, device: str, workers: int = 1, weights: int = 0) -> int:
+    """Return how many tokens (padding included) a batch can have in a worker's share of the memory that is free now.
+
+    `weights` are the bytes that each worker's model is still to take of it (see `weight_bytes`).
+    """
     text = config.get_text_config()
     layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
-    inner = int(getattr(text, "intermediate_size", None) or 4 * hidden)
+    inner = max(int(getattr(text, "intermediate_size", None) or 4 * hidden), _inner_of_experts(text))
     # What a layer keeps for backward, and once more what the hooks keep; then logits, their float32 copy and gradient.
     activations = layers * (24 * hidden + 6 * inner) * (4 if dtype == "float32" else 2)
     per_token = activations + 16 * int(text.vocab_size)
     kind = "cuda" if device.startswith("cuda") else "cpu"
-    free = free_bytes(device) // workers
+    free = max(0, free_bytes(device) // workers - weights)
     spare = _SHARE[kind] * max(free - _FORMED_BYTES[kind], free // 4)
     return max(1, min(_ENOUGH_TOKENS[kind], int(spare) // per_token))
+
+
+def _inner_of_experts(text: Any) -> int:
+    """Return how wide the experts that one token goes through are together; 0 where there are none."""
+    each = int(getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 0)
+    routed = int(getattr(text, "num_experts_per_tok", None) or 0) * each
+    shared = int(getattr(text, "n_shared_experts", None) or 0) * each
+    return routed + int(getattr(text, "shared_expert_intermediate_size", None) or shared) if routed else 0
+
+
+def weight_bytes(config: Any, *, dtype: str, quantization: str) -> int:
+    """Return the bytes that a model's weights take once they are loaded, found without loading them; 0 if unknown."""
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with quiet_libraries(), torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, KeyError, ImportError, RuntimeError):
+        return 0  # what is wrong with it, whoever loads it says
+    linear = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings()
+    )
+    each = 4 if dtype == "float32" else 2
+    return int((model.num_parameters() - linear) * each + linear * _QUANTIZED_BYTES.get(quantization, each))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
