@@ -80,7 +80,9 @@ def assert_all_forms(loaded, normalize: str, tolerance=2e-5):
         wanted = slow_matrix(loaded, sample, QUERY, normalize)
         close(matrices[place], wanted, tolerance)
         close(scores[place], wanted.sum(1), tolerance)
-        close(exact.scores[place], wanted.sum(), tolerance)
+        # Tensors' parts may cancel: of Qwen2's there is a ninth left, not normalised.
+        added = np.abs(exact.parts[place]).sum()
+        assert exact.scores[place] == pytest.approx(wanted.sum(), rel=0, abs=tolerance * added)
 
 
 @pytest.mark.parametrize("normalize", ["layer", "none"])

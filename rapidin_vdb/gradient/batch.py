@@ -13,6 +13,7 @@ from rapidin_vdb.gradient.checkpoint import checkpointed_layers
 from rapidin_vdb.gradient.forward import OutputError, TokenLosses, batch_losses
 from rapidin_vdb.gradient.head import OutputLayer, find_output_layer
 from rapidin_vdb.gradient.hooks import Run, Watched
+from rapidin_vdb.gradient.loss_scale import Unscaled
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.precision import adapter_layers, tf32_products, tf32_rule
 from rapidin_vdb.gradient.receivers import Receiver
@@ -124,13 +125,16 @@ class BatchedGradients:
         layers = checkpointed_layers(self.loaded.model, hooks=True) if self.checkpointing else nullcontext()
         products = tf32_products(self._tf32_layers)
         with self._frozen(), layers, products, run.hooked(self._rules), torch.enable_grad():
-            losses = self._losses(batch, run).means()
+            found = self._losses(batch, run)
+            losses, scales = found.means(), found.scales(self.loaded.dtype)
             run.counting = False
             for watched in self._rules:
                 if watched.again and watched.module not in run.called:
                     for number, _ in watched.rules:
                         self.give_up(number, f"{type(watched.module).__name__} is not called")
-            losses.sum().backward()
+            if scales is not None:
+                run.receiver = Unscaled(receiver, scales)
+            (losses if scales is None else losses * scales).sum().backward()
             run.finish()
         if run.late:
             names = list(self.loaded.theta)

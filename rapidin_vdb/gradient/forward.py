@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rapidin_vdb.errors import ModelError
+from rapidin_vdb.gradient.cross_entropy import cross_entropy
 from rapidin_vdb.gradient.head import OutputLayer, is_untouched
+from rapidin_vdb.gradient.loss_scale import loss_scales
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.records import Encoded
 
 _MOST = 0.75
 """Share of the logits from which all are taken."""
-_NOT_ASKED = -100
 
 
 class OutputError(ModelError):
@@ -39,6 +39,10 @@ class TokenLosses:
         """Return each sample's loss, [batch]."""
         shares = self.losses / self.counts[self.rows]
         return torch.zeros(len(self.counts), device=self.losses.device).index_add(0, self.rows, shares)
+
+    def scales(self, dtype: str) -> Tensor | None:
+        """Return what each sample's loss is multiplied by for a model of that type, [batch]; None for nothing."""
+        return loss_scales(self.losses, self.rows, self.counts) if dtype == "float16" else None
 
 
 def batch_losses(loaded: LoadedModel, batch: Sequence[Encoded], *, output: OutputLayer | None = None) -> TokenLosses:
@@ -91,7 +95,7 @@ def _losses_at(logits: Tensor, chosen: Tensor, wanted: Tensor) -> Tensor:
     """Return the cross-entropy of the chosen rows of logits, [tokens, vocabulary], with what was wanted there."""
     if len(chosen) < _MOST * len(logits):
         # By one number each: backward adds whole rows then, and not element by element.
-        return F.cross_entropy(logits.index_select(0, chosen).float(), wanted, reduction="none")
+        return cross_entropy(logits.index_select(0, chosen), wanted)
     # A copy of nearly all logits, and of their gradient, would take more than the losses that nobody asks for.
-    targets = torch.full((len(logits),), _NOT_ASKED, device=logits.device).index_copy(0, chosen, wanted)
-    return F.cross_entropy(logits.float(), targets, ignore_index=_NOT_ASKED, reduction="none").index_select(0, chosen)
+    targets = torch.zeros(len(logits), dtype=torch.int64, device=logits.device).index_copy(0, chosen, wanted)
+    return cross_entropy(logits, targets).index_select(0, chosen)

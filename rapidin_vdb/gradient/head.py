@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from rapidin_vdb.gradient.cross_entropy import derivative_
 from rapidin_vdb.gradient.model import LoadedModel
 
 # Logits of so many bytes (float32) at a time: on a CPU, what its last cache may hold. But of no fewer tokens than it
@@ -91,6 +92,8 @@ class _Losses(torch.autograd.Function):
         losses = torch.empty(len(hidden), device=hidden.device)
         grads = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
         kind = hidden.device.type
+        half = hidden.dtype == torch.float16
+        expected = shares.clone() if half else shares
         tokens = max(_FEWEST_TOKENS[kind], _LOGIT_BYTES[kind] // (4 * layer.out_features))
         for first in range(0, len(hidden), tokens):
             part = slice(first, first + tokens)
@@ -101,15 +104,19 @@ class _Losses(torch.autograd.Function):
             losses[part] = -logs.gather(1, places).squeeze(1)
             if grads is None:
                 continue
-            share = shares[part].unsqueeze(1)
-            delta = logs.exp_().mul_(share).scatter_add_(1, places, -share)
+            delta = derivative_(logs, wanted[part]).mul_(shares[part].unsqueeze(1))
+            if half:
+                # Of a token that the model is all but sure of, half precision would have next to nothing.
+                raised = torch.exp2(-torch.log2(delta.gather(1, places).abs().clamp(min=1e-30)).floor()).nan_to_num()
+                delta.mul_(raised)
+                expected[part] *= raised.squeeze(1)
             grads[part] = delta.to(hidden.dtype) @ layer.weight
-        ctx.save_for_backward(grads, shares)
+        ctx.save_for_backward(grads, expected)
         return losses
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, delta: Tensor) -> tuple[Tensor, None, None, None]:
-        grads, shares = ctx.saved_tensors
-        # Exactly one, as a rule: nothing is rounded once more.
-        return (grads * (delta / shares).unsqueeze(1)).to(grads.dtype), None, None, None
+        grads, expected = ctx.saved_tensors
+        # Exactly one, or a power of two, as a rule: nothing is rounded once more.
+        return (grads * (delta / expected).unsqueeze(1)).to(grads.dtype), None, None, None

@@ -164,8 +164,9 @@ class Run:
     def _chunk(self, number: int, contributions: int) -> int:
         """Return for how many samples at once the gradient of a tensor is formed."""
         kind, tensor = self.gradients.loaded.device.split(":")[0], self.theta[number]
-        # Several are summed in float32, and a CPU's sketch takes nothing else.
-        size = 4 if kind == "cpu" or contributions > 1 else tensor.element_size()
+        # Several are summed in float32, loss scaling is divided out there, and a CPU's sketch takes nothing else.
+        wide = kind == "cpu" or contributions > 1 or tensor.dtype == torch.float16
+        size = 4 if wide else tensor.element_size()
         return max(1, _CHUNK_BYTES[kind] // (size * tensor.numel()))
 
     def _formed(self, number: int, part: Contribution, samples: slice) -> Tensor:

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient.memory import in_parts, is_out_of_memory
-from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
+from rapidin_vdb.gradient.rapidgrad import RapidGradMaker, apart
 from rapidin_vdb.gradient.receivers import Dots, Measuring, norms_of
-from rapidin_vdb.gradient.sample import stream_gradient
+from rapidin_vdb.gradient.sample import cut_behind_loss, stream_gradient
 from rapidin_vdb.gradient.tangent import NoTangentError, TangentPass
 from rapidin_vdb.gradient.token_rapidgrad import at_token
 from rapidin_vdb.gradient.twice import token_scores_twice
@@ -89,7 +89,8 @@ class ExactInfluence:
             if norm:
                 grads[number] = grad.detach().float() / (norm if self._normal else 1.0)
 
-        stream_gradient(self._loaded, query, receive, checkpointing=self._maker.checkpointing)
+        # As for RapidGrads: what stands behind the focus would leave rounding where attention has nothing to choose.
+        stream_gradient(self._loaded, cut_behind_loss(query), receive, checkpointing=self._maker.checkpointing)
         if not np.isfinite(found).all():
             raise GradientError(f"sample {query.sample_id}: the gradient is not finite")
         return Direction(grads, found)
@@ -102,18 +103,21 @@ class ExactInfluence:
         """
         tensors = len(self._loaded.theta)
 
-        def measured(part: list[Encoded]) -> list[tuple[np.ndarray, np.ndarray]]:
-            dots = Dots(direction.grads, len(part), tensors)
-            measuring = Measuring(dots, len(part), tensors)
-            self._maker.stream(part, measuring)
-            return list(zip(dots.dots, measuring.norms, strict=True))
+        norms, parts = np.zeros((len(batch), tensors)), np.zeros((len(batch), tensors))
+
+        def measured(places: list[int]) -> list[None]:
+            dots = Dots(direction.grads, len(places), tensors)
+            measuring = Measuring(dots, len(places), tensors)
+            self._maker.stream([batch[place] for place in places], measuring)
+            norms[places], parts[places] = measuring.norms, dots.dots
+            return [None] * len(places)
 
         whose = f"sample {max(batch, key=lambda sample: len(sample.input_ids)).sample_id}"
-        rows = self._maker.within_memory(lambda: in_parts(measured, list(batch)), whose)
-        norms = np.stack([norm for _, norm in rows])
-        parts = np.stack([dot for dot, _ in rows]) * self._maker.scales(norms)
-        for sample, finite in zip(batch, np.isfinite(parts).all(1), strict=True):
-            if not finite:
+        for places in apart(batch):
+            self._maker.within_memory(partial(in_parts, measured, places), whose)
+        parts *= self._maker.scales(norms)
+        for sample, row in zip(batch, parts, strict=True):
+            if not np.isfinite(row).all():
                 raise GradientError(f"sample {sample.sample_id}: the gradient is not finite")
         return Exact(parts, norms)
 
@@ -126,23 +130,48 @@ class ExactInfluence:
         """
         scales = self._maker.scales(exact.norms)
         scores = self._token_scores(direction.grads, batch, scales)
-        if not self._twice and not self._sums(scores, exact):
-            self._give_up_tangents("in forward mode they did not sum to the samples' scores")
-            scores = self._token_scores(direction.grads, batch, scales)
-        if not self._sums(scores, exact):
-            raise GradientError(
-                "the token scores do not sum to the samples' exact scores: in this model, samples of a batch may "
-                "depend on one another"
-            )
+        off = self._off(scores, exact)
+        if off and not self._twice:
+            # Of a sample alone, and by other means: is it forward mode, or the sample?
+            again = self._scores_twice(direction.grads, [batch[place] for place in off], scales[off])
+            if len(self._off(again, exact, off)) < len(off):
+                self._give_up_tangents("in forward mode they did not sum to the samples' scores")
+                scores = self._token_scores(direction.grads, batch, scales)
+                off = self._off(scores, exact)
+        self._tell_of(off, batch, scores, exact)
         return scores
 
-    def _sums(self, scores: Sequence[np.ndarray], exact: Exact) -> bool:
-        """Say whether the scores of each sample's tokens sum to its own, as far as the model's precision goes."""
+    def _off(self, scores: Sequence[np.ndarray], exact: Exact, places: Sequence[int] | None = None) -> list[int]:
+        """Return the places of samples whose tokens' scores do not sum to their own, as far as precision goes.
+
+        `scores` are those of the samples at `places`; by default of all.
+        """
         tolerance = _TOLERANCE.get(self._loaded.dtype, 0.05)
-        return all(
-            bool(abs(found.sum() - whole) <= tolerance * (np.abs(found).sum() + np.abs(parts).sum()))
-            for found, whole, parts in zip(scores, exact.scores, exact.parts, strict=True)
-        )
+        whole, size = exact.scores, np.abs(exact.parts).sum(1)
+        return [
+            place
+            for place, found in zip(range(len(whole)) if places is None else places, scores, strict=True)
+            if not abs(found.sum() - whole[place]) <= tolerance * (np.abs(found).sum() + size[place])
+        ]
+
+    def _tell_of(
+        self, off: Sequence[int], batch: Sequence[Encoded], scores: Sequence[np.ndarray], exact: Exact
+    ) -> None:
+        """Refuse token scores that do not sum to the samples' own; in 16 bits, where that is rounding, say so.
+
+        Raises:
+            GradientError: the model computes in single precision.
+        """
+        for place in off:
+            said = (
+                f"sample {batch[place].sample_id}: the scores of its tokens sum to {scores[place].sum():.4g}, and its "
+                f"exact score is {exact.scores[place]:.4g}"
+            )
+            if self._loaded.dtype == "float32":
+                raise GradientError(f"{said}; in this model, samples of a batch may depend on one another")
+            logger.warning(
+                "%s: rounding in %s; a database made with --dtype float32 has none", said, self._loaded.dtype
+            )
 
     def matrix(
         self,
@@ -159,15 +188,13 @@ class ExactInfluence:
         of the whole, so that over all of the query's tokens the scores sum to `token_scores`.
         """
         found = self._columns(query, whole, batches, exacts, progress)
-        if not self._twice and not self._all_sum(found, exacts):
+        off = any(self._off(scores, exact) for scores, exact in zip(found, exacts, strict=True))
+        if off and not self._twice and self._loaded.dtype == "float32":
             self._give_up_tangents("in forward mode they did not sum to the samples' scores")
             found = self._columns(query, whole, batches, exacts, progress)
-        if not self._all_sum(found, exacts):
-            raise GradientError("the matrices do not sum to the samples' exact scores")
+        for batch, scores, exact in zip(batches, found, exacts, strict=True):
+            self._tell_of(self._off(scores, exact), batch, scores, exact)
         return found
-
-    def _all_sum(self, matrices: Sequence[Sequence[np.ndarray]], exacts: Sequence[Exact]) -> bool:
-        return all(self._sums(found, exact) for found, exact in zip(matrices, exacts, strict=True))
 
     def _columns(
         self,
@@ -211,14 +238,18 @@ class ExactInfluence:
                 _see_to_memory(batch, error)
                 raise
         if scores is None:
-            try:
-                scores = [
-                    token_scores_twice(self._loaded, sample, grads, row)
-                    for sample, row in zip(batch, factors, strict=True)
-                ]
-            except (RuntimeError, MemoryError) as error:
-                _see_to_memory(batch, error)
-                raise
+            return self._scores_twice(grads, batch, scales)
+        return [found.double().cpu().numpy() / len(found) for found in scores]
+
+    def _scores_twice(self, grads: dict[int, Tensor], batch: Sequence[Encoded], scales: np.ndarray) -> list[np.ndarray]:
+        factors = torch.from_numpy(scales).float().to(self._loaded.device)
+        try:
+            scores = [
+                token_scores_twice(self._loaded, sample, grads, row) for sample, row in zip(batch, factors, strict=True)
+            ]
+        except (RuntimeError, MemoryError) as error:
+            _see_to_memory(batch, error)
+            raise
         return [found.double().cpu().numpy() / len(found) for found in scores]
 
 

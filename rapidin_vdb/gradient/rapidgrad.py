@@ -124,11 +124,10 @@ class RapidGradMaker:
         known = self.loaded.known_tokens
         fitting = {id(sample): cut_behind_loss(sample) for sample in batch if max(sample.input_ids) < known}
         made: dict[int, tuple[np.ndarray, float] | GradientError] = {}
-        # Behind a single token, attention has nothing to choose from: without padding, the gradients of queries and
-        # keys are exactly zero, and with it rounding noise, which normalisation would make as long as others.
-        for stubs in (False, True):
-            part = {key: sample for key, sample in fitting.items() if (len(sample.input_ids) <= _STUB_TOKENS) == stubs}
-            made |= zip(part, self._make_fitting(list(part.values()), half, norms), strict=True)
+        keys, samples = list(fitting), list(fitting.values())
+        for places in apart(samples):
+            part = self._make_fitting([samples[place] for place in places], half, norms)
+            made |= zip([keys[place] for place in places], part, strict=True)
         return [
             made.get(id(sample))
             or GradientError(
@@ -140,8 +139,6 @@ class RapidGradMaker:
     def _make_fitting(
         self, batch: Sequence[Encoded], half: bool, norms: dict[str, np.ndarray] | None
     ) -> list[tuple[np.ndarray, float] | GradientError]:
-        if not batch:
-            return []
         while True:
             sketcher = self.sketcher(len(batch))
             measuring = None if norms is None else Measuring(sketcher, len(batch), len(self.loaded.theta))
@@ -225,6 +222,18 @@ class RapidGradMaker:
         if not rapidgrad.isfinite().all():
             raise GradientError(f"sample {sample.sample_id}: the gradient is not finite (loss {loss:.4g})")
         return loss
+
+
+def apart(batch: Sequence[Encoded]) -> list[list[int]]:
+    """Return the places of the samples of a batch that may go through the model together.
+
+    Behind a single token, attention has nothing to choose from: without padding, the gradients of queries and keys are
+    exactly zero, and with it rounding noise, which normalisation would make as long as others.
+    """
+    parts: tuple[list[int], list[int]] = ([], [])
+    for place, sample in enumerate(batch):
+        parts[len(sample.input_ids) <= _STUB_TOKENS].append(place)
+    return [part for part in parts if part]
 
 
 def judged(

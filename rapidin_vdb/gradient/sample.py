@@ -5,12 +5,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient.checkpoint import checkpointed_layers
+from rapidin_vdb.gradient.cross_entropy import plain_cross_entropy
 from rapidin_vdb.gradient.forward import batch_losses
+from rapidin_vdb.gradient.loss_scale import loss_scale
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.records import Encoded
 
@@ -20,7 +21,7 @@ def token_losses(loaded: LoadedModel, encoded: Encoded) -> Tensor:
     ids = torch.tensor([encoded.input_ids], device=loaded.device)
     logits = loaded.model(input_ids=ids, use_cache=False).logits
     places = torch.tensor(encoded.loss_places, device=loaded.device)
-    return F.cross_entropy(logits[0, places - 1].float(), ids[0, places], reduction="none")
+    return plain_cross_entropy(logits[0, places - 1], ids[0, places])
 
 
 def cut_behind_loss(encoded: Encoded) -> Encoded:
@@ -66,29 +67,35 @@ def stream_gradient(
         def take(parameter: Tensor) -> None:
             grad, parameter.grad = parameter.grad, None
             if grad is not None:
-                receive(number, grad)
+                receive(number, grad if scale is None else grad.float() / scale)
 
         return take
 
     chosen = [(n, tensor) for n, tensor in enumerate(loaded.theta.values()) if only is None or n in only]
     left_out = [tensor for n, tensor in enumerate(loaded.theta.values()) if only is not None and n not in only]
+    scale: Tensor | None = None
     handles = [tensor.register_post_accumulate_grad_hook(hook(number)) for number, tensor in chosen]
     for tensor in left_out:
         tensor.requires_grad_(False)
     try:
         with checkpointed_layers(loaded.model, hooks=False) if checkpointing else nullcontext(), torch.enable_grad():
-            if among is None:
-                loss = token_losses(loaded, encoded).mean()
-            else:
-                loss = batch_losses(loaded, among).means()[next(n for n, one in enumerate(among) if one is encoded)]
+            losses = token_losses(loaded, encoded) if among is None else _losses_among(loaded, encoded, among)
+            loss = losses.mean()
+            scale = loss_scale(losses, divisor=len(losses)) if loaded.dtype == "float16" else None
             value = float(loss.detach())
             if not torch.isfinite(loss):
                 raise GradientError(f"sample {encoded.sample_id}: the loss is {value}")
             if loss.requires_grad:  # else none of the tensors has a part in it
-                loss.backward()
+                (loss if scale is None else loss * scale).backward()
     finally:
         for handle in handles:
             handle.remove()
         for tensor in left_out:
             tensor.requires_grad_(True)
     return value
+
+
+def _losses_among(loaded: LoadedModel, encoded: Encoded, batch: Sequence[Encoded]) -> Tensor:
+    """Return the losses at the tokens of a sample that goes through the model in a batch."""
+    found = batch_losses(loaded, batch)
+    return found.losses[found.rows == next(n for n, one in enumerate(batch) if one is encoded)]

@@ -183,13 +183,14 @@ def _at_output(
     try:
         # The derivative is wanted of what it reads, whatever else asks for one.
         with maker._gradients.plainly(), _recorded(maker):
-            losses = batch_losses(maker.loaded, batch, output=output).means()
+            found = batch_losses(maker.loaded, batch, output=output)
+            losses, scales = found.means(), found.scales(maker.loaded.dtype)
             if not read or not losses.requires_grad:
                 return None
-            (grad,) = torch.autograd.grad(losses.sum(), read)
+            (grad,) = torch.autograd.grad((losses if scales is None else losses * scales).sum(), read)
     finally:
         handle.remove()
-    return losses.detach(), grad.float()
+    return losses.detach(), grad.float() if scales is None else grad.float() / scales.view(-1, 1, 1)
 
 
 @contextmanager
@@ -215,7 +216,9 @@ def _independent(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int) 
     handle = maker.loaded.model.get_input_embeddings().register_forward_hook(watch, prepend=True)
     try:
         with _recorded(maker):
-            loss = batch_losses(maker.loaded, batch).means()[place]
+            found = batch_losses(maker.loaded, batch)
+            losses, scales = found.means(), found.scales(maker.loaded.dtype)
+            loss = (losses if scales is None else losses * scales)[place]
             grads = torch.autograd.grad(loss, wrote, allow_unused=True)
     finally:
         handle.remove()

@@ -23,6 +23,9 @@ from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.rules import held_modules, own_parameters
 from rapidin_vdb.records import Encoded
 
+# A direction has norm 1, and what a layer reads a few at each place: times 2^8, that is far from where float16 ends.
+_LARGEST_SCALE = 8
+
 TangentRule = Callable[[Any, Tensor, Tensor], Tensor]
 """(module, what it reads, direction of one of its parameters) -> derivative of what it writes in that direction."""
 
@@ -110,6 +113,8 @@ class TangentPass:
         Raises:
             NoTangentError: an operation of the model has no forward mode.
         """
+        lowered = _lowered(scales) if self.loaded.dtype == "float16" else None
+        scales = scales if lowered is None else scales * lowered.unsqueeze(1)
         with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), ExitStack() as hooks:
             for module in self._frozen:
                 hooks.enter_context(_linear_in_its_input(module))
@@ -129,7 +134,14 @@ class TangentPass:
                 raise NoTangentError(f"a {type(module).__name__} is multiplied by elsewhere")
         if tangents is None:
             raise NoTangentError("the loss does not depend on theta")
-        return list(tangents.detach().split(found.counts.tolist()))
+        tangents = tangents.detach() if lowered is None else tangents.detach() / lowered[found.rows]
+        return list(tangents.split(found.counts.tolist()))
+
+
+def _lowered(scales: Float[Tensor, "batch tensors"]) -> Float[Tensor, " batch"]:
+    """Return what keeps the tangents of a sample that has been learned well, whose norms are small, in float16."""
+    largest = scales.amax(1).clamp(min=1e-30)
+    return torch.exp2((_LARGEST_SCALE - torch.log2(largest)).floor().clamp(max=0))
 
 
 def _load_forward_rules() -> None:

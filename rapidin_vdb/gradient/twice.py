@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from rapidin_vdb.gradient.loss_scale import loss_scale
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.sample import token_losses
 from rapidin_vdb.records import Encoded
@@ -21,9 +22,10 @@ def token_scores_twice(
         losses = token_losses(loaded, encoded)
         weights = torch.ones_like(losses, requires_grad=True)
         theta = list(loaded.theta.values())
-        grads = torch.autograd.grad((weights * losses).sum(), theta, create_graph=True, allow_unused=True)
+        scale = 1.0 if loaded.dtype != "float16" else float(loss_scale(losses, divisor=1))
+        grads = torch.autograd.grad((weights * losses).sum() * scale, theta, create_graph=True, allow_unused=True)
         moved = [
-            scales[number] * (grad.float() * direction[number]).sum()
+            scales[number] / scale * (grad.float() * direction[number]).sum()
             for number, grad in enumerate(grads)
             if grad is not None and number in direction
         ]
