@@ -51,6 +51,13 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+@pytest.fixture(autouse=True)
+def without_waiting_for_the_disk(request, monkeypatch):
+    """No power is lost within a test; thousands of commits would wait for some 20 ms each."""
+    if request.module is not None and request.module.__name__ != "test_durable":
+        monkeypatch.setattr("rapidin_vdb.store.durable._sync", lambda *_: None)
+
+
 def byte_tokenizer():
     """One token a byte, after the beginning-of-sequence token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors

@@ -11,7 +11,7 @@ import pyarrow as pa
 from filelock import FileLock
 
 from rapidin_vdb.errors import TableError, without_secrets
-from rapidin_vdb.locks import NamedLock
+from rapidin_vdb.store.durable import DurableLock
 from rapidin_vdb.store.leftovers import remove_versions
 
 LOCK = ".commit.lock"
@@ -97,7 +97,7 @@ class Folder:
         self.uri = path
         self.cache = Path(path)
         # Held for the moment of a commit only; the system lets go of it when a process dies.
-        self.lock: Any = NamedLock(FileLock(Path(path, LOCK)), f"the database {path}")
+        self.lock: Any = DurableLock(FileLock(Path(path, LOCK)), f"the database {path}", Path(path))
         self.options: dict[str, str] = {}
         self._made: Any = None
 
@@ -112,7 +112,21 @@ class Folder:
 
     def open_table(self, name: str) -> Any:
         """Return a table, always at its newest version: the lock cannot be lost."""
-        return self._connection.open_table(name)
+        try:
+            return self._connection.open_table(name)
+        except (OSError, RuntimeError, ValueError):
+            self._check_newest(name)
+            raise
+
+    def _check_newest(self, name: str) -> None:
+        """Raise a TableError that says what to do where the manifest of a table's newest version is empty."""
+        # Names count down: the newest comes first.
+        for path in sorted(Path(self.uri, f"{name}.lance", "_versions").glob("*.manifest"))[:1]:
+            if path.stat().st_size == 0:
+                raise TableError(
+                    f"{path} is empty, as a loss of power in the middle of a commit leaves it; that commit was never "
+                    "said to be done. Move this file away, and the database is as it was before"
+                )
 
     def counting(self, name: str, version: int) -> int:
         """Return the same version: nobody can come too late."""
@@ -152,8 +166,10 @@ class Folder:
 
     def manifest(self, name: str, version: int) -> bytes | None:
         """Return what Lance wrote of a version of a table."""
-        path = Path(self.uri, f"{name}.lance", "_versions", manifest_name(version))
-        return path.read_bytes() if path.is_file() else None
+        try:
+            return Path(self.uri, f"{name}.lance", "_versions", manifest_name(version)).read_bytes()
+        except FileNotFoundError:
+            return None  # or no longer: a purge may be going on
 
     def bytes(self) -> int:
         """Return how much all files take."""

@@ -21,7 +21,7 @@ from rapidin_vdb.store.place import LOCK, place_of
 from rapidin_vdb.store.purging import purge_table
 from rapidin_vdb.store.rows import ColumnKind, Row, arrow_table, samples_schema
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
-from rapidin_vdb.store.telling import is_refused, pinned
+from rapidin_vdb.store.telling import is_refused, pinned, same_database
 from rapidin_vdb.store.tokens import TOKENS, TokenTable
 from rapidin_vdb.store.version import BATCH_BYTES, IDS_A_FILTER, batches, told
 
@@ -121,8 +121,8 @@ class SampleTable:
         """
         with told(f"the database at {self.uri} cannot be read"):
             if version is None:
-                return Snapshot(pinned(self.place, SAMPLES), self.place)
-            table = self.place.open_table(SAMPLES)
+                return Snapshot(same_database(pinned(self.place, SAMPLES), self.identity, self.place), self.place)
+            table = same_database(self.place.open_table(SAMPLES), self.identity, self.place)
         try:
             if not 1 <= version <= int(table.version):
                 raise ValueError(version)
@@ -194,7 +194,7 @@ class SampleTable:
     def _changing(self, seen: int = 0) -> Iterator[tuple[Any, bool]]:
         """Keep other writers out, and finish what one left; yield the table, and whether none wrote since `seen`."""
         with self.committing():
-            table = self._table
+            table = same_database(self._table, self.identity, self.place)
             alone = table.version == seen
             settle(table)
             yield table, alone

@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from rapidin_vdb.errors import PurgedError, TableError, out_of_handles
 from rapidin_vdb.store.columns import check_out
+from rapidin_vdb.store.fingerprint import read_identity
 from rapidin_vdb.store.place import Place
 
 P = ParamSpec("P")
@@ -101,6 +102,17 @@ def undisturbed_each(read: Callable[P, Iterator[T]]) -> Callable[P, Iterator[T]]
                     raise
 
     return again
+
+
+def same_database(table: Any, identity: str, place: Place) -> Any:
+    """Return a table that was opened anew, if its database is the one that was opened first.
+
+    Raises:
+        TableError: it was removed meanwhile, and another made there, perhaps with another model.
+    """
+    if read_identity(table.schema.metadata, place=place.uri) != identity:
+        raise TableError(f"another database was made at {place} meanwhile; nothing of this one is there: open it anew")
+    return table
 
 
 def pinned(place: Place, name: str) -> Any:
