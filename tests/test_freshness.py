@@ -4,7 +4,6 @@ import json
 import logging
 import shutil
 import threading
-import time
 import weakref
 
 import numpy as np
@@ -482,7 +481,7 @@ def test_rows_are_let_go_before_others_are_read(database, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize("built", [True, False])
-def test_of_two_who_index_at_once_one_writes(database, tmp_path, read, built):
+def test_of_two_who_index_at_once_one_writes(database, tmp_path, read, monkeypatch, built):
     """The second waits for the first, and finds it done."""
     folder, others = tmp_path / "db" / "indexes", []
     if built:
@@ -491,14 +490,21 @@ def test_of_two_who_index_at_once_one_writes(database, tmp_path, read, built):
     del read[:]
     before = list_manifests(folder)
     (folder / "cpu").mkdir(parents=True, exist_ok=True)
-    other = rapidin_vdb.open(database.path)
+    other, come, real = rapidin_vdb.open(database.path), threading.Semaphore(0), rapidin_vdb.index.writing.holding
+
+    def holding(lock, what):
+        come.release()
+        return real(lock, what)
+
+    monkeypatch.setattr("rapidin_vdb.index.writing.holding", holding)
     with FileLock(folder / "cpu" / ".lock", is_singleton=False) as lock:
         threads = [
             threading.Thread(target=lambda one=one: others.append(one.index("cpu"))) for one in (database, other)
         ]
         for thread in threads:
             thread.start()
-        time.sleep(1.0)  # both have looked at what is there
+        for _ in threads:
+            assert come.acquire(timeout=60), "both have looked at what is there, and want the lock"
         lock.release()
         for thread in threads:
             thread.join(60)

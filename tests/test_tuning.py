@@ -140,6 +140,97 @@ def test_training_shows_every_sample_once_an_epoch():
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs) and epochs[0] != epochs[1]
 
 
+def uneven() -> list[Encoded]:
+    """Samples of 4 to 13 response tokens: the mean over a batch's tokens is no mean over its samples."""
+    made = [encoded(number, length=20) for number in range(8)]
+    return [
+        dataclasses.replace(sample, offsets=tuple((place, place + 1) for place in range(4 + 9 * (number % 2))))
+        for number, sample in enumerate(made)
+    ]
+
+
+def mean_token_loss(model, batch: list[Encoded]) -> torch.Tensor:
+    """Each sample alone, without padding: the surprise of each token of its response, over all tokens of the batch."""
+    losses = []
+    for sample in batch:
+        said = torch.log_softmax(model(input_ids=torch.tensor([sample.input_ids])).logits[0].float(), -1)
+        first = len(sample.input_ids) - sample.response_tokens
+        losses += [-said[place - 1, sample.input_ids[place]] for place in range(first, len(sample.input_ids))]
+    return torch.stack(losses).mean()
+
+
+def test_a_training_is_the_plain_loop():
+    """Whole batches, torch's own clipping and AdamW, and the learning rates written out."""
+    settings = Tuning(
+        epochs=2.0, batch=4, learning_rate=3e-3, warm_up=0.5, weight_decay=0.5, clip=1.0, micro_tokens=60, seed=9
+    )
+    # In double precision: Adam makes as much of a gradient that is rounding alone as of any other.
+    samples, model, plain = uneven(), tiny_model("llama").double(), tiny_model("llama").double()
+    losses = tune(model, samples, settings)
+    # A rise in two steps, and half a cosine over the other two: its top, and its middle.
+    rates = [3e-3 * share for share in (0.5, 1.0, 1.0, 0.5)]
+    optimizer = torch.optim.AdamW(plain.parameters(), lr=1.0, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.5)
+    wanted, norms, tokens = [], [], set()
+    for step, rate in enumerate(rates):
+        batch = [samples[number] for number in tuning._batch(step, len(samples), settings)]
+        assert sum(len(sample.input_ids) for sample in batch) > 60, "it goes through the model in parts"
+        tokens.add(sum(sample.response_tokens for sample in batch))
+        loss = mean_token_loss(plain, batch)
+        optimizer.zero_grad()
+        loss.backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(plain.parameters(), 1.0)))
+        optimizer.param_groups[0]["lr"] = rate
+        optimizer.step()
+        wanted.append(float(loss.detach()))
+    # Else AdamW, to which a scale is nothing, would forgive a wrong one of all gradients.
+    assert len(tokens) > 1 and min(norms) < 0.95 < 1.05 < max(norms), (tokens, norms)
+    assert losses == pytest.approx(wanted, abs=1e-6)
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_parts_of_a_batch_train_as_the_whole():
+    """One sample at a time as all at once."""
+    found, passes = [], []
+    for micro_tokens in (1, 100_000):
+        model = tiny_model("llama").double()
+        calls: list[int] = []
+        model.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        settings = Tuning(
+            epochs=1.5, batch=4, learning_rate=3e-3, warm_up=0.0, clip=1.0, micro_tokens=micro_tokens, seed=9
+        )
+        losses = tune(model, uneven(), settings)
+        found.append((losses, values(model)))
+        passes.append(len(calls))
+    (one, ours), (other, theirs) = found
+    assert passes == [12, 3] and one == pytest.approx(other, abs=1e-5)
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, theirs[name], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("step", "total", "warm_up", "share"),
+    [
+        (0, 20, 0.2, 0.25),  # it begins above zero
+        (2, 20, 0.2, 0.75),
+        (3, 20, 0.2, 1.0),  # the last of the four in which it rises
+        (4, 20, 0.2, 1.0),  # the top of the cosine
+        (8, 20, 0.2, 0.85355339),  # (1 + cos 45 degrees) / 2
+        (12, 20, 0.2, 0.5),
+        (16, 20, 0.2, 0.14644661),
+        (19, 20, 0.2, 0.00960736),  # (1 + cos 168.75 degrees) / 2: not yet zero
+        (0, 10, 0.0, 1.0),  # one step at least
+        (9, 10, 0.0, 0.03015369),  # 8 of 9 parts of the cosine
+        (9, 10, 1.0, 1.0),  # all of them rise
+        (0, 1, 0.15, 1.0),
+        (304, 2031, 0.15, 1.0),  # the paper's: 305 of 2,031
+        (303, 2031, 0.15, 0.99672131),
+    ],
+)
+def test_the_learning_rate_rises_and_falls(step, total, warm_up, share):
+    assert tuning._schedule(step, total, warm_up) == pytest.approx(share, abs=1e-6)
+
+
 def test_what_is_trained_stays_until_it_is_saved(tmp_path, monkeypatch):
     state, model = tmp_path / "state", tiny_model("llama")
     losses = tune(model, SAMPLES, FEW, state=state)

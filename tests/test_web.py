@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from conftest import toy_records, write_jsonl
+from test_web_limits import occupied
 
 import rapidin_vdb
 from rapidin_vdb.errors import SpecError
@@ -143,8 +144,14 @@ def test_the_model_answers_the_same_with_the_same_seed(served, client):
         return found["generation"]
 
     assert said() == said() == served.generate("Say 5", max_tokens=12)
-    assert said(temperature=2.0, seed=1) == said(temperature=2.0, seed=1) != said(temperature=2.0, seed=2)
-    assert said(temperature=0.01)  # the toy's likeliest tokens are too close together for more to be sure
+    drawn = {
+        (temperature, seed): said(temperature=temperature, seed=seed) for temperature in (0.01, 2.0) for seed in (1, 2)
+    }
+    for (temperature, seed), text in drawn.items():
+        assert text == said(temperature=temperature, seed=seed)
+        assert text == served.generate("Say 5", max_tokens=12, temperature=temperature, seed=seed)
+    # Neither is left out on the way; how often what is drawn: `test_sampling.py`.
+    assert len({drawn[2.0, 1], drawn[2.0, 2], drawn[0.01, 1]}) == 3
     for temperature in (1e-300, -1.0, 11.0, float("nan")):
         with pytest.raises(SpecError, match="wanted 0 .most likely., or 0.01 to 10"):
             served.generate("Say 5", temperature=temperature)
@@ -471,54 +478,49 @@ def test_counters_count(client):
 def slow(served):
     """A desk whose work takes as long as the test says, and what was answered together."""
     together: list[int] = []
-    desk = Desk(served, seconds=5.0, most_waiting=8, observe=lambda count, seconds: together.append(count))
+    desk = Desk(served, seconds=120.0, most_waiting=8, observe=lambda count, seconds: together.append(count))
     yield desk, together
     desk.close()
 
 
 def test_turns_are_taken_among_those_who_ask(slow):
     desk, _ = slow
-    hold, done = threading.Event(), []
-    first = desk.do(Client("greedy"), lambda progress: hold.wait(5))
-    time.sleep(0.1)
+    done: list[str] = []
+    first, hold = occupied(desk, "greedy")
     # Names are free to choose: many of them get no more than the one address that they come from.
     jobs = [desk.do(Client("greedy", str(n)), lambda progress, n=n: done.append(f"greedy {n}")) for n in range(4)]
     jobs += [desk.do(Client("other"), lambda progress, n=n: done.append(f"other {n}")) for n in range(2)]
     hold.set()
     for job in [first, *jobs]:
-        job.future.result(5)
+        job.future.result(60)
     assert [who.split()[0] for who in done] == ["greedy", "other"] * 2 + ["greedy"] * 2
 
 
 def test_searches_of_a_kind_are_one_piece_of_work(served, slow):
     desk, together = slow
-    hold = threading.Event()
-    blocking = desk.do(Client("x"), lambda progress: hold.wait(5))
-    time.sleep(0.1)
+    blocking, hold = occupied(desk)
     question = Question(top_k=3)
     texts = [("Say 5", "blue 35"), ("Say 7", "blue 49"), ("Say 2", "grün 14")]
     jobs = [desk.search(Client(f"c{n}"), question, query_from(*text)) for n, text in enumerate(texts)]
     other = desk.search(Client("c9"), Question(top_k=2), query_from("Say 1", "blue 7"))
     hold.set()
-    blocking.future.result(5)
+    blocking.future.result(60)
     for job, text in zip(jobs, texts, strict=True):
-        assert job.future.result(30).results == served.query(*text, top_k=3)[0].results
-    assert len(other.future.result(30).results) == 2
+        assert job.future.result(60).results == served.query(*text, top_k=3)[0].results
+    assert len(other.future.result(60).results) == 2
     assert sorted(together) == [1, 1, 3]
 
 
 def test_one_bad_search_does_not_spoil_the_others(served, slow):
     desk, _ = slow
-    hold = threading.Event()
-    desk.do(Client("x"), lambda progress: hold.wait(5))
-    time.sleep(0.1)
+    _, hold = occupied(desk)
     question = Question(top_k=3, focus=("blue",))
     good = desk.search(Client("a"), question, query_from("Say 5", "blue 35"))
     bad = desk.search(Client("b"), question, query_from("Say 5", "red 35"))
     hold.set()
-    assert good.future.result(30).results == served.query("Say 5", "blue 35", top_k=3, focus="blue")[0].results
+    assert good.future.result(60).results == served.query("Say 5", "blue 35", top_k=3, focus="blue")[0].results
     with pytest.raises(SpecError, match="is not in the generation"):
-        bad.future.result(30)
+        bad.future.result(60)
 
 
 def test_what_nobody_waits_for_is_stopped(slow):
@@ -533,22 +535,20 @@ def test_what_nobody_waits_for_is_stopped(slow):
             time.sleep(0.01)
 
     job = desk.do(Client("a"), long)
-    begun.wait(5)
+    assert begun.wait(60)
     job.cancelled = True
     with pytest.raises(CancelledError):
-        job.future.result(5)
-    assert len(steps) < 500
+        job.future.result(60)
+    assert len(steps) < 1000
     late = desk.do(Client("a"), long)
     late.deadline = time.monotonic() + 0.05
     with pytest.raises(LateError, match="--time-limit"):
-        late.future.result(5)
+        late.future.result(60)
 
 
 def test_too_many_are_sent_away(slow):
     desk, _ = slow
-    hold = threading.Event()
-    desk.do(Client("a"), lambda progress: hold.wait(5))
-    time.sleep(0.1)
+    _, hold = occupied(desk, "a")
     jobs = [desk.do(Client("c", str(n)), lambda progress, n=n: n) for n in range(4)]
     with pytest.raises(BusyError, match="4 requests from c are waiting"):
         desk.do(Client("c", "another name"), lambda progress: None)
@@ -557,7 +557,7 @@ def test_too_many_are_sent_away(slow):
         desk.do(Client("z"), lambda progress: None)
     hold.set()
     for job in jobs:
-        job.future.result(5)
+        job.future.result(60)
 
 
 def test_an_unknown_failure_does_not_close_the_desk(slow):
@@ -567,5 +567,5 @@ def test_an_unknown_failure_does_not_close_the_desk(slow):
         raise ZeroDivisionError("nobody thought of this")
 
     with pytest.raises(ZeroDivisionError):
-        desk.do(Client("a"), fails).future.result(5)
-    assert desk.do(Client("a"), lambda progress: 7).future.result(5) == 7
+        desk.do(Client("a"), fails).future.result(60)
+    assert desk.do(Client("a"), lambda progress: 7).future.result(60) == 7

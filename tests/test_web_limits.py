@@ -23,7 +23,7 @@ from fastapi.testclient import TestClient
 from servers import listening
 
 from rapidin_vdb.web import make_app, serve
-from rapidin_vdb.web.desk import Client, Desk, LateError
+from rapidin_vdb.web.desk import Client, Desk, Job, LateError
 from rapidin_vdb.web.document import EXAMPLES
 from rapidin_vdb.web.server import origin_of
 
@@ -66,6 +66,19 @@ def measured(port: int) -> str:
     with socket.create_connection(("127.0.0.1", port)) as line:
         line.sendall(f"GET /metrics HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nConnection: close\r\n\r\n".encode())
         return b"".join(iter(lambda: line.recv(65536), b"")).decode()
+
+
+def occupied(desk: Desk, address: str = "x") -> tuple[Job, threading.Event]:
+    """Give a desk something to do, which is under way now, and lasts until the event is set."""
+    begun, hold = threading.Event(), threading.Event()
+
+    def work(progress) -> bool:
+        begun.set()
+        return hold.wait(120)
+
+    job = desk.do(Client(address), work)
+    assert begun.wait(60)
+    return job, hold
 
 
 @pytest.mark.parametrize("accept", ["application/json", "text/event-stream"])
@@ -133,9 +146,8 @@ def test_generations_and_explanations_can_be_stopped(served):
 
 
 def test_one_that_is_late_is_late_alone(served):
-    desk, hold = Desk(served), threading.Event()
-    blocking = desk.do(Client("x"), lambda progress: hold.wait(5))
-    time.sleep(0.1)
+    desk = Desk(served)
+    blocking, hold = occupied(desk)
     question = Question(top_k=3, tokens=True, matrix=True)
     texts = [("Say 5", "blue 35"), ("Say 7", "blue 49 and more"), ("Say 2", "grün 14")]
     jobs = [desk.search(Client(f"c{n}"), question, query_from(*text)) for n, text in enumerate(texts)]
@@ -146,11 +158,11 @@ def test_one_that_is_late_is_late_alone(served):
 
     jobs[1].progress = late
     hold.set()
-    assert blocking.future.result(5)
+    assert blocking.future.result(60)
     with pytest.raises(LateError, match="--time-limit"):
-        jobs[1].future.result(30)
+        jobs[1].future.result(60)
     for number in (0, 2):
-        assert jobs[number].future.result(30).results == served.query(*texts[number], top_k=3, tokens=True)[0].results
+        assert jobs[number].future.result(60).results == served.query(*texts[number], top_k=3, tokens=True)[0].results
     desk.close()
 
 
