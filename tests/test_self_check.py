@@ -128,23 +128,31 @@ def test_a_wrong_direction_is_told_by_many_projections(sign):
 
 
 class _Twice(torch.nn.Linear):
-    """A rule for linear layers is half of what is right here."""
+    """A rule for linear layers is half of what is right here, or off by another factor."""
+
+    factor = 2.0
 
     def forward(self, hidden):
-        return super().forward(hidden) * 2
+        return super().forward(hidden) * self.factor
 
 
+@pytest.mark.parametrize(
+    ("dtype", "factor", "found"),
+    [("float32", 2.0, True), ("float32", 1.01, True), ("float32", 1 + 2**-14, False), ("bfloat16", 1.5, True)],
+)
 @pytest.mark.parametrize("normalize", ["layer", "none"])
-def test_a_rule_that_is_wrong_by_a_factor_is_found(normalize):
+def test_a_rule_that_is_wrong_by_a_factor_is_found(normalize, dtype, factor, found):
     """Normalised, RapidGrads would be right; token scores are divided by the norms."""
-    model = tiny_model("llama")
+    model = tiny_model("llama").to(getattr(torch, dtype))
     layer = _Twice(16, 16, bias=False)
+    layer.factor = factor
     layer.weight = model.model.layers[1].self_attn.q_proj.weight
     model.model.layers[1].self_attn.q_proj = layer
-    loaded = loaded_from(model)
+    loaded = loaded_from(model, dtype)
     maker = RapidGradMaker(loaded, spec=SKETCH, normalize=normalize)
     maker.make_batch(samples())
-    assert [list(loaded.theta)[n] for n in maker._gradients.unruled] == ["model.layers.1.self_attn.q_proj.weight"]
+    wrong = ["model.layers.1.self_attn.q_proj.weight"] if found else []
+    assert [list(loaded.theta)[n] for n in maker._gradients.unruled] == wrong
 
 
 class _Grouped(torch.nn.Linear):
