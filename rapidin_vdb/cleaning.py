@@ -6,8 +6,8 @@ import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from itertools import islice
+from contextlib import closing, contextmanager, suppress
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO
 
@@ -35,14 +35,17 @@ def write_cleaned(
     Raises:
         CorpusError: a file cannot be read; nothing is written.
         SpecError: `out` is there already, is of another format, or cannot be written, or the files are of other ids
-            than the database; nothing is written.
+            than the database; nothing is written. Or somebody else has made `out` meanwhile: what was written is kept
+            beside it.
     """
     written = left_out = 0
     bad: list[str] = []
     some = list[str](), deque[str](maxlen=_LOOKED_UP)
     with closing(Ledger()) as ledger, closing(Names()) as seen, _new_file(out) as file:
-        ledger.begin((name, "") for name in ids)
-        wanted = missing = ledger.there()
+        # A text with half of a surrogate pair is the id of no sample.
+        impossible = dict.fromkeys(name for name in ids if not is_unicode(name))
+        ledger.begin((name, "") for name in ids if name not in impossible)
+        wanted = missing = ledger.there() + len(impossible)
         records = _named(paths, id_field)
         while window := list(islice(records, _WINDOW)):
             known = ledger.look(name for name, _ in window if not isinstance(name, CorpusError))
@@ -65,7 +68,8 @@ def write_cleaned(
                 f"that is in the database, such as {seem[0]!r}. Name the field of ids, as for ingest, with --id-field "
                 f"(it is {id_field}), or leave out files that were not ingested"
             )
-        unfound = tuple(islice((name for name in ids if missing and seen.add(name)), _TOLD))
+        others = (name for name in ids if missing and name not in impossible and seen.add(name))
+        unfound = tuple(islice(chain(others, impossible), _TOLD))
     return CleanReport(
         written=written, left_out=left_out, not_found=missing, first_not_found=unfound, bad=tuple(bad), out=str(out)
     )
@@ -94,11 +98,12 @@ def _as_line(record: Record) -> str:
 
 @contextmanager
 def _new_file(out: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """Open a new file under another name, and give it its own once all of it is written.
+    """Open a new file under another name, and give it its own once all of it is on the disk.
 
     Raises:
         SpecError: it cannot be.
     """
+    taken = False
     suffixes = [suffix.lower() for suffix in out.suffixes]
     if suffixes[-1:] not in ([".jsonl"], [".ndjson"]) and suffixes[-2:] != [".jsonl", ".gz"]:
         raise SpecError(f"--out is {out}; wanted the name of a new file of JSON lines, .jsonl or .jsonl.gz")
@@ -116,12 +121,51 @@ def _new_file(out: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
                     yield file
             else:
                 yield raw
+            raw.flush()
+            os.fsync(raw.fileno())
         partial.chmod(0o666 & ~_umask())
-        partial.replace(out)
+        try:
+            _give_name(partial, out)
+        except FileExistsError as error:
+            taken = True
+            raise SpecError(
+                f"--out is {out}, which somebody else made meanwhile, and which was left as it is; all that was to be "
+                f"written there is in {partial}: give it another name"
+            ) from error
     except OSError as error:
         raise SpecError(f"--out is {out}, which cannot be written: {error.strerror or error}") from error
     finally:
-        partial.unlink(missing_ok=True)
+        if not taken:
+            partial.unlink(missing_ok=True)
+
+
+def _give_name(partial: Path, out: Path) -> None:
+    """Give a file its own name, for good.
+
+    Raises:
+        FileExistsError: another file has it.
+    """
+    try:
+        os.link(partial, out)
+    except FileExistsError:
+        raise
+    except OSError:
+        # Not every file system knows a second name of one file. An empty file keeps the name until the rename.
+        os.close(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        try:
+            partial.replace(out)
+        except OSError:
+            out.unlink()
+            raise
+    else:
+        partial.unlink()
+    # Nor can every one be asked to put a folder's entries on the disk, as it may do by itself.
+    with suppress(OSError):
+        handle = os.open(out.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _umask() -> int:

@@ -13,6 +13,7 @@ RapidInError
     PurgedError            the version that was being read is gone
   ScratchError           what a command keeps among temporary files cannot be kept
   SpecError              a sketch spec, an index recipe or an argument cannot be honoured
+    UnreadableIndexError   a built index cannot be read now; its files need not be damaged
 """
 
 import errno
@@ -84,6 +85,10 @@ class SpecError(RapidInError):
     """A sketch spec, an index recipe or an argument cannot be honoured."""
 
 
+class UnreadableIndexError(SpecError):
+    """A built index cannot be read now; its files need not be damaged."""
+
+
 def check_unicode(text: str | None, what: str) -> None:
     """Refuse a text that is none, as of bytes on the command line that are no UTF-8.
 
@@ -126,6 +131,12 @@ def out_of_handles(error: BaseException | None) -> bool:
             return True
         error = error.__cause__ or error.__context__
     return False
+
+
+def out_of_reach(error: OSError) -> bool:
+    """Return whether an error is of the system that reads a file, and says nothing of what is in it."""
+    known = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EIO)
+    return error.errno in known
 
 
 def without_secrets(uri: str) -> str:

@@ -11,6 +11,7 @@ from rapidin_vdb.compute import Compute, Result
 from rapidin_vdb.corpus import Template, Tokenizer
 from rapidin_vdb.errors import CorpusError, GradientError
 from rapidin_vdb.gradient.memory import peak_bytes
+from rapidin_vdb.gradient.probe import kind_of
 from rapidin_vdb.intake import Corpus, encoded_windows
 from rapidin_vdb.ledger import Entry, Ledger
 from rapidin_vdb.plan import make_plan, planned_windows
@@ -64,21 +65,21 @@ def estimate(
             token_gradients=token_width is not None,
             progress=progress,
         )
-        sizes: list[tuple[int, int]] = []  # samples and work of each batch
+        sizes: list[int] = []  # the work of each batch
         tokens = text = samples = single = 0
         for batch, _ in planned_windows(windows(), ledger, batch_tokens, width=width):
-            sizes.append((len(batch), _work([encoded for _, encoded in batch], token_width is not None)))
+            sizes.append(_work([encoded for _, encoded in batch], token_width is not None))
             samples += len(batch)
             tokens += sum(len(encoded.input_ids) for _, encoded in batch)
             single += sum(encoded.response_tokens for _, encoded in batch) if token_width is not None else 0
             text += sum(len((s.prompt or "") + s.response) + 8 * len(e.offsets) for s, e in batch)
-        work = sum(size for _, size in sizes)
+        work = sum(sizes)
         seconds = 0.0
         if sizes:
             timed = _spread(sizes)
             ledger.hand_out_again()
             chosen = _pick(planned_windows(windows(), ledger, batch_tokens, width=width), timed)
-            list(compute(iter(chosen[:1])))  # once for what happens once: compiling, the self-check
+            list(compute(iter(_one_of_each_kind(chosen))))  # for what happens once: compiling, the self-check
             started = time.monotonic()
             _see_to(list(compute(iter(chosen))))
             measured = sum(_work(batch, token_width is not None) for batch in chosen)
@@ -120,16 +121,22 @@ def _see_to(made: Sequence[tuple[Sequence[Encoded], Sequence[Result]]]) -> None:
 
 
 def _work(batch: Sequence[Encoded], token_gradients: bool) -> int:
-    """Return how many tokens go through the model for a batch, padding included."""
+    """Return how many tokens go through the model for a batch and for RapidGrads of its single tokens."""
     # For each response token, all that stands before it.
     single = sum(s.place(number) + 1 for s in batch for number in range(s.response_tokens)) if token_gradients else 0
     return padded_tokens(batch) + single
 
 
-def _spread(sizes: Sequence[tuple[int, int]]) -> set[int]:
+def _spread(sizes: Sequence[int]) -> set[int]:
     """Return the numbers of a few batches, from the lightest to the heaviest."""
     order = sorted(range(len(sizes)), key=lambda number: sizes[number])
     return {order[round(part * (len(order) - 1) / (_TIMED - 1))] for part in range(_TIMED)}
+
+
+def _one_of_each_kind(batches: Sequence[list[Encoded]]) -> list[list[Encoded]]:
+    """Return a batch of each kind that there is, one of several lengths first: then no other is checked."""
+    kinds = {kind_of(batch): batch for batch in batches}
+    return [kinds[kind] for kind in sorted(kinds, reverse=True)]
 
 
 def _pick(planned: Iterator[tuple[list[Pair], dict[str, Entry]]], numbers: set[int]) -> list[list[Encoded]]:

@@ -129,7 +129,10 @@ class _Explanation:
     def _again_unit(self) -> str:
         if not self._question.refine:
             return ""
-        return f"; the first {self._question.refine} are ranked by exact_score, the inner product of full gradients"
+        return (
+            f"; the first {self._question.refine} are ranked by exact_score, epochs * learning_rate * the inner "
+            "product of full gradients"
+        )
 
     def _score(self, sample_id: str) -> float:
         return float(self._known[sample_id].exact.scores[0]) * self._factor

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 
-from rapidin_vdb.errors import SpecError
+from rapidin_vdb.errors import SpecError, UnreadableIndexError
 from rapidin_vdb.index import (
     Held,
     Manifest,
@@ -16,6 +16,7 @@ from rapidin_vdb.index import (
     index_folders,
     list_manifests,
     load_index,
+    manifest_of,
     measured_recall,
     with_recall,
     write_index,
@@ -88,7 +89,7 @@ class IndexKeeper:
 
     def _written(self, snapshot: TableVersion, recipe: IndexRecipe, progress: Progress) -> Manifest:
         """Bring an index of a recipe to a version of the table on disk."""
-        manifest = self._manifest(recipe.name)
+        manifest = manifest_of(self.folder, recipe.name)
         if manifest is not None and manifest.index_recipe == recipe:
             extended = self._sound(manifest, snapshot, progress=progress)
             if extended is not None:
@@ -261,6 +262,8 @@ class IndexKeeper:
             if extended is not None:
                 check_index(self.folder, extended)
             return extended
+        except UnreadableIndexError:
+            raise  # it may be sound
         except SpecError as error:
             again = self._manifest(manifest.name)
             # Whoever held the lock may have brought it to this version, or on the way to it.

@@ -84,9 +84,7 @@ def make_plan(
             How many more cannot be stored is said, and what is wrong with the first of them.
         ScratchError: the ledger cannot be kept.
     """
-    # Each version that is kept takes a request in an object store, one after the other.
-    deleted = on_deleted == "skip" or not table.place.cached
-    plan = Plan(seen=_note_there(table, ledger, token_gradients, deleted))
+    plan = Plan(seen=_note_there(table, ledger, token_gradients, on_deleted))
     columns = table.snapshot().column_kinds
     looked_at = 0
     for window in windows:
@@ -206,13 +204,15 @@ def _ids(window: Sequence[Pair | CorpusError]) -> Iterator[str]:
 
 
 @undisturbed
-def _note_there(table: SampleTable, ledger: Ledger, token_gradients: bool, deleted: bool) -> int:
-    """Note what is in the table, which of it has tokens, if `deleted` what was there; return the table's version."""
+def _note_there(table: SampleTable, ledger: Ledger, token_gradients: bool, on_deleted: OnDeleted) -> int:
+    """Note what is in the table, which of it has tokens, and what was there; return the table's version."""
     snapshot = table.snapshot()
     tokens = table.tokens.snapshot() if token_gradients else None
     ledger.begin(snapshot.each_content())
     ledger.note_tokens(tokens.each_content() if tokens is not None else ())
-    for version, following in snapshot.deletions() if deleted else ():
+    # Each version takes a request in an object store, one after the other.
+    looked_for = on_deleted == "skip" or not table.place.cached
+    for version, following in snapshot.deletions(lately=on_deleted != "skip") if looked_for else ():
         before, after = (table.snapshot(number) for number in (version, following))
         gone = np.setdiff1d(before.row_keys()[0], after.row_keys()[0], assume_unique=True)
         ledger.note_deleted(before.ids_of_rows(gone))

@@ -68,14 +68,20 @@ def _note(
 ) -> str | None:  # fmt: skip
     """Say that a generation was cut, and that no score is larger than chance makes some."""
     notes = [cut_note(sketched, number)]
-    if error and not question.exact and any(ends):
+    # Where all are ranked again, none was left out for its score.
+    if error and question.refine < searched and any(ends):
         bound = chance(error, searched)
         signs = [-1 if question.harmful else 1, -1]
         if all(sign * end[0][1] < bound for sign, end in zip(signs, ends, strict=False) if end):
             which = "" if question.both else "negative " if question.harmful else "positive "
+            mend = (
+                f"the {question.refine:,} that are ranked again were chosen by these: refine more, or make a wider "
+                "sketch (width at init)"
+                if question.refine
+                else "exact scores (refine) would tell what is real, and so would a wider sketch (width at init)"
+            )
             notes.append(
-                f"no {which}score stands out: by chance alone the largest of {searched:,} is about {bound:.3g}; exact "
-                "scores (refine) would tell what is real, and so would a wider sketch (width at init)"
+                f"no {which}score stands out: by chance alone the largest of {searched:,} is about {bound:.3g}; {mend}"
             )
     return "; ".join(note for note in notes if note) or None
 

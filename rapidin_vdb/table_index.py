@@ -57,6 +57,10 @@ class Resident:
 
     def _brought_to(self, snapshot: TableVersion, manifests: list[Manifest], name: str | None) -> ShardedIndex | None:
         held, index = self.held, self.index
+        # Somebody who has built it anew may have found that what was read here is damaged; and has put it together.
+        current = next((manifest for manifest in manifests if manifest.name == index.recipe.name), None)
+        if current is not None and not index.parts <= {part.name for part in current.parts}:
+            return None
         # Whoever names none gets a coarse one where nothing but coarse ones is built, and only then.
         exact = not manifests or not manifests[0].recipe["coarse_width"]
         if name is None and index.recipe.coarse_width and exact:

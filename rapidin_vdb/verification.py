@@ -3,13 +3,14 @@
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from rapidin_vdb.errors import PurgedError, RapidInError, SpecError, TableError
+from rapidin_vdb.errors import PurgedError, RapidInError, SpecError, TableError, UnreadableIndexError
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.index import MANIFEST, Manifest, index_folders, list_manifests, verify_rows
+from rapidin_vdb.index import MANIFEST, Manifest, index_folders, list_manifests, manifest_of, verify_rows
 from rapidin_vdb.ledger import Names, Numbers
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.results import Finding, VerifyReport
@@ -212,7 +213,12 @@ def _indexes(keeper: IndexKeeper, newest: Callable[[], TableVersion], progress: 
     """Mend the indexes that are damaged, and say which."""
     folder: Path = keeper.folder
     for known in list_manifests(folder):
-        damage = _damage(folder, known)
+        try:
+            damage = _damage(folder, known)
+        except UnreadableIndexError as error:
+            # Built anew, a sound one would be lost, and the new one might fare no better.
+            yield Finding(place=f"index {known.name}", what=str(error)), False
+            continue
         if damage is not None:
             manifest, what = damage
             yield _mended(
@@ -225,14 +231,18 @@ def _indexes(keeper: IndexKeeper, newest: Callable[[], TableVersion], progress: 
     for name in index_folders(folder):
         if name in whole:
             continue
-        if (folder / name / MANIFEST).exists():
-            what = "its manifest is damaged or of another version"
-        else:
-            what = "a build that died has left files without a manifest"
+        what = "a build that died has left files without a manifest"
         try:
+            if not _is_none(folder, name):
+                continue  # somebody has built it meanwhile
+            if (folder / name / MANIFEST).exists():
+                what = "its manifest is damaged or of another version"
             # Whoever is building it has the lock, and is not waited for; and may be done by now.
-            removed, _ = keeper.remove(name, wait=False, only=lambda found: found is None)
+            removed, _ = keeper.remove(name, wait=False, only=partial(_is_none, folder, name))
         except TimeoutError:
+            continue
+        except UnreadableIndexError as error:
+            yield Finding(place=f"index {name}", what=str(error)), False
             continue
         except OSError as error:
             yield Finding(place=f"index {name}", what=f"{what}; it could not be removed: {error}"), False
@@ -241,11 +251,22 @@ def _indexes(keeper: IndexKeeper, newest: Callable[[], TableVersion], progress: 
             yield Finding(place=f"index {name}", what=f"{what} (it was removed)"), True
 
 
+def _is_none(folder: Path, name: str, found: Manifest | None = None) -> bool:
+    """Say whether a folder holds no index: that a manifest cannot be read now does not mean that there is none."""
+    return found is None and manifest_of(folder, name) is None
+
+
 def _damage(folder: Path, manifest: Manifest) -> tuple[Manifest, str] | None:
-    """Return what is wrong with an index, and the manifest that says what it should be; None where nothing is."""
+    """Return what is wrong with an index, and the manifest that says what it should be; None where nothing is.
+
+    Raises:
+        UnreadableIndexError: it cannot be read now.
+    """
     while True:
         try:
             verify_rows(folder, manifest)
+        except UnreadableIndexError:
+            raise
         except SpecError as error:
             now = next((known for known in list_manifests(folder) if known.name == manifest.name), None)
             if now == manifest:

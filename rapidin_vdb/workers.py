@@ -26,7 +26,7 @@ from rapidin_vdb.compute import (
     road_without_model,
     use_threads,
 )
-from rapidin_vdb.errors import GradientError, RapidInError
+from rapidin_vdb.errors import GradientError, RapidInError, SpecError
 from rapidin_vdb.records import Fingerprint
 
 logger = logging.getLogger(__name__)
@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 _LIVES = 3
 # The root's level is that of other libraries.
 _LOGGERS = ("root", "rapidin_vdb")
+_GUARD = 'put the calls of a script under `if __name__ == "__main__":`, for each worker runs it from its top'
 
 
 def road_of_workers(
@@ -94,7 +95,13 @@ def compute_in_workers(specs: Sequence[WorkerSpec]) -> Compute:
     """Return a function that shares batches among worker processes; a finished batch comes first, whoever did it.
 
     A worker that dies is reported and replaced, and its batch goes back to the queue.
+
+    Raises:
+        SpecError: this process is itself a worker that is only beginning, and may start none.
     """
+    # What Python looks at, too, when a process is started; by then a corpus would have been planned here.
+    if getattr(multiprocessing.current_process(), "_inheriting", False):
+        raise SpecError(f"this process is a worker, which starts no workers: {_GUARD}")
 
     def compute(batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
         workers = [_Worker(spec) for spec in specs]
@@ -184,14 +191,25 @@ def _share(workers: list[_Worker], batches: Iterator[Batch]) -> Iterator[tuple[B
 
 
 def _bury(worker: _Worker, batch: Batch, attempt: int) -> bool:
-    """Report a dead worker, start another in its place, and say whether its batch is likely to have been too large."""
+    """Report a dead worker, start another in its place, and say whether its batch is likely to have been too large.
+
+    Raises:
+        GradientError: others would end as it did.
+    """
     worker.process.join()
     code = worker.process.exitcode
     names = f"{batch[0].sample_id} to {batch[-1].sample_id}" if len(batch) > 1 else batch[0].sample_id
+    if code > 0 and not worker.loaded:
+        # An error of Python's before our own code ran, which would have told it: the batch has no part in it.
+        raise GradientError(
+            f"a worker on {worker.spec.device} ended with exit code {code} before it had the model; what it wrote to "
+            f"stderr says why. If nothing else does: {_GUARD}"
+        )
     if attempt >= _LIVES:
+        smaller = " or smaller --batch-tokens" if worker.loaded else ""
         raise GradientError(
             f"{attempt} workers died (the last with exit code {code}) on the {len(batch)} samples {names}; "
-            "what was done before is kept. Run again with fewer --workers-per-device or smaller --batch-tokens"
+            f"what was done before is kept. Run again with fewer --workers-per-device{smaller}"
         )
     # So ends what takes more memory than the system has, which raises nothing; the batch's or the model's.
     killed = code == -signal.SIGKILL and len(batch) > 1 and worker.loaded

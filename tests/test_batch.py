@@ -277,7 +277,7 @@ def test_one_bad_sample_does_not_spoil_its_neighbours(models):
     batch = samples()
     bad = Encoded(sample_id="bad", input_ids=(1, 200, 5, 6), offsets=((0, 1),), truncated=False)
     results = maker.make_batch([*batch[:2], bad, *batch[2:]])
-    assert str(results.pop(2)) == "sample bad: the loss is nan"
+    assert str(results.pop(2)).startswith("sample bad: the loss is nan; ")
     for sample, result in zip(batch, results, strict=True):
         assert_close(result[0], maker.make(sample)[0])
 

@@ -1,16 +1,18 @@
 """Training files are written again without some samples: byte for byte, whole or not at all."""
 
+import errno
 import gzip
 import inspect
 import json
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import toy_records, write_jsonl
 
 import rapidin_vdb
-from rapidin_vdb import reading
+from rapidin_vdb import cleaning, reading
 from rapidin_vdb.cli.main import app
 from rapidin_vdb.errors import CorpusError, SpecError
 
@@ -195,3 +197,83 @@ def umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
+
+
+def test_what_is_said_to_be_written_is_on_the_disk(filled, files, tmp_path, monkeypatch):
+    """Its contents before its name, and the name before anybody is told: the original may be deleted then."""
+    happened, fsync, link = [], os.fsync, os.link
+
+    def synced(handle):
+        path = Path(f"/proc/self/fd/{handle}").readlink()
+        happened.append(("synced", path.name, path.stat().st_size if path.is_file() else None))
+        fsync(handle)
+
+    def linked(partial, out):
+        happened.append(("named", partial.name, out.name))
+        link(partial, out)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "link", linked)
+    for name in ("out.jsonl", "out.jsonl.gz"):
+        happened.clear()
+        filled.clean(*files[0], out=tmp_path / name, ids=["b"])
+        (first, partial, size), second, third = happened
+        assert (first, size) == ("synced", (tmp_path / name).stat().st_size) and size > 0
+        assert (second, third) == (("named", partial, name), ("synced", tmp_path.name, None))
+    assert not list(tmp_path.glob(".out*"))
+
+
+def linked_nowhere(*_):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_somebody_makes_meanwhile_stays(filled, files, tmp_path, monkeypatch, links):
+    (path, *_), lines = files
+    out, named = tmp_path / "out.jsonl", cleaning._named
+    if not links:
+        monkeypatch.setattr(os, "link", linked_nowhere)
+
+    def slowly(*arguments):
+        yield from named(*arguments)
+        out.write_text("theirs")
+
+    monkeypatch.setattr(cleaning, "_named", slowly)
+    with pytest.raises(SpecError, match="which somebody else made meanwhile, and which was left as it is") as told:
+        filled.clean(path, out=out, ids=["b"])
+    assert out.read_text() == "theirs"
+    (kept,) = tmp_path.glob(".out.jsonl.*")
+    assert f"is in {kept}: give it another name" in str(told.value)
+    assert lines[1] not in kept.read_bytes() and lines[-1] in kept.read_bytes()
+    assert kept.stat().st_mode & 0o777 == 0o666 & ~umask()
+
+
+def test_where_no_file_has_two_names(filled, files, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "link", linked_nowhere)
+    out = tmp_path / "out.jsonl"
+    report = filled.clean(*files[0], out=out, ids=["b"])
+    assert len(out.read_bytes().splitlines()) == report.written > 0
+    assert not list(tmp_path.glob(".out*"))
+
+    def refused(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(Path, "replace", refused)
+    with pytest.raises(SpecError, match="other.jsonl, which cannot be written: Input/output error"):
+        filled.clean(*files[0], out=tmp_path / "other.jsonl", ids=["b"])
+    assert not list(tmp_path.glob("*other*")) and not list(tmp_path.glob(".other*"))
+
+
+def test_ids_that_no_sample_can_have_are_not_found(filled, files, tmp_path):
+    from typer.testing import CliRunner
+
+    (path, *_), lines = files
+    report = filled.clean(path, out=tmp_path / "out.jsonl", ids=["\ud800", "b", "nowhere", "\ud800"])
+    assert (report.left_out, report.not_found) == (1, 2)
+    assert report.first_not_found == ("nowhere", "\ud800")
+    assert lines[1] not in (tmp_path / "out.jsonl").read_bytes()
+    marked, again = tmp_path / "marked.jsonl", tmp_path / "again.jsonl"
+    marked.write_text('{"id": "\\ud800"}\n{"id": "b"}\n')
+    done = CliRunner().invoke(app, ["clean", filled.path, str(path), "--out", str(again), "--ids", str(marked)])
+    assert done.exit_code == 0 and "1 sample to be left out is in none of the files: " in done.stderr
+    assert again.read_bytes() == (tmp_path / "out.jsonl").read_bytes()

@@ -592,3 +592,100 @@ def test_a_streamed_share_stays_right_when_rows_are_replaced(database, tmp_path,
         assert keys == share.keys_in_order()[0]
         found |= dict(_streamed(share, read_recipe("cpu")).search(query, 24)[0])
     assert found == {key: pytest.approx(float(row.astype(float) @ query[0]), abs=1e-9) for key, row in rows.items()}
+
+
+@pytest.fixture
+def shards(database):
+    """What asks three shares of the database, all in this process, and notes how many queries with what method."""
+    import torch
+
+    from rapidin_vdb.cluster.searching import ShardWorker
+
+    before = torch.get_num_threads()
+    workers = [ShardWorker(database.path, part, 3, {}) for part in range(3)]
+
+    def ask(held, method, queries, more, among):
+        ask.noted.append((method, None if queries is None else len(queries)))
+        answers = [
+            worker.ask(held, method, (*(() if queries is None else (queries,)), *more), among) for worker in workers
+        ]
+        assert not [answer for answer in answers if isinstance(answer, Exception)]
+        return answers
+
+    ask.noted = []
+    yield ask
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("restricted", [False, True])
+def test_what_shares_say_together_is_what_brute_force_says(database, shards, restricted):
+    from reference import top_k
+
+    from rapidin_vdb.cluster import ClusterIndex
+    from rapidin_vdb.table_index import held_by
+
+    snapshot = database._table.snapshot()
+    index = ClusterIndex(shards, held_by(snapshot), snapshot.rows())
+    rows, row_ids = {}, {}
+    for batch in snapshot.vectors():
+        rows |= dict(zip(batch.keys, batch.vectors, strict=True))
+        row_ids |= dict(zip(batch.keys, batch.row_ids.tolist(), strict=True))
+    assert len(rows) == index.samples == 24
+    if restricted:
+        rows = {name: row for name, row in rows.items() if int(name[-3:]) % 3}
+    names = sorted(rows)
+    among = np.array(sorted(row_ids[name] for name in names), np.int64) if restricted else None
+    queries = np.random.default_rng(5).standard_normal((3, 64)).astype(np.float32)
+
+    def assert_alike(found, wanted):
+        assert [name for name, _ in found] == [name for name, _ in wanted]
+        np.testing.assert_allclose([score for _, score in found], [score for _, score in wanted], rtol=1e-9)
+
+    for count in (1, 7, 99):
+        found = index.search(queries, count, among=among)
+        best, worst = index.search_both(queries, count, among=among)
+        for number, query in enumerate(queries):
+            lowest = [(name, -score) for name, score in top_k(rows, -query, count)]
+            assert_alike(found[number], top_k(rows, query, count))
+            assert_alike(best[number], top_k(rows, query, count))
+            assert_alike(worst[number], lowest)
+    scores = np.stack([rows[name] for name in names]).astype(np.float64) @ queries.T.astype(np.float64)
+    all_scores = index.scores(queries, among=among)
+    np.testing.assert_allclose(np.sort(all_scores, 1), np.sort(scores.T, 1), rtol=1e-4, atol=1e-4)
+    groups = np.array([int(name[-3:]) % 4 for name in names])
+    sums = index.group_sums(queries, np.array([row_ids[name] for name in names]), groups, 4)
+    wanted = np.stack([scores[groups == group].sum(0) for group in range(4)], 1)
+    np.testing.assert_allclose(sums, wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_the_lengths_of_groups_are_asked_for_once_on_a_cluster_too(database, shards, tmp_path, monkeypatch):
+    """They go by the index, which is the same one as long as it holds the same version of the same table."""
+    from rapidin_vdb.cluster import ClusterKeeper, searching
+    from rapidin_vdb.uncertainty import PROBES
+
+    monkeypatch.setattr(searching, "connect", lambda address: None)
+    monkeypatch.setattr(searching, "nodes_of", lambda ray: {"a": 1, "b": 1, "c": 1})
+    monkeypatch.setattr(ClusterKeeper, "_start", lambda keeper, part: None)
+    keeper = ClusterKeeper(database.path, "here")
+    monkeypatch.setattr(keeper, "_ask", shards)
+    monkeypatch.setattr("rapidin_vdb.database.session_of", lambda address: ("here", "1"))
+    database._clusters = {("here", "1"): keeper}
+    database.ingest(tmp_path / "toy.jsonl", **TOKENS)
+
+    def probed(**options) -> int:
+        before = shards.noted.count(("group_sums", PROBES))
+        (there,), (here,) = (database.query("Say 5", "blue 35", cluster=where, **options) for where in ("here", None))
+        assert [group.value for group in there.groups or ()] == [group.value for group in here.groups or ()]
+        for one, other in zip(there.groups or (), here.groups or (), strict=True):
+            assert (one.score, one.error) == pytest.approx((other.score, other.error), rel=1e-5)
+        return shards.noted.count(("group_sums", PROBES)) - before
+
+    assert [probed(group_by="source"), probed(group_by="source"), probed(level="token"), probed(group_by="source")] == [
+        1,
+        0,
+        0,
+        0,
+    ]
+    database.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(3, first=40)))
+    assert probed(group_by="source") == 1, "of another version"
+    assert [len(keeper._indexes), keeper._indexes["samples"].samples] == [2, 27]

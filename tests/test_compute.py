@@ -1,5 +1,6 @@
 """Several workers: the same rows as one process, and a worker that dies costs nothing but time."""
 
+import inspect
 import json
 import logging
 import multiprocessing
@@ -18,6 +19,7 @@ import torch
 from conftest import encoded, toy_records, write_jsonl
 from test_whole import content, make
 
+import rapidin_vdb
 from rapidin_vdb.batches import padded_tokens
 from rapidin_vdb.errors import FingerprintError, GradientError, SpecError
 
@@ -562,6 +564,91 @@ def test_a_dry_run_promises_no_more_than_cores_and_gpus_can_do(database, tmp_pat
     assert [seconds(each) for each in (1, 3)] == pytest.approx([2 * alone, 2 * alone])
     at.devices = ["cuda:0", "cuda:1"]
     assert seconds(2) == pytest.approx(alone)
+
+
+def of_length(number: int) -> dict:
+    """A record whose sample has so many tokens: one for each byte of its answer, 143 for what stands around it."""
+    return {"id": f"long-{number}", "instruction": "x", "output": "y" * (number - 143)}
+
+
+def test_a_dry_run_times_the_lightest_batch_and_the_heaviest(database, tmp_path, monkeypatch):
+    """By what there is to do, not by how many samples share it."""
+    engine, seen = database._loaded(), []
+    make = engine.make
+    monkeypatch.setattr(
+        engine, "make", lambda batch, **more: (seen.append(padded_tokens(batch)), make(batch, **more))[1]
+    )
+    records = [*map(of_length, (300, 400, 450, 500)), *toy_records(14, first=100)]
+    lines = write_jsonl(tmp_path / "more.jsonl", records)
+    expected = database.ingest(lines, batch_tokens=399, dry_run=True)
+    timed = list(seen)
+    seen.clear()
+    database.ingest(lines, batch_tokens=399)
+    assert len(seen) == expected.batches == 11 and len(set(seen)) > 5 and sorted(seen)[-3:] == [400, 450, 500]
+    assert {min(seen), max(seen)} <= set(timed)
+
+
+def test_a_dry_run_times_no_self_check(database, tmp_path, monkeypatch):
+    """Whatever comes first: of a batch of equal lengths, or of one sample, less is checked than of others."""
+    from rapidin_vdb import estimate
+    from rapidin_vdb.gradient import rapidgrad
+    from rapidin_vdb.gradient.probe import kind_of
+
+    events, check = [], rapidgrad.check
+    clock = SimpleNamespace(monotonic=lambda: events.append("clock") or float(len(events)))
+    monkeypatch.setattr(estimate, "time", clock)
+    monkeypatch.setattr(
+        rapidgrad, "check", lambda maker, batch: (events.append(kind_of(batch)), check(maker, batch))[1]
+    )
+    fresh = rapidin_vdb.open(database.path)
+    equal = [of_length(200) | {"id": f"equal-{number}"} for number in range(4)]
+    lines = write_jsonl(tmp_path / "more.jsonl", [*equal, *map(of_length, range(201, 213)), of_length(500)])
+    assert fresh.ingest(lines, batch_tokens=850, dry_run=True).batches == 5
+    assert events == [3, "clock", "clock"]
+
+
+SCRIPT = """
+import rapidin_vdb
+database = rapidin_vdb.open({path!r})
+database.ingest({lines!r}, batch_tokens=900, workers_per_device=2)
+"""
+
+
+def test_a_script_without_a_guard_is_told_so_at_once(tmp_path, models, adapters):
+    """Each of its workers runs it from the top, and would start workers, too."""
+    database = make(tmp_path / "db", models, adapters)
+    lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(12))
+    script = tmp_path / "script.py"
+    here = os.environ | {"PYTHONPATH": str(Path(rapidin_vdb.__file__).parents[1])}
+    script.write_text(SCRIPT.format(path=database.path, lines=str(lines)), "utf-8")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=here)
+    assert done.returncode == 1
+    guard = 'put the calls of a script under `if __name__ == "__main__":`'
+    assert "SpecError: this process is a worker, which starts no workers: " + guard in done.stderr
+    last = done.stderr.strip().splitlines()[-1]
+    assert "GradientError: a worker on cpu ended with exit code 1 before it had the model; what it wrote" in last
+    assert guard in last and "--batch-tokens" not in done.stderr and "another takes its place" not in done.stderr
+    assert "bootstrapping" not in done.stderr and rapidin_vdb.open(database.path).count() == 0
+    indented = script.read_text("utf-8").strip().replace("\n", "\n    ")
+    script.write_text(f'if __name__ == "__main__":\n    {indented}\n', "utf-8")
+    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=here)
+    assert (done.returncode, rapidin_vdb.open(database.path).count()) == (0, 12), done.stderr
+
+
+@pytest.mark.parametrize("loaded", [False, True])
+def test_advice_about_batches_is_for_workers_that_had_one(database, loaded):
+    from rapidin_vdb.workers import _bury
+
+    class Dead:
+        exitcode = -signal.SIGKILL
+
+        def join(self):
+            pass
+
+    worker = SimpleNamespace(process=Dead(), loaded=loaded, spec=SimpleNamespace(device="cpu"), start=lambda: None)
+    with pytest.raises(GradientError, match="3 workers died") as raised:
+        inspect.unwrap(_bury)(worker, [encoded(1)], 3)
+    assert ("smaller --batch-tokens" in str(raised.value)) is loaded
 
 
 @pytest.mark.parametrize(

@@ -1,13 +1,18 @@
 """Samples that were deleted, and stand in files that are ingested again."""
 
+from pathlib import Path
+
 import pytest
 from conftest import toy_records, write_jsonl
+from test_store import FINGERPRINT, row
 from test_whole import make
 from typer.testing import CliRunner
 
 from rapidin_vdb.cli.main import app
-from rapidin_vdb.errors import CorpusError
+from rapidin_vdb.errors import CorpusError, TableError
+from rapidin_vdb.store import SampleTable
 from rapidin_vdb.store import snapshot as snapshots
+from rapidin_vdb.store.place import manifest_name
 
 
 @pytest.fixture
@@ -135,3 +140,70 @@ def test_a_file_that_changes_between_the_readings_is_told(filled, tmp_path, monk
     assert database.count() == 16
     monkeypatch.undo()
     assert database.ingest(path).unchanged == 4
+
+
+def read_by(function) -> int:
+    """Return how many bytes the process reads meanwhile."""
+
+    def read():
+        (line,) = (line for line in Path("/proc/self/io").read_text().splitlines() if line.startswith("rchar"))
+        return int(line.split()[1])
+
+    before = read()
+    function()
+    return read() - before
+
+
+def test_no_more_versions_are_read_than_it_takes(tmp_path, monkeypatch):
+    """Each names all files of the table: those of all versions are many times what is in it."""
+    table = SampleTable.create(str(tmp_path / "db"), FINGERPRINT)
+    table.append([row(f"first {number}") for number in range(4)], seen=0)
+    commits, seen = 60, 0
+    for number in range(commits):
+        seen = table.append([row(f"s{number}")], seen=seen).seen
+        if number in (3, 56):
+            table.delete_ids([f"first {number % 4}", f"s{number}"])
+            table.append([row("between")], seen=0)
+            table.delete_ids(["between"])
+            seen = 0
+    both = table.snapshot().deletions()
+    assert len(both) == 4 and max(both) == both[-1]
+    # A table of its own each time: Lance keeps what it has read.
+    monkeypatch.setattr(snapshots, "_DELETIONS", 2)
+    opening = read_by(lambda: SampleTable(table.uri).snapshot())
+    everything = read_by(lambda: SampleTable(table.uri).snapshot()._table.list_versions()) - opening
+    assert SampleTable(table.uri).snapshot().deletions() == both[2:]
+    assert read_by(lambda: SampleTable(table.uri).snapshot().deletions()) - opening < 0.7 * everything
+    monkeypatch.setattr(snapshots, "_DELETIONS", 32)
+    monkeypatch.setattr(snapshots, "_LATELY", 12)
+    assert SampleTable(table.uri).snapshot().deletions(lately=True) == both[2:]
+    assert read_by(lambda: SampleTable(table.uri).snapshot().deletions(lately=True)) - opening < 0.7 * everything
+    monkeypatch.setattr(snapshots, "_LATELY", 2)
+    assert SampleTable(table.uri).snapshot().deletions(lately=True) == []
+
+
+def test_whoever_asks_for_it_has_all_deletions_looked_at(filled, monkeypatch):
+    """Where they are only told of, those of the last versions are enough."""
+    database, path = filled
+    monkeypatch.setattr(snapshots, "_LATELY", 1)
+    gone = database.delete(where="stars > 2")
+    assert told(database.ingest(path, dry_run=True)) == (gone, 12 - gone, gone, 0)
+    database.delete(where="stars = 0")
+    database.ingest(write_jsonl(path.parent / "new.jsonl", [toy_records(1)[0] | {"id": "new"}]))
+    assert told(database.ingest(path, dry_run=True))[2] == 0
+    assert told(database.ingest(path, on_deleted="skip"))[0] == 0
+
+
+def test_a_version_that_cannot_be_read_is_not_one_that_is_gone(tmp_path):
+    table = SampleTable.create(str(tmp_path / "db"), FINGERPRINT)
+    table.append([row("a"), row("b")], seen=0)
+    table.delete_ids(["a"])
+    snapshot = table.snapshot()
+    (deletion,) = snapshot.deletions()
+    manifest = tmp_path / "db" / "samples.lance" / "_versions" / manifest_name(deletion[0])
+    whole = manifest.read_bytes()
+    manifest.write_bytes(whole[:-20] + bytes(20))
+    with pytest.raises(TableError, match="the versions of .* cannot be read"):
+        SampleTable(table.uri).snapshot().deletions()
+    manifest.unlink()
+    assert SampleTable(table.uri).snapshot().deletions() == []

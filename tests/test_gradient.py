@@ -134,11 +134,11 @@ def test_gradients_that_cannot_be_stored_are_named(models, tmp_path):
 @pytest.mark.parametrize(
     ("loss", "entries", "message"),
     [
-        (float("nan"), [1, 1], "sample s: the loss is nan"),
-        (float("inf"), [0, 0], "sample s: the loss is inf"),
-        (1.5, [float("nan"), 1], "sample s: the gradient is not finite (loss 1.5)"),
-        (1.5, [1, -float("inf")], "sample s: the gradient is not finite (loss 1.5)"),
-        (1.5, [0, -0.0], "sample s: the gradient is zero (loss 1.5)"),
+        (float("nan"), [1, 1], "sample s: the loss is nan; look at the weights, or make the database with --dtype float32"),
+        (float("inf"), [0, 0], "sample s: the loss is inf; look at the weights, or make the database with --dtype float32"),
+        (1.5, [float("nan"), 1], "sample s: the gradient is not finite (loss 1.5); look at the weights, or make the database with --dtype float32"),
+        (1.5, [1, -float("inf")], "sample s: the gradient is not finite (loss 1.5); look at the weights, or make the database with --dtype float32"),
+        (1.5, [0, -0.0], "sample s: the gradient is zero (loss 1.5); where those of many samples are, make the database with other --parameters, or with --dtype float32"),
         (1.5, [1, -70000], "sample s: the RapidGrad reaches 7e+04, beyond half precision (65504); make the database with --normalize layer"),
         (1.5, [0, -1e-9], "sample s: the RapidGrad reaches only 1e-09 and vanishes in half precision; make the database with --normalize layer"),
     ],

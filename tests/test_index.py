@@ -10,6 +10,7 @@ from reference import top_k
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index import Batch, Keys, Texts, empty_index, half, making, torch_shard
 from rapidin_vdb.index import index as index_module
+from rapidin_vdb.index import source as sources
 from rapidin_vdb.index.faiss_shard import FaissShard
 from rapidin_vdb.index.source import ArraySource
 from rapidin_vdb.index.torch_shard import TorchShard
@@ -520,3 +521,44 @@ def test_groups_that_are_many_cost_no_more_than_rows(monkeypatch):
         name: float(vector.astype(np.float64) @ queries(1)[0].astype(np.float64)) for name, vector in vectors.items()
     }
     np.testing.assert_allclose(found[0, order], list(exact.values()), atol=1e-4)
+
+
+@pytest.mark.parametrize("element_type", ["float16", "float32"])
+@pytest.mark.parametrize("large", [0, 1500, 1 << 20], ids=["one by one", "in part", "together"])
+def test_rows_that_come_a_few_at_a_time_are_put_together(large, element_type, monkeypatch):
+    """With rows that go on the way, and ties: answers are those of rows that came at once."""
+    monkeypatch.setattr(sources, "_LARGE_BYTES", large)
+    vectors, asked = rows(120, ties=True), queries(3)
+    index, names = index_of({}, shards=2, element_type=element_type), list(vectors)
+    for first in range(0, 120, 3):
+        more = {name: vectors[name] for name in names[first : first + 3]}
+        there = np.arange(first)
+        keys, _ = index.keys.difference(there[there % 5 > 0], np.ones(len(there[there % 5 > 0]), np.int64))
+        index = index.updated(keys, batches_of(more, first=first))
+    now = {name: vectors[name] for place, name in enumerate(names) if place % 5 or place >= 117}
+    for k in (1, 7, 200):
+        for query, ranked in zip(asked, index.search(asked, k), strict=True):
+            assert_same(ranked, top_k(now, query, k))
+
+
+def test_of_rows_that_came_one_by_one_a_few_arrays_are_left():
+    source, copied, whole = ArraySource([], 4), 0, np.arange(4000, dtype=np.uint16).reshape(1000, 4)
+    for row in range(1000):
+        before = source.arrays
+        source = source.added(whole[row : row + 1])
+        copied += len(source.arrays[-1]) if len(source.arrays) <= len(before) else 0
+        assert len(source.arrays) <= 10 and source.count == row + 1
+    assert copied <= 1000 * np.log(1000) / np.log(1.5)
+    np.testing.assert_array_equal(source.take(np.arange(1000)), whole)
+    assert np.concatenate([chunk.numbers for chunk in source.chunks(None)]).tolist() == list(range(1000))
+
+
+def test_large_arrays_and_mapped_ones_are_not_copied(monkeypatch, tmp_path):
+    monkeypatch.setattr(sources, "_LARGE_BYTES", 100)
+    small, large = np.zeros((3, 8), np.uint16), np.zeros((5, 8), np.uint16)
+    mapped = np.lib.format.open_memmap(tmp_path / "x.npy", "w+", np.uint16, (3, 8))
+    source = ArraySource([mapped, large], 8).added(small).added(small)
+    assert source.arrays[0] is mapped and source.arrays[1] is large and [len(a) for a in source.arrays] == [3, 5, 6]
+    assert [len(array) for array in source.added(small).arrays] == [3, 5, 6, 3]
+    assert [len(array) for array in ArraySource([mapped], 8).added(small).arrays] == [3, 3]
+    assert source.added(large).arrays[-1] is large

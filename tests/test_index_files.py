@@ -1,10 +1,14 @@
 """Built indexes on disk: whatever the recipe, an answer is that of the rows in memory; and never that of damaged files."""
 
+import errno
 import itertools
 import json
+import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from reference import top_k
 from test_index import WIDTH, assert_same, batches_of, queries, recipe_of, row_ids_of, rows
 
@@ -15,13 +19,16 @@ from rapidin_vdb.index import (
     Keys,
     TableSource,
     Texts,
+    empty_index,
     extend_index,
     list_manifests,
     load_index,
     load_keys,
     make_shard,
     measured_recall,
+    with_recall,
     write_index,
+    writing,
 )
 from rapidin_vdb.index import source as sources
 from rapidin_vdb.index.coarse import folded
@@ -411,3 +418,113 @@ def test_a_manifest_of_other_kinds_is_as_good_as_none(tmp_path, damage):
         inside[name] = value
     path.write_text(json.dumps(values | {"checksum": checksum_of(values)}))
     assert list_manifests(tmp_path) == []
+
+
+def files(folder) -> set[str]:
+    return {path.name for path in (folder / "test").iterdir()}
+
+
+@pytest.mark.parametrize(
+    ("how", "full"),
+    [
+        *itertools.product(("write", "extend", "recall"), ("manifest", "sync")),
+        ("write", "rows"), ("extend", "rows"), ("extend", "gone"),
+    ],
+)  # fmt: skip
+def test_a_full_disk_is_left_as_full_as_it_was(tmp_path, monkeypatch, how, full):
+    """At each try, wherever it ends."""
+    manifest = write(tmp_path, recipe_of(), rows(30))
+    keys, _ = load_keys(tmp_path, manifest).difference(np.arange(25), np.ones(25, np.int64))
+    more = list(batches_of(rows(5, seed=3), first=30, version=2))
+    before, came, save, text = files(tmp_path), [], writing._save, Path.write_text
+
+    def broken(path):
+        came.append(path)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def saved(path, array):
+        found = save(path, array)
+        return broken(path) if full == ("gone" if path.name.count(".") == 1 else "rows") else found
+
+    def written(path, *arguments):
+        text(path, "{")
+        return broken(path) if full == "manifest" else text(path, *arguments)
+
+    monkeypatch.setattr(writing, "_save", saved)
+    monkeypatch.setattr(Path, "write_text", written)
+    if full == "sync":
+        monkeypatch.setattr(writing, "_sync", broken)
+    tries = {
+        "write": lambda: write_index(tmp_path, recipe_of(), held(2), more, count=5),
+        "extend": lambda: extend_index(tmp_path, manifest, held(2), keys, more, count=5),
+        "recall": lambda: with_recall(tmp_path, manifest, {"recall": 0.5}),
+    }
+    for _ in range(2):
+        with pytest.raises(OSError, match="No space left"):
+            tries[how]()
+    assert came and files(tmp_path) == before
+    assert list_manifests(tmp_path) == [manifest] and load_index(tmp_path, manifest).samples == 30
+
+
+@pytest.mark.parametrize("stopped", ["after", "unknown"])
+def test_what_may_be_in_force_is_not_taken_away(tmp_path, monkeypatch, stopped):
+    """Where a write ends behind the moment at which it counts, or nobody can say whether it does."""
+    manifest = write(tmp_path, recipe_of(), rows(30))
+    keys, replace = load_keys(tmp_path, manifest), Path.replace
+
+    def interrupted(path, target):
+        replace(path, target)
+        if stopped == "unknown":
+            patch.setattr(Path, "read_text", unreadable)
+        raise KeyboardInterrupt
+
+    def unreadable(*_):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            later = batches_of(rows(5, seed=3), first=30, version=2)
+            extend_index(tmp_path, manifest, held(2), keys, later, count=5)
+    (now,) = list_manifests(tmp_path)
+    assert now != manifest and load_index(tmp_path, now).samples == 35
+
+
+def test_small_parts_are_put_together_in_memory(tmp_path):
+    vectors, recipe = rows(30), recipe_of()
+    manifest, now = write(tmp_path, recipe, vectors), dict(vectors)
+    for number in range(6):
+        more = {f"n{number}{place}": vector for place, vector in enumerate(rows(4, seed=number).values())}
+        later = batches_of(more, first=len(now), version=2 + number)
+        manifest = extend_index(
+            tmp_path, manifest, held(2 + number), load_keys(tmp_path, manifest), later, count=len(more)
+        )
+        now |= more
+    index = load_index(tmp_path, manifest)
+    assert len(manifest.parts) == 7 and len(index.shards[0].source.arrays) <= 3
+    for query, ranked in zip(queries(3), index.search(queries(3), 60), strict=True):
+        assert_same(ranked, top_k(now, query, 60))
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch without oneDNN")
+@pytest.mark.parametrize("element_type", ["float16", "float32"])
+def test_a_program_that_multiplies_in_fewer_digits_changes_no_answer(element_type, capfd):
+    """CPUs that have units for them take them: others may only be seen to be allowed to, in what oneDNN says."""
+    vectors, asked = rows(200), queries(40)
+    before, index = torch.get_float32_matmul_precision(), empty_index(recipe_of(element_type=element_type), width=WIDTH)
+    index = index.updated(index.keys, batches_of(vectors))
+    matmul = torch.backends.mkldnn.matmul
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            found = index.search(asked, 5, among=np.arange(150))
+            assert "fpmath:bf16" not in capfd.readouterr().out
+            assert (torch.get_float32_matmul_precision(), matmul.fp32_precision) == ("medium", "bf16")
+            torch.from_numpy(asked) @ torch.from_numpy(asked).T
+            if torch.backends.cpu.get_cpu_capability().startswith("AVX512"):
+                assert "fpmath:bf16" in capfd.readouterr().out, "else nothing is shown here"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    allowed = {name: vectors[name] for name in list(vectors)[:150]}
+    for query, ranked in zip(asked, found, strict=True):
+        assert_same(ranked, top_k(allowed, query, 5))

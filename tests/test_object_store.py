@@ -952,8 +952,54 @@ def test_a_purge_leaves_nothing_behind_and_nothing_out(bucket, tmp_path, models,
     check(bucket)
     assert {name for name, _ in content(bucket)} == {f"toy-{number:03d}" for number in range(12) if number != 3}
     far.delete(purge=True)
-    names = place._below("samples.lance/")
+    names = list(place._below("samples.lance/"))
     assert not set(left) & set(names) and len([name for name in names if name.endswith(".manifest")]) == 2
     assert [version.made_by for version in far.versions()] == ["purge", "fence"]
     check(bucket)
     assert len(content(bucket)) == 11 and far.query("Say 3", "黄 21", where="source = 'odd'")[0].searched == 5
+
+
+class Endless(BaseHTTPRequestHandler):
+    """A table of more versions than anybody lists to the end: a store tells a thousand at a time."""
+
+    protocol_version = "HTTP/1.1"
+    asked: ClassVar[list] = []
+
+    def do_GET(self):
+        self.asked.append(self.path)
+        more = len(self.asked) < 20
+        entries = "".join(
+            f"<Contents><Key>db/samples.lance/_versions/{len(self.asked):04d}{number:04d}.manifest</Key>"
+            "<LastModified>2026-01-01T00:00:00.000Z</LastModified><ETag>&quot;1&quot;</ETag><Size>1</Size></Contents>"
+            for number in range(1000)
+        )
+        text = (
+            '<?xml version="1.0"?><ListBucketResult><Name>b</Name><KeyCount>1000</KeyCount>'
+            f"<IsTruncated>{str(more).lower()}</IsTruncated>"
+            + f"<NextContinuationToken>{len(self.asked)}</NextContinuationToken>" * more
+            + f"{entries}</ListBucketResult>"
+        ).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/xml")
+        self.send_header("Content-Length", str(len(text)))
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
+
+
+def test_whether_there_is_a_table_takes_one_request(bucket, monkeypatch):
+    from rapidin_vdb.store.place import place_of
+
+    monkeypatch.setattr(Endless, "asked", [])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Endless)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{server.server_port}")
+    try:
+        assert place_of(bucket).has_table("samples")
+        time.sleep(0.2)  # nor is one sent off that nobody waits for
+        assert len(Endless.asked) == 1
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -318,3 +318,28 @@ def test_sizes_are_told_while_files_come_and_go(database, tmp_path):
     assert size_of(database.path) == sum(
         file.stat().st_size for file in Path(database.path).rglob("*") if file.is_file()
     )
+
+
+def test_wide_rows_are_read_in_small_batches(database, tmp_path, monkeypatch):
+    """Lance reads 8,192 rows at once by itself, several times over: of a width of 65,536 that is a gibibyte each."""
+    from lance.dataset import DatasetOptimizer
+
+    from rapidin_vdb.store import purging
+
+    database.ingest(tmp_path / "toy.jsonl", token_gradients=True, token_width=16)
+    compact, asked = DatasetOptimizer.compact_files, []
+
+    def watched(self, **options):
+        asked.append(options["batch_size"])
+        return compact(self, **options)
+
+    monkeypatch.setattr(DatasetOptimizer, "compact_files", watched)
+    database.delete(where="sample_id = 'toy-003'", purge=True)
+    assert asked == [8192, 8192]
+    monkeypatch.setattr(purging, "BATCH_BYTES", 1024)
+    database.delete(where="sample_id = 'toy-004'", purge=True)
+    assert asked[2:] == [8, 32], "samples are of width 64 here, tokens of 16"
+    monkeypatch.setattr(purging, "BATCH_BYTES", 1)
+    database.delete(where="sample_id = 'toy-005'", purge=True)
+    assert asked[4:] == [1, 1] and database.count() == 21
+    assert database.verify().findings == ()

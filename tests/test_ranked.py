@@ -236,9 +236,12 @@ def test_a_difference_is_shown_beside_an_exact_score(capsys, tmp_path, models, a
     asked = ("query", made.path, "--prompt", "Say 5", "--generation", "blue 35")
     _, out, _ = call(capsys, *asked, "--refine", 3)
     (ranking,) = made.query("Say 5", "blue 35", refine=3)
-    assert out.splitlines()[2] == "  the first 3 are ranked by exact_score, the inner product of full gradients"
-    assert out.splitlines()[3].split() == ["rank", "score", "exact", "differs", "sample_id", "text"]
-    for line, result in zip(out.splitlines()[4:], ranking.results, strict=True):
+    assert out.splitlines()[2:4] == [
+        "  the first 3 are ranked by exact_score, epochs * learning_rate * the inner",
+        "  product of full gradients",
+    ]
+    assert out.splitlines()[4].split() == ["rank", "score", "exact", "differs", "sample_id", "text"]
+    for line, result in zip(out.splitlines()[5:], ranking.results, strict=True):
         if result.exact_score is None:
             assert line.split()[2] == result.sample_id
         else:
@@ -247,6 +250,26 @@ def test_a_difference_is_shown_beside_an_exact_score(capsys, tmp_path, models, a
                 100 * (result.score / result.exact_score - 1) * (1 if result.exact_score > 0 else -1), abs=0.06
             )
     assert "differs" not in call(capsys, *asked)[1]
+
+
+def test_how_far_scores_are_off_is_told_beside_exact_ones_too(capsys, monkeypatch):
+    """They still are in a column of their own, and chose what is shown."""
+    line = "  scores are off by 0.25 or so (one standard deviation)\n"
+    exact, plain = sample_of("a", [1.0]), sample_of("a", [1.0], exact_score=None, tokens=None)
+    for result in (exact, plain):
+        assert line in drawn(capsys, monkeypatch, ranking_of(result, score_error=0.25))
+        assert "off by" not in drawn(capsys, monkeypatch, ranking_of(result))
+    assert drawn(capsys, monkeypatch, ranking_of(score_error=0.25)).splitlines()[1:] == ["  no sample matches"]
+
+
+def test_that_nothing_stands_out_is_told_whatever_is_asked_for_besides(capsys, database, tmp_path, monkeypatch):
+    monkeypatch.setattr("rapidin_vdb.ranking.chance", lambda error, samples: 1e9)
+    asked = ("query", database.path, "--prompt", "Say 5", "--generation", "blue 35", "--top-k", 2)
+    page = tmp_path / "page.html"
+    for more in ((), ("--tokens",), ("--refine", 5), ("--html", page)):
+        code, out, _ = call(capsys, *asked, *more)
+        assert code == 0 and "  no positive score stands out: by chance alone" in out and "scores are off by" in out
+    assert "no positive score stands out" in page.read_text("utf-8")
 
 
 def test_of_many_groups_both_ends_are_shown(capsys, monkeypatch):

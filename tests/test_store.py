@@ -17,6 +17,7 @@ from rapidin_vdb.store import Row, SampleTable, merge_kinds
 from rapidin_vdb.store.changes import delete_rows
 from rapidin_vdb.store.commits import word_for
 from rapidin_vdb.store.filters import checked_filter
+from rapidin_vdb.store.place import place_of
 
 FINGERPRINT = Fingerprint(
     model="m", model_hash="1", adapter=None, adapter_hash=None, quantization="none", dtype="float32",
@@ -516,3 +517,33 @@ def test_values_of_a_column_are_looked_at_until_there_are_too_many(database, mon
     monkeypatch.setattr(module, "_COUNTS_A_BATCH", 4)
     assert snapshot.values_of("sample_id", most=5) is None
     assert sum(read) < snapshot.rows(), "and no further"
+
+
+def test_whether_there_is_a_table_is_known_by_its_first_version(table, tmp_path, monkeypatch):
+    """The folder has a file for every commit."""
+    import os
+
+    place, taken, scandir = table.place, [], os.scandir
+
+    class Counted:
+        def __init__(self, path):
+            self.entries = scandir(path)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            self.entries.close()
+
+        def __iter__(self):
+            for entry in self.entries:
+                taken.append(entry.name)
+                yield entry
+
+    # Beside what Lance notes about the newest.
+    assert len(list((tmp_path / "db" / "samples.lance" / "_versions").glob("*.manifest"))) > 2
+    monkeypatch.setattr(os, "scandir", Counted)
+    assert place.has_table("samples") and len(taken) <= 2
+    assert not place.has_table("tokens") and not place_of(str(tmp_path / "none")).has_table("samples")
+    (tmp_path / "file.lance").write_text("")
+    assert not place_of(str(tmp_path)).has_table("file")

@@ -138,7 +138,7 @@ def test_refine_ranks_again_by_exact_score(database):
     assert [r.exact_score for r in refined.results] == pytest.approx([r.exact_score for r in wanted[:5]], rel=1e-4)
     assert all(result.tokens is None for result in refined.results)
     assert refined.score_unit == all_exact.score_unit + (
-        "; the first 24 are ranked by exact_score, the inner product of full gradients"
+        "; the first 24 are ranked by exact_score, epochs * learning_rate * the inner product of full gradients"
     )
     (harmful,) = database.query(PROMPT, GENERATION, top_k=5, refine=24, harmful=True)
     assert [r.sample_id for r in harmful.results] == [r.sample_id for r in wanted[::-1][:5]]

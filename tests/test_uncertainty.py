@@ -176,7 +176,7 @@ def test_the_largest_of_chance(samples):
 
 
 def test_scores_that_do_not_stand_out_are_told(database, monkeypatch):
-    """By the end that was asked for, and not where exact scores stand beside."""
+    """By the end that was asked for, and not where exact scores rank them all."""
     everything = database.query(*ASKED[0], top_k=24)[0]
     error, scores = everything.score_error, {result.sample_id: result.score for result in everything.results}
     assert everything.note is None and max(scores.values()) > chance(error, 24)
@@ -201,7 +201,17 @@ def test_scores_that_do_not_stand_out_are_told(database, monkeypatch):
     assert note(*weak, lowest).startswith("no positive score stands out")
     assert note(*weak, lowest, top_k=1).startswith("no positive score stands out")
     assert note(*weak, lowest, both=True) is note(*weak, lowest, harmful=True) is None
-    assert note(*weak, refine=2) is note(*weak, tokens=True) is None
+    # What is explained was chosen by such scores, as what is not.
+    assert note(*weak, tokens=True) == note(*weak, matrix=True) == note(*weak)
+    assert (
+        note(*weak, refine=2, tokens=True)
+        == note(*weak, refine=2)
+        == (
+            f"no positive score stands out: by chance alone the largest of 3 is about {bound:.3g}; the 2 that are ranked "
+            "again were chosen by these: refine more, or make a wider sketch (width at init)"
+        )
+    )
+    assert note(*weak, refine=3) is note(*weak, refine=9, both=True) is None, "all are ranked by exact scores"
     (nobody,) = database.query(*ASKED[0], where="stars > 100")
     assert (nobody.note, nobody.results) == (None, ())
     monkeypatch.setattr("rapidin_vdb.ranking.chance", lambda error, samples: 1e9)

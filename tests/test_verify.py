@@ -1,5 +1,6 @@
 """Verification: what is sound is called so, and every kind of damage is found, or mended, or does no harm."""
 
+import errno
 import json
 import os
 import shutil
@@ -12,7 +13,7 @@ import pytest
 from conftest import toy_records, write_jsonl
 
 import rapidin_vdb
-from rapidin_vdb.errors import RapidInError, TableError
+from rapidin_vdb.errors import RapidInError, TableError, UnreadableIndexError
 from rapidin_vdb.recipe import IndexRecipe
 from rapidin_vdb.store.fingerprint import read_fingerprint, write_fingerprint
 
@@ -366,3 +367,61 @@ def test_a_manifest_that_points_elsewhere_counts_for_nothing(database, name):
     assert rapidin_vdb.open(database.path).info().indexes == ()
     report = rapidin_vdb.open(database.path).verify()
     assert [finding.place for finding in report.mended] == ["index cpu"]
+
+
+@pytest.mark.parametrize("residence", ["resident", "mapped", "streamed"])
+def test_whoever_has_read_damaged_rows_reads_them_anew_once_they_are_mended(database, residence):
+    """Nothing else tells a server that has them in memory: the table is as it was."""
+    (right,) = database.query(*ASKED, top_k=3)
+    database.index(IndexRecipe(name="cpu", residence=residence))
+    for path in (Path(database.path) / "indexes" / "cpu").glob("*.rows.npy"):
+        rows = np.lib.format.open_memmap(path, mode="r+")
+        rows *= -1
+        rows.flush()
+    server = rapidin_vdb.open(database.path)
+    server._engine = database._loaded()
+    assert server.query(*ASKED, top_k=3)[0].results != right.results, "rows are not looked through each time"
+    assert len(rapidin_vdb.open(database.path).verify().mended) == 1
+    assert server.query(*ASKED, top_k=3)[0].results == right.results
+    index = server._indexes["sample"]._resident.index
+    server.query(*ASKED, top_k=3)
+    assert server._indexes["sample"]._resident.index is index, "but once only"
+
+
+@pytest.mark.parametrize(
+    ("of", "code"),
+    [
+        *(
+            (of, code)
+            for of in ("manifest", "files")
+            for code in ("EMFILE", "ENFILE", "ENOMEM", "EACCES", "EPERM", "EIO")
+        ),
+        ("files", "no memory"),
+    ],
+)
+def test_an_index_that_cannot_be_read_now_is_told_and_stays(database, monkeypatch, of, code):
+    right = database.query(*ASKED, top_k=3)[0].results
+    database.index("cpu")
+    place = Path(database.path) / "indexes" / "cpu"
+    before = {path.name: path.stat().st_mtime_ns for path in place.iterdir()}
+
+    def refused(path, *_):
+        if of == "files" or path.name == "manifest.json":
+            if code == "no memory":
+                raise MemoryError("not now")
+            raise OSError(getattr(errno, code), "not now", str(path))
+        return read(path, *_)
+
+    read = Path.read_text
+    with monkeypatch.context() as patch:
+        patch.setattr(*((Path, "read_text") if of == "manifest" else ("rapidin_vdb.index.loading._check",)), refused)
+        again = rapidin_vdb.open(database.path)
+        report = again.verify()
+        assert not report.mended and [finding.place for finding in report.findings] == ["index cpu"]
+        assert "not now" in report.findings[0].what and "damaged" not in report.findings[0].what
+        with pytest.raises(UnreadableIndexError, match="the index cpu cannot be"):
+            again.index("cpu")
+        again._engine = database._loaded()
+        assert again.query(*ASKED, top_k=3)[0].results == right, "from the table"
+    assert {path.name: path.stat().st_mtime_ns for path in place.iterdir()} == before
+    assert rapidin_vdb.open(database.path).verify().findings == ()

@@ -22,13 +22,12 @@ def ranking_table(ranking: Ranking, query: Sample, *, words: bool = True) -> Non
     what = f"{len(ranking.results)} of {ranking.searched:,} {ranking.level}s{matching}"
     typer.echo(f"{printable(ranking.query_id)}{focus}: {what}")
     if ranking.note is not None:
-        typer.echo(textwrap.fill(printable(ranking.note), 80, initial_indent="  ", subsequent_indent="  "))
-    exact = all(isinstance(result, RankedSample) and result.exact_score is not None for result in ranking.results)
-    if ranking.score_error and not exact:
+        typer.echo(_indented(printable(ranking.note)))
+    if ranking.score_error and ranking.results:
         typer.echo(f"  scores are off by {ranking.score_error:.2g} or so (one standard deviation)")
     _, _, again = ranking.score_unit.partition("; ")
     if again:
-        typer.echo(f"  {again}")
+        typer.echo(_indented(again))
     if not ranking.results:
         if not ranking.without_tokens:
             typer.echo("  no sample matches")
@@ -46,6 +45,10 @@ def ranking_table(ranking: Ranking, query: Sample, *, words: bool = True) -> Non
         _result_lines(ranking.harmful, most, words=words)
     if ranking.groups is not None:
         _group_lines(ranking.groups)
+
+
+def _indented(text: str) -> str:
+    return textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="  ")
 
 
 def _group_lines(groups: Sequence[GroupInfluence]) -> None:

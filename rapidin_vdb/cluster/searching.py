@@ -86,7 +86,9 @@ class ClusterIndex:
     """The RapidGrads of one version of a table, on the nodes of a cluster; asked as an index of one machine is."""
 
     def __init__(self, ask: Callable[..., list[Any]], held: Held, samples: int) -> None:
-        self._ask, self._held = ask, held
+        self._ask = ask
+        self.held = held
+        """Which version of which table it holds."""
         self.samples = samples
         """How many samples it holds."""
 
@@ -99,14 +101,14 @@ class ClusterIndex:
             SpecError: `top_k` is not positive.
         """
         _check(top_k)
-        return _merged(self._ask(self._held, "search", queries, (top_k,), among), top_k, sign=1)
+        return _merged(self._ask(self.held, "search", queries, (top_k,), among), top_k, sign=1)
 
     def search_both(
         self, queries: np.ndarray, top_k: int, *, among: np.ndarray | None = None
     ) -> tuple[list[Ranked], list[Ranked]]:
         """Return what `search` does, and the `top_k` of lowest inner product, lowest first."""
         _check(top_k)
-        answers = self._ask(self._held, "search_both", queries, (top_k,), among)
+        answers = self._ask(self.held, "search_both", queries, (top_k,), among)
         return (
             _merged([answer[0] for answer in answers], top_k, sign=1),
             _merged([answer[1] for answer in answers], top_k, sign=-1),
@@ -114,12 +116,12 @@ class ClusterIndex:
 
     def group_sums(self, queries: np.ndarray, row_ids: np.ndarray, groups: np.ndarray, count: int) -> np.ndarray:
         """Return the sum of each query's scores over each of `count` groups of rows, [queries, groups]."""
-        answers = self._ask(self._held, "group_sums", queries, (row_ids, groups, count), None)
+        answers = self._ask(self.held, "group_sums", queries, (row_ids, groups, count), None)
         return np.sum(answers, axis=0)
 
     def scores(self, queries: np.ndarray, *, among: np.ndarray | None = None) -> np.ndarray:
         """Return the scores of all samples, or of those among some row ids, in float32 and in no particular order."""
-        return np.concatenate(self._ask(self._held, "scores", queries, (), among), axis=1)
+        return np.concatenate(self._ask(self.held, "scores", queries, (), among), axis=1)
 
 
 class ClusterKeeper:
@@ -136,6 +138,8 @@ class ClusterKeeper:
         self._parts = max(1, len(nodes_of(self._ray)))
         self._nodes: dict[int, str] = {}
         self._answered: set[int] = set()
+        self._indexes: dict[str, ClusterIndex] = {}
+        """The last of each table: what is known of an index, such as the lengths of groups, goes by the object."""
         self._actors = {part: self._start(part) for part in range(self._parts)}
 
     def _start(self, part: int, *, besides: Collection[str] = ()) -> Any:
@@ -172,7 +176,10 @@ class ClusterKeeper:
         if found != rows:
             raise TableError(f"the nodes of the cluster hold {found} of {rows} rows of {self._uri}; no answer is given")
         progress("index", rows, rows)
-        return ClusterIndex(self._ask, held, rows)
+        index = self._indexes.get(held.table)
+        if index is None or index.held != held:
+            index = self._indexes[held.table] = ClusterIndex(self._ask, held, rows)
+        return index
 
     def _ask(
         self, held: Held, method: str, queries: np.ndarray | None, more: tuple[Any, ...], among: np.ndarray | None

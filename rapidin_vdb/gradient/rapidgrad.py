@@ -26,6 +26,7 @@ T = TypeVar("T")
 
 # A context of one token, and one that it predicts.
 _STUB_TOKENS = 2
+_CHECKPOINT = "look at the weights, or make the database with --dtype float32"
 
 
 def normalized(grad: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -260,11 +261,14 @@ def judged(
 def _objection(loss: float, largest: float, rounded: float) -> str | None:
     """Say what is wrong with a RapidGrad, from its largest entry before and after it was rounded; None for nothing."""
     if not math.isfinite(loss):
-        return f"the loss is {loss}"
+        return f"the loss is {loss}; {_CHECKPOINT}"
     if not math.isfinite(largest):
-        return f"the gradient is not finite (loss {loss:.4g})"
+        return f"the gradient is not finite (loss {loss:.4g}); {_CHECKPOINT}"
     if largest == 0:
-        return f"the gradient is zero (loss {loss:.4g})"
+        return (
+            f"the gradient is zero (loss {loss:.4g}); where those of many samples are, make the database with other "
+            "--parameters, or with --dtype float32"
+        )
     if not math.isfinite(rounded):
         return (
             f"the RapidGrad reaches {largest:.3g}, beyond half precision (65504); "

@@ -4,12 +4,12 @@ from rapidin_vdb.index.index import Batch, Ranked, ShardedIndex, empty_index
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.loading import check_index, load_index, load_keys, verify_rows
 from rapidin_vdb.index.making import make_shard
-from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, list_manifests
+from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, index_folders, list_manifests, manifest_of
 from rapidin_vdb.index.recall import measured_recall
 from rapidin_vdb.index.searchable import Searchable
 from rapidin_vdb.index.source import TableSource
 from rapidin_vdb.index.texts import Texts
-from rapidin_vdb.index.writing import clear_index, extend_index, index_folders, with_recall, write_index
+from rapidin_vdb.index.writing import clear_index, extend_index, with_recall, write_index
 
 __all__ = [
     "MANIFEST",
@@ -32,6 +32,7 @@ __all__ = [
     "load_index",
     "load_keys",
     "make_shard",
+    "manifest_of",
     "measured_recall",
     "verify_rows",
     "with_recall",

@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
+from rapidin_vdb.index.half import in_single_precision
 from rapidin_vdb.index.library import faiss
 from rapidin_vdb.index.shard import (
     SCORES,
@@ -139,7 +140,9 @@ class FaissShard:
         for first in range(0, len(numbers), step):
             part = numbers[first : first + step]
             block = self._rows(part)
-            yield part, (asked @ block.T).cpu().numpy(), partial(_norms, block)
+            with in_single_precision():
+                scores = (asked @ block.T).cpu().numpy()
+            yield part, scores, partial(_norms, block)
 
     def reaching(self, queries: Queries, least: Least, longest: float, rows: Picked | None) -> Reached:
         """Return the rows whose exact score may reach `least`; see `Shard`."""

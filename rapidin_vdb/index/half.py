@@ -6,6 +6,8 @@ and many through float32 blocks and one matrix product.
 """
 
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -23,6 +25,9 @@ _BLOCK_BYTES = 64 << 20
 # Rows that several groups of four queries go over one after another, while they are near: from memory they come once.
 _NEAR_BYTES = 2 << 20
 _compiling = threading.Lock()
+_pinning = threading.Lock()
+# What torch was set to before, once for each product under way.
+_pinned: list[str] = []
 
 
 def _loops() -> tuple[Any, Any, Any]:
@@ -188,6 +193,25 @@ def _buffer(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     return kept[dtype][: rows * width].view(rows, width)
 
 
+@contextmanager
+def in_single_precision() -> Iterator[None]:
+    """Let a CPU's matrix products be those of single precision, whatever a program has allowed torch for its own ones.
+
+    Fewer digits, which newer CPUs multiply faster, are beyond the bound of rounding by which rows are left out.
+    """
+    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    with _pinning:
+        _pinned.append(_pinned[0] if _pinned else matmul.fp32_precision)
+        matmul.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        with _pinning:
+            before = _pinned.pop()
+            if not _pinned:
+                matmul.fp32_precision = before
+
+
 def _by_matrix_products(block: np.ndarray, queries: np.ndarray, picks: np.ndarray | None, out: np.ndarray) -> None:
     width = block.shape[1]
     step = max(1, _BLOCK_BYTES // (4 * width))
@@ -204,4 +228,5 @@ def _by_matrix_products(block: np.ndarray, queries: np.ndarray, picks: np.ndarra
             np.take(block, chosen, axis=0, out=near[: last - first].numpy().view(np.uint16), mode="clip")
         part = wide[: last - first]
         part.copy_(near[: last - first] if gather else near[first:last])
-        products[:, first:last] = asked @ part.T
+        with in_single_precision():
+            products[:, first:last] = asked @ part.T

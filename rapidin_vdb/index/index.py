@@ -56,6 +56,8 @@ class ShardedIndex:
     """No row is longer; None where the rows have not been read yet."""
     full: RowSource | None = None
     """Rows at full width, in the order of their numbers, where the shards hold folded ones."""
+    parts: frozenset[str] = frozenset()
+    """Names of the parts on disk of which it was loaded; none where it came of the table alone."""
 
     @property
     def samples(self) -> int:
@@ -145,7 +147,7 @@ class ShardedIndex:
             largest = max(largest or 0.0, norm_of(batch.rows))
             if full is not None:
                 assert isinstance(full, ArraySource)
-                full = ArraySource([*full.arrays, batch.rows], self.width)
+                full = full.added(batch.rows)
             parts.append(batch.keys)
             count += len(batch.rows)
         return replace(

@@ -1,6 +1,5 @@
 """Indexes are loaded onto their devices, and checked against their manifest on the way."""
 
-import errno
 import logging
 import zlib
 from collections.abc import Iterator
@@ -10,11 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from rapidin_vdb.errors import SpecError
+from rapidin_vdb.errors import SpecError, UnreadableIndexError, out_of_reach
 from rapidin_vdb.index.index import ShardedIndex
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.making import gpu_of, make_shard
-from rapidin_vdb.index.manifest import Manifest, Part, array_header
+from rapidin_vdb.index.manifest import Manifest, Part, array_header, unreadable
 from rapidin_vdb.index.source import ArraySource, FileSource, RowFile, RowSource
 from rapidin_vdb.index.texts import Texts
 from rapidin_vdb.recipe import IndexRecipe, Residence
@@ -41,6 +40,7 @@ def load_keys(folder: Path, manifest: Manifest) -> Keys:
     """Return the keys of a built index.
 
     Raises:
+        UnreadableIndexError: they cannot be read now.
         SpecError: its files are missing or do not fit the manifest.
     """
     place = folder / manifest.name
@@ -85,6 +85,7 @@ def verify_rows(folder: Path, manifest: Manifest) -> None:
     """Read all files of an index, and compare them with their checksums.
 
     Raises:
+        UnreadableIndexError: they cannot be read now.
         SpecError: one of them is missing, or is not what was written.
     """
     check_index(folder, manifest)
@@ -98,6 +99,7 @@ def check_index(folder: Path, manifest: Manifest) -> None:
     """Look whether an index's files are there and fit its manifest; their rows are not read.
 
     Raises:
+        UnreadableIndexError: they cannot be read now.
         SpecError: they are missing or do not fit.
     """
     load_keys(folder, manifest)
@@ -112,6 +114,7 @@ def load_index(folder: Path, manifest: Manifest) -> ShardedIndex:
     """Load a built index onto its devices; one that is mapped or streamed stays on disk.
 
     Raises:
+        UnreadableIndexError: they cannot be read now.
         SpecError: its files are missing or do not fit the manifest.
     """
     recipe = manifest.index_recipe
@@ -163,6 +166,7 @@ def load_index(folder: Path, manifest: Manifest) -> ShardedIndex:
         numbers=tuple(numbers),
         largest_norm=manifest.largest_norm,
         full=full,
+        parts=frozenset(part.name for part in manifest.parts),
     )
 
 
@@ -187,13 +191,11 @@ def _source(files: list[RowFile], residence: Residence, width: int) -> RowSource
         # For reading only: of a private mapping that could be written, the system wants all of it as memory.
         mapped = [np.memmap(file.path, np.uint16, "r", file.offset, (file.count, width)) for file in files]
         return ArraySource(mapped, width)
-    return ArraySource(
-        [
-            np.fromfile(file.path, np.uint16, file.count * width, offset=file.offset).reshape(file.count, width)
-            for file in files
-        ],
-        width,
-    )
+    source = ArraySource([], width)
+    for file in files:
+        rows = np.fromfile(file.path, np.uint16, file.count * width, offset=file.offset)
+        source = source.added(rows.reshape(file.count, width))
+    return source
 
 
 @contextmanager
@@ -201,11 +203,11 @@ def _told(manifest: Manifest) -> Iterator[None]:
     """Turn what goes wrong in reading an index into an error of ours."""
     try:
         yield
-    except RuntimeError as error:
-        raise SpecError(f"the index {manifest.name} cannot be loaded: {error}") from error
+    except (RuntimeError, MemoryError) as error:
+        raise UnreadableIndexError(f"the index {manifest.name} cannot be loaded: {error}") from error
     except (OSError, ValueError, IndexError, EOFError, TypeError, KeyError) as error:
-        if isinstance(error, OSError) and error.errno in (errno.ENOMEM, errno.EMFILE, errno.ENFILE):
-            raise SpecError(f"the index {manifest.name} cannot be loaded: {error}") from error
+        if isinstance(error, OSError) and out_of_reach(error):
+            raise unreadable(manifest.name, error) from error
         raise SpecError(
             f"the index {manifest.name} is damaged: {error}; build it anew with: rapidin-vdb index"
         ) from error

@@ -15,10 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from rapidin_vdb.errors import SpecError
+from rapidin_vdb.errors import SpecError, UnreadableIndexError, out_of_reach
 from rapidin_vdb.recipe import IndexRecipe
 
 MANIFEST = "manifest.json"
+LOCK = ".lock"
 _FORMAT = 5
 _NAME = re.compile(r"[0-9a-f]{32}|gone-[0-9a-f]{8}-[0-9a-f]{32}\.npy")
 
@@ -136,16 +137,58 @@ def list_manifests(folder: Path) -> list[Manifest]:
     found = []
     for path in sorted(folder.glob(f"[!.]*/{MANIFEST}")):
         try:
-            values = json.loads(path.read_text("utf-8"))
-            if values.pop("checksum", None) != checksum_of(values):
-                continue
-            if values.get("format") == _FORMAT:
-                parts = tuple(Part(**part) for part in values["parts"])
-                manifest = Manifest(**values | {"parts": parts})
-                fits = _is_of_its_kinds(manifest) and path.parent.name == manifest.name == manifest.index_recipe.name
-                if fits and _stays_inside(manifest):
-                    found.append(manifest)
-        # RecursionError: lists of thousands of lists.
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError, SpecError):
-            continue  # an index is a cache: one that cannot be read is as good as none
+            manifest = manifest_of(folder, path.parent.name)
+        except UnreadableIndexError:
+            continue  # for now it is as good as none
+        if manifest is not None:
+            found.append(manifest)
     return found
+
+
+def manifest_of(folder: Path, name: str) -> Manifest | None:
+    """Return the manifest of an index; None where there is none, or none that counts.
+
+    Raises:
+        UnreadableIndexError: nobody can say now whether there is one.
+    """
+    try:
+        values = json.loads((folder / name / MANIFEST).read_text("utf-8"))
+        if values.pop("checksum", None) != checksum_of(values) or values.get("format") != _FORMAT:
+            return None
+        parts = tuple(Part(**part) for part in values["parts"])
+        manifest = Manifest(**values | {"parts": parts})
+        fits = _is_of_its_kinds(manifest) and name == manifest.name == manifest.index_recipe.name
+        return manifest if fits and _stays_inside(manifest) else None
+    except OSError as error:
+        if out_of_reach(error):
+            raise unreadable(name, error) from error
+    # RecursionError: lists of thousands of lists.
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError, SpecError):
+        pass  # an index is a cache: one that cannot be read is as good as none
+    return None
+
+
+def unreadable(name: str, error: OSError) -> UnreadableIndexError:
+    """Return the error that the system does not let an index be read."""
+    return UnreadableIndexError(
+        f"the index {name} cannot be read: {error}; its files may be whole, and stay: see to that, or remove them, and "
+        "build it anew with: rapidin-vdb index"
+    )
+
+
+def index_folders(folder: Path) -> list[str]:
+    """Return the names of the folders below `folder` in which there is anything, be it an index or not."""
+    inside = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [path.name for path in inside if path.is_dir() and (path.is_symlink() or _holds_anything(path))]
+
+
+def _holds_anything(place: Path) -> bool:
+    try:
+        return bool(contents(place))
+    except PermissionError:
+        return True  # whoever goes on with it will be told
+
+
+def contents(place: Path) -> list[Path]:
+    """Return what lies in an index's folder, but for its lock."""
+    return [path for path in place.iterdir() if path.name != LOCK]

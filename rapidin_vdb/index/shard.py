@@ -132,7 +132,7 @@ class ScanShard:
         """Return a shard with further rows."""
         if not isinstance(self.source, ArraySource):
             raise TypeError("rows are added to the files of a streamed shard, not to the shard")
-        return ScanShard(ArraySource([*self.source.arrays, vectors], self._width), width=self._width)
+        return ScanShard(self.source.added(vectors), width=self._width)
 
 
 def best_of(found: list[Found], wanted: int) -> Found:

@@ -21,6 +21,8 @@ T = TypeVar("T")
 # Read from a file at a time: enough for a disk at full speed, and for a matrix product.
 _READ_BYTES = 32 << 20
 _AHEAD = 2
+# Arrays of so many bytes are searched as fast one by one as in one piece: they are not put together.
+_LARGE_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +67,16 @@ class ArraySource:
     def count(self) -> int:
         """How many rows there are."""
         return int(self._starts[-1])
+
+    def added(self, rows: Rows) -> "ArraySource":
+        """Return a source with further rows, which are put together with the small arrays at the end."""
+        kept, last, size = list(self.arrays), [rows], rows.nbytes
+        # Each time a row is copied, its array is half as large again at least: that happens a few times only, and of
+        # what is small no more is left than the logarithm of how often rows came.
+        while kept and kept[-1].nbytes <= min(2 * size, _LARGE_BYTES - size) and not isinstance(kept[-1], np.memmap):
+            last.insert(0, kept.pop())
+            size += last[0].nbytes
+        return ArraySource([*kept, np.concatenate(last) if len(last) > 1 else rows], self._width)
 
     def chunks(self, wanted: Numbers | None) -> Iterator[Chunk]:
         """Yield all rows, or at least those wanted."""

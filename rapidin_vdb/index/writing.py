@@ -7,7 +7,7 @@ import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,26 @@ from uuid import uuid4
 import numpy as np
 from filelock import FileLock
 
-from rapidin_vdb.errors import SpecError
+from rapidin_vdb.errors import SpecError, UnreadableIndexError
 from rapidin_vdb.index.coarse import folded
 from rapidin_vdb.index.index import Batch
 from rapidin_vdb.index.keys import Keys, joined
-from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, Part, array_header, checksum_of, list_manifests
+from rapidin_vdb.index.manifest import (
+    LOCK,
+    MANIFEST,
+    Held,
+    Manifest,
+    Part,
+    array_header,
+    checksum_of,
+    contents,
+    list_manifests,
+    manifest_of,
+)
 from rapidin_vdb.index.source import norm_of
 from rapidin_vdb.locks import holding
 from rapidin_vdb.recipe import IndexRecipe
 
-_LOCK = ".lock"
 # What an index's folder holds besides manifest and lock: files of parts, of what is gone, and half-written manifests.
 _OURS = re.compile(r"[0-9a-f]{32}(?:\.[a-z]+)?\.npy|gone-[0-9a-f]{8}-[0-9a-f]{32}\.npy|\.[0-9a-f]{32}\.json")
 
@@ -142,61 +152,50 @@ def clear_index(
         if not only(found):
             return False, found
         # The manifest first: nobody takes an index for whole whose files are going.
-        rest = sorted(_contents(place), key=lambda path: path.name != MANIFEST)
+        rest = sorted(contents(place), key=lambda path: path.name != MANIFEST)
         for path in rest:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
     return bool(rest), found
 
 
-def index_folders(folder: Path) -> list[str]:
-    """Return the names of the folders below `folder` in which there is anything, be it an index or not."""
-    inside = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [path.name for path in inside if path.is_dir() and (path.is_symlink() or _contents(path))]
-
-
-def _contents(place: Path) -> list[Path]:
-    return [path for path in place.iterdir() if path.name != _LOCK]
+@contextmanager
+def _lock(place: Path, *, wait: bool = True) -> Iterator[None]:
+    lock = FileLock(place / LOCK)
+    with (
+        holding(lock, f"the index {place.name} in {place.parent}") if wait else lock.acquire(timeout=0),
+        _all_or_nothing(place),
+    ):
+        yield
 
 
 @contextmanager
-def _lock(place: Path, *, wait: bool = True) -> Iterator[None]:
-    lock = FileLock(place / _LOCK)
-    if wait:
-        with holding(lock, f"the index {place.name} in {place.parent}"):
-            yield
-    else:
-        with lock.acquire(timeout=0):
-            yield
+def _all_or_nothing(place: Path) -> Iterator[None]:
+    """Take away the files that come into an index's folder, where something goes wrong before they are in force.
+
+    On a full disk each try would leave some, and leave less room for the next one. Nobody else writes there: the lock
+    is held.
+    """
+    before = {path.name for path in place.iterdir()}
+    try:
+        yield
+    except BaseException:
+        # What went wrong is told, not that it cannot be cleared away as well.
+        with suppress(OSError, UnreadableIndexError):
+            manifest = manifest_of(place.parent, place.name)
+            _take_away([path for path in place.iterdir() if path.name not in before], manifest)
+        raise
 
 
 def _write_parts(
     place: Path, recipe: IndexRecipe, batches: Iterable[Batch], dealt: list[tuple[int, int]], width: int,
     check: Callable[[], None],
 ) -> tuple[tuple[Part, ...], float]:  # fmt: skip
-    """Write rows as parts of the given shards and sizes, in order; all of them, or none."""
-    names: list[str] = []
-    try:
-        written = _written_parts(place, recipe, batches, dealt, width, names)
-        # The lock is held: whoever has just made what was read wrong will come for this index once it is free.
-        check()
-        return written
-    except BaseException:
-        for name in names:
-            for path in place.glob(f"{name}.*"):
-                path.unlink(missing_ok=True)
-        raise
-
-
-def _written_parts(
-    place: Path, recipe: IndexRecipe, batches: Iterable[Batch], dealt: list[tuple[int, int]], width: int,
-    names: list[str],
-) -> tuple[tuple[Part, ...], float]:  # fmt: skip
+    """Write rows as parts of the given shards and sizes, in order."""
     largest, parts = 0.0, []
     arriving = iter(batches)
     waiting: Batch | None = None
     for shard, size in (entry for entry in dealt if entry[1]):
         name, done, came = uuid4().hex, 0, []
-        names.append(name)
         with ExitStack() as stack:
             files = {"rows.npy": stack.enter_context(_array_file(place / f"{name}.rows.npy", size, width))}
             if recipe.coarse_width:
@@ -219,6 +218,8 @@ def _written_parts(
         for path in place.glob(f"{name}.*"):
             _sync(path)
         parts.append(Part(name=name, count=size, shard=shard, checksums=sums))
+    # The lock is held: whoever has just made what was read wrong will come for this index once it is free.
+    check()
     return tuple(parts), largest
 
 
@@ -282,9 +283,14 @@ def _commit(place: Path, manifest: Manifest) -> None:
     new.write_text(json.dumps(values | {"checksum": checksum_of(values)}, indent=1), "utf-8")
     _sync(new)
     new.replace(place / MANIFEST)
-    named = {part.name for part in manifest.parts}
-    for path in place.iterdir():
-        keeps = path.name == manifest.gone or path.name.split(".")[0] in named
+    _take_away(place.iterdir(), manifest)
+
+
+def _take_away(paths: Iterable[Path], manifest: Manifest | None) -> None:
+    """Remove those files of an index that its manifest does not name."""
+    named = {None} if manifest is None else {manifest.gone, *(part.name for part in manifest.parts)}
+    for path in paths:
+        keeps = path.name in named or path.name.split(".")[0] in named
         # What is not of our own kind is somebody's, whatever it does here.
         if not keeps and _OURS.fullmatch(path.name) and not path.is_dir():
             path.unlink(missing_ok=True)

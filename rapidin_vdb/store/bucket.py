@@ -1,7 +1,7 @@
 """A database in an object store: S3 and what speaks its language, Google's or Azure's."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from rapidin_vdb.errors import TableError, without_secrets
 from rapidin_vdb.store.cache import cache_folder
 from rapidin_vdb.store.fence import before_fences, fence, is_half_done
 from rapidin_vdb.store.leftovers import remove_versions, unnamed_files
-from rapidin_vdb.store.place import STABLE, connected, manifest_name
+from rapidin_vdb.store.place import STABLE, as_lance, connected, manifest_name
 from rapidin_vdb.store.settings import ENDPOINTS, REGIONS, first_of
 from rapidin_vdb.store.telling import first_line
 
@@ -87,9 +87,7 @@ class Bucket:
         return self._dataset(name, int(self.open_table(name).version))
 
     def _dataset(self, name: str, version: int | None = None) -> Any:
-        import lance
-
-        return lance.dataset(f"{self.uri}/{name}.lance", version=version, storage_options=self.options)
+        return as_lance(f"{self.uri}/{name}.lance", version, self.options)
 
     def remove_old(self, name: str, base: int) -> int:
         """Remove what only versions of a table before `base` need, and what writers that died have left of others.
@@ -112,6 +110,7 @@ class Bucket:
 
     def has_table(self, name: str) -> bool:
         """Say whether a table has a committed version."""
+        # The first is enough: a store lists a thousand at a time, and there is one for every commit.
         return any(path.endswith(".manifest") for path in self._below(f"{name}.lance/_versions/"))
 
     def entries(self) -> set[str] | None:
@@ -147,10 +146,11 @@ class Bucket:
 
         return sum(entry["size"] for batch in obstore.list(self._store) for entry in batch)
 
-    def _below(self, prefix: str) -> list[str]:
+    def _below(self, prefix: str) -> Iterator[str]:
+        """Yield the paths of what is there, asking for more as long as somebody wants to have them."""
         import obstore
 
-        return [entry["path"] for batch in obstore.list(self._store, prefix) for entry in batch]
+        return (entry["path"] for batch in obstore.list(self._store, prefix) for entry in batch)
 
     def _remove(self, listed: list[str]) -> None:
         """Delete objects that were listed while committing.

@@ -9,9 +9,14 @@ from typing import Any
 from rapidin_vdb.store.place import Place
 
 
-def delete_rows(place: Place, name: str, where: str) -> None:
-    """Delete the rows of a table that a checked filter lets through; called while committing."""
-    place.dataset(name).delete(where, conflict_retries=0)
+def delete_rows(place: Place, name: str, where: str) -> int:
+    """Delete the rows of a table that a checked filter lets through, and return the version that made.
+
+    Called while committing.
+    """
+    dataset = place.dataset(name)
+    dataset.delete(where, conflict_retries=0)
+    return int(dataset.version)
 
 
 def put_rows(place: Place, name: str, key: str, rows: Any) -> int:

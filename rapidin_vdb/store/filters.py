@@ -1,7 +1,7 @@
 """What may stand in `--where`: one boolean SQL expression over the table's columns, and nothing behind it."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from rapidin_vdb.errors import FilterError, out_of_handles
@@ -98,4 +98,13 @@ def ids_filter(sample_ids: list[str]) -> str:
     >>> ids_filter(["a", "it's"])
     "sample_id IN ('a', 'it''s')"
     """
-    return "sample_id IN (" + ", ".join("'" + sample_id.replace("'", "''") + "'" for sample_id in sample_ids) + ")"
+    return f"sample_id IN ({listed(sample_ids)})"
+
+
+def listed(texts: Iterable[str]) -> str:
+    """Return texts as SQL lists them.
+
+    >>> listed(["a", "it's"])
+    "'a', 'it''s'"
+    """
+    return ", ".join("'" + text.replace("'", "''") + "'" for text in texts)

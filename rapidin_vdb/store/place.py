@@ -29,6 +29,15 @@ def connected(uri: str, **options: Any) -> Any:
     return lancedb.connect(uri, session=session, **options)
 
 
+def as_lance(uri: str, version: int | None = None, options: dict[str, str] | None = None) -> Any:
+    """Return a version of a table, the newest if none, as Lance knows it."""
+    import lance
+
+    return lance.dataset(
+        uri, version=version, storage_options=options or None, metadata_cache_size_bytes=_METADATA_BYTES
+    )
+
+
 @runtime_checkable
 class Place(Protocol):
     """Where a database lies; as text, its name."""
@@ -139,9 +148,7 @@ class Folder:
 
     def dataset(self, name: str) -> Any:
         """Return a table as Lance knows it."""
-        import lance
-
-        return lance.dataset(str(Path(self.uri, f"{name}.lance")))
+        return as_lance(str(Path(self.uri, f"{name}.lance")))
 
     def remove_old(self, name: str, base: int) -> int:
         """Remove what a table's newest version does not need, and return how many versions that leaves."""
@@ -151,7 +158,12 @@ class Folder:
 
     def has_table(self, name: str) -> bool:
         """Say whether a table has a committed version."""
-        return any(Path(self.uri, f"{name}.lance", "_versions").glob("*.manifest"))
+        try:
+            # Not `glob`, which reads all of a folder that has a file for every commit.
+            with os.scandir(Path(self.uri, f"{name}.lance", "_versions")) as entries:
+                return any(entry.name.endswith(".manifest") for entry in entries)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
 
     def entries(self) -> set[str] | None:
         """Return the names of what is in the folder."""

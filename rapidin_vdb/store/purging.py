@@ -6,8 +6,11 @@ from lancedb.index import Bitmap, BTree
 
 from rapidin_vdb.errors import TableError
 from rapidin_vdb.store.place import Place
+from rapidin_vdb.store.version import BATCH_BYTES
 
 PURGED = "rapidin_vdb.purged"
+# As Lance's own scans have it, which would take gibibytes of wide rows at once.
+_MOST_ROWS_A_BATCH = 8192
 
 
 def purge_table(place: Place, name: str) -> None:
@@ -19,7 +22,13 @@ def purge_table(place: Place, name: str) -> None:
     import lance
 
     # Every fragment that lost a row, however large, is written anew without it.
-    place.dataset(name).optimize.compact_files(materialize_deletions=True, materialize_deletions_threshold=0.0)
+    dataset = place.dataset(name)
+    rows = BATCH_BYTES // (2 * dataset.schema.field("vector").type.list_size)
+    dataset.optimize.compact_files(
+        materialize_deletions=True,
+        materialize_deletions_threshold=0.0,
+        batch_size=min(max(1, rows), _MOST_ROWS_A_BATCH),
+    )
     # Scalar indices hold values of rows that are gone.
     table = place.open_table(name)
     for index in table.list_indices():

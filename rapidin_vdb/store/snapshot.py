@@ -1,7 +1,6 @@
 """One committed version of the table `samples`, for reading."""
 
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -25,8 +24,9 @@ _SAMPLES_A_BATCH = 1000
 _COUNTS_A_BATCH = 1 << 14
 # So many deletions are looked at for samples that come back; each takes the row ids of two versions.
 _DELETIONS = 32
-# And so many versions with fewer rows than the one before, to see what made them.
-_LOOKED_AT = 1024
+# Where they are only told of, they are looked for among so many versions. Each names all files of the table: after
+# ten thousand commits, in a million bytes.
+_LATELY = 512
 
 
 class Snapshot(TableVersion):
@@ -57,28 +57,39 @@ class Snapshot(TableVersion):
                 if int(entry["metadata"]["total_rows"])
             ]
 
-    def deletions(self) -> list[tuple[int, int]]:
+    def deletions(self, *, lately: bool = False) -> list[tuple[int, int]]:
         """Return the versions before and after each of the last deletions, oldest first, as far as both are kept.
 
-        Of deletions one behind the other, as many ids make them, the first and the last version are enough.
+        Versions are looked at from this one on backwards, until the last 32 deletions are found; with `lately`, 512 of
+        them at most. Of deletions one behind the other, as many ids make them, the first and the last version are
+        enough.
         """
         with self._reading(f"the versions of {self._place} cannot be read"):
-            entries = sorted(self._table.list_versions(), key=lambda entry: int(entry["version"]))
-            rows = [(int(entry["version"]), int(entry["metadata"]["total_rows"])) for entry in entries]
             dataset = self._place.dataset(self.name)
             runs: list[tuple[int, int]] = []
-            fewer = [(before, after) for (before, had), (after, has) in pairwise(rows) if has < had]
-            for before, after in reversed(fewer[-_LOOKED_AT:]):
-                # Nor what a fence took back: that was never there for anybody.
-                if word_for(dataset.read_transaction(after)) != "delete":
-                    continue
-                if runs and runs[-1][0] == after:
-                    runs[-1] = before, runs[-1][1]
-                elif len(runs) == _DELETIONS:
+            has = self.rows()
+            for after in range(self.version, max(1, self.version - _LATELY) if lately else 1, -1):
+                follows = bool(runs) and runs[-1][0] == after
+                had = None if len(runs) == _DELETIONS and not follows else self._rows_at(dataset, after - 1)
+                if had is None:
                     break
-                else:
-                    runs.append((before, after))
+                # Nor what a fence took back: that was never there for anybody.
+                if has < had and word_for(dataset.read_transaction(after)) == "delete":
+                    if follows:
+                        runs[-1] = after - 1, runs[-1][1]
+                    else:
+                        runs.append((after - 1, after))
+                has = had
             return runs[::-1]
+
+    def _rows_at(self, dataset: Any, version: int) -> int | None:
+        """Return how many rows another version has; None where it is no longer kept."""
+        try:
+            return int(dataset.checkout_version(version).count_rows())
+        except (ValueError, RuntimeError, OSError):
+            if self._place.manifest(self.name, version) is not None:
+                raise
+            return None
 
     def ids_of_rows(self, row_ids: Int64[np.ndarray, " some"]) -> list[str]:
         """Return the ids of the samples in some rows."""

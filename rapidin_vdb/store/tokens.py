@@ -11,15 +11,16 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from jaxtyping import Int64
 
 from rapidin_vdb.errors import TableError
 from rapidin_vdb.records import Encoded, Fingerprint
 from rapidin_vdb.store.changes import delete_rows
 from rapidin_vdb.store.checksum import row_checksum
-from rapidin_vdb.store.filters import ids_filter
+from rapidin_vdb.store.filters import ids_filter, listed
 from rapidin_vdb.store.fingerprint import write_fingerprint
-from rapidin_vdb.store.owners import Owners, owners_of
+from rapidin_vdb.store.owners import Having, Owners, owners_of
 from rapidin_vdb.store.place import Place
 from rapidin_vdb.store.rows import vector_field
 from rapidin_vdb.store.telling import pinned
@@ -77,6 +78,11 @@ class TokenSnapshot(TableVersion):
             self._owners[digest] = owners
         return owners.tokens_of(samples)
 
+    def sample_ids(self) -> Iterator[str]:
+        """Yield the samples that have tokens; more than once where these do not lie side by side."""
+        for batch in self._scan(["sample_id"], _OWNERS_A_BATCH):
+            yield from pc.run_end_encode(batch.column("sample_id")).values.to_pylist()
+
     def _contents(self, batch: pa.RecordBatch) -> Iterator[tuple[str, str]]:
         """Return the samples of a batch's tokens, each once."""
         groups = pa.Table.from_batches([batch]).group_by(["sample_id", "content_hash"]).aggregate([])
@@ -116,6 +122,7 @@ class TokenTable:
         self._fingerprint = fingerprint
         self._committing = committing
         self._owners: dict[str, Owners] = {}
+        self._last: Having | None = None  # of the version that was last written here
 
     def __bool__(self) -> bool:
         with told(f"the table tokens of {self._place} cannot be read"):
@@ -173,23 +180,37 @@ class TokenTable:
         """
         with self._committing():
             table = self._place.open_table(TOKENS)
-            there = self._there(table, [sample.encoded.sample_id for sample in samples])
+            having = self._having(table)
+            there = self._there(table, having.among(sample.encoded.sample_id for sample in samples))
             # Those of other content stay until that is replaced: nobody sees two, and whoever commits first may win.
             new = [sample for sample in samples if (sample.encoded.sample_id, sample.content_hash) not in there]
             if new:
                 table.add(pa.RecordBatchReader.from_batches(table.schema, self._arrow(new, table.schema)))
+                having.add(sample.encoded.sample_id for sample in new)
+                having.version += 1
         return sum(len(sample.vectors) for sample in new)
 
     def delete_of(self, sample_ids: Sequence[str], *, but: Sequence[str] = ()) -> None:
         """Delete the tokens of some samples, but not those of some content hashes; called while committing."""
-        if self and sample_ids:
-            spared = f" AND content_hash NOT IN ({', '.join(map(repr, but))})" if but else ""
-            for batch in batches(sorted(sample_ids), IDS_A_FILTER):
-                delete_rows(self._place, TOKENS, ids_filter(batch) + spared)
+        if not sample_ids or not self:
+            return
+        spared = f" AND content_hash NOT IN ({listed(but)})" if but else ""
+        having = self._having(self._place.open_table(TOKENS))
+        for batch in batches(having.among(sample_ids), IDS_A_FILTER):
+            made = delete_rows(self._place, TOKENS, ids_filter(batch) + spared)
+            # Whatever else came between was not ours, and is looked at the next time.
+            having.version = min(made, having.version + 1)
+
+    def _having(self, table: Any) -> Having:
+        """Return which samples may have tokens; read anew where the newest version is not what we last made."""
+        if self._last is None or self._last.version != table.version:
+            version = int(table.version)
+            self._last = Having(version, TokenSnapshot(table, self._place, self._owners).sample_ids())
+        return self._last
 
     def _there(self, table: Any, sample_ids: list[str]) -> set[tuple[str, str]]:
         found: set[tuple[str, str]] = set()
-        for batch in batches(sorted(sample_ids), IDS_A_FILTER):
+        for batch in batches(sample_ids, IDS_A_FILTER):
             rows = table.search().where(ids_filter(batch)).select(["sample_id", "content_hash"]).to_arrow()
             found |= set(zip(rows["sample_id"].to_pylist(), rows["content_hash"].to_pylist(), strict=True))
         return found

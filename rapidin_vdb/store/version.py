@@ -97,8 +97,7 @@ class TableVersion:
         until = time.monotonic() + _PURGE_SECONDS
         try:
             while self.digest_of(self.version) is not None:
-                newest = max((entry["version"] for entry in self._table.list_versions()), default=self.version)
-                if newest == self.version or time.monotonic() > until:
+                if self._place.open_table(self.name).version == self.version or time.monotonic() > until:
                     return False
                 time.sleep(0.05)
         except (ValueError, RuntimeError, OSError, TableError):
@@ -122,8 +121,10 @@ class TableVersion:
             manifest = self._place.manifest(self.name, version)
             if manifest is not None:
                 return hashlib.sha256(manifest).hexdigest()
-            versions = self._table.list_versions()
-        made = [entry for entry in versions if entry["version"] == version]
+            # All of a table are named alike, and a list of its versions reads every manifest.
+            if self._place.manifest(self.name, self.version) is not None:
+                return None
+            made = [entry for entry in self._table.list_versions() if entry["version"] == version]
         if not made:
             return None
         return hashlib.sha256(f"{version} {made[0]['timestamp'].isoformat()}".encode()).hexdigest()
