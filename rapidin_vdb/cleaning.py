@@ -1,12 +1,13 @@
 """Files of records are written again without some samples: what is left is to be trained on."""
 
+import errno
 import gzip
 import json
 import os
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from itertools import chain, islice
 from pathlib import Path
 from typing import IO
@@ -159,13 +160,16 @@ def _give_name(partial: Path, out: Path) -> None:
             raise
     else:
         partial.unlink()
-    # Nor can every one be asked to put a folder's entries on the disk, as it may do by itself.
-    with suppress(OSError):
+    try:
         handle = os.open(out.parent, os.O_RDONLY)
         try:
             os.fsync(handle)
         finally:
             os.close(handle)
+    except OSError as error:
+        # Nor can every one be asked for a folder's entries to be on the disk.
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def _umask() -> int:
