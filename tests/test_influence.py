@@ -250,3 +250,33 @@ def test_norms_of_any_length_and_size(length, scale):
     np.testing.assert_allclose(
         norms_of(grads.bfloat16()), np.linalg.norm(grads.bfloat16().double().numpy(), axis=1), rtol=1e-12
     )
+
+
+def _has_nothing_to_choose(loaded, norms):
+    """Behind one token the gradients of queries and keys are zero, and not rounding, which would be made 1 long."""
+    names = list(loaded.theta)
+    chosen = [number for number, name in enumerate(names) if "q_proj" in name or "k_proj" in name]
+    assert chosen and (norms[chosen] == 0).all() and (np.delete(norms, chosen) > 0).any()
+
+
+def test_a_focus_on_the_first_token_leaves_no_rounding(models, adapters):
+    """As RapidGrads: what stands behind the focus is cut off."""
+    loaded = load(models, adapters, "llama", "full")
+    long = encoded("query", [1, *np.random.default_rng(0).integers(5, 250, 90).tolist()], 90)
+    focused = dataclasses.replace(long, focus=(0,))
+    _has_nothing_to_choose(
+        loaded, ExactInfluence(RapidGradMaker(loaded, spec=SKETCH, normalize="layer")).direction(focused).norms
+    )
+
+
+def test_a_sample_of_two_tokens_has_no_rounding_beside_longer_ones(models, adapters):
+    loaded = load(models, adapters, "llama", "full")
+    influence = ExactInfluence(RapidGradMaker(loaded, spec=SKETCH, normalize="layer"))
+    draw = np.random.default_rng(0)
+    batch = [encoded(f"s{length}", draw.integers(5, 250, length).tolist(), 1) for length in (90, 2, 60)]
+    direction = influence.direction(QUERY)
+    exact = influence.exact(direction, batch)
+    _has_nothing_to_choose(loaded, exact.norms[1])
+    for place, sample in enumerate(batch):  # and all are in their places
+        np.testing.assert_allclose(exact.parts[place], influence.exact(direction, [sample]).parts[0], atol=1e-4)
+    assert [len(scores) for scores in influence.token_scores(direction, batch, exact)] == [1, 1, 1]
