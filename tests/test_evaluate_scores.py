@@ -108,8 +108,9 @@ def test_ends_that_would_meet_are_halves():
 
 
 def test_a_database_is_held_against_the_experiment(experiment):
-    """Its scores, and both ends ranked again; what differs ends the experiment."""
+    """Its scores, and both ends ranked again; what differs ends the experiment. Both cut what is too long."""
     records = toy_records(12)
+    records[3]["output"] = "a red 9, " * 30
     queries = [query_from(f"Say {n}", text, query_id=f"q{n}") for n, text in ((50, "blue 35"), (51, "red, a red 9"))]
     focus = [focused(query, encoded, ()) for query, encoded in zip(queries, experiment.encoded(queries), strict=True)]
     found = all_scores(experiment, records, queries, focus, [["blue"], ["red"]])

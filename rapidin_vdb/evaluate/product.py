@@ -35,7 +35,8 @@ def through_a_database(
             rapidin_vdb.init(
                 place, model=experiment.model, adapter=str(experiment.folder / "adapter"), width=profile.width,
                 shuffles=profile.shuffles[0], seed=experiment.seed,
-                max_tokens=profile.query_tokens, device=experiment.device,
+                # Cut as samples were for the tuning: a poisoned answer may be longer than the one it stands for.
+                max_tokens=profile.max_tokens, device=experiment.device,
             )  # fmt: skip
         database = rapidin_vdb.open(place)
         database.load(device=experiment.device)
