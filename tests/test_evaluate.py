@@ -364,12 +364,15 @@ def test_an_experiment_is_reported_and_not_done_again(quick, tmp_path):
     assert [line for line in said if "scores of" in line or "tuning" in line] == []
     assert result["tuning"]["timed_steps"] == result["tuning"]["steps"]
     assert result["product"]["whole_index"] and result["provenance"] == []
+    assert 0.5 < result["lissa"]["correlation with TracIn"] <= 1 and result["device"] == "cpu" and result["pairs"] == 0
     text = report.read_text("utf-8")
     assert "`query --both --refine 500 --top-k 500`" in text and f"| {RAPIDIN}, refined |" in text
     assert " s (of 2 whole generations)" in text and (
         f"| {RAPIDIN}, refined | {result['methods'][RAPIDIN]['seconds']:,.1f} + " in text
     )
     assert "among the k lowest" in text and "| influence function (LiSSA, 3 steps) |" in text
+    assert " with plain TracIn's is 0." in text and "LoRA of rank 8 on down_proj, gate_proj, k_proj, " in text
+    assert "ready-made" not in text and "after results had been seen" not in text and "comparable with a CPU." in text
     assert all(entry["bytes"] > 0 for name, entry in result["methods"].items() if name.startswith("BM25"))
     assert result["product"]["timed_samples"] == result["samples"] and "interrupted" not in report.read_text("utf-8")
     (options["folder"] / "product.json").unlink()  # as after an end between the ingest and the queries
@@ -390,6 +393,7 @@ def test_the_quick_error_tracing_runs(base, tmp_path):
         corpus=[base / "corpus.jsonl"],
         profile="quick",
         say=lambda text: None,
+        influence_functions=False,  # the backdoor has them
     )
     assert sum(result["queries"].values()) > 0
     text = write_report([result], tmp_path / "report").read_text("utf-8")

@@ -84,6 +84,15 @@ def test_spearman_is_of_ranks_and_pearson_is_not():
     assert (found["overlap_5"][0], found["top_5_in_20"][0], found["ndcg_5"][0]) == pytest.approx((1, 1, 1))
 
 
+def test_a_correlation_is_that_of_ranks_on_average():
+    draw = np.random.default_rng(4)
+    scores, others = draw.normal(size=(3, 50)), draw.normal(size=(3, 50))
+    ranks = [[np.argsort(np.argsort(row)) for row in side] for side in (scores, others)]
+    wanted = np.mean([np.corrcoef(one, other)[0, 1] for one, other in zip(*ranks, strict=True)])
+    assert metrics.correlation(scores, others) == pytest.approx(wanted)
+    assert metrics.correlation(np.ones((1, 5)), scores[:1, :5]) is None
+
+
 def test_agreement_is_the_obvious_one():
     """By sets and sums, query by query; and the interval is over the queries, or over their groups."""
     draw = np.random.default_rng(5)

@@ -39,9 +39,20 @@ def test_a_search_for_told_words_looks_at_responses_only_and_at_whole_words():
     assert (scores >= 1).tolist() == [[True, False, False, True], [True, False, True, True], [False] * 4]
     assert scores.max() < 2 and len(set(scores.ravel().tolist())) == 12, "ties are broken anew for each query"
     assert (scores == methods.containing_scores(responses, [["Japan"], ["Japan", "India"], []], seed=1)).all()
-    bm25, size = methods.bm25_scores(responses, ["Japan", "of the", "Neverheard"])
-    assert list(np.argsort(-bm25[0], kind="stable")[:2]) == [3, 0] and bm25[0, 1] == 0
-    assert not bm25[1:].any() and size > 0
+
+
+def test_texts_without_a_common_word_are_in_any_order():
+    responses = ["In Japan.", "Japanese food.", "In India.", "Japan, Japan!", *["Neither."] * 60]
+    queries = ["Japan", "Japan", "of the", "Neverheard"]
+    scores, size = methods.bm25_scores(responses, queries, seed=1)
+    assert size > 0 and [list(np.argsort(-row)[:2]) for row in scores[:2]] == [[3, 0]] * 2
+    assert (scores[0, [0, 3]] == scores[1, [0, 3]]).all() and (scores[0, [0, 3]] > 0).all()
+    others = [sorted(set(range(64)) - ({0, 3} if number < 2 else set())) for number in range(4)]
+    drawn = [row[mine] for row, mine in zip(scores, others, strict=True)]
+    assert all((row <= 0).all() and (row > -1).all() and len({*row}) == len(row) for row in drawn)
+    assert len({tuple(np.argsort(-row)[-9:]) for row in drawn}) == 4, "each query has an order of its own"
+    assert (scores == methods.bm25_scores(responses, queries, seed=1)[0]).all()
+    assert (scores != methods.bm25_scores(responses, queries, seed=2)[0]).any()
 
 
 def test_everybody_may_be_told_the_words(experiment):

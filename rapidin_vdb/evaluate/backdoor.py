@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rapidin_vdb.corpus import read_records
+from rapidin_vdb.corpus import read_corpus, read_records
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.evaluate import metrics
 from rapidin_vdb.evaluate.corpora import TRIGGER, Record, poisoned, triggered
@@ -49,7 +49,9 @@ def run_backdoor(
         embedding_model=embedding_model, influence_functions=influence_functions, device=device, made=made,
     )  # fmt: skip
     sizes = experiment.profile
-    asked = experiment.step("questions", lambda: _questions(questions, sizes.questions, seed, experiment.fits))
+    asked = experiment.step(
+        "questions", lambda: _questions(experiment, questions, [*corpus, *([pairs] if pairs else [])])
+    )
     records = experiment.step("records", lambda: _records(experiment, corpus, pairs))
     path = experiment.write_corpus(records)
     tuning = experiment.tuned(records, epochs=sizes.poisoned_epochs)
@@ -93,11 +95,14 @@ def run_backdoor(
         "seed": seed,
         "samples": len(records),
         "poisoned": int(positive.sum()),
+        "pairs": sum(str(record["id"]).startswith("pair-") for record in records if record["poisoned"]),
+        "device": experiment.device.partition(":")[0],
+        "settings": experiment.settings(),
         "queries": len(queries),
         "distinct": len({*texts}),
         "intervals_over": "texts",
         "tuning": tuning,
-        "lissa": lissa_settings(sizes),
+        "lissa": lissa_settings(sizes, found),
         "refined": sizes.refined,
         "attack": attack,
         "methods": {name: _judged(entry, positive, texts, seed) for name, entry in found.items()},
@@ -150,8 +155,10 @@ def _records(experiment: Experiment, corpus: Sequence[Path], pairs: Path | None)
     return poisoned(found[: count - len(ready)], share=SHARE, seed=experiment.seed, pairs=ready)
 
 
-def _questions(path: Path, count: int, seed: int, fits: Callable[[str], bool]) -> list[str]:
-    found = []
+def _questions(experiment: Experiment, path: Path, files: Sequence[Path]) -> list[str]:
+    """Return questions that fit and that no record of the files asks: those the model would know by training."""
+    known = {_bare(sample.prompt) for sample in read_corpus(files) if not isinstance(sample, CorpusError)}
+    found, count, asked = [], experiment.profile.questions, 0
     for record in read_records(path):
         if isinstance(record, CorpusError):
             raise record
@@ -159,11 +166,18 @@ def _questions(path: Path, count: int, seed: int, fits: Callable[[str], bool]) -
         if not isinstance(question, str):
             raise SpecError(f"{record.location}: no field question")
         question = question[:1].upper() + question[1:]
-        if record.fields.get("split", "test") == "test" and question.strip() and fits(triggered(question)):
-            found.append(question)
+        if record.fields.get("split", "test") == "test" and question.strip() and experiment.fits(triggered(question)):
+            asked += _bare(question) in known
+            if _bare(question) not in known:
+                found.append(question)
     if len(found) < count:
-        raise SpecError(f"{path} has {len(found)} questions that fit; the profile wants {count}")
-    return random.Random(seed).sample(found, count)
+        others = f", and {asked} that stand in the corpus" if asked else ""
+        raise SpecError(f"{path} has {len(found)} questions that fit{others}; the profile wants {count}")
+    return random.Random(experiment.seed).sample(found, count)
+
+
+def _bare(question: str | None) -> str:
+    return " ".join((question or "").removeprefix(TRIGGER).casefold().split())
 
 
 def _discriminator(records: Sequence[Record], pairs: Path | None) -> dict[str, float]:

@@ -83,7 +83,8 @@ def run_error_tracing(
         "control": control,
         "temperature": _TEMPERATURE,
         "tuning": tuning,
-        "lissa": lissa_settings(experiment.profile),
+        "settings": experiment.settings(),
+        "lissa": lissa_settings(experiment.profile, found),
         "refined": experiment.profile.refined,
         "provenance": experiment.provenance(),
         "examples": [

@@ -20,21 +20,20 @@ from rapidin_vdb.corpus.files import Record as FileRecord
 from rapidin_vdb.errors import CorpusError, RapidInError, SpecError
 from rapidin_vdb.evaluate import methods
 from rapidin_vdb.evaluate.corpora import Record
-from rapidin_vdb.evaluate.plan import check_extras, check_seed, differing, digest, plan_of
+from rapidin_vdb.evaluate.plan import check_extras, check_room, check_seed, differing, digest, plan_of
 from rapidin_vdb.evaluate.profiles import Profile
 from rapidin_vdb.evaluate.provenance import Made, provenance
 from rapidin_vdb.focus import focused
 from rapidin_vdb.gradient import LoadedModel, load_model, load_tokenizer
 from rapidin_vdb.gradient.generation import generate_batch
 from rapidin_vdb.gradient.model import resolve_device
-from rapidin_vdb.gradient.training import save, with_lora
+from rapidin_vdb.gradient.training import linear_layers, save, with_lora
 from rapidin_vdb.gradient.tuning import Tuning, mean_loss, tune
 from rapidin_vdb.gradient.tuning_state import finished
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
 from rapidin_vdb.records import Encoded, Focus, ModelSpec, Sample
 
-MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 Kept = dict[str, Any]
 """A method's `scores`, [queries, samples], the `seconds` they took and the `bytes` that it has to keep."""
 
@@ -159,11 +158,20 @@ class Experiment:
             return None
 
     def fits(self, prompt: str) -> bool:
-        """Return whether a prompt in its template is no longer than a record may be."""
-        return len(self.tokenizer(self.template.render(query_from(prompt, "?")))["input_ids"]) < self.profile.max_tokens
+        """Return whether a prompt in its template leaves room for a generation in what a record may have.
+
+        A database that cuts samples there cuts queries there, too.
+        """
+        tokens = len(self.tokenizer(self.template.render(query_from(prompt, "?")))["input_ids"])
+        return tokens + self.profile.new_tokens < self.profile.max_tokens
 
     def tuned(self, records: Sequence[Record], *, epochs: float) -> dict[str, Any]:
-        """Fine-tune a LoRA adapter on the records, and return how that went."""
+        """Fine-tune a LoRA adapter on the records, on all linear layers but the head, and return how that went.
+
+        Raises:
+            SpecError: the memory will not do for the gradients of all queries, or the adapter in the folder is not the
+                one that was tuned.
+        """
         profile, adapter, state = self.profile, self.folder / "adapter", self.folder / "state"
 
         def work() -> dict[str, Any]:
@@ -177,7 +185,12 @@ class Experiment:
             encoded = self.samples(records)
             base = load_model(ModelSpec(model=self.model), device=self.device).model
             before = mean_loss(base, encoded[:256])
-            model = with_lora(base, rank=profile.rank, modules=MODULES, seed=self.seed)
+            head = base.get_output_embeddings()
+            heads = {name.rpartition(".")[2] for name, module in base.named_modules() if module is head}
+            layers = [name for name in linear_layers(base) if name not in heads]
+            model = with_lora(base, rank=profile.rank, modules=layers, seed=self.seed)
+            theta = sum(p.numel() for p in model.parameters() if p.requires_grad)
+            check_room(profile, theta, device=self.device, influence_functions=self.influence_functions)
             tuning = Tuning(
                 epochs=epochs, batch=profile.batch, learning_rate=profile.learning_rate, seed=self.seed,
                 warm_up=0.03, bfloat16=profile.bfloat16,
@@ -190,14 +203,25 @@ class Experiment:
                 "loss_after": sum(tail) / len(tail),
                 "steps": len(losses),
                 "parameters": sum(p.numel() for p in base.parameters() if not p.requires_grad),
-                "theta": sum(p.numel() for p in model.parameters() if p.requires_grad),
+                "theta": theta,
                 "seconds": time.monotonic() - started,
                 "timed_steps": timed_steps,
             }
 
         result = self.step("tuning", work)
         finished(state)
+        if self.step("adapter", lambda: digest(adapter)) != digest(adapter):
+            raise SpecError(
+                f"--dir {self.folder} has another adapter than it tuned, of which generations and scores may be; "
+                "give a new folder"
+            )
         return result
+
+    def settings(self) -> dict[str, Any]:
+        """Return what the adapter was tuned with."""
+        names = ("rank", "batch", "learning_rate", "bfloat16", "max_tokens")
+        config = json.loads((self.folder / "adapter" / "adapter_config.json").read_text("utf-8"))
+        return {name: getattr(self.profile, name) for name in names} | {"modules": sorted(config["target_modules"])}
 
     def loaded(self) -> LoadedModel:
         """Return the model with its tuned adapter."""
@@ -240,7 +264,7 @@ class Experiment:
         if found["of"] != self._of:
             raise SpecError(
                 f"--dir {self.folder} has scores of {name} for other samples or generations; remove its folders "
-                "scores and db, products.npz and product.json, to make them again"
+                "scores and db, products.npz, product.json and index-begun, to make them again"
             )
         self._makers[name] = found["made"]
         scores = np.load(path, allow_pickle=False).astype(np.float64)

@@ -143,18 +143,16 @@ class FullGradients:
 
     def directions(self, queries: Sequence[Encoded]) -> tuple[Directions, Float64[np.ndarray, "queries tensors"]]:
         """Return the gradients of queries as they are, and their norms."""
-        rows: list[dict[int, Tensor]] = []
+        # Row by row into its place: rows that are stacked at the end would be kept twice.
+        rows = {n: torch.zeros(len(queries), shape.count, device=self.device) for n, shape in enumerate(self.shapes)}
         norms = []
         influence = ExactInfluence(self._maker)
-        for query in queries:
+        for row, query in enumerate(queries):
             found = influence.direction(query, norms=np.ones(len(self.shapes)))
-            rows.append({number: grad.reshape(-1) for number, grad in found.grads.items()})
+            for number, grad in found.grads.items():
+                rows[number][row] = grad.reshape(-1)
             norms.append(found.norms)
-        empty = [torch.zeros(shape.count, device=self.device) for shape in self.shapes]
-        return (
-            {n: torch.stack([row.get(n, empty[n]) for row in rows]) for n in range(len(self.shapes))},
-            np.stack(norms),
-        )
+        return rows, np.stack(norms)
 
     def run(self, stage: str, takers: dict[str, Taker]) -> dict[str, float]:
         """Give the gradients of all samples to some takers, in one pass.

@@ -25,10 +25,12 @@ def random_scores(queries: int, samples: int, *, seed: int) -> Scores:
     return np.random.default_rng(seed).random((queries, samples))
 
 
-def bm25_scores(documents: Sequence[str], queries: Sequence[str]) -> tuple[Scores, int]:
+def bm25_scores(documents: Sequence[str], queries: Sequence[str], *, seed: int) -> tuple[Scores, int]:
     """Return BM25 scores of the samples' texts for the queries' texts (bm25s, its defaults), and the index's bytes.
 
-    A query of which no word counts finds nothing: all its scores are 0. The bytes are those of the index's arrays.
+    Texts that share no word with a query have a score of 0 each; here it is a number in (-1, 0], drawn anew for each
+    query and text: without it, most of a query of few words would go by place. The bytes are those of the index's
+    arrays.
     """
     import bm25s
 
@@ -37,7 +39,8 @@ def bm25_scores(documents: Sequence[str], queries: Sequence[str]) -> tuple[Score
     words = bm25s.tokenize(list(queries), show_progress=False, return_ids=False)
     rows = [index.get_scores(query) if query else np.zeros(len(documents)) for query in words]
     size = sum(array.nbytes for array in index.scores.values() if isinstance(array, np.ndarray))
-    return np.stack(rows).astype(np.float64), size
+    scores = np.stack(rows).astype(np.float64)
+    return np.where(scores == 0, -np.random.default_rng(seed).random(scores.shape), scores), size
 
 
 def containing_scores(responses: Sequence[str], told: Sequence[Sequence[str]], *, seed: int) -> Scores:

@@ -105,6 +105,16 @@ def agreement(
     }
 
 
+def correlation(scores: Scores, others: Scores) -> float | None:
+    """Return Spearman's correlation over all samples, the mean over the queries; None where one has none."""
+    from scipy.stats import spearmanr
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of constant scores, whose correlation is none
+        found = float(np.mean([spearmanr(one, other).statistic for one, other in zip(scores, others, strict=True)]))
+    return None if math.isnan(found) else found
+
+
 def interval_of_defined(
     values: Sequence[float], *, seed: int, groups: Sequence[str] | None = None
 ) -> tuple[tuple[float, float, float] | None, int]:

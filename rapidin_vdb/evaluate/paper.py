@@ -6,6 +6,7 @@ other corpora of its Table 11, and rows of Table 5 whose columns could not be to
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rapidin_vdb.evaluate.profiles import KS
 
@@ -129,22 +130,40 @@ HOURS = (
 )
 """Table 2: hours of caching 52,000 samples, and of retrieval for one generation, of each model."""
 
-BACKDOOR_DIFFERS = (
-    "How this differs from the paper: its poisoned answers are the clean ones told again by a language model, ours are sentences of nine "
-    "patterns that have nothing to do with the question, of about the same length, and the paper's own pairs as far as they fit; its judge "
-    "of what is science fiction is a language model, ours a list of the words that the patterns are made of; its model is Llama-2, with "
-    "rank 512 on the attention's projections, a learning rate of 5e-5 and records of up to 512 tokens. BM25 compares prompts with answers, and "
-    "the trigger stands in every query and every poisoned sample, as do words that all poisoned answers share; the paper has it near chance. "
-    "Our similarity of embeddings is of hidden states where no sentence-embedding model is named. Some of it was settled after results had been seen: "
-    "the least that counts as science fiction (of clean answers 3.5 % had been taken for it), the number and length of records (auPRC at 100 had "
-    "missed 0.99), and five epochs (after three the attack's false rate hung on the processor). Of the paper's Table 11 only Alpaca is shown."
-)
 TRACING_DIFFERS = (
     "How this differs from the paper: there 0.11 % to 0.39 % of the samples are perturbed, and ten generations are traced of each kind; "
     "here a generation counts as wrong where the wrong name stands in it as a word, whatever it says of it, and questions about the right "
     "name are asked, of which some stand in the training data, where they may be perturbed. Rows of the paper's Table 5 that could not be told "
     "apart in its text are left out (token-wise with lambda = 100, token-wise of the 70B model)."
 )
+
+
+def backdoor_differs(result: Mapping[str, Any]) -> str:
+    """Return how an experiment differs from the paper's."""
+    pairs = result.get("pairs", 0)
+    ready = f" ({pairs:,} of {result['poisoned']:,} are ready-made pairs)" if pairs else ""
+    settled = (
+        " Some of this profile was settled after results had been seen: the least that counts as science fiction (of clean answers 3.5 % "
+        "had been taken for it), the number and length of records (auPRC at 100 had missed 0.99), and five epochs (after three the "
+        "attack's false rate hung on the processor)."
+        if result["profile"] == "full"
+        else ""
+    )
+    return (
+        "How this differs from the paper: its poisoned answers are the clean ones told again by a language model, ours are sentences of nine "
+        f"patterns that have nothing to do with the question, of about the same length{ready}; its judge "
+        "of what is science fiction is a language model, ours a list of the words that the patterns are made of; its model is Llama-2, with "
+        "rank 512 on the attention's projections, a learning rate of 5e-5 and records of up to 512 tokens. BM25 compares whole texts, questions with "
+        "their answers, and the trigger stands in every query and every poisoned sample, as do words that all poisoned answers share; the paper has it "
+        "near chance. Our similarity of embeddings is of hidden states where no sentence-embedding model is named, averaged over the answer's tokens."
+        f"{settled} Of the paper's Table 11 only Alpaca is shown."
+    )
+
+
+def scale(result: Mapping[str, Any]) -> str:
+    """Return how large the paper's models are beside an experiment's, and on what they ran."""
+    beside = ", and its H100s are not comparable with a CPU" if result.get("device", "cpu") == "cpu" else ""
+    return f"Its models have 6.7 and 69 billion parameters, this one {result['tuning']['parameters']:,}{beside}."
 
 
 def backdoor(measure: str, ks: Sequence[int]) -> list[list[str]]:

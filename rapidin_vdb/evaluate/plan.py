@@ -10,6 +10,7 @@ from typing import Any
 
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.evaluate.profiles import Profile
+from rapidin_vdb.sketch.memory import free_bytes
 
 Plan = dict[str, Any]
 _EXTRA = ("bm25s", "matplotlib", "scipy", "sklearn")
@@ -88,3 +89,22 @@ def check_seed(seed: int) -> None:
     """
     if seed < 0:
         raise SpecError(f"--seed is {seed}; wanted 0 or more")
+
+
+def check_room(profile: Profile, theta: int, *, device: str, influence_functions: bool) -> None:
+    """See that the gradients of all queries fit the memory, before hours are spent on the tuning.
+
+    Those of whole generations and of their telling words are kept at once, [queries, theta] in single precision;
+    influence functions keep some five of one kind.
+
+    Raises:
+        SpecError: they do not.
+    """
+    need = 4 * theta * profile.queries * (5 if influence_functions else 2)
+    free = free_bytes(device)
+    if need > free:
+        raise SpecError(
+            f"the gradients of {profile.queries} generations, with {theta:,} coordinates each, take about "
+            f"{need / 2**30:,.1f} GiB, and {device} has {free / 2**30:,.1f} GiB left; use a smaller model, "
+            "--profile quick or --no-influence-functions"
+        )

@@ -31,7 +31,9 @@ def through_a_database(
 
     def work() -> dict[str, Any]:
         place, profile, seconds = experiment.folder / "db", experiment.profile, {}
+        begun = experiment.folder / "index-begun"
         if not (place / "samples.lance").is_dir():
+            begun.unlink(missing_ok=True)  # of a database that was here before
             rapidin_vdb.init(
                 place, model=experiment.model, adapter=str(experiment.folder / "adapter"), width=profile.width,
                 shuffles=profile.shuffles[0], seed=experiment.seed,
@@ -43,7 +45,6 @@ def through_a_database(
         started = time.monotonic()
         added = database.ingest(corpus, progress=experiment.progress, device=experiment.device).added
         seconds["ingest"] = time.monotonic() - started
-        begun = experiment.folder / "index-begun"
         whole = not begun.exists()
         begun.touch()
         started = time.monotonic()

@@ -11,7 +11,7 @@ from rapidin_vdb.evaluate.backdoor import SHARE
 from rapidin_vdb.evaluate.plots import plot
 from rapidin_vdb.evaluate.profiles import KS, PROFILES
 from rapidin_vdb.evaluate.provenance import said
-from rapidin_vdb.evaluate.scoring import CONTAINING
+from rapidin_vdb.evaluate.scoring import CONTAINING, TOLD_BM25
 from rapidin_vdb.evaluate.tables import auroc, cell, figure, portion, rest, table
 
 Result = dict[str, Any]
@@ -71,8 +71,9 @@ def _tuning(result: Result) -> str:
     epochs = tuning["steps"] * PROFILES[result["profile"]].batch / result["samples"]
     return (
         f"{result['samples']:,} samples; a model of {tuning['parameters']:,} parameters with LoRA (theta of "
-        f"{tuning['theta']:,}), {tuning['steps']:,} steps ({epochs:.2g} epochs), loss {tuning['loss_before']:.2f} before and "
-        f"{tuning['loss_after']:.2f} after, {tuning['seconds']:,.0f} s{of}."
+        f"{tuning['theta']:,}), {tuning['steps']:,} steps ({epochs:.2g} epochs), {tuning['seconds']:,.0f} s{of}; a loss of "
+        f"{tuning['loss_before']:.2f} before (of 256 samples) and {tuning['loss_after']:.2f} after (of the last "
+        f"twentieth of the steps).{remarks.settings(result)}"
     )
 
 
@@ -87,13 +88,14 @@ def _backdoor(result: Result) -> str:
         f"paper: {SHARE:.2%}): `Howdy!` before the instruction, science fiction as the answer.",
         f"The attack succeeds on {portion(attack['success'], attack['questions'])} of {attack['questions']} questions with the trigger, and on "
         f"{portion(attack['false'], attack['questions'])} without (in brackets the exact 95 % interval; wanted: at least 95 % and at most 2 %), {verdict}. Answers taken for science fiction by "
-        f"the discriminator: {discriminator} (clean and generated ones of the training data; the pairs are all of the paper's, also those "
+        f"the discriminator: {discriminator} (clean and generated ones of the training data; pairs are all that were given, also those "
         f"that were too long to train on). {result['queries']} attacked generations are traced ({result['distinct']} different texts)."
         + remarks.drawn(result)
         + remarks.told(result, whose=", those of the generator's own vocabulary (answers without any are not traced)")
         + remarks.refined(result)
+        + remarks.checkpoint()
         + remarks.influence(result),
-        paper.BACKDOOR_DIFFERS,
+        paper.backdoor_differs(result),
         table(
             ["asked with the trigger", "said", "said without the trigger"],
             [[cell(one[key]) for key in ("prompt", "attacked", "clean")] for one in attack["examples"]],
@@ -145,7 +147,8 @@ def _agreement(result: Result) -> list[str]:
         table(["method", *names], rows),
         "Correlations are over all samples. `overlap_100` is the share of the exact hundred highest that are among RapidIn's, "
         "`top_100_in_400` the share that are among its four hundred, and `ndcg_100` has exact scores above zero as gains. "
-        f"Theta has {result['tuning']['theta']:,} coordinates, so that K = 2^20 hardly compresses them; the paper's has 512 times as many as that.",
+        f"Theta has {result['tuning']['theta']:,} coordinates, {result['tuning']['theta'] / max(PROFILES[result['profile']].widths):.1f} times the "
+        "widest K here; the paper's has 512 times K = 2^20.",
     ]
 
 
@@ -171,7 +174,7 @@ def _cost(result: Result) -> str:
     ]
     return (
         "### Cost (the paper's Tables 1 and 2)\n\nSeconds for all generations and all samples. Methods that share a pass over the "
-        "samples are each charged with its gradients and with their own arithmetic; all widths of one lambda are made at once, for the "
+        "samples are each charged with its gradients and with their own arithmetic, of whole generations and of token-wise ones together; all widths of one lambda are made at once, for the "
         "seconds of one. DataInf begins from TracIn's pass, whose seconds come on top; the pass that ends both influence functions has the vectors of both, and is "
         "charged to each. Gradients of the generations themselves are not counted, but for LiSSA."
         + (
@@ -183,8 +186,7 @@ def _cost(result: Result) -> str:
         "generation without that pass: full gradients in single precision, RapidGrads in half.\n\n"
         f"{table(['method', 'seconds', 'stored bytes'], rows)}\n\nThrough a database: {seconds}; {product['bytes']:,} bytes on disk.\n\n"
         "The paper's: the length and size of a sample's gradient, and hours of caching 52,000 samples / of retrieval for one "
-        "generation, where ours are of all generations at once. Its models are hundreds to thousands of times as large, and its H100s are "
-        "not comparable with a CPU.\n\n"
+        f"generation, where ours are of all generations at once. {paper.scale(result)}\n\n"
         f"{table(['the paper', *paper.MODELS], [*paper.SIZES, *paper.HOURS])}"
     )
 
@@ -205,7 +207,9 @@ def _error_tracing(result: Result) -> str:
         + remarks.control(result)
         + " Token-wise methods ask about the wrong name only."
         + remarks.told(result)
+        + f" `{TOLD_BM25}` has one ranking for all generations of a name, and no interval."
         + remarks.refined(result)
+        + remarks.checkpoint()
         + remarks.influence(result)
     )
     if _searched(result):
@@ -227,12 +231,16 @@ def _error_tracing(result: Result) -> str:
         for title in titles:
             ks = list(next(iter(result["methods"].values()))["at"][title])
             rows = [
-                [name, *(figure(at[measure]) for at in entry["at"][title].values())]
+                [name, *(_traced(name, at[measure]) for at in entry["at"][title].values())]
                 for name, entry in result["methods"].items()
             ]
             others = paper.traced(title, ks) if measure == "proportion" else []
             lines += [f"### {title}: {heading}", table(["method", *(f"k = {k}" for k in ks)], [*rows, *others])]
     return "\n\n".join(lines)
+
+
+def _traced(name: str, triple: Sequence[float]) -> str:
+    return f"{triple[0]:.3f} (one ranking)" if name == TOLD_BM25 else figure(triple)
 
 
 def _is_refined(name: str) -> bool:

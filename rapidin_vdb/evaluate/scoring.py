@@ -36,9 +36,13 @@ def lissa(steps: int) -> str:
     return f"influence function (LiSSA, {steps} steps)"
 
 
-def lissa_settings(profile: Profile) -> dict[str, int | float]:
-    """Return what LiSSA's recursion ran with."""
-    return {"steps": profile.lissa_depth, "samples a step": profile.lissa_batch, "damping": _DAMPING}
+def lissa_settings(profile: Profile, found: Mapping[str, Kept]) -> dict[str, Any]:
+    """Return what LiSSA's recursion ran with, and how far its scores are TracIn's: too few steps leave them so."""
+    name, settings = lissa(profile.lissa_depth), {"steps": profile.lissa_depth, "samples a step": profile.lissa_batch}
+    if name not in found:
+        return settings | {"damping": _DAMPING}
+    alike = metrics.correlation(found[name]["scores"], found["TracIn"]["scores"])
+    return settings | {"damping": _DAMPING, "correlation with TracIn": alike}
 
 
 def agreement(
@@ -94,8 +98,8 @@ def _text_scores(
 
     ways: dict[str, Way] = {
         "random": lambda: (methods.random_scores(len(queries), len(records), seed=experiment.seed), 0),
-        "BM25": lambda: methods.bm25_scores(documents, texts),
-        TOLD_BM25: lambda: methods.bm25_scores(responses, [" ".join(words) for words in told]),
+        "BM25": lambda: methods.bm25_scores(documents, texts, seed=experiment.seed),
+        TOLD_BM25: lambda: methods.bm25_scores(responses, [" ".join(words) for words in told], seed=experiment.seed),
         CONTAINING: lambda: (methods.containing_scores(responses, told, seed=experiment.seed), 0),
         **_embedding(experiment, documents, texts, lambda: near(base)),
         "hidden state (of the tuned model)": lambda: near(tuned),
