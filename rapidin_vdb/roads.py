@@ -5,8 +5,15 @@ from collections.abc import Callable
 from rapidin_vdb.compute import Road, WorkerSpec, road_here
 from rapidin_vdb.engine import Engine
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.gradient import check_token_width, default_batch_tokens, resolve_devices, weight_bytes
+from rapidin_vdb.gradient import (
+    check_token_width,
+    default_batch_tokens,
+    release_memory,
+    resolve_devices,
+    weight_bytes,
+)  # fmt: skip
 from rapidin_vdb.records import Fingerprint
+from rapidin_vdb.sketch import free_bytes, map_bytes
 from rapidin_vdb.store import SampleTable
 from rapidin_vdb.workers import road_of_workers, threads_each
 
@@ -62,17 +69,23 @@ def choose_road(
     if batch_tokens is None:
         # Of the models on a device, the one of this process is there already.
         to_come = workers_per_device - here
-        weights = (
-            weight_bytes(road.config, dtype=fingerprint.dtype, quantization=fingerprint.quantization)
-            * to_come
-            // workers_per_device
-            if to_come
-            else 0
-        )
+        weights = 0
+        if to_come:
+            if not here:
+                release_memory()  # what torch keeps in this process is not there for others
+            each = weight_bytes(road.config, dtype=fingerprint.dtype, quantization=fingerprint.quantization)
+            each += _map_bytes(fingerprint, free_bytes(devices[0]) // workers_per_device - each)
+            weights = each * to_come // workers_per_device
         batch_tokens = default_batch_tokens(
             road.config, dtype=fingerprint.dtype, device=devices[0], workers=workers_per_device, weights=weights
         )
     return road, batch_tokens, workers, devices
+
+
+def _map_bytes(fingerprint: Fingerprint, room: int) -> int:
+    """Return what a worker's map of the sketch takes of the room that weights leave; 0 where it is kept elsewhere."""
+    size = map_bytes(fingerprint.gradient_length, fingerprint.sketch.width)
+    return size if 2 * size < room else 0
 
 
 def token_width_for(table: SampleTable, given: int | None, *, wanted: bool) -> int | None:

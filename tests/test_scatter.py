@@ -11,7 +11,7 @@ import torch
 
 from rapidin_vdb.gradient.receivers import Sketcher
 from rapidin_vdb.records import SketchSpec
-from rapidin_vdb.sketch import Sketch, lanes
+from rapidin_vdb.sketch import Sketch, lanes, scatter_gpu
 from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.sketch.scatter import scatter_batch, scatter_rows
 from rapidin_vdb.sketch.scatter_torch import scatter_batch_torch, scatter_rows_torch
@@ -170,11 +170,29 @@ sys.path.insert(0, {tests!r})
 import test_scatter
 from rapidin_vdb.sketch import scatter_gpu
 scatter_gpu._PROGRAMS = 3  # so that each takes several blocks
+assert scatter_gpu.available("cpu")
 for number, case in enumerate(test_scatter._CASES):
     for normalize in (False, True):
         test_scatter.check_batch_loop(scatter_gpu.scatter_batch_gpu, *case, normalize)
 print("same")
 """
+
+
+def test_without_a_compiler_triton_is_done_without(monkeypatch, caplog):
+    """As in an image with torch and without gcc; said once a device."""
+
+    def missing(*arguments, **options):
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable")
+
+    monkeypatch.setattr(scatter_gpu, "_kernel", lambda: {(1,): missing})
+    scatter_gpu.available.cache_clear()
+    assert [scatter_gpu.available("cpu") for _ in range(2)] == [False, False]
+    (record,) = caplog.records
+    assert "cannot compile for cpu (Failed to find C compiler." in record.message and "python3-dev" in record.message
+    monkeypatch.setattr(scatter_gpu, "_kernel", lambda: None)
+    scatter_gpu.available.cache_clear()
+    assert not scatter_gpu.available("cpu") and len(caplog.records) == 1, "nothing to say where it is not installed"
+    scatter_gpu.available.cache_clear()
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")

@@ -163,7 +163,7 @@ class FullGradients:
         started, done = time.monotonic(), 0
         for numbers, batch in self._batches:
             self._progress(stage, done, self.samples)
-            split = _Split(own)
+            split = _Split(own, self.device)
             for name, taker in takers.items():
                 with split.timed(name):
                     split.receivers[name] = taker.begin(numbers)
@@ -186,16 +186,22 @@ class FullGradients:
 class _Split:
     """Hands gradients to several receivers, and keeps the time of each."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
+    def __init__(self, seconds: dict[str, float], device: str) -> None:
         self.receivers: dict[str, Receiver] = {}
         """By name, filled before the first gradient."""
-        self._seconds = seconds
+        self._seconds, self._device = seconds, device
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:
-        started = time.monotonic()
+        started = self._settled()
         yield
-        self._seconds[name] += time.monotonic() - started
+        self._seconds[name] += self._settled() - started
+
+    def _settled(self) -> float:
+        """Return the time at which a GPU has done what it was told: the gradients' work is not the next taker's."""
+        if self._device.startswith("cuda"):
+            torch.cuda.synchronize(self._device)
+        return time.monotonic()
 
     def dense(self, number: int, first: int, grads: Tensor) -> None:
         for name, receiver in self.receivers.items():

@@ -3,7 +3,7 @@
 from rapidin_vdb.gradient.fingerprint import fingerprint_of
 from rapidin_vdb.gradient.generation import generate_one
 from rapidin_vdb.gradient.influence import Direction, Exact, ExactInfluence
-from rapidin_vdb.gradient.memory import default_batch_tokens, weight_bytes
+from rapidin_vdb.gradient.memory import default_batch_tokens, release_memory, weight_bytes
 from rapidin_vdb.gradient.model import LoadedModel, load_config, load_model, resolve_devices
 from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
 from rapidin_vdb.gradient.receivers import norms_of
@@ -27,6 +27,7 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "norms_of",
+    "release_memory",
     "resolve_devices",
     "stream_gradient",
     "weight_bytes",

@@ -80,8 +80,10 @@ def _continued(
     ids = torch.tensor([[padding] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
     mask = torch.tensor([[0] * (longest - len(prompt)) + [1] * len(prompt) for prompt in prompts])
     # The generator is the process's own: what others draw meanwhile, and have drawn, must not change.
-    with torch.random.fork_rng(devices=[model.device] if model.device.type == "cuda" else []):
-        torch.manual_seed(seed)
+    cuda = model.device.type == "cuda"
+    with torch.random.fork_rng(devices=[model.device] if cuda else []):
+        # `torch.manual_seed` would set those of all other devices, too.
+        (torch.cuda.default_generators[model.device.index] if cuda else torch.default_generator).manual_seed(seed)
         out = model.generate(
             input_ids=ids.to(model.device),
             attention_mask=mask.to(model.device),

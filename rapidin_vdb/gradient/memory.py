@@ -14,7 +14,10 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 # What plain errors say of it: torch's on a CPU; torch's, Triton's and the driver's on a GPU; cuBLAS's and its sisters'.
-_NO_MEMORY = ("can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED")
+_NO_MEMORY = (
+    "can't allocate memory", "out of memory", "_STATUS_ALLOC_FAILED",
+    "_STATUS_NOT_INITIALIZED when calling `cublasCreate",
+)  # fmt: skip
 # Beyond these a larger batch is no faster: a core's caches, or a GPU's arithmetic, are busy already.
 _ENOUGH_TOKENS = {"cpu": 4096, "cuda": 32768}
 # Share of the free memory that a batch is given. A host has others to share with. On a GPU a batch was seen to take two

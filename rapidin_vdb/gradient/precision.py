@@ -12,6 +12,7 @@ from torch import Tensor
 from rapidin_vdb.gradient.contribution import Call, Contribution, Dense
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.rules import Rule
+from rapidin_vdb.matmul import under_tf32
 
 
 def adapter_layers(loaded: LoadedModel) -> list[torch.nn.Linear]:
@@ -54,7 +55,7 @@ def tf32_rule(rule: Rule) -> Rule:
         assert isinstance(contribution, Dense)
 
         def form(samples: slice) -> Tensor:
-            with _tf32():
+            with under_tf32():
                 return contribution.form(samples)
 
         return Dense(form)
@@ -68,26 +69,10 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, layer: torch.nn.Linear, read: Tensor) -> Tensor:
         ctx.layer = layer
-        with _tf32():
+        with under_tf32():
             return F.linear(read, layer.weight, layer.bias)
 
     @staticmethod
     def backward(ctx: Any, delta: Tensor) -> tuple[None, Tensor]:
-        with _tf32():
+        with under_tf32():
             return None, delta @ ctx.layer.weight
-
-
-@contextmanager
-def _tf32() -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    if before == "tf32":
-        yield  # somebody allows it for everything
-        return
-    # This sets torch's older switch with the newer one; where they differ, some of torch refuses to go on.
-    torch.set_float32_matmul_precision("high")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision("highest")
-        matmul.fp32_precision = before

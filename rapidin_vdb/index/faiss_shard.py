@@ -11,7 +11,6 @@ import torch
 from jaxtyping import Float32
 from torch import Tensor
 
-from rapidin_vdb.index.half import in_single_precision
 from rapidin_vdb.index.library import faiss
 from rapidin_vdb.index.shard import (
     SCORES,
@@ -27,6 +26,7 @@ from rapidin_vdb.index.shard import (
 )
 from rapidin_vdb.index.source import Rows
 from rapidin_vdb.index.torch_shard import CUT_OFF
+from rapidin_vdb.matmul import in_single_precision
 from rapidin_vdb.recipe import IndexRecipe
 
 # A GPU also rounds the query to half precision.
@@ -53,6 +53,7 @@ class FaissShard:
         # FAISS on a GPU is not made for several threads, not even to read; and nobody may read what is being added to.
         self._lock = RLock()
         if self.gpu is not None:
+            torch.cuda.empty_cache()  # FAISS cannot use what torch keeps for itself, and its scratch space comes first
             self._resources = module.StandardGpuResources()
             config = module.GpuIndexFlatConfig()
             config.device = self.gpu
@@ -201,8 +202,9 @@ class FaissShard:
                 torch.cuda.synchronize(place)
                 self.index.add_c(len(part), faiss().cast_integer_to_float_ptr(wide.data_ptr()))
                 torch.cuda.synchronize(place)
+            del wide
         if place.type != "cpu":
-            torch.cuda.empty_cache()  # FAISS cannot use what torch keeps for itself
+            torch.cuda.empty_cache()
         return self
 
 

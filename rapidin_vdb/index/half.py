@@ -6,8 +6,6 @@ and many through float32 blocks and one matrix product.
 """
 
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -17,6 +15,7 @@ from jaxtyping import Float32, Float64, Int64, UInt16
 
 from rapidin_vdb.compiled import compiled
 from rapidin_vdb.intrinsics import half_widener
+from rapidin_vdb.matmul import in_single_precision
 
 # Up to so many queries the loop, four queries at a time, is faster than widening blocks for a matrix product.
 FEW_QUERIES = 32
@@ -25,9 +24,6 @@ _BLOCK_BYTES = 64 << 20
 # Rows that several groups of four queries go over one after another, while they are near: from memory they come once.
 _NEAR_BYTES = 2 << 20
 _compiling = threading.Lock()
-_pinning = threading.Lock()
-# What torch was set to before, once for each product under way.
-_pinned: list[str] = []
 
 
 def _loops() -> tuple[Any, Any, Any]:
@@ -191,25 +187,6 @@ def _buffer(rows: int, width: int, dtype: torch.dtype) -> torch.Tensor:
     if dtype not in kept or len(kept[dtype]) < rows * width:
         kept[dtype] = torch.empty(rows * width, dtype=dtype)
     return kept[dtype][: rows * width].view(rows, width)
-
-
-@contextmanager
-def in_single_precision() -> Iterator[None]:
-    """Let a CPU's matrix products be those of single precision, whatever a program has allowed torch for its own ones.
-
-    Fewer digits, which newer CPUs multiply faster, are beyond the bound of rounding by which rows are left out.
-    """
-    matmul = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    with _pinning:
-        _pinned.append(_pinned[0] if _pinned else matmul.fp32_precision)
-        matmul.fp32_precision = "ieee"
-    try:
-        yield
-    finally:
-        with _pinning:
-            before = _pinned.pop()
-            if not _pinned:
-                matmul.fp32_precision = before
 
 
 def _by_matrix_products(block: np.ndarray, queries: np.ndarray, picks: np.ndarray | None, out: np.ndarray) -> None:

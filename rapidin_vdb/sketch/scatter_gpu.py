@@ -1,5 +1,6 @@
 """The sketch's inner loop on a GPU, in Triton: one pass over a gradient fills its buckets and takes its norm."""
 
+import logging
 from contextlib import nullcontext
 from functools import cache
 from typing import Any
@@ -9,6 +10,8 @@ from jaxtyping import Float, Float64, Integer, UInt8
 from torch import Tensor
 
 from rapidin_vdb.sketch.scatter_torch import signed_view
+
+logger = logging.getLogger(__name__)
 
 # Coordinates that a program takes at a time, and programs at most: enough to fill a GPU, and few enough that their sums
 # of squares, which meet in one number a sample, do not queue.
@@ -54,9 +57,29 @@ def _kernel() -> Any:
     return triton.jit(inspect.unwrap(scatter), do_not_specialize=["count"])
 
 
-def available() -> bool:
-    """Say whether Triton can be used."""
-    return _kernel() is not None
+@cache
+def available(device: str) -> bool:
+    """Say whether Triton's kernel runs on a device; where it is installed and does not, a warning says why, once.
+
+    Triton comes with torch, but compiles with a C compiler and Python's headers, which small images leave out.
+    """
+    if _kernel() is None:
+        return False
+    one = torch.ones(1, 1, device=device)
+    buckets, signs = (torch.zeros(1, dtype=dtype, device=device) for dtype in (torch.uint16, torch.uint8))
+    try:
+        sums, _ = _summed(one, 2, buckets=buckets, signs=signs)
+        return float(sums.sum()) == 1
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever a compiler, or its absence, raises
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        logger.warning(
+            "Triton cannot compile for %s (%s); going on with plain torch, which is slower. Triton needs a C compiler "
+            "and Python's headers, as in Debian's gcc and python3-dev",
+            device, reason,
+        )  # fmt: skip
+        return False
 
 
 def scatter_batch_gpu(

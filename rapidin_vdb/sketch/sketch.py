@@ -31,6 +31,11 @@ Keep = Literal["device", "host", "nowhere"]
 _Map = tuple[Integer[Tensor, " grad"], UInt8[Tensor, " bytes"]]
 
 
+def map_bytes(coordinates: int, width: int) -> int:
+    """Return the bytes of a map of so many coordinates, where it is kept: their buckets, and signs as bits."""
+    return coordinates * (2 if width <= 1 << 16 else 4) + coordinates // 8
+
+
 def fold(grad: Float[Tensor, "*batch grad"], width: int) -> Float[Tensor, "*batch {width}"]:
     """Sum consecutive groups of `grad / width` coordinates (the paper's last step; also narrows a RapidGrad).
 
@@ -64,7 +69,7 @@ class Sketch:
         self.device = device
         self._map = BucketMap(spec, sum(lengths))
         self._starts = [0, *np.cumsum(lengths).tolist()]
-        self._bytes = sum(lengths) * (2 if spec.width <= 1 << 16 else 4) + sum(lengths) // 8
+        self._bytes = map_bytes(sum(lengths), spec.width)
         self.keep: Keep = keep if keep is not None else self._choose()
         self._kept: list[_Map] | None = None
         self._at_hand: tuple[int, _Map] | None = None
@@ -164,7 +169,7 @@ class Sketch:
         buckets, signs = self._tensor(number)
         if self.device == "cpu":
             scatter_batch(rapidgrads, grads.float(), buckets=buckets, signs=signs, normalize=normalize, lanes=lanes)
-        elif scatter_gpu.available():
+        elif scatter_gpu.available(self.device):
             scatter_gpu.scatter_batch_gpu(rapidgrads, grads, buckets=buckets, signs=signs, normalize=normalize)
         else:
             scatter_batch_torch(rapidgrads, grads, buckets=buckets, signs=signs, normalize=normalize)
