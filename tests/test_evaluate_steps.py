@@ -407,7 +407,34 @@ def test_the_published_page_is_what_its_figures_give(tmp_path):
     text = write_report(published(), tmp_path).read_text("utf-8")
     assert text == (folder / "report.md").read_text("utf-8")
     assert (tmp_path / "results.json").read_text("utf-8") == (folder / "results.json").read_text("utf-8")
-    assert text.count("Made with ") == 2 and "commit 0960862" in text and "commit fa714b3" in text
+    assert text.count("Made with ") == 2 and "commit 0960862" in text and "commit 1174e26" in text
+
+
+def test_the_readme_quotes_the_published_figures():
+    """Its table, row by row, and what it says of refined rankings."""
+    names = {
+        "BM25 of question and answer": "BM25", "BM25 of the words": "BM25, token-wise",
+        "embeddings": "embedding (mean hidden state of the base model)",
+        "hidden states of the tuned": "hidden state (of the tuned model)", "TracIn, exact": "TracIn",
+        "TracIn with layer": "TracIn + LN", "RapidIn (K = 65,536, lambda = 20), token-wise": "",
+        "RapidIn (K = 65,536, lambda = 20), refined": "RapidIn (K = 65,536, lambda = 20), refined",
+        "RapidIn (K = 65,536, lambda = 20)": "", "influence function, DataInf": "influence function (DataInf)",
+        "influence function, LiSSA": "influence function (LiSSA, 5 steps)",
+    }  # fmt: skip
+    methods = published()[0]["methods"]
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    rows = readme.split("| share of poisoned samples among the k highest |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(rows) == len(names)
+    for row in rows:
+        label, *told = (cell.strip() for cell in row.strip("|").split("|"))
+        prefix = next(prefix for prefix in names if label.startswith(prefix))
+        at = methods[names[prefix] or prefix]["at"]
+        assert told == [f"{at[k]['precision'][0]:.3f}" for k in ("100", "500", "1000")], label
+    ours, exact = "RapidIn (K = 65,536, lambda = 20)", methods["TracIn + LN"]["at"]
+    lost = [f"{exact[k]['auprc'][0] - methods[ours]['at'][k]['auprc'][0]:.3f}" for k in ("500", "1000")]
+    assert f"At 500 and 1,000 it is {' and '.join(lost)} below that of exact" in readme
+    refined = methods[f"{ours}, refined"]["at"]
+    assert max(abs(exact[k]["auprc"][0] - refined[k]["auprc"][0]) for k in exact) < 0.001
 
 
 def test_a_part_of_the_experiments_leaves_the_published_page_alone(tmp_path, monkeypatch):

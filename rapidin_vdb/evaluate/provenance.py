@@ -7,7 +7,7 @@ Made = dict[str, str]
 """What made a step, such as its commit, date and threads."""
 
 _PARTS = {
-    "records and tuning": ("records", "questions", "tuning"),
+    "records and tuning": ("records", "questions", "tuning", "adapter"),
     "generations": ("attacked", "clean", "said-"),
     "database": ("product",),
     "figures": ("figures",),
