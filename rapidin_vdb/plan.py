@@ -13,6 +13,7 @@ import numpy as np
 from rapidin_vdb.batches import Pair, planned_batches
 from rapidin_vdb.errors import CorpusError, RapidInError
 from rapidin_vdb.ledger import Entry, Ledger
+from rapidin_vdb.notices import Notices
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import OnBadRecord, OnDeleted, OnDuplicate, Sample
 from rapidin_vdb.store import ColumnKind, SampleTable, can_hold, merge_kinds, undisturbed, value_kind
@@ -77,7 +78,8 @@ def make_plan(
 ) -> Plan:
     """Return what there is to write, every record having been looked at; an empty ledger gets which samples.
 
-    With `token_gradients`, samples that are there without those of their tokens are among it.
+    With `token_gradients`, samples that are there without those of their tokens are among it. What should be known of
+    them before the first gradient is logged.
 
     Raises:
         CorpusError: a record cannot be stored, or an id stands for two contents, where the options do not allow it.
@@ -85,7 +87,7 @@ def make_plan(
         ScratchError: the ledger cannot be kept.
     """
     plan = Plan(seen=_note_there(table, ledger, token_gradients, on_deleted))
-    columns = table.snapshot().column_kinds
+    columns, notices = table.snapshot().column_kinds, Notices(table)
     looked_at = 0
     for window in windows:
         looked_at += len(window)
@@ -106,6 +108,7 @@ def make_plan(
                 continue
             wanted = _decide(plan, sample, known, table, on_duplicate)
             if wanted:
+                notices.see(sample, new=known.there is None and known.planned is None)
                 known.replaced = known.there is not None
                 _merge_kinds(plan, sample)
                 plan.truncated += encoded.truncated
@@ -124,6 +127,7 @@ def make_plan(
     plan.unchanged += ledger.settle(token_gradients=token_gradients)
     plan.samples, plan.tokens_only = ledger.planned(), ledger.tokens_only()
     plan.brought_back = ledger.brought_back()
+    notices.tell()
     return plan
 
 

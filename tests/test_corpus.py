@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import sys
+from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
@@ -11,6 +12,7 @@ import pytest
 from conftest import byte_tokenizer, toy_records, write_jsonl
 
 from rapidin_vdb.corpus import Record, encode, load_template, read_corpus, read_records, sample_from
+from rapidin_vdb.corpus.files import paths_of, read_lines
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.records import Encoded, Message
 
@@ -586,6 +588,46 @@ def test_a_name_that_cannot_be_looked_for_is_told(tmp_path):
             read_records(tmp_path / name)
     with pytest.raises(CorpusError, match="no such file"):
         read_records(write_jsonl(tmp_path / "a.jsonl", [{"text": "a"}]) / "b.jsonl")
+
+
+ADDRESS = ": this is an address, and records are read from files of this machine; copy it here, or mount what holds it"
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("s3://bucket/train/x.parquet", "s3://bucket/train/x.parquet"),
+        ("hf://datasets/a/b/train.jsonl", "hf://datasets/a/b/train.jsonl"),
+        ("https://host:80/a//b.jsonl?x=://", "https://host:80/a//b.jsonl?x=://"),
+        ("file:///data/x.csv", "file:///data/x.csv"),
+        # As the command line has them, and whoever makes paths of them.
+        (Path("s3://bucket/train/x.parquet"), "s3://bucket/train/x.parquet"),
+        (Path("gs+x.1://bucket/two\nlines.jsonl"), "gs+x.1://bucket/two\nlines.jsonl"),
+        (Path("file:///data/x.csv"), "file:///data/x.csv"),
+    ],
+)
+def test_an_address_stays_as_it_was_given(given, told):
+    with pytest.raises(CorpusError) as raised:
+        paths_of(["a.jsonl", given])
+    assert str(raised.value).startswith(told + ADDRESS)
+    if isinstance(given, Path):
+        for read in (read_records, read_lines):
+            with pytest.raises(CorpusError) as raised:
+                read(given)
+            assert str(raised.value).startswith(told + ADDRESS)
+
+
+def test_what_looks_like_an_address_may_be_a_file(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "data:"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [{"text": "a"}])
+    for name in ("data:/a.jsonl", "data://a.jsonl"):
+        (path,) = paths_of([name])
+        assert [record.fields for record in read_records(path)] == [{"text": "a"}]
+    for name in ("C:/none.jsonl", "a:b/none.jsonl", "9:/none.jsonl"):
+        with pytest.raises(CorpusError, match="no such file"):
+            read_records(*paths_of([name]))
 
 
 @pytest.mark.parametrize("state", ["[]", '{"_data_files": null}', '{"_data_files": [3]}', "{"])

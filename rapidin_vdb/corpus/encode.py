@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from rapidin_vdb.corpus.answers import write
+from rapidin_vdb.corpus.samples import by_itself
 from rapidin_vdb.corpus.template import Template
 from rapidin_vdb.corpus.written import Written
 from rapidin_vdb.errors import CorpusError
@@ -29,7 +30,9 @@ def encode(
     template ends an answer with. A token belongs to the response when it starts at or after the response's first
     character; the very first token of all is predicted from nothing and so carries no loss. Where a response is made of
     several turns, the tokens of its answers belong to it, and what ends each. Longer samples are cut from the right.
+    Turns from fields beside a conversation have no part in what a template writes that cannot write them.
     """
+    samples = [template.fitting(sample) for sample in samples]
     results: list[Encoded | CorpusError | None] = [None] * len(samples)
     texts: list[tuple[int, Written]] = []
     for place, sample in enumerate(samples):
@@ -112,13 +115,15 @@ def _encoded(
             if truncated
             else f"{sample.location}: the response has no token with a loss"
         )
+    # Said, too, where turns from fields beside it were written: by this `as_written` knows it.
+    said = sample.response if written.said is None and by_itself(sample) is not sample else written.said
     return Encoded(
         sample_id=sample.sample_id,
         input_ids=tuple(ids),
         offsets=tuple(offsets),
         truncated=truncated,
         places=None if places is None else tuple(places),
-        response=written.said,
+        response=said,
         unwritten=_unwritten(sample, written.text),
     )
 
@@ -133,8 +138,8 @@ def _unwritten(sample: Sample, text: str) -> str:
 
 
 def as_written(sample: Sample, encoded: Encoded) -> Sample:
-    """Return a sample with the response that its tokens are of: a template may have written more than its contents."""
-    return sample if encoded.response is None else replace(sample, response=encoded.response)
+    """Return a sample as its tokens are of it: with what a template wrote beside its contents, and no more turns."""
+    return by_itself(sample) if encoded.response is None else replace(sample, response=encoded.response)
 
 
 def _earlier(written: Written, spans: Sequence[tuple[int, int]]) -> list[tuple[int, tuple[int, int]]]:

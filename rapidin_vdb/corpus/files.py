@@ -24,6 +24,8 @@ _JSON = (".jsonl", ".json", ".ndjson")
 # What a reader calls a number: not 007, 1_000, nan or " 1", which Python would take for one.
 _INT = re.compile(r"[+-]?(0|[1-9][0-9]*)")
 _FLOAT = re.compile(r"[+-]?(0|[1-9][0-9]*)(\.[0-9]+)?([eE][+-]?[0-9]+)?")
+# An address, also one that became a path, in which two slashes are one. A single letter is a drive.
+_ADDRESS = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):(/{1,3})(?!/)(.*)", re.DOTALL)
 _TEXTS = frozenset("id instruction input output prompt response completion generation text split source".split())
 
 
@@ -41,11 +43,14 @@ def paths_of(files: Sequence[str | Path]) -> tuple[Path, ...]:
     """Return the paths of files.
 
     Raises:
+        CorpusError: one of them is the address of something elsewhere.
         SpecError: one of them is something else, such as a list of names.
     """
     for file in files:
         if not isinstance(file, str | PathLike):
             raise SpecError(f"a file is of type {type(file).__name__}; wanted names: ingest('a.jsonl', 'b.jsonl')")
+        if _ADDRESS.fullmatch(str(file)) and not _is(Path(file), lambda mode: True):
+            raise _not_there(file)
     return tuple(map(Path, files))
 
 
@@ -58,7 +63,7 @@ def read_records(path: Path) -> Iterator[Record | CorpusError]:
     if _is(path, stat.S_ISDIR):
         return _read_saved_dataset(path)
     if not _is(path, stat.S_ISREG):
-        raise CorpusError(f"{path}: no such file")
+        raise _not_there(path)
     match _suffix(path):
         case suffix if suffix in _JSON:
             return (record for record, _ in _read_json(path))
@@ -81,6 +86,20 @@ def read_lines(path: Path) -> Iterator[tuple[Record | CorpusError, str | None]]:
     if _is(path, stat.S_ISREG) and _suffix(path) in _JSON:
         return _read_json(path)
     return ((record, None) for record in read_records(path))
+
+
+def _not_there(file: str | PathLike[str]) -> CorpusError:
+    """Return the error of a file that is not there: an address as it was given, as far as a path still has it."""
+    found = _ADDRESS.fullmatch(str(file))
+    if found is None:
+        return CorpusError(f"{file}: no such file")
+    scheme, slashes, rest = found.groups()
+    if len(slashes) == 1:
+        slashes = "///" if scheme.lower() == "file" else "//"
+    return CorpusError(
+        f"{scheme}:{slashes}{rest}: this is an address, and records are read from files of this machine; copy it here, "
+        "or mount what holds it, and give its path"
+    )
 
 
 def _is(path: Path, kind: Callable[[int], bool]) -> bool:

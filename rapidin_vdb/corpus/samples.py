@@ -4,10 +4,12 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rapidin_vdb.corpus.beside import BESIDE, is_beside
 from rapidin_vdb.corpus.files import Record, read_records
 from rapidin_vdb.corpus.shapes import conversation_of, text_field
 from rapidin_vdb.corpus.turns import joined, said_beside, told
@@ -51,13 +53,13 @@ def sample_from(
     id_field: str = "id",
     turns: Turns = "last",
 ) -> Sample:
-    """Return the sample that a record describes.
+    """Return the sample that a record describes, with the turns that its fields `system` and `history` make.
 
     Raises:
         CorpusError: the record has none of the known shapes, an empty response, or a value of the wrong kind.
     """
     fields, location, text = record.fields, record.location, _unicode_of(record)
-    conversation = conversation_of(fields, location, turns)
+    conversation = conversation_of(fields, location, turns, beside=BESIDE - {id_field})
     messages, said = conversation.before, conversation.response
     response, _ = joined(said)
     if not said[-1].content.strip() and not said_beside(said[-1]):
@@ -65,21 +67,55 @@ def sample_from(
     split = split if split is not None else text_field(fields, "split", location) or "train"
     source = source if source is not None else text_field(fields, "source", location)
     sample_id = _sample_id(record, id_field, text)
-    metadata = _metadata(fields, {*conversation.used} | {id_field, "id", "split", "source"}, location)
+    # Checked with the fields beside the conversation, which are columns where a template writes no turns of them.
+    used = {*conversation.used - conversation.beside} | {id_field, "id", "split", "source"}
+    metadata = _metadata(fields, used, location)
     return Sample(
         sample_id=sample_id,
         prompt=_prompt_text(messages),
         response=response,
         split=split,
         source=source,
-        metadata=metadata,
+        metadata={name: value for name, value in metadata.items() if name not in conversation.beside},
         messages=messages,
         turns=said if len(said) > 1 or said_beside(said[-1]) else (),
         behind=conversation.behind,
         fields=fields,
-        content_hash=hash_of(text, split, source),
+        content_hash=hash_of(text, split, source, conversation.beside),
         location=location,
     )
+
+
+def by_itself(sample: Sample) -> Sample:
+    """Return a sample without the turns that fields beside its conversation make, as templates write it that cannot.
+
+    The fields are columns then, and its hash is that of databases made before such turns were.
+    """
+    all_turns = (*sample.messages, *sample.turns)
+    if BESIDE.isdisjoint(sample.fields) or not any(is_beside(turn, BESIDE) for turn in all_turns):
+        return sample
+    beside = conversation_of(sample.fields, sample.location, "last").beside
+    messages, turns = (
+        tuple(turn for turn in turns if not is_beside(turn, beside)) for turns in (sample.messages, sample.turns)
+    )
+    if (messages, turns) == (sample.messages, sample.turns):
+        return sample
+    response = sample.response
+    if turns != sample.turns:
+        # Where all turns have a loss, an earlier pair is a part of the response: what is left is a question and answer.
+        *asked, said = turns
+        messages, turns, response = (*messages, *asked), (), said.content
+    columns = {name: sample.fields[name] for name in sorted(beside) if isinstance(sample.fields[name], str)}
+    return replace(
+        sample, prompt=_prompt_text(messages), response=response, messages=messages, turns=turns,
+        metadata={**sample.metadata, **columns},
+        content_hash=hash_of(text_of(sample.fields), sample.split, sample.source),
+    )  # fmt: skip
+
+
+def is_named_by_content(sample: Sample) -> bool:
+    """Say whether a sample's id is the hash of its record, which has none."""
+    return sample.fields.get("id") is None and sample.sample_id == _content_id(text_of(sample.fields))
 
 
 def sample_id_of(record: Record, *, id_field: str = "id") -> str:
@@ -105,14 +141,18 @@ def _unicode_of(record: Record) -> str:
     return text
 
 
-def text_of(fields: dict[str, Any]) -> str:
+def text_of(fields: Mapping[str, Any]) -> str:
     """Return a record as text, whatever the order of its fields."""
     return json.dumps(fields, sort_keys=True, ensure_ascii=False, default=str)
 
 
-def hash_of(text: str, split: str, source: str | None) -> str:
-    """Return what tells a record, as text, from others of the same id."""
-    identity = json.dumps([text, split, source], ensure_ascii=False)
+def hash_of(text: str, split: str, source: str | None, beside: Collection[str] = ()) -> str:
+    """Return what tells a record, as text, from others of the same id.
+
+    With the names of fields beside its conversation that made turns: in databases that were made before they did, the
+    same record is other content.
+    """
+    identity = json.dumps([text, split, source, *sorted(beside)], ensure_ascii=False)
     return hashlib.sha256(identity.encode("utf-8")).hexdigest()[:32]
 
 
@@ -134,13 +174,17 @@ def _sample_id(record: Record, id_field: str, text: str) -> str:
         if id_field != "id":
             found = _names(record.fields)
             raise CorpusError(f"{location}: no field {id_field!r}, which --id-field names; found {found}")
-        return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
+        return _content_id(text)
     if isinstance(value, float) and value.is_integer():
         value = int(value)  # what becomes of whole numbers in a column with gaps
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
         found = json.dumps(value, default=str)[:60]
         raise CorpusError(f"{location}: {id_field} is {found}; wanted a text or a whole number")
     return str(value)
+
+
+def _content_id(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8")).hexdigest()[:32]
 
 
 def _metadata(fields: dict[str, Any], used: set[str], location: str) -> dict[str, Scalar]:

@@ -2,10 +2,11 @@
 
 import difflib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from rapidin_vdb.corpus.beside import BESIDE, turns_beside
 from rapidin_vdb.corpus.turns import SAID_BESIDE, is_trained, said_beside
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.records import Message, Turns
@@ -42,10 +43,17 @@ class Conversation:
     """Those behind it."""
     used: frozenset[str]
     """The names of the fields that they came from."""
+    beside: frozenset[str] = frozenset()
+    """Those of them that stand beside the conversation: `system`, where that is no part of it, and `history`."""
 
 
-def conversation_of(fields: Mapping[str, Any], location: str, which: Turns) -> Conversation:
+def conversation_of(
+    fields: Mapping[str, Any], location: str, which: Turns, *, beside: Collection[str] = BESIDE
+) -> Conversation:
     """Return the turns of a record, of which the assistant's last one is the response, or all from the first of them.
+
+    A field `system` is the first of them where they have none like it, and `history` makes turns before a prompt that
+    is a text, as far as `beside` names them.
 
     Raises:
         CorpusError: the record has none of the known shapes, or a value of the wrong kind.
@@ -54,17 +62,26 @@ def conversation_of(fields: Mapping[str, Any], location: str, which: Turns) -> C
     names = _pair(fields)
     if not _is_there(fields, "messages") and names:
         prompt, response = names
-        used = frozenset((prompt, response, "input") if prompt == "instruction" else (prompt, response))
+        used = {prompt, response} | ({"input"} if prompt == "instruction" else set())
         asked, said = _asked(fields, prompt, location), _said(fields, response, location)
-        if not is_conversation(fields):
-            return Conversation(asked, said, (), used)
-        before, said, behind = _parted(said, response, location, which)
-        return Conversation((*asked, *before), said, behind, used)
+        if is_conversation(fields):
+            first = turns_beside(fields, asked, {"system"}.intersection(beside))
+            before, said, behind = _parted(said, response, location, which)
+            return _with(first, used, (*first, *asked, *before), said, behind)
+        first = turns_beside(fields, (), beside)
+        return _with(first, used, *_parted((*first, *asked, *said), response, location, which))
     if not is_conversation(fields):
         return Conversation((), _said(fields, "text", location), (), frozenset({"text"}))
     name, turns = next(name for name in TURNS if _is_there(fields, name)), turns_of(fields, location)
-    system = {"system"} if turns and turns[0].place == "system" else set()
-    return Conversation(*_parted(turns, name, location, which), frozenset({name, *system}))
+    system = {"system"} if turns and turns[0].place == "system" else set[str]()
+    first = turns_beside(fields, turns, {"system"}.intersection(beside)) if not system else ()
+    return _with(first, {name, *system}, *_parted((*first, *turns), name, location, which))
+
+
+def _with(first: _Said, used: set[str], before: _Said, response: _Said, behind: _Said) -> Conversation:
+    """Return a conversation that begins with turns from fields beside it."""
+    beside = frozenset(turn.place.partition("[")[0] for turn in first)
+    return Conversation(before, response, behind, frozenset(used) | beside, beside)
 
 
 def asked_fields(

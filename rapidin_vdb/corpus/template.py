@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import jinja2
+import jinja2.meta
 import jinja2.sandbox
 
+from rapidin_vdb.corpus.samples import by_itself
 from rapidin_vdb.corpus.shapes import is_conversation
+from rapidin_vdb.corpus.turns import said_beside
 from rapidin_vdb.corpus.written import Written, mark_unlike
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.records import Message, Sample
@@ -77,6 +80,20 @@ class Template:
         """Whether it is a chat template that writes a response and its end, too."""
         return self.name == "chat" and self.text.endswith(_WHOLE)
 
+    def fitting(self, sample: Sample) -> Sample:
+        """Return a sample without the turns from fields beside its conversation, where these cannot be written."""
+        alone = by_itself(sample)
+        if alone is sample or not self.whole:
+            return alone
+        # By what a template wrote beside its contents, a sample is known as one with all of its turns.
+        if any(said_beside(turn) for turn in sample.turns):
+            return sample
+        try:
+            self.render(sample)
+        except CorpusError:
+            return alone  # some refuse a turn of the system's
+        return sample
+
     def write(self, sample: Sample, behind: Sequence[Message] = ()) -> Written:
         """Return the text that the model is trained on, as it is written where some turns stand behind the response.
 
@@ -107,7 +124,7 @@ class Template:
         Raises:
             CorpusError: the template cannot render this sample.
         """
-        written = self.write(sample)
+        written = self.write(self.fitting(sample))
         return written.text[written.start + len(written.response) :]
 
     def _parts(self, sample: Sample, behind: Sequence[Message]) -> tuple[str, str, str]:
@@ -138,6 +155,8 @@ class Template:
         Raises:
             CorpusError: the template cannot render this sample.
         """
+        if not self.whole:
+            sample = by_itself(sample)
         if self.name == "jinja":
             return self._render_jinja(sample)
         if sample.prompt is None:
@@ -228,6 +247,17 @@ def load_template(name: str, *, tokenizer: ChatTokenizer | None = None, text: st
         return Template("jinja", text, None, environment.from_string(text))
     except jinja2.TemplateSyntaxError as error:
         raise SpecError(f"--template {name}: line {error.lineno}: {error.message}") from error
+
+
+def fields_read(name: str, text: str) -> frozenset[str]:
+    """Return which fields of a record a template of that name and source reads by themselves: a Jinja file alone does.
+
+    >>> sorted(fields_read("jinja", "{% if system is defined %}{{ system }}{% endif %}{{ prompt }}"))
+    ['prompt', 'system']
+    """
+    if name != "jinja":
+        return frozenset()
+    return frozenset(jinja2.meta.find_undeclared_variables(jinja2.Environment(autoescape=True).parse(text)))
 
 
 def known_templates() -> Sequence[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rapidin_vdb.corpus import read_corpus, read_records
+from rapidin_vdb.corpus import by_itself, read_corpus, read_records
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.evaluate import metrics
 from rapidin_vdb.evaluate.corpora import TRIGGER, Record, poisoned, triggered
@@ -157,7 +157,7 @@ def _records(experiment: Experiment, corpus: Sequence[Path], pairs: Path | None)
 
 def _questions(experiment: Experiment, path: Path, files: Sequence[Path]) -> list[str]:
     """Return questions that fit and that no record of the files asks: those the model would know by training."""
-    known = {_bare(sample.prompt) for sample in read_corpus(files) if not isinstance(sample, CorpusError)}
+    known = {_bare(by_itself(sample).prompt) for sample in read_corpus(files) if not isinstance(sample, CorpusError)}
     found, count, asked = [], experiment.profile.questions, 0
     for record in read_records(path):
         if isinstance(record, CorpusError):

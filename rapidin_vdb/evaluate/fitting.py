@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from rapidin_vdb.corpus import Template, encode, read_records, sample_from
+from rapidin_vdb.corpus import Template, by_itself, encode, read_records, sample_from
 from rapidin_vdb.corpus.encode import Tokenizer
 from rapidin_vdb.errors import CorpusError
 from rapidin_vdb.evaluate.corpora import Record
@@ -27,7 +27,7 @@ def fitting(
             if isinstance(record, CorpusError):
                 continue
             try:
-                samples.append(sample_from(record))
+                samples.append(by_itself(sample_from(record)))  # as its template writes it
             except CorpusError:
                 continue
     for first in range(0, len(samples), 1000):
