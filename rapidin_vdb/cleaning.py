@@ -1,178 +1,217 @@
 """Files of records are written again without some samples: what is left is to be trained on."""
 
-import errno
-import gzip
-import json
-import os
-import tempfile
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field
 from itertools import chain, islice
 from pathlib import Path
-from typing import IO
 
+from rapidin_vdb.choice import Choice, choose
 from rapidin_vdb.corpus import Record, read_lines, sample_id_of
-from rapidin_vdb.errors import CorpusError, SpecError, is_unicode
-from rapidin_vdb.ledger import Ledger, Names
+from rapidin_vdb.corpus.copies import LineCopy, ParquetCopy
+from rapidin_vdb.errors import CorpusError, SpecError
+from rapidin_vdb.ledger import Entry, Names
+from rapidin_vdb.new_file import new_file
+from rapidin_vdb.records import OnUnscored
 from rapidin_vdb.results import CleanReport
+from rapidin_vdb.store import SampleTable
 
 _WINDOW = 1024
 _LOOKED_UP = 500
 _TOLD = 10
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Found:
+    """A record on its way from one file to another."""
+
+    name: str | CorpusError
+    """Its sample's id, or why it has none."""
+    record: Record | CorpusError
+    """The record, if it is one."""
+    line: str | None
+    """Its line, where its file has one for each."""
+
+    @property
+    def place(self) -> str:
+        """What it is, for messages."""
+        if isinstance(self.name, CorpusError) or isinstance(self.record, CorpusError):
+            return str(self.name)
+        return f"{self.name!r} ({self.record.location})"
+
+
+@dataclass(kw_only=True)
+class _Tally:
+    """What became of the records."""
+
+    missing: int
+    """Samples of which no record has been seen."""
+    written: int = 0
+    left_out: int = 0
+    deleted: int = 0
+    by_id_alone: int = 0
+    changed: int = 0
+    never: int = 0
+    first_changed: str = ""
+    first_never: str = ""
+    bad: list[str] = field(default_factory=list)
+    known: bool = False
+    """Whether any record has an id that is, or was, in the database."""
+
+
 def write_cleaned(
-    paths: Iterable[Path], out: Path, ids: Sequence[str], *, only: bool = False, id_field: str = "id",
-    belong: Callable[[Sequence[str]], bool] = lambda names: True,
+    paths: Sequence[Path], out: Path, table: SampleTable, *, where: str | None = None, ids: Sequence[str] | None = None,
+    absent: bool = False, on_unscored: OnUnscored = "stop", id_field: str = "id",
 ) -> CleanReport:  # fmt: skip
     """Write the records of some files, in order, without those of some samples, and say what was done.
 
-    With `only`, those of these samples alone are written. Lines of JSON stay as they are, byte for byte; records of
-    other formats become lines of JSON. A record that cannot be one of a sample is kept where all but some are, and
-    where it is a line. `belong` says whether any of some ids is one of the database's; it is asked where none of those
-    that were to be left out is in the files, about the first and the last of theirs.
+    They are the samples that match a filter, those of some ids, or all that are not in the database. Lines of JSON
+    stay as they are, byte for byte, and rows of Arrow tables on their way into Parquet; records of other formats become
+    lines of JSON. A record that cannot be one of a sample is kept where all but some are, and where it is a line.
+
+    Records that would be left out though they were never scored (with the id of a sample, and another prompt or
+    response; with `absent`, of no sample that was ever there) end it, are kept, or are left out, by `on_unscored`.
 
     Raises:
         CorpusError: a file cannot be read; nothing is written.
-        SpecError: `out` is there already, is of another format, or cannot be written, or the files are of other ids
-            than the database; nothing is written. Or somebody else has made `out` meanwhile: what was written is kept
-            beside it.
+        FilterError: the filter cannot be understood; nothing is written.
+        SpecError: there is no such sample, the files are of other ids than the database, some of their records were
+            never scored, or `out` is there already, is of another format, cannot be written, or cannot hold a value;
+            nothing is written. Or somebody else has made `out` meanwhile: what was written is kept beside it.
     """
-    written = left_out = 0
-    bad: list[str] = []
+    _check_format(out)
     some = list[str](), deque[str](maxlen=_LOOKED_UP)
-    with closing(Ledger()) as ledger, closing(Names()) as seen, _new_file(out) as file:
-        # A text with half of a surrogate pair is the id of no sample.
-        impossible = dict.fromkeys(name for name in ids if not is_unicode(name))
-        ledger.begin((name, "") for name in ids if name not in impossible)
-        wanted = missing = ledger.there() + len(impossible)
+    with (
+        closing(Names()) as seen,
+        new_file(out) as file,
+        choose(table, where=where, ids=ids, absent=absent, id_field=id_field) as choice,
+        closing(ParquetCopy(paths, file) if out.suffix.lower() == ".parquet" else LineCopy(file.write)) as copy,
+    ):
+        wanted = choice.ledger.there() + len(choice.impossible)
+        tally = _Tally(missing=wanted)
         records = _named(paths, id_field)
         while window := list(islice(records, _WINDOW)):
-            known = ledger.look(name for name, _ in window if not isinstance(name, CorpusError))
-            for name, line in window:
-                if isinstance(name, CorpusError):
-                    kept = bool(line) and not only
-                    bad.append(f"{name} ({'kept' if kept else 'left out'})")
-                else:
-                    (some[0] if len(some[0]) < _LOOKED_UP else some[1]).append(name)
-                    named = known[name].there is not None
-                    missing -= named and seen.add(name)
-                    kept = named == only
-                if kept:
-                    file.write(line.encode("utf-8", "surrogateescape"))
-                written, left_out = written + kept, left_out + (not kept)
-        seem = [*some[0], *some[1]]
-        if seem and wanted and missing == wanted and not only and not belong(seem):
-            raise SpecError(
-                f"nothing is to be left out of these files, and none of {len(seem):,} of their records has an id "
-                f"that is in the database, such as {seem[0]!r}. Name the field of ids, as for ingest, with --id-field "
-                f"(it is {id_field}), or leave out files that were not ingested"
-            )
-        others = (name for name in ids if missing and name not in impossible and seen.add(name))
-        unfound = tuple(islice(chain(others, impossible), _TOLD))
+            known = choice.look(one.name for one in window if isinstance(one.name, str))
+            for one in window:
+                if isinstance(one.name, str):
+                    (some[0] if len(some[0]) < _LOOKED_UP else some[1]).append(one.name)
+                    tally.missing -= known[one.name].there is not None and seen.add(one.name)
+                kept = _judge(one, known, choice, tally, on_unscored)
+                copy.put(one.record, one.line, kept)
+                tally.written, tally.left_out = tally.written + kept, tally.left_out + (not kept)
+        copy.finish()
+        if not absent and tally.missing == wanted:
+            _check_belonging(choice, [*some[0], *some[1]], wanted)
+        unscored = tuple(_unscored(tally, choice))
+        if on_unscored == "stop" and unscored:
+            raise SpecError(*unscored, *_ways_out(tally, choice))
+        others = (name for name in choice.ledger.each_there() if tally.missing and seen.add(name))
+        unfound = tuple(islice(chain(others, choice.impossible), _TOLD))
     return CleanReport(
-        written=written, left_out=left_out, not_found=missing, first_not_found=unfound, bad=tuple(bad), out=str(out)
-    )
+        written=tally.written, left_out=tally.left_out, not_found=tally.missing, first_not_found=unfound,
+        bad=tuple(tally.bad), out=str(out), deleted=tally.deleted, changed=tally.changed, never=tally.never,
+        unscored=unscored, by_id_alone=tally.by_id_alone,
+        as_text={name: count for name, count in copy.as_text.items() if count},
+    )  # fmt: skip
 
 
-def _named(paths: Iterable[Path], id_field: str) -> Iterator[tuple[str | CorpusError, str]]:
-    """Yield each record's sample id, or why it has none, and its line, which is empty where there can be none."""
+def _check_format(out: Path) -> None:
+    suffixes = [suffix.lower() for suffix in out.suffixes]
+    if suffixes[-1:] not in ([".jsonl"], [".ndjson"], [".parquet"]) and suffixes[-2:] != [".jsonl", ".gz"]:
+        raise SpecError(
+            f"--out is {out}; wanted the name of a new file of JSON lines, .jsonl or .jsonl.gz, or of Parquet, .parquet"
+        )
+
+
+def _named(paths: Sequence[Path], id_field: str) -> Iterator[_Found]:
+    """Yield the records, each with its sample's id, or why it has none."""
     for lines in [read_lines(path) for path in paths]:
         for record, line in lines:
-            if line is None:
-                line = _as_line(record) if isinstance(record, Record) else ""
-            elif not line.endswith("\n"):
-                line += "\n"
+            name: str | CorpusError
             try:
                 if isinstance(record, CorpusError):
                     raise record
-                yield sample_id_of(record, id_field=id_field), line
+                name = sample_id_of(record, id_field=id_field)
             except CorpusError as error:
-                yield error, line
+                name = error
+            yield _Found(name=name, record=record, line=line)
 
 
-def _as_line(record: Record) -> str:
-    text = json.dumps(record.fields, ensure_ascii=False, default=str)
-    return (text if is_unicode(text) else json.dumps(record.fields, default=str)) + "\n"
+def _judge(one: _Found, known: Mapping[str, Entry], choice: Choice, tally: _Tally, on_unscored: OnUnscored) -> bool:
+    """Say whether a record is to be kept, and note why where it is not, or would not be."""
+    if isinstance(one.name, CorpusError) or isinstance(one.record, CorpusError):
+        kept = can_be_kept = one.line is not None or isinstance(one.record, Record)
+        if choice.absent and can_be_kept:
+            tally.never += 1
+            tally.first_never = tally.first_never or one.place
+            kept = on_unscored != "leave-out"
+        tally.bad.append(f"{one.name} ({'kept' if kept else 'left out'})")
+        return kept
+    verdict = choice.verdict(one.record, one.name, known[one.name])
+    tally.known |= verdict != "never"
+    match verdict:
+        case "other":
+            return True
+        case "changed":
+            tally.changed += 1
+            tally.first_changed = tally.first_changed or one.place
+        case "never":
+            tally.never += 1
+            tally.first_never = tally.first_never or one.place
+        case "unknown":
+            tally.by_id_alone += 1
+            return False
+        case "chosen":
+            tally.deleted += choice.absent
+            return False
+    return on_unscored != "leave-out"
 
 
-@contextmanager
-def _new_file(out: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
-    """Open a new file under another name, and give it its own once all of it is on the disk.
-
-    Raises:
-        SpecError: it cannot be.
-    """
-    taken = False
-    suffixes = [suffix.lower() for suffix in out.suffixes]
-    if suffixes[-1:] not in ([".jsonl"], [".ndjson"]) and suffixes[-2:] != [".jsonl", ".gz"]:
-        raise SpecError(f"--out is {out}; wanted the name of a new file of JSON lines, .jsonl or .jsonl.gz")
-    if os.path.lexists(out):
-        raise SpecError(f"--out is {out}, which is there already; give another name, or remove it first")
-    try:
-        handle, name = tempfile.mkstemp(prefix=f".{out.name}.", dir=out.parent)
-    except OSError as error:
-        raise SpecError(f"--out is {out}, which cannot be written: {error.strerror}") from error
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as raw:
-            if suffixes[-1] == ".gz":
-                with gzip.GzipFile(filename="", mode="wb", fileobj=raw) as file:
-                    yield file
-            else:
-                yield raw
-            raw.flush()
-            os.fsync(raw.fileno())
-        partial.chmod(0o666 & ~_umask())
-        try:
-            _give_name(partial, out)
-        except FileExistsError as error:
-            taken = True
-            raise SpecError(
-                f"--out is {out}, which somebody else made meanwhile, and which was left as it is; all that was to be "
-                f"written there is in {partial}: give it another name"
-            ) from error
-    except OSError as error:
-        raise SpecError(f"--out is {out}, which cannot be written: {error.strerror or error}") from error
-    finally:
-        if not taken:
-            partial.unlink(missing_ok=True)
-
-
-def _give_name(partial: Path, out: Path) -> None:
-    """Give a file its own name, for good.
+def _check_belonging(choice: Choice, names: Sequence[str], wanted: int) -> None:
+    """Refuse files in which nothing is to be left out, where they, or the ids, do not seem to be the database's.
 
     Raises:
-        FileExistsError: another file has it.
+        SpecError: they do not.
     """
-    try:
-        os.link(partial, out)
-    except FileExistsError:
-        raise
-    except OSError:
-        # Not every file system knows a second name of one file. An empty file keeps the name until the rename.
-        os.close(os.open(out, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        try:
-            partial.replace(out)
-        except OSError:
-            out.unlink()
-            raise
-    else:
-        partial.unlink()
-    try:
-        handle = os.open(out.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-    except OSError as error:
-        # Nor can every one be asked for a folder's entries to be on the disk.
-        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
-            raise
+    if names and not choice.belong(names):
+        raise SpecError(
+            f"nothing is to be left out of these files, and none of {len(names):,} of their records has an id that is "
+            f"in the database, such as {names[0]!r}. Name the field of ids, as for ingest, with --id-field (it is "
+            f"{choice.id_field}), or leave out files that were not ingested"
+        )
+    if choice.deletions_known and not choice.contents.any():
+        first = next(chain(choice.ledger.each_there(), choice.impossible))
+        raise SpecError(
+            f"none of the {wanted:,} ids to be left out is in these files or in the database, such as {first!r}, so "
+            "that nothing would be left out; nothing was written. Wanted ids as `query --json` and `show` tell them"
+        )
 
 
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def _unscored(tally: _Tally, choice: Choice) -> Iterator[str]:
+    """Yield what is to be told of records that were never scored."""
+    if tally.changed:
+        what = "record has" if tally.changed == 1 else "records have"
+        yield (
+            f"{tally.changed:,} {what} the id of a sample that is to be left out, but not the prompt and response that "
+            f"were scored under it; the first: {tally.first_changed}"
+        )
+    if tally.never:
+        what = "record is" if tally.never == 1 else "records are"
+        why = "never was" if tally.never == 1 else "never were"
+        why += ", as what an ingest passes over, or does not reach by its --limit"
+        if not choice.deletions_known:
+            why = "may never have been: what was deleted is not known any more from before a purge"
+        gone = f" ({tally.deleted:,} more had been deleted)" if tally.deleted else ""
+        yield f"{tally.never:,} {what} not in the database, and {why}{gone}; the first: {tally.first_never}"
+
+
+def _ways_out(tally: _Tally, choice: Choice) -> Iterator[str]:
+    """Yield what can be done about them."""
+    if tally.never and not tally.known:
+        yield f"no other is either: if another field holds the ids, name it with --id-field (it is {choice.id_field})"
+    them = "it" if tally.changed + tally.never == 1 else "them"
+    yield (
+        f"nothing was written, for nobody seems to have judged {them}: keep {them} with --on-unscored keep, or leave "
+        f"{them} out with --on-unscored leave-out"
+    )

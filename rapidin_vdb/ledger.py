@@ -43,6 +43,22 @@ class Entry:
         return self.there is not None and self.planned not in (None, self.there)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Content:
+    """What a sample says, or said before it was deleted, as far as it takes to compare records with it."""
+
+    sample_id: str
+    """Its id."""
+    content_hash: str
+    """Hash of its record, split and source."""
+    texts: str
+    """Hash of its prompt and response."""
+    split: str
+    """Its split, which need not be that of its record."""
+    source: str | None
+    """Its source, likewise."""
+
+
 class _Scratch:
     """A table in a file for temporary data."""
 
@@ -111,6 +127,12 @@ class Ledger(_Scratch):
             )
         return count
 
+    def each_there(self) -> Iterator[str]:
+        """Yield the ids of the samples that are in the table, sorted; nothing is to be noted meanwhile."""
+        statement = "SELECT sample_id FROM samples WHERE there NOT NULL ORDER BY sample_id"
+        with _told():
+            yield from (name for (name,) in self._file.execute(statement))
+
     def there(self) -> int:
         """Return how many samples are in the table."""
         return self._count("SELECT count(there) FROM samples")
@@ -140,6 +162,40 @@ class Ledger(_Scratch):
     def _many(self, statement: str, rows: Iterable[Sequence[object]]) -> None:
         with _told():
             self._file.executemany(statement, rows)
+
+
+class Contents(_Scratch):
+    """What each of many samples says, or said: one id may have stood for several contents."""
+
+    _TABLE = (
+        "CREATE TABLE contents (sample_id TEXT, content_hash TEXT, texts TEXT, split TEXT, source TEXT, "
+        "PRIMARY KEY (sample_id, content_hash)) WITHOUT ROWID"
+    )
+
+    def clear(self) -> None:
+        """Forget all of them."""
+        with _told():
+            self._file.execute("DELETE FROM contents")
+
+    def add(self, content: Content) -> None:
+        """Add one, if it is new."""
+        row = (content.sample_id, content.content_hash, content.texts, content.split, content.source)
+        with _told():
+            self._file.execute("INSERT OR IGNORE INTO contents VALUES (?, ?, ?, ?, ?)", row)
+
+    def any(self) -> bool:
+        """Say whether there is one."""
+        with _told():
+            return self._file.execute("SELECT 1 FROM contents LIMIT 1").fetchone() is not None
+
+    def of(self, sample_id: str) -> list[Content]:
+        """Return all of an id; none where nothing is known of it."""
+        with _told():
+            rows = self._file.execute("SELECT * FROM contents WHERE sample_id = ?", (sample_id,)).fetchall()
+        return [
+            Content(sample_id=name, content_hash=content_hash, texts=texts, split=split, source=source)
+            for name, content_hash, texts, split, source in rows
+        ]
 
 
 class Names(_Scratch):

@@ -8,7 +8,7 @@ from rapidin_vdb.cleaning import write_cleaned
 from rapidin_vdb.corpus import Restorer, paths_of, plain_record, taken_apart, turns_of
 from rapidin_vdb.errors import SampleNotFoundError, SpecError
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.records import Fingerprint, Message, Sample, Scalar
+from rapidin_vdb.records import Fingerprint, Message, OnUnscored, Sample, Scalar
 from rapidin_vdb.results import CleanReport, DatabaseInfo, IndexInfo, KeptVersion, StoredSample
 from rapidin_vdb.store import SampleTable, Snapshot, TokenSnapshot, undisturbed
 
@@ -124,32 +124,33 @@ class SampleReader:
 
     def clean(
         self, *files: str | Path, out: str | Path, where: str | None = None, ids: Sequence[str] | None = None,
-        absent: bool = False, id_field: str = "id",
+        absent: bool = False, on_unscored: OnUnscored = "stop", id_field: str = "id",
     ) -> CleanReport:  # fmt: skip
         """Write the records of some files to a new one, without those of some samples, and say what was done.
 
         They are the samples that match a filter, or those of some ids, as for `delete`; or all that are not in the
-        database (any more), if `absent`. Lines of JSON stay byte for byte; other formats become such lines.
+        database (any more), if `absent`. Lines of JSON stay byte for byte, and other formats become such lines; but
+        Parquet files and saved datasets stay what they are where `out` ends with `.parquet`.
+
+        What would be left out though it was never scored ends it before anything is written; by `on_unscored` it is
+        kept, or left out. That is a record with the id of a sample, and another prompt or response; and, if `absent`,
+        one that was never in the database, as far as kept versions show.
 
         Raises:
             CorpusError: a file cannot be read; nothing is written.
             FilterError: the filter cannot be understood; nothing is written.
-            SpecError: not one of the three is given, `out` cannot be a new file, or nothing is found in files that do
-                not seem to be the database's; nothing is written.
+            SpecError: not one of the three is given, none of the samples is there, records were never scored, a value
+                cannot be written, `out` cannot be a new file, or nothing is found in files that do not seem to be the
+                database's; nothing is written.
         """
         if (where is not None) + (ids is not None) + absent != 1:
             raise SpecError("give one of: --where SQL, --ids FILE, or --absent")
         if not files:
             raise SpecError("no file to clean")
-        wanted = ids_of(ids)
-        if wanted is None:
-            wanted = undisturbed(lambda: self._table.snapshot().sample_ids(where))()
-
-        def belong(names: Sequence[str]) -> bool:
-            snapshot = self._table.snapshot()
-            return not snapshot.rows() or any(True for _ in snapshot.each_content(names))
-
-        return write_cleaned(paths_of(files), Path(out), wanted, only=absent, id_field=id_field, belong=belong)
+        return write_cleaned(
+            paths_of(files), Path(out), self._table, where=where, ids=ids_of(ids), absent=absent,
+            on_unscored=on_unscored, id_field=id_field,
+        )  # fmt: skip
 
     @undisturbed
     def values_of(self, column: str, *, most: int = 100) -> list[Scalar] | None:

@@ -11,6 +11,7 @@ DType = Literal["auto", "float32", "bfloat16", "float16"]
 OnBadRecord = Literal["stop", "skip"]
 OnDuplicate = Literal["skip", "replace", "error"]
 OnDeleted = Literal["add", "skip"]
+OnUnscored = Literal["stop", "keep", "leave-out"]
 Aggregate = Literal["sum", "mean"]
 Level = Literal["sample", "token"]
 ProfileName = Literal["quick", "full", "gpu"]
@@ -94,7 +95,10 @@ class Encoded:
     places: tuple[int, ...] | None = None
     """Where the response tokens stand among the ids, ascending, where other turns stand between them."""
     response: str | None = None
-    """The response that offsets are of, where a template wrote what it says beside its contents, such as tool calls."""
+    """The response that offsets are of, where a template wrote what it says beside its contents, such as tool calls.
+
+    Set, too, where turns from a field `system` or `history` were written.
+    """
     unwritten: str = ""
     """Which turn is not among the ids as it is, if any: a template may leave out roles that it does not know."""
 

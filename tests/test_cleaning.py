@@ -94,21 +94,37 @@ def test_what_matches_a_filter_is_left_out(filled, files, tmp_path):
 
 
 def test_what_is_not_in_the_database_is_left_out(filled, files, tmp_path):
-    """After a deletion: also what never was a sample."""
+    """What was deleted, and what never was a sample, are told apart."""
     (path, table, array), lines = files
     others = filled.count("sample_id LIKE 'toy-%'")
-    filled.delete(ids=["a", "g"])
-    report = filled.clean(path, table, array, out=tmp_path / "out.jsonl", absent=True)
-    wanted = lines[1] + lines[3] + lines[7] + b"\n"
-    wanted += b'{"id": "e", "prompt": "two\\nlines", "response": "f", "stars": 3}\n'
-    assert (tmp_path / "out.jsonl").read_bytes() == wanted
-    assert report.written == 4 and report.not_found == others > 0
+    filled.delete(ids=["a"])
+    filled.delete(ids=["g"])
+    out, rest = tmp_path / "out.jsonl", b'{"id": "e", "prompt": "two\\nlines", "response": "f", "stars": 3}\n'
+    with pytest.raises(SpecError) as told:
+        filled.clean(path, table, array, out=out, absent=True)
+    what, ways = told.value.args
+    # An empty response, a line that is no JSON, bytes that are no UTF-8, and half of a surrogate pair.
+    never = "and never were, as what an ingest passes over, or does not reach by its --limit"
+    assert (
+        what == f"4 records are not in the database, {never} (2 more had been deleted); the first: 'd' ({path}, line 5)"
+    )
+    assert "keep them with --on-unscored keep, or leave them out with --on-unscored leave-out" in ways
+    assert not out.exists() and not list(tmp_path.glob(".out*"))
+    report = filled.clean(path, table, array, out=out, absent=True, on_unscored="leave-out")
+    assert out.read_bytes() == lines[1] + lines[3] + lines[7] + b"\n" + rest
+    assert (report.written, report.not_found) == (4, others) and others > 0
+    assert (report.left_out, report.deleted, report.never) == (8, 2, 4), "two have a shape of no record"
+    out.unlink()
+    report = filled.clean(path, table, array, out=out, absent=True, on_unscored="keep")
+    kept = lines[1] + b"".join(lines[3:]) + b"\n" + rest + b'{"id": "h", "prompt": "p", "response": "\\ud800"}\n'
+    assert out.read_bytes() == kept
+    assert (report.written, report.left_out, report.deleted, report.never) == (8, 4, 2, 4)
 
 
 def test_what_is_left_can_be_ingested_and_changes_nothing(filled, files, tmp_path):
     before = filled.count("NOT sample_id LIKE 'toy-%'")
     filled.delete(ids=["b"])
-    filled.clean(*files[0], out=tmp_path / "out.jsonl", absent=True)
+    filled.clean(*files[0], out=tmp_path / "out.jsonl", absent=True, on_unscored="leave-out")
     report = filled.ingest(tmp_path / "out.jsonl")
     assert (report.added, report.unchanged) == (0, before - 1)
     assert filled.ingest(files[0][0], on_bad_record="skip").added == 1, "the file itself brings back what was deleted"
@@ -164,12 +180,11 @@ def test_files_of_other_ids_are_told(database, tmp_path):
         assert not out.exists() and [p.name for p in tmp_path.glob(".out*")] == []
         assert database.clean(path, out=out, **options, id_field="name").left_out == 1
         out.unlink()
-    # What is in the database by none of its ids may have been deleted: nothing is left of it.
-    assert database.clean(path, out=out, absent=True).written == 0
+    with pytest.raises(SpecError, match=r"(?s)3 records are not .*no other is either: .*--id-field \(it is id\)"):
+        database.clean(path, out=out, absent=True)
+    assert database.clean(path, out=out, absent=True, on_unscored="leave-out").written == 0
     out.unlink()
-    # Nothing to be found is another matter, as is a file of others of its samples, or of a database that is empty now.
-    assert database.clean(path, out=out, where="sample_id = 'nowhere'").written == 3
-    out.unlink()
+    # A file of others of its samples is another matter, as is one of a database that is empty now.
     rest = write_jsonl(tmp_path / "rest.jsonl", [*records[:1], {"id": "toy-001", "prompt": "x", "response": "y"}])
     assert database.clean(rest, out=out, ids=["two"]).written == 2
     out.unlink()

@@ -93,7 +93,9 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
     (line,) = found.stdout.splitlines()
     ranking = json.loads(line)
     assert found.stderr == "", "quiet where stderr is no terminal"
-    assert list(ranking) == ["query_id", "score_unit", "searched", "where", "seconds", "results", "score_error"]
+    assert list(ranking) == [
+        "query_id", "score_unit", "searched", "where", "seconds", "results", "score_error", "table_version", "identity"
+    ]  # fmt: skip
     assert list(ranking["seconds"]) == ["gradient", "search", "tokens", "total"]
     assert list(ranking["results"][0]) == [
         "rank", "sample_id", "score", "exact_score", "split", "source", "prompt", "response", "metadata", "tokens"
@@ -104,7 +106,7 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
     assert ranking["results"][0]["sample_id"] == "toy-005"
     asked = ("query", db, "--prompt", "Say 5", "--generation", "blue 35", "--top-k", 2)
     both = json.loads(here(*asked, "--both", "--group-by", "source", "--index", "cpu", "--json", check=0).stdout)
-    assert list(both)[-4:] == ["results", "harmful", "groups", "score_error"]
+    assert list(both)[-6:] == ["results", "harmful", "groups", "score_error", "table_version", "identity"]
     assert all(group["error"] > 0 for group in both["groups"])
     assert {group["value"]: group["samples"] for group in both["groups"]} == {"even": 5, "odd": 5}
     assert both["harmful"][0]["score"] < both["results"][-1]["score"]
@@ -315,7 +317,10 @@ def test_ctrl_c_is_told_and_is_exit_130(capsys, database, monkeypatch, tmp_path)
         (["info", "a\nerror: b\udcff"], "error: no database at a\\nerror: b\\udcff; make"),
         (["info", "s3://KEY:se/cr@et@host/db?token=hush"], "error: s3://***@host/db?***: give credentials in"),
         (["init", "{db}2", "--model", "s3://KEY:se/cret@host"], "error: no model at s3://***@host: no such folder"),
-        (["ingest", "{db}", "s3://KEY:se/cret@host/x.jsonl"], "s3:/***@host/x.jsonl: no such file"),
+        (
+            ["ingest", "{db}", "s3://KEY:se/cret@host/x.jsonl"],
+            "s3://***@host/x.jsonl: this is an address, and records are read from",
+        ),
         (["show", "{db}", "https://KEY:secret@host"], "no sample 'https://***@host' in"),
         (["show", "{db}", "x", "https://KEY:secret@host"], "***@host"),
         (["query", "{db}", "--generation", "x", "--where", "split = '\x1b]0;'"], None),
@@ -432,3 +437,54 @@ def test_what_is_printed_beside_progress_goes_to_stdout(monkeypatch):
         draw("tokens", 1, 2)
         typer.echo("a line")
     assert out.getvalue() == "a line\n" and "tokens" in err.getvalue() and "a line" not in err.getvalue()
+
+
+def test_where_stderr_is_no_terminal_long_work_says_how_far_it_is(capsys):
+    """By a clock of its own: nothing for a minute, then a line every five minutes, of what went on since the last."""
+    from rapidin_vdb.cli.progress import progress_bars
+
+    now = 1000.0
+    said = []
+
+    def told():
+        out, err = capsys.readouterr()
+        assert out == ""
+        if err:
+            said.append((now, err))
+
+    with progress_bars(clock=lambda: now) as progress:
+        for done in range(0, 40):  # 1,024 records a second
+            progress("records", 1024 * done, 0)
+            told()
+            now += 1
+        # Four samples of 300 tokens each in 8 seconds: half a sample a second, 150 tokens.
+        for batch in range(121):
+            progress("ingest", 4 * batch, 40_000)
+            told()
+            progress("tokens", 1200 * batch, 12_000_000)
+            told()
+            now += 8
+    assert said == [
+        (
+            1064.0,
+            "records 39,936, 1,024.0/s; ingest 12/40,000, 0.5/s, 22:12:56 left; tokens 2,400/12,000,000, 150.0/s, "
+            "22:13:04 left\n",
+        ),
+        (1368.0, "ingest 164/40,000, 0.5/s, 22:07:52 left; tokens 48,000/12,000,000, 150.0/s, 22:08:00 left\n"),
+        (1672.0, "ingest 316/40,000, 0.5/s, 22:02:48 left; tokens 93,600/12,000,000, 150.0/s, 22:02:56 left\n"),
+        (1976.0, "ingest 468/40,000, 0.5/s, 21:57:44 left; tokens 139,200/12,000,000, 150.0/s, 21:57:52 left\n"),
+    ]
+
+
+def test_a_line_of_progress_says_no_more_than_is_known(capsys):
+    """No rate of what has only begun, no time left of what is done or has no end that is known."""
+    from rapidin_vdb.cli.progress import progress_bars
+
+    now = 0.0
+    with progress_bars(clock=lambda: now) as progress:
+        now = 60.0
+        progress("index", 0, 5)
+        now = 360.0
+        progress("records", 7, 0)
+        progress("index", 5, 5)
+    assert capsys.readouterr() == ("", "index 0/5\nrecords 7\n")

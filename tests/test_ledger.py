@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import pytest
 from conftest import toy_records, write_jsonl
 
-from rapidin_vdb.ledger import Entry, Ledger, Names, Numbers
+from rapidin_vdb.ledger import Content, Contents, Entry, Ledger, Names, Numbers
 from rapidin_vdb.plan import make_plan, planned_windows
 from rapidin_vdb.records import Encoded, Sample
 
@@ -122,6 +122,38 @@ def test_names_are_those_of_a_set():
             name = f"{draw.randint(0, 900)}\0é"
             assert names.add(name) == (name not in known)
             known.add(name)
+
+
+def test_contents_are_those_of_a_dict():
+    draw = random.Random(4)
+    with closing(Contents()) as contents:
+        for _ in range(2):
+            contents.clear()
+            assert not contents.any() and contents.of("s1") == []
+            wanted = {}
+            for number in range(2000):
+                name, content_hash = f"s{draw.randint(0, 300)}\0é", draw.choice("abc")
+                # Of one content the first that is known stays.
+                source = draw.choice([None, "x"])
+                made = Content(
+                    sample_id=name, content_hash=content_hash, texts=f"{number}", split="train", source=source
+                )
+                contents.add(made)
+                wanted.setdefault(name, {}).setdefault(content_hash, made)
+            assert contents.any() and max(map(len, wanted.values())) == 3
+            for name, mine in wanted.items():
+                assert sorted(contents.of(name), key=lambda one: one.content_hash) == [
+                    mine[key] for key in sorted(mine)
+                ]
+
+
+def test_what_is_there_is_told_in_order():
+    draw = random.Random(5)
+    with closing(Ledger()) as ledger:
+        names = {f"s{draw.randint(0, 900)}" for _ in range(400)}
+        ledger.begin((name, "") for name in names)
+        ledger.note_deleted(["s000", *list(names)[:3]])
+        assert list(ledger.each_there()) == sorted(names) and ledger.there() == len(names)
 
 
 def test_numbers_are_those_of_sets():

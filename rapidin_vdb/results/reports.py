@@ -136,7 +136,10 @@ class IndexInfo:
     table_version: int
     """The version of the table that it holds."""
     recall: Mapping[str, Any] | None
-    """What a coarse index was measured to find of the best `at` samples, over `queries`; None for an exact one."""
+    """What a coarse index was measured to find of the best `at` samples, over `queries`; None for an exact one.
+
+    `recall` is the share of these, `recall_harmful` that of as many that are most negative, where it was measured.
+    """
     level: Level = "sample"
     """What it holds: samples, or single tokens."""
 
@@ -226,6 +229,18 @@ class CleanReport:
     """One message for each record that cannot be one of a sample, and whether it was kept."""
     out: str
     """Where they were written."""
+    deleted: int
+    """With `absent`: how many of those left out are of samples that had been deleted."""
+    changed: int
+    """Records with the id of a sample to be left out, and another prompt or response than was scored under it."""
+    never: int
+    """With `absent`: records that are not in the database, and were not deleted as far as kept versions show it."""
+    unscored: tuple[str, ...]
+    """A message for each of these two kinds, with the first of its records, where there are any."""
+    by_id_alone: int
+    """Records left out by an id of which no sample is known, so that what they say could not be compared."""
+    as_text: Mapping[str, int]
+    """Columns with values that JSON cannot hold, such as times, and how many records have them as texts now."""
 
 
 @dataclass(frozen=True, kw_only=True)
