@@ -11,8 +11,9 @@ from typing import Any
 from rapidin_vdb.batches import padded_tokens
 from rapidin_vdb.corpus import Template, load_template
 from rapidin_vdb.engine import Engine, Made, load_engine
-from rapidin_vdb.errors import GradientError
-from rapidin_vdb.gradient import load_config, load_tokenizer
+from rapidin_vdb.errors import GradientError, SpecError
+from rapidin_vdb.gradient import load_config, load_tokenizer, resolve_devices
+from rapidin_vdb.gradient.device import device_failure
 from rapidin_vdb.gradient.memory import is_out_of_memory, release_memory
 from rapidin_vdb.records import Encoded, Fingerprint
 
@@ -108,13 +109,16 @@ class Waiting:
         self._again: deque[tuple[Batch, int]] = deque()
         self._room = Room()
 
-    def next(self) -> tuple[Batch, int] | None:
-        """Return the next batch, with the number of the attempt at it; None where there is none just now."""
-        if not self._again:
+    def next(self, *, untried: bool = False) -> tuple[Batch, int] | None:
+        """Return the next batch, with the number of the attempt at it; None where there is none just now.
+
+        With `untried`, what came back is left to others.
+        """
+        if untried or not self._again:
             fresh = next(self._batches, None)
             if fresh is None:
                 return None
-            self._again.append((fresh, 1))
+            self._again.appendleft((fresh, 1))
         batch, attempt = self._again.popleft()
         while len(batch) > 1 and not self._room.has(batch):
             (batch, rest), attempt = halves(batch), 1  # nobody has died of a half as yet
@@ -185,6 +189,11 @@ def halves(batch: Batch) -> tuple[Batch, Batch]:
     return batch[:half], batch[half:]
 
 
+def names_of(batch: Batch) -> str:
+    """Return which samples a batch is of, in a few words."""
+    return f"{batch[0].sample_id} to {batch[-1].sample_id}" if len(batch) > 1 else batch[0].sample_id
+
+
 @dataclass(frozen=True, kw_only=True)
 class WorkerSpec:
     """What a worker needs to load the model for itself."""
@@ -225,6 +234,27 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+class DeviceError(Exception):
+    """A worker's device failed, so that the worker is as good as dead; whoever started it is told, and no user."""
+
+
+def device_error(error: Exception, device: str) -> DeviceError | None:
+    """Return what an error that a worker met on a device says of that, if the device failed; else None."""
+    if isinstance(error, DeviceError):
+        return error
+    failure = device_failure(error)
+    return None if failure is None else DeviceError(f"{device} failed ({failure})")
+
+
 def load_of(spec: WorkerSpec) -> Engine:
-    """Load the model in a worker, and check its fingerprint."""
+    """Load the model in a worker, and check its fingerprint.
+
+    Raises:
+        DeviceError: the worker's device, which was there before, is gone.
+        ModelError, FingerprintError, SpecError: see `load_engine`.
+    """
+    try:
+        resolve_devices(spec.device)
+    except SpecError as error:
+        raise DeviceError(f"{spec.device} is gone ({error})") from error
     return load_engine(spec.fingerprint, place=spec.place, model=spec.model, adapter=spec.adapter, device=spec.device)

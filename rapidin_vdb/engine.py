@@ -21,6 +21,8 @@ from rapidin_vdb.gradient import (
     generate_one,
     load_model,
 )
+from rapidin_vdb.gradient.device import device_failure, lacks_memory
+from rapidin_vdb.gradient.fingerprint import WeightHashes
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import DType, Encoded, Fingerprint, ModelSpec
 
@@ -128,26 +130,29 @@ def load_engine(
         dtype=cast(DType, stored.dtype if stored.dtype in ("float32", "bfloat16", "float16") else "auto"),
         parameters=stored.parameters,
     )
-    try:
-        loaded = load_model(spec, device=device)
-    except ModelError as error:
-        if model is None and adapter is None:
-            raise ModelError(
-                f"{error}. If it has moved since init, say where it is: --model FOLDER --adapter FOLDER"
-            ) from error
-        raise
-    template = load_template(stored.template, tokenizer=loaded.tokenizer, text=stored.template_text)
-    here = fingerprint_of(
-        loaded,
-        template=template.name,
-        template_text=template.text,
-        max_tokens=stored.max_tokens,
-        normalize=stored.normalize,
-        sketch=stored.sketch,
-        epochs=stored.epochs,
-        learning_rate=stored.learning_rate,
-        turns=stored.turns,
-        tokenizer_hash=stored.tokenizer_hash,
-    )
+    with WeightHashes(spec) as hashes:
+        try:
+            loaded = load_model(spec, device=device)
+        except ModelError as error:
+            there = lacks_memory(error) or device_failure(error) is not None
+            if model is None and adapter is None and not there:
+                raise ModelError(
+                    f"{error}. If it has moved since init, say where it is: --model FOLDER --adapter FOLDER"
+                ) from error
+            raise
+        template = load_template(stored.template, tokenizer=loaded.tokenizer, text=stored.template_text)
+        here = fingerprint_of(
+            loaded,
+            template=template.name,
+            template_text=template.text,
+            max_tokens=stored.max_tokens,
+            normalize=stored.normalize,
+            sketch=stored.sketch,
+            epochs=stored.epochs,
+            learning_rate=stored.learning_rate,
+            turns=stored.turns,
+            tokenizer_hash=stored.tokenizer_hash,
+            hashes=hashes,
+        )
     check_fingerprint(stored, here, place=place)
     return Engine(stored, loaded)

@@ -446,8 +446,11 @@ class Stand:
                 self.kill(actor)
             else:
                 self.queues[actor].pop(0)
-                self.found[ref] = batch and [GradientError(batch[0].sample_id)]
+                self.found[ref] = batch and self.done(actor, batch)
         return [self.draw.choice(ready)], []
+
+    def done(self, actor, batch):
+        return [GradientError(batch[0].sample_id)]
 
     def get(self, ref):
         if isinstance(self.found[ref], Exception):

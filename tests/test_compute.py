@@ -49,26 +49,52 @@ def test_a_batch_has_no_more_rapidgrads_than_fit(width, most):
     assert max(map(len, cut)) == most and sorted(s.sample_id for b in cut for s, _ in b) == sorted(map(str, range(24)))
 
 
-def test_two_workers_write_what_one_process_writes(tmp_path, models, adapters):
-    lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(40))
-    alone, together = (make(tmp_path / name, models, adapters) for name in ("alone", "together"))
-    alone.ingest(lines, batch_tokens=900)
-    seen = []
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, models, adapters):
+    """Some lines, and the database that one process made of them; in batches of a few."""
+    folder = tmp_path_factory.mktemp("alone")
+    lines = write_jsonl(folder / "toy.jsonl", toy_records(24))
+    made = make(folder / "db", models, adapters)
+    made.ingest(lines, batch_tokens=900)
+    return lines, made
+
+
+def told_of_the_sketch(caplog) -> list[tuple[str, str]]:
+    """What workers find out, all of them, and tell whoever started them."""
+    said = [record for record in caplog.records if "kept in the memory of cpu" in record.getMessage()]
+    return [(record.name, record.levelname) for record in said]
+
+
+def test_two_workers_write_what_one_process_writes(tmp_path, models, adapters, alone, caplog, capfd, monkeypatch):
+    """And log as one process would, each thing once."""
+    (lines, one), seen = alone, []
+    together = make(tmp_path / "together", models, adapters)
+    caplog.set_level("DEBUG", "rapidin_vdb")
     report = together.ingest(lines, batch_tokens=900, workers_per_device=2, progress=lambda *told: seen.append(told))
-    assert (report.added, report.unchanged, report.bad) == (40, 0, ())
-    assert seen[:2] == [("records", 40, 0), ("ingest", 0, 40)] and seen[-2] == ("ingest", 40, 40)
+    assert (report.added, report.unchanged, report.bad) == (24, 0, ())
+    assert seen[:2] == [("records", 24, 0), ("ingest", 0, 24)] and seen[-2] == ("ingest", 24, 24)
     # Tokens beside samples, all of which were known before.
     tokens = [(done, total) for stage, done, total in seen if stage == "tokens"]
     assert tokens[-1] == (report.tokens, report.tokens) and {total for _, total in tokens} == {report.tokens}
-    assert_alike(together, alone)
-    assert together.ingest(lines, workers_per_device=2).unchanged == 40
+    assert_alike(together, one)
+    assert told_of_the_sketch(caplog) == [("rapidin_vdb.sketch.sketch", "DEBUG")]
+    assert "kept in the memory" not in capfd.readouterr().err
+
+    def start(kind):
+        raise AssertionError("a process for nothing")
+
+    monkeypatch.setattr(multiprocessing, "get_context", start)
+    assert together.ingest(lines, workers_per_device=2).unchanged == 24
 
 
-def test_a_worker_that_is_killed_is_replaced_and_its_batch_done_again(tmp_path, models, adapters, caplog, monkeypatch):
-    from rapidin_vdb import workers
+def test_a_worker_that_is_killed_is_replaced_and_its_batch_done_again(
+    tmp_path, models, adapters, alone, caplog, monkeypatch
+):
+    from rapidin_vdb.workers import sharing
 
-    caplog.set_level(logging.WARNING)
-    original, killed = workers._Worker.give, []
+    lines, one = alone
+    caplog.set_level("INFO", "rapidin_vdb")
+    original, killed = sharing._Worker.give, []
 
     def give(worker, batch, attempt):
         original(worker, batch, attempt)
@@ -76,30 +102,30 @@ def test_a_worker_that_is_killed_is_replaced_and_its_batch_done_again(tmp_path, 
             killed.append(worker.process.pid)
             os.kill(worker.process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(workers._Worker, "give", give)
+    monkeypatch.setattr(sharing._Worker, "give", give)
     database = make(tmp_path / "db", models, adapters)
-    report = database.ingest(
-        write_jsonl(tmp_path / "toy.jsonl", toy_records(24)), batch_tokens=900, workers_per_device=2
-    )
+    report = database.ingest(lines, batch_tokens=900, workers_per_device=2)
     assert report.added == database.info().samples == len(content(database)) == 24
+    assert_alike(database, one)
     deaths = [record.getMessage() for record in caplog.records if "died" in record.getMessage()]
     assert len(deaths) == len(set(killed)) == 2
     assert all(
         "a worker on cpu died with exit code -9: its" in death and "go back to the queue" in death for death in deaths
     )
+    assert told_of_the_sketch(caplog) == [], "at this level"
 
 
 def test_a_batch_that_kills_every_worker_is_given_up(tmp_path, models, adapters, monkeypatch):
-    from rapidin_vdb import workers
+    from rapidin_vdb.workers import sharing
 
-    original = workers._Worker.give
+    original = sharing._Worker.give
 
     def give(worker, batch, attempt):
         original(worker, batch, attempt)
         if any(sample.sample_id == "toy-007" for sample in batch):
             os.kill(worker.process.pid, signal.SIGKILL)
 
-    monkeypatch.setattr(workers._Worker, "give", give)
+    monkeypatch.setattr(sharing._Worker, "give", give)
     database = make(tmp_path / "db", models, adapters)
     lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(9))
     with pytest.raises(GradientError, match=r"3 workers died \(the last with exit code -9\) on the 1 samples toy-007"):
@@ -109,9 +135,9 @@ def test_a_batch_that_kills_every_worker_is_given_up(tmp_path, models, adapters,
 
 def kill_when(monkeypatch, loaded, deadly) -> list[int]:
     """Kill workers that are at such a batch, before or when they have their model; return the batches' sizes."""
-    from rapidin_vdb import workers
+    from rapidin_vdb.workers import sharing
 
-    given, original = [], workers._Worker.give
+    given, original = [], sharing._Worker.give
 
     def kill(worker):
         if worker.busy and deadly(worker.busy[0]):
@@ -128,34 +154,45 @@ def kill_when(monkeypatch, loaded, deadly) -> list[int]:
         if loaded and value:
             kill(worker)
 
-    monkeypatch.setattr(workers._Worker, "give", give)
-    monkeypatch.setattr(workers._Worker, "loaded", property(lambda worker: vars(worker)["loaded"], note))
+    monkeypatch.setattr(sharing._Worker, "give", give)
+    monkeypatch.setattr(sharing._Worker, "loaded", property(lambda worker: vars(worker)["loaded"], note))
     return given
 
 
-def test_what_the_system_kills_for_its_memory_is_tried_again_in_halves(tmp_path, models, adapters, caplog, monkeypatch):
+def sixteens(count: int) -> list[list]:
+    """Batches of 16 samples, all as large."""
+    return [[encoded(16 * number + place) for place in range(16)] for number in range(count)]
+
+
+def test_what_the_system_kills_for_its_memory_is_tried_again_in_halves(database, caplog, monkeypatch):
+    from rapidin_vdb.compute import BatchMaker
+    from rapidin_vdb.workers import compute_in_workers
+
     caplog.set_level(logging.WARNING)
-    given = kill_when(monkeypatch, True, lambda batch: len(batch) > 5)
-    whole, database = (make(tmp_path / name, models, adapters) for name in ("whole", "db"))
-    lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(44))
-    assert database.ingest(lines, batch_tokens=2520, workers_per_device=2).added == 44
-    # Two workers had one each; what comes later is not tried as it is.
-    assert given[:2] == [16, 16] and max(given[2:]) == 8, given
+    given = kill_when(monkeypatch, True, lambda batch: len(batch) > 8)
+    done = [
+        (sample, made)
+        for batch, results in compute_in_workers(worker_at(database))(iter(sixteens(2)))
+        for sample, made in zip(batch, results, strict=True)
+    ]
+    assert given == [16, 8, 8, 8, 8], "what comes later is not tried as it is"
     assert caplog.messages[0].endswith("go back to the queue in halves, another takes its place")
-    whole.ingest(lines, batch_tokens=2520)
-    assert_alike(database, whole)
+    whole = [sample for batch in sixteens(2) for sample in batch]
+    assert [sample for sample, _ in done] == whole
+    for (_, one), other in zip(done, BatchMaker(database._loaded()).make(whole), strict=True):
+        assert one.loss == pytest.approx(other.loss, rel=1e-5)
+        np.testing.assert_allclose(one.vector.astype(float), other.vector.astype(float), rtol=2e-3, atol=1e-5)
 
 
-def test_a_worker_that_is_killed_while_it_loads_says_nothing_of_its_batch(
-    tmp_path, models, adapters, caplog, monkeypatch
-):
+def test_a_worker_that_is_killed_while_it_loads_says_nothing_of_its_batch(database, caplog, monkeypatch):
+    from rapidin_vdb.workers import compute_in_workers
+
     caplog.set_level(logging.WARNING)
     killed = []
     given = kill_when(monkeypatch, False, lambda batch: len(killed) < 2 and not killed.append(batch))
-    database = make(tmp_path / "db", models, adapters)
-    lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(44))
-    assert database.ingest(lines, batch_tokens=2520, workers_per_device=2).added == 44
-    assert len(killed) == 2 and sorted(given) == [12, 16, 16, 16, 16], given
+    batches = sixteens(2)
+    assert [batch for batch, _ in compute_in_workers(worker_at(database))(iter(batches))] == batches
+    assert len(killed) == 2 and given == [16, 16, 16, 16]
     assert "in halves" not in caplog.text and "go back to the queue, another takes its place" in caplog.text
 
 
@@ -393,13 +430,13 @@ def test_a_model_is_loaded_where_it_is_asked_for(database, monkeypatch, tmp_path
 
 
 def test_a_worker_remembers_what_did_not_fit(narrow, database, monkeypatch, request):
-    from rapidin_vdb import workers
     from rapidin_vdb.compute import WorkerSpec
+    from rapidin_vdb.workers import process
 
     engine, sizes, _ = narrow
     ours = logging.getLogger("rapidin_vdb")  # whose level a worker sets in its own process
     request.addfinalizer(partial(ours.setLevel, ours.level))
-    monkeypatch.setattr(workers, "load_of", lambda spec: engine)
+    monkeypatch.setattr(process, "load_of", lambda spec: engine)
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setattr(logging.getLogger(), "handlers", [])
     monkeypatch.setattr(signal, "signal", lambda *event: None)
@@ -417,10 +454,10 @@ def test_a_worker_remembers_what_did_not_fit(narrow, database, monkeypatch, requ
     thread = threading.Thread(target=parent)
     thread.start()
     spec = WorkerSpec(fingerprint=database.fingerprint, place="", model=None, adapter=None, device="cpu", threads=1)
-    workers._work(theirs, spec, {"rapidin_vdb": logging.WARNING})
+    process.work(theirs, spec, {"rapidin_vdb": logging.WARNING})
     thread.join()
     assert sizes == [8, 4, 4, 4, 4, 4, 4]
-    assert answers == [workers._Loaded, "a batch of 8 samples does not fit the memory: going on with 4", 8, 8, 8]
+    assert answers == [process.Loaded, "a batch of 8 samples does not fit the memory: going on with 4", 8, 8, 8]
 
 
 def worker_at(database) -> list:
@@ -450,27 +487,16 @@ class StubbornError(Exception):
 
 
 def test_an_error_that_cannot_be_sent_is_told():
-    from rapidin_vdb.workers import _sendable
+    from rapidin_vdb.workers.process import _sendable
 
     class LocalError(ValueError):
         """Cannot be pickled."""
 
     for error, words in ((StubbornError(1, 2), "StubbornError: 1 and 2"), (LocalError("x"), "LocalError: x")):
-        sent = _sendable(error)
+        sent = _sendable(error, error)
         assert type(sent) is RuntimeError and str(sent) == words and "in a worker:\n" in sent.__notes__[0]
     ours = GradientError("sample x: no")
-    assert _sendable(ours) is ours and not hasattr(ours, "__notes__")
-
-
-@pytest.mark.parametrize(("level", "times"), [("DEBUG", 1), ("INFO", 0)])
-def test_what_workers_log_is_told_once_and_as_here(tmp_path, models, adapters, caplog, capfd, level, times):
-    database = make(tmp_path / "db", models, adapters)
-    caplog.set_level(level, "rapidin_vdb")
-    lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(24))
-    assert database.ingest(lines, batch_tokens=900, workers_per_device=2).added == 24
-    said = [record for record in caplog.records if "kept in the memory of cpu" in record.getMessage()]
-    assert [(record.name, record.levelname) for record in said] == times * [("rapidin_vdb.sketch.sketch", "DEBUG")]
-    assert "kept in the memory" not in capfd.readouterr().err
+    assert _sendable(ours, ours) is ours and not hasattr(ours, "__notes__")
 
 
 @pytest.mark.parametrize(
@@ -490,14 +516,15 @@ def test_cores_are_those_that_the_process_may_use(monkeypatch, tmp_path, bound, 
 
 def test_each_worker_has_its_share_of_these_cores(monkeypatch, database):
     from rapidin_vdb import workers
+    from rapidin_vdb.workers import sharing, threads
 
     specs = []
-    monkeypatch.setattr(workers, "cores", lambda: 7)
-    monkeypatch.setattr(workers, "compute_in_workers", lambda these: specs.extend(these) or iter)
-    for count, threads in ((2, 3), (7, 1), (9, 1)):
+    monkeypatch.setattr(threads, "cores", lambda: 7)
+    monkeypatch.setattr(sharing, "compute_in_workers", lambda these: specs.extend(these) or iter)
+    for count, each in ((2, 3), (7, 1), (9, 1)):
         specs.clear()
         workers.road_of_workers(database.fingerprint, place="", devices=["cpu"], workers=count)
-        assert [spec.threads for spec in specs] == count * [threads]
+        assert [spec.threads for spec in specs] == count * [each]
 
 
 def test_errors_of_workers_reach_the_caller(tmp_path, models, adapters, database):
@@ -534,7 +561,8 @@ def test_a_dry_run_counts_and_times_and_writes_nothing(database, tmp_path, capsy
 
 def test_a_dry_run_promises_no_more_than_cores_and_gpus_can_do(database, tmp_path, monkeypatch):
     """By a clock that goes as fast as one processor would be, for each thread."""
-    from rapidin_vdb import estimate, roads, workers
+    from rapidin_vdb import estimate, roads
+    from rapidin_vdb.workers import threads
 
     now, engine, at = [0.0], database._loaded(), SimpleNamespace(devices=["cpu"])
 
@@ -545,7 +573,7 @@ def test_a_dry_run_promises_no_more_than_cores_and_gpus_can_do(database, tmp_pat
     monkeypatch.setattr(engine, "make", make)
     monkeypatch.setattr(estimate, "time", SimpleNamespace(monotonic=lambda: now[0]))
     monkeypatch.setattr(estimate, "peak_bytes", lambda device: 1)
-    monkeypatch.setattr(workers, "cores", lambda: 2)
+    monkeypatch.setattr(threads, "cores", lambda: 2)
     monkeypatch.setattr(roads, "resolve_devices", lambda device: at.devices)
     lines = write_jsonl(tmp_path / "more.jsonl", toy_records(30, first=50))
 
@@ -615,7 +643,7 @@ database.ingest({lines!r}, batch_tokens=900, workers_per_device=2)
 
 
 def test_a_script_without_a_guard_is_told_so_at_once(tmp_path, models, adapters):
-    """Each of its workers runs it from the top, and would start workers, too."""
+    """Each of its workers runs it from the top, and would start workers, too; behind a guard, as pytest is, none does."""
     database = make(tmp_path / "db", models, adapters)
     lines = write_jsonl(tmp_path / "toy.jsonl", toy_records(12))
     script = tmp_path / "script.py"
@@ -629,15 +657,11 @@ def test_a_script_without_a_guard_is_told_so_at_once(tmp_path, models, adapters)
     assert "GradientError: a worker on cpu ended with exit code 1 before it had the model; what it wrote" in last
     assert guard in last and "--batch-tokens" not in done.stderr and "another takes its place" not in done.stderr
     assert "bootstrapping" not in done.stderr and rapidin_vdb.open(database.path).count() == 0
-    indented = script.read_text("utf-8").strip().replace("\n", "\n    ")
-    script.write_text(f'if __name__ == "__main__":\n    {indented}\n', "utf-8")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, env=here)
-    assert (done.returncode, rapidin_vdb.open(database.path).count()) == (0, 12), done.stderr
 
 
 @pytest.mark.parametrize("loaded", [False, True])
 def test_advice_about_batches_is_for_workers_that_had_one(database, loaded):
-    from rapidin_vdb.workers import _bury
+    from rapidin_vdb.workers.sharing import _bury
 
     class Dead:
         exitcode = -signal.SIGKILL

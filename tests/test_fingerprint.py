@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -186,3 +188,96 @@ def test_where_two_long_values_differ_is_shown():
     with pytest.raises(FingerprintError) as found:
         check_fingerprint(stored, here, place="db")
     assert f"template_text is ...{'x' * 19}one' in the database, ...{'x' * 19}other' here" in str(found.value)
+
+
+@pytest.fixture
+def hashed(monkeypatch):
+    """Which folders were hashed, each with the thread that did it; and an event, set once the adapter was."""
+    from rapidin_vdb.gradient import fingerprint
+
+    found, done, original = [], threading.Event(), fingerprint._hash_folder
+
+    def noting(folder, files, **options):
+        digest = original(folder, files, **options)
+        found.append((folder.name, threading.current_thread() is threading.main_thread()))
+        if files == fingerprint._ADAPTER:
+            done.set()
+        return digest
+
+    monkeypatch.setattr(fingerprint, "_hash_folder", noting)
+    return found, done
+
+
+def own_copies(tmp_path, models, adapters):
+    """A database, and the folders of its model and its adapter, which may be changed."""
+    folders = [shutil.copytree(one["llama"], tmp_path / name) for one, name in ((models, "m"), (adapters, "a"))]
+    made = rapidin_vdb.init(tmp_path / "db", model=str(folders[0]), adapter=str(folders[1]), width=64)
+    return made.path, *folders
+
+
+def test_weights_are_hashed_once_and_while_they_are_loaded(tmp_path, models, adapters, hashed):
+    path, *_ = own_copies(tmp_path, models, adapters)
+    found, _ = hashed
+    assert found == [("m", True), ("a", True)], "by init"
+    found.clear()
+    rapidin_vdb.open(path).load()
+    assert found == [("m", False), ("a", False)]
+
+
+@pytest.mark.parametrize("change", [change_weights, change_adapter, change_alpha, change_configuration])
+def test_what_is_changed_after_it_was_hashed_is_refused(tmp_path, models, adapters, hashed, monkeypatch, change):
+    """While the rest is loaded; files have the times that they had."""
+    from rapidin_vdb import engine
+
+    path, model, adapter = own_copies(tmp_path, models, adapters)
+    found, done = hashed
+    done.clear()
+    original = engine.load_model
+
+    def load(*arguments, **options):
+        loaded = original(*arguments, **options)
+        assert done.wait(60)
+        times = {file: file.stat() for folder in (model, adapter) for file in folder.iterdir()}
+        change(model, adapter)
+        for file, before in times.items():
+            if file.stat().st_mtime_ns != before.st_mtime_ns:
+                os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+        return loaded
+
+    found.clear()
+    monkeypatch.setattr(engine, "load_model", load)
+    with pytest.raises(FingerprintError, match="(model|adapter)_hash is"):
+        rapidin_vdb.open(path).load()
+    assert len(found) == 3, "one of both once more"
+
+
+def test_a_hash_that_nobody_waits_for_is_given_up(tmp_path, models):
+    from rapidin_vdb.gradient.fingerprint import _MODEL, WeightHashes, _hash_folder
+    from rapidin_vdb.records import ModelSpec
+
+    stop = threading.Event()
+    stop.set()
+    with pytest.raises(InterruptedError):
+        _hash_folder(models["llama"], _MODEL, stop=stop)
+    with pytest.raises(ModelError, match="no model at"), WeightHashes(ModelSpec(model=str(models["llama"]))) as hashes:
+        raise ModelError("no model at x")
+    assert not hashes._thread.is_alive()
+
+
+def test_what_is_yet_to_be_downloaded_is_not_by_who_hashes(monkeypatch):
+    import transformers.utils
+
+    from rapidin_vdb.gradient.fingerprint import WeightHashes
+    from rapidin_vdb.records import ModelSpec
+
+    asked = []
+
+    def cached_file(name, file, *, local_files_only):
+        asked.append((name, file, local_files_only))
+        raise OSError("not here")
+
+    monkeypatch.setattr(transformers.utils, "cached_file", cached_file)
+    with WeightHashes(ModelSpec(model="some/model", adapter="some/adapter")) as hashes:
+        pass
+    assert asked == [("some/model", "config.json", True), ("some/adapter", "adapter_config.json", True)]
+    assert hashes._made == {}

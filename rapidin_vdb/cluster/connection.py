@@ -5,9 +5,11 @@ import os
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-from rapidin_vdb.errors import RapidInError, SpecError
+from rapidin_vdb.errors import SpecError
+
+E = TypeVar("E", bound=Exception)
 
 # Of Ray's memory for objects: batches and RapidGrads on their way, and queries.
 _OBJECT_BYTES = 256 << 20
@@ -133,7 +135,7 @@ def model_from_anywhere(given: str | None, stored: str | None) -> str | None:
     return from_anywhere(name) if name is not None and Path(name).is_dir() and from_anywhere(name) != name else given
 
 
-def told_from_here(error: RapidInError) -> RapidInError:
+def told_from_here(error: E) -> E:
     """Return an error that says on which node it arose."""
     from ray.util import get_node_ip_address
 

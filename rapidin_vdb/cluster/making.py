@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Any
 
+from rapidin_vdb.cluster.actor import GradientWorker
 from rapidin_vdb.cluster.connection import (
     connect,
     first_words,
@@ -14,22 +15,20 @@ from rapidin_vdb.cluster.connection import (
     may_lack_memory,
     model_from_anywhere,
     nodes_of,
-    told_from_here,
 )
 from rapidin_vdb.cluster.layout import Layout, layout_of
 from rapidin_vdb.compute import (
     Batch,
-    BatchMaker,
     Compute,
+    DeviceError,
     Result,
     Road,
     Waiting,
     WorkerSpec,
-    load_of,
+    names_of,
     road_without_model,
-    use_threads,
 )
-from rapidin_vdb.errors import GradientError, RapidInError, SpecError
+from rapidin_vdb.errors import GradientError, SpecError
 from rapidin_vdb.gradient import default_batch_tokens, weight_bytes
 
 logger = logging.getLogger(__name__)
@@ -42,28 +41,6 @@ _AHEAD = 2
 # The cluster may be busy with other work.
 _ROOM_SECONDS = 600.0
 _LOOK_SECONDS = 5.0
-
-
-class GradientWorker:
-    """A worker on some node: it loads the model when the first batch comes, and answers batches."""
-
-    def __init__(self, spec: WorkerSpec) -> None:
-        use_threads(spec.threads)
-        self._spec = spec
-        self._maker: BatchMaker | None = None
-
-    def ready(self) -> bool:
-        """Answer, once it runs."""
-        return True
-
-    def make(self, batch: Batch) -> list[Result] | RapidInError:
-        """Return what each sample of a batch is turned into, or why the model cannot be loaded here."""
-        try:
-            if self._maker is None:
-                self._maker = BatchMaker(load_of(self._spec), token_width=self._spec.token_width)
-        except RapidInError as error:
-            return told_from_here(error)
-        return self._maker.make(batch)
 
 
 def road_on_cluster(
@@ -127,8 +104,9 @@ def _batch_tokens_there(ray: Any, road: Road, spec: WorkerSpec, layout: Layout, 
 def compute_on_cluster(ray: Any, spec: WorkerSpec, layout: Layout) -> Compute:
     """Return a function that shares batches among actors; a finished batch comes first, whoever did it.
 
-    An actor that dies, or whose node does, is reported; its batch goes back to the queue, and another actor is asked
-    for, which need not find room: those that live go on.
+    An actor that dies, or whose node does, or whose GPU fails, is reported; its batch goes back to the queue, and
+    another actor is asked for, which need not find room: those that live go on. Where that one's GPU fails before it
+    has done a batch, no other is asked for.
     """
 
     def compute(batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
@@ -149,18 +127,22 @@ class _Crew:
 
     def __init__(self, ray: Any, spec: WorkerSpec, layout: Layout) -> None:
         self._ray, self._spec, self._layout = ray, spec, layout
-        self._lost = lost_errors(ray)
+        self._lost: tuple[type[Exception], ...] = (*lost_errors(ray), DeviceError)
         self._starting: dict[Any, Any] = {}
         # What each actor that runs has been given, in the order in which it does it.
         self._given: dict[Any, list[Any]] = {}
         self._busy: dict[Any, tuple[Any, Batch, int]] = {}
+        # Those in the place of one whose GPU failed, most likely on the same, for as long as they have done nothing.
+        self._doubted: set[Any] = set()
         self._failed = 0
         for _ in range(layout.workers):
             self._start()
 
-    def _start(self) -> None:
+    def _start(self, *, doubted: bool = False) -> None:
         actor = self._ray.remote(GradientWorker).options(**self._layout.options).remote(self._spec)
         self._starting[actor.ready.remote()] = actor
+        if doubted:
+            self._doubted.add(actor)
 
     def share(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
         waiting, since = Waiting(batches), time.monotonic()
@@ -188,17 +170,19 @@ class _Crew:
                     yield done
 
     def _give(self, waiting: Waiting) -> bool:
-        """Give the next batch to the actor that has least to do; say whether it could be."""
-        actor = min(self._given, key=lambda actor: len(self._given[actor]), default=None)
-        if actor is None or len(self._given[actor]) >= _AHEAD:
-            return False
-        task = waiting.next()
-        if task is None:
-            return False
-        ref = actor.make.remote(task[0])
-        self._given[actor].append(ref)
-        self._busy[ref] = (actor, *task)
-        return True
+        """Give the next batch to the actor that has least to do and may have it; say whether it could be."""
+        sound = any(actor not in self._doubted for actor in self._given)
+        for actor in sorted(self._given, key=lambda actor: len(self._given[actor])):
+            if len(self._given[actor]) >= _AHEAD:
+                return False
+            # What came back from a GPU that failed is for others, so that it is found out whose fault it was.
+            task = waiting.next(untried=sound and actor in self._doubted)
+            if task is not None:
+                ref = actor.make.remote(task[0])
+                self._given[actor].append(ref)
+                self._busy[ref] = (actor, *task)
+                return True
+        return False
 
     def _started(self, ref: Any) -> None:
         actor = self._starting.pop(ref)
@@ -221,6 +205,7 @@ class _Crew:
         except self._lost:
             return self._parted(actor, waiting)
         self._given[actor].remove(ref)
+        self._doubted.discard(actor)
         return [(self._busy.pop(ref)[1], answer)]
 
     def _answer(self, ref: Any) -> list[Result]:
@@ -232,31 +217,48 @@ class _Crew:
     def _parted(self, actor: Any, waiting: Waiting) -> list[tuple[Batch, list[Result]]]:
         """Part with an actor that is lost: return what it has done, and put the rest back into the queue."""
         self._ray.kill(actor)  # it may only be out of reach
-        done, blamed = [], False
+        done: list[tuple[Batch, list[Result]]] = []
+        blamed: Exception | None = None
         for ref in self._given.pop(actor):
             _, batch, attempt = self._busy.pop(ref)
             try:
                 done.append((batch, self._answer(ref)))
+                self._doubted.discard(actor)
             except self._lost as error:
-                if blamed:
+                if blamed is not None:
                     waiting.back(batch, attempt)  # it had not begun
-                else:
-                    waiting.back(batch, attempt + 1, too_large=self._bury(batch, attempt, error))
-                blamed = True
-        self._start()
+                    continue
+                blamed = error
+                waiting.back(batch, attempt + 1, too_large=self._bury(actor, batch, attempt, error))
+        if not (isinstance(blamed, DeviceError) and actor in self._doubted):
+            self._start(doubted=isinstance(blamed, DeviceError))
         return done
 
-    def _bury(self, batch: Batch, attempt: int, error: Exception) -> bool:
-        """Report a dead worker, and say whether its batch is likely to have been too large."""
-        names = f"{batch[0].sample_id} to {batch[-1].sample_id}" if len(batch) > 1 else batch[0].sample_id
+    def _bury(self, actor: Any, batch: Batch, attempt: int, error: Exception) -> bool:
+        """Report a dead worker, and say whether its batch is likely to have been too large.
+
+        Raises:
+            GradientError: others would end as it did, or there is no other.
+        """
+        names = names_of(batch)
         if attempt >= _LIVES:
             raise GradientError(
                 f"{attempt} workers died on the {len(batch)} samples {names} (the last: {first_words(error)}); what "
                 "was done before is kept. Run again with fewer --workers-per-device or smaller --batch-tokens"
             ) from error
+        if isinstance(error, DeviceError) and actor in self._doubted:
+            if not (self._given or self._starting):
+                raise GradientError(
+                    f"{error}, as before, with no batch done in between, and no other worker is left; what was done "
+                    "before is kept. See to that GPU, and run it again to go on"
+                ) from error
+            logger.warning("%s, as before: its %d samples (%s) go back to the queue, and others go on without it",
+                           error, len(batch), names)  # fmt: skip
+            return False
         killed = len(batch) > 1 and may_lack_memory(self._ray, error, attempt)
-        logger.warning("a worker died: its %d samples (%s) go back to the queue%s, and another is started",
-                       len(batch), names, " in halves" if killed else "")  # fmt: skip
+        what = str(error) if isinstance(error, DeviceError) else "a worker died"
+        logger.warning("%s: its %d samples (%s) go back to the queue%s, and another is started",
+                       what, len(batch), names, " in halves" if killed else "")  # fmt: skip
         return killed
 
     def end(self) -> None:

@@ -4,17 +4,23 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
+from threading import Event, Thread
+from types import TracebackType
 
 from rapidin_vdb.errors import ModelError
 from rapidin_vdb.gradient.model import LoadedModel
-from rapidin_vdb.records import LOSSES, Fingerprint, Normalize, SketchSpec, Turns
+from rapidin_vdb.records import LOSSES, Fingerprint, ModelSpec, Normalize, SketchSpec, Turns
 
 # Of a configuration file: what says where it came from, and nothing about what it computes.
 _PROVENANCE = frozenset(
     "_name_or_path transformers_version peft_version base_model_name_or_path inference_mode revision dtype torch_dtype "
     "auto_mapping use_cache task_type".split()
 )
+# The files of a model and of an adapter: the configuration, and how the names of those with weights begin.
+_MODEL = ("config.json", "model")
+_ADAPTER = ("adapter_config.json", "adapter_model")
 _LIBRARIES = ("rapidin-vdb", "torch", "transformers", "peft", "bitsandbytes", "lancedb", "pyarrow", "numpy")
 
 
@@ -30,22 +36,27 @@ def fingerprint_of(
     learning_rate: float,
     turns: Turns = "last",
     tokenizer_hash: str | None = None,
+    hashes: "WeightHashes | None" = None,
 ) -> Fingerprint:
     """Return the fingerprint of vectors made with this model and these choices.
 
     A known `tokenizer_hash` may be one of before, which took in what a training had left of truncation and padding.
+    `hashes` may have been made while the model was loaded.
 
     Raises:
         ModelError: the weights' files cannot be found or read.
     """
     spec = loaded.spec
+
+    def hashed(name: str, files: tuple[str, str]) -> str:
+        folder = _folder(name, files[0])
+        return hashes.of(folder, files) if hashes is not None else _hash_folder(folder, files)
+
     return Fingerprint(
         model=_absolute(spec.model),
-        model_hash=_hash_folder(_folder(spec.model, "config.json"), "config.json", "model"),
+        model_hash=hashed(spec.model, _MODEL),
         adapter=None if spec.adapter is None else _absolute(spec.adapter),
-        adapter_hash=None
-        if spec.adapter is None
-        else _hash_folder(_folder(spec.adapter, "adapter_config.json"), "adapter_config.json", "adapter_model"),
+        adapter_hash=None if spec.adapter is None else hashed(spec.adapter, _ADAPTER),
         quantization=spec.quantization,
         dtype=loaded.dtype,
         tokenizer_hash=_hash_tokenizer(loaded, known=tokenizer_hash),
@@ -63,40 +74,103 @@ def fingerprint_of(
     )
 
 
+class WeightHashes:
+    """Hashes of a model's and an adapter's files, made by a thread of its own while these are loaded.
+
+    One counts only if no file has been changed since: size, times, and which files there are.
+    """
+
+    def __init__(self, spec: ModelSpec) -> None:
+        """Find the files; those that are yet to be downloaded are left to whoever asks for their hash."""
+        self._folders: list[tuple[Path, tuple[str, str]]] = []
+        for name, files in ((spec.model, _MODEL), (spec.adapter, _ADAPTER)):
+            with suppress(OSError, ValueError, ModelError):
+                if name is not None:
+                    self._folders.append((_folder(name, files[0], download=False), files))
+        self._made: dict[tuple[object, ...], str] = {}
+        self._stop = Event()
+        self._thread = Thread(target=self._make, daemon=True)
+
+    def __enter__(self) -> "WeightHashes":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _make(self) -> None:
+        for folder, files in self._folders:
+            # What is wrong, whoever loads it or asks for the hash is told.
+            with suppress(Exception):
+                before = _state(folder, files)
+                self._made[before] = _hash_folder(folder, files, stop=self._stop)
+
+    def of(self, folder: Path, files: tuple[str, str]) -> str:
+        """Return the hash of a folder's files as they are now.
+
+        Raises:
+            ModelError: they cannot be found or read.
+        """
+        self._thread.join()
+        made = self._made.get(_state(folder, files))
+        return _hash_folder(folder, files) if made is None else made
+
+
+def _state(folder: Path, files: tuple[str, str]) -> tuple[object, ...]:
+    """Return what is another if a file of a folder is written, in place or anew, though not one byte is looked at."""
+    config, weights = files
+    found: list[object] = []
+    for file in (folder / config, *sorted(folder.glob(f"{weights}*.safetensors"))):
+        there = file.stat()
+        found += [str(file), there.st_dev, there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns]
+    return tuple(found)
+
+
 def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).is_dir() else name
 
 
-def _folder(name: str, file: str) -> Path:
+def _folder(name: str, file: str, *, download: bool = True) -> Path:
     if Path(name).is_dir():
         return Path(name)
     from transformers.utils import cached_file
 
-    found = cached_file(name, file)  # downloaded by now
+    found = cached_file(name, file, local_files_only=not download)
     if found is None:
         raise ModelError(f"{name}: {file} cannot be found")
     return Path(found).parent
 
 
-def _hash_folder(folder: Path, config: str, weights: str) -> str:
-    """Hash what the weights are, whatever files they are cut into, and the configuration but for its provenance."""
+def _hash_folder(folder: Path, files: tuple[str, str], *, stop: Event | None = None) -> str:
+    """Hash what the weights are, whatever files they are cut into, and the configuration but for its provenance.
+
+    Raises:
+        InterruptedError: `stop` was set.
+        ModelError: there are no weights, or they cannot be read.
+    """
     from safetensors import SafetensorError, safe_open
 
+    config, weights = files
     digest = hashlib.sha256()
     settings = json.loads((folder / config).read_text("utf-8"))
     settings = {name: value for name, value in settings.items() if name not in _PROVENANCE}
     digest.update(json.dumps(_sorted(settings), sort_keys=True).encode("utf-8"))
-    files = sorted(folder.glob(f"{weights}*.safetensors"))
-    if not files:
+    parts = sorted(folder.glob(f"{weights}*.safetensors"))
+    if not parts:
         raise ModelError(f"{folder} has no {weights}.safetensors; convert the weights to safetensors first")
     places: dict[str, Path] = {}
-    for file in files:
+    for file in parts:
         try:
             with safe_open(file, framework="pt") as tensors:
                 places |= {name: file for name in tensors.keys()}
         except SafetensorError as error:
             raise ModelError(f"{file} cannot be read: {error}; save the weights again, or copy them anew") from error
     for name in sorted(places):
+        if stop is not None and stop.is_set():
+            raise InterruptedError(f"{folder} is no longer to be hashed")
         with safe_open(places[name], framework="pt") as tensors:
             tensor = tensors.get_tensor(name).contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())

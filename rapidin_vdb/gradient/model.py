@@ -12,6 +12,8 @@ from torch import Tensor
 
 from rapidin_vdb.errors import ModelError, SpecError, check_unicode, without_secrets
 from rapidin_vdb.gradient.adapter import load_adapter
+from rapidin_vdb.gradient.device import device_failure, lacks_memory
+from rapidin_vdb.gradient.memory import weight_bytes
 from rapidin_vdb.gradient.parameters import choose_parameters
 from rapidin_vdb.gradient.quiet import quiet_libraries, short
 from rapidin_vdb.gradient.tokenizer import load_tokenizer
@@ -178,12 +180,33 @@ def _load_base(spec: ModelSpec, device: str) -> Any:
                 output_loading_info=True,
                 **options,
             )
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        raise ModelError(f"the model {spec.model} cannot be loaded: {short(error)}. {_WANTED}") from error
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
+        raise ModelError(_not_loaded(spec, device, error)) from error
     missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
     if missing:
         raise ModelError(f"the model {spec.model} lacks weights of {len(missing)} parameters, such as {missing[0]}")
     return model
+
+
+def _not_loaded(spec: ModelSpec, device: str, error: Exception) -> str:
+    """Say why a model cannot be loaded: its device is too small, or failed, or it is no such model."""
+    if (failure := device_failure(error)) is not None:
+        return f"{device} failed while the model {spec.model} was loaded: {failure}. See to the device, or name another"
+    if not lacks_memory(error):
+        return f"the model {spec.model} cannot be loaded: {short(error)}. {_WANTED}"
+    config = load_config(spec.model)
+    weights = weight_bytes(config, dtype=spec.dtype, quantization=spec.quantization)
+    smaller = []
+    if spec.quantization != "nf4" and getattr(config, "quantization_config", None) is None:
+        smaller.append("--quantization nf4")
+    if spec.dtype == "float32":
+        smaller.append("--dtype bfloat16")
+    size = f", whose weights take {weights / 1e9:,.1f} GB" if weights else ""
+    return (
+        f"{device} has no memory for the model {spec.model}{size}: {short(error)}. It has to fit one device whole, and "
+        f"once for each worker there: make room, take a larger --device or fewer --workers-per-device"
+        + (f", or make the database with {' or '.join(smaller)}" if smaller else "")
+    )
 
 
 def _resolved_dtype(spec: ModelSpec) -> DType:

@@ -1,33 +1,28 @@
-"""Batches shared among worker processes, each with the model, on several devices or on the cores of one machine."""
+"""Batches shared among worker processes: one that dies is replaced, and its batch done again."""
 
 import logging
 import multiprocessing
-import os
-import pickle
 import signal
-import traceback
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection, wait
-from pathlib import Path
-from threading import Lock
 from typing import Any
 
 from rapidin_vdb.compute import (
     Batch,
-    BatchMaker,
     Compute,
+    DeviceError,
     Result,
     Road,
     Waiting,
     WorkerSpec,
-    load_of,
+    names_of,
     road_without_model,
-    use_threads,
 )
-from rapidin_vdb.errors import GradientError, RapidInError, SpecError
+from rapidin_vdb.errors import GradientError, SpecError
 from rapidin_vdb.records import Fingerprint
+from rapidin_vdb.workers.process import Loaded, Told, work
+from rapidin_vdb.workers.threads import threads_each
 
 logger = logging.getLogger(__name__)
 
@@ -68,33 +63,11 @@ def road_of_workers(
     return road_without_model(specs[0], compute_in_workers(specs))
 
 
-def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Return how many CPU cores this process may use: those that it is bound to, or its container's share of them."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        limit, period = map(int, quota.read_text("ascii").split())
-    except (OSError, ValueError):
-        return bound  # no such group, an older kind, or "max"
-    return max(1, min(bound, limit // period))
-
-
-def threads_each(workers: int) -> int:
-    """Return how many CPU threads each of some workers has."""
-    return max(1, cores() // workers)
-
-
-def speedup(workers: int, devices: Sequence[str]) -> int:
-    """Return how many times as fast as one of them, alone, some workers can be at the most.
-
-    Each CPU worker has `threads_each`; more of them than cores, and those of one GPU, take turns.
-    """
-    return min(workers, cores()) if devices[0] == "cpu" else len(devices)
-
-
 def compute_in_workers(specs: Sequence[WorkerSpec]) -> Compute:
     """Return a function that shares batches among worker processes; a finished batch comes first, whoever did it.
 
-    A worker that dies is reported and replaced, and its batch goes back to the queue.
+    A worker that dies, or whose device fails, is reported and replaced, and its batch goes back to the queue. One whose
+    device fails again before it has done a batch is not replaced, as long as there are others.
 
     Raises:
         SpecError: this process is itself a worker that is only beginning, and may start none.
@@ -121,19 +94,21 @@ class _Worker:
     spec: WorkerSpec
     busy: tuple[Batch, int] | None = None
     loaded: bool = False
-    process: Any = field(init=False)
+    failed: bool = False
+    """Its device has, and no batch was done there since."""
+    process: Any = None
+    """None as long as there is nothing to do."""
     pipe: Connection = field(init=False)
 
-    def __post_init__(self) -> None:
-        self.start()
-
     def start(self) -> None:
+        if self.process is not None:
+            return
         self.loaded = False
         # Spawned, not forked: CUDA and OpenMP do not survive a fork.
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
         levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-        self.process = context.Process(target=_work, args=(theirs, self.spec, levels), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, self.spec, levels), daemon=True)
         self.process.start()
         theirs.close()
 
@@ -145,6 +120,8 @@ class _Worker:
             pass  # it has died; its end is seen as such when waited for
 
     def stop(self) -> None:
+        if self.process is None:
+            return
         self.pipe.close()
         self.process.join(timeout=0 if self.busy else 5)
         if self.process.is_alive():
@@ -153,13 +130,19 @@ class _Worker:
 
 
 def _share(workers: list[_Worker], batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
-    waiting, told = Waiting(batches), set[_Told]()
+    waiting, told = Waiting(batches), set[Told]()
 
     def give() -> None:
-        # To all that have nothing to do: what comes back in halves is for several.
-        for worker in workers:
-            if worker.busy is None and (task := waiting.next()) is not None:
-                worker.give(*task)
+        # To all that have nothing to do: what comes back in halves is for several. Where a device failed, what came
+        # back is for others, so that it is found out whose fault it was.
+        sound = any(not worker.failed for worker in workers)
+        idle = [worker for worker in workers if worker.busy is None]
+        tasks = [(worker, waiting.next(untried=sound and worker.failed)) for worker in idle]
+        given = [(worker, task) for worker, task in tasks if task is not None]
+        for worker, _ in given:
+            worker.start()  # all of them, before one is waited for until it takes its batch
+        for worker, task in given:
+            worker.give(*task)
 
     give()
     while busy := [worker for worker in workers if worker.busy is not None]:
@@ -174,31 +157,37 @@ def _share(workers: list[_Worker], batches: Iterator[Batch]) -> Iterator[tuple[B
             except (EOFError, OSError):
                 waiting.back(batch, attempt + 1, too_large=_bury(worker, batch, attempt))
                 answer = None
-            if isinstance(answer, _Loaded):
+            if isinstance(answer, Loaded):
                 worker.loaded = True
                 continue
-            if isinstance(answer, _Told):
+            if isinstance(answer, Told):
                 if answer not in told:  # each of them finds out the same
                     told.add(answer)
                     logging.getLogger(answer.name).log(answer.level, "%s", answer.message)
                 continue
             worker.busy = None
-            if isinstance(answer, BaseException):
+            if isinstance(answer, DeviceError):
+                _replace(worker, workers, batch, attempt, answer)
+                waiting.back(batch, attempt + 1)
+                answer = None
+            elif isinstance(answer, BaseException):
                 raise answer
+            elif answer is not None:
+                worker.failed = False
             give()
             if answer is not None:
                 yield batch, answer
 
 
 def _bury(worker: _Worker, batch: Batch, attempt: int) -> bool:
-    """Report a dead worker, start another in its place, and say whether its batch is likely to have been too large.
+    """Report a dead worker, make way for another, and say whether its batch is likely to have been too large.
 
     Raises:
         GradientError: others would end as it did.
     """
     worker.process.join()
     code = worker.process.exitcode
-    names = f"{batch[0].sample_id} to {batch[-1].sample_id}" if len(batch) > 1 else batch[0].sample_id
+    names = names_of(batch)
     if code > 0 and not worker.loaded:
         # An error of Python's before our own code ran, which would have told it: the batch has no part in it.
         raise GradientError(
@@ -217,77 +206,33 @@ def _bury(worker: _Worker, batch: Batch, attempt: int) -> bool:
         "a worker on %s died with exit code %s: its %d samples (%s) go back to the queue%s, another takes its place",
         worker.spec.device, code, len(batch), names, " in halves" if killed else "",
     )  # fmt: skip
-    worker.start()
+    worker.process = None
     return killed
 
 
-class _Loaded:
-    """A worker has its model."""
+def _replace(worker: _Worker, workers: list[_Worker], batch: Batch, attempt: int, error: DeviceError) -> None:
+    """Report a worker whose device failed; make way for another, or let it go, if another was of no use before.
 
-
-@dataclass(frozen=True)
-class _Told:
-    """What a worker has logged."""
-
-    name: str
-    level: int
-    message: str
-
-
-class _Line(logging.Handler):
-    """A worker's end of its pipe: what it answers, and what it logs, which the parent knows where to put."""
-
-    def __init__(self, pipe: Connection) -> None:
-        super().__init__()
-        self._pipe = pipe
-        self._alone = Lock()  # libraries have threads that log
-
-    def send(self, told: Any) -> None:
-        with self._alone:
-            self._pipe.send(told)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        with suppress(OSError):  # the parent is gone
-            self.send(_Told(record.name, record.levelno, record.getMessage()))
-
-
-def _work(pipe: Connection, spec: WorkerSpec, levels: Mapping[str, int]) -> None:
-    """Run in a worker: load the model, then answer batches until the other end closes."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
-    os.environ["OMP_NUM_THREADS"] = str(spec.threads)
-    use_threads(spec.threads)
-    line = _Line(pipe)
-    logging.getLogger().addHandler(line)
-    for name, level in levels.items():
-        logging.getLogger(name).setLevel(level)
-    maker = None
-    try:
-        while True:
-            batch = pipe.recv()
-            answer: list[Result] | Exception
-            try:
-                if maker is None:
-                    maker = BatchMaker(load_of(spec), token_width=spec.token_width)
-                    line.send(_Loaded())
-                answer = maker.make(batch)
-            except Exception as error:
-                answer = _sendable(error)
-            line.send(answer)
-            if isinstance(answer, Exception):
-                return
-    except (EOFError, BrokenPipeError, ConnectionResetError):
-        return  # the parent is done, or gone
-
-
-def _sendable(error: Exception) -> Exception:
-    """Return an error that the parent can raise: one that is not ours is a bug, and brings where it happened."""
-    if isinstance(error, RapidInError):
-        return error
-    where = "in a worker:\n" + "".join(traceback.format_exception(error))
-    try:
-        sent: Exception = pickle.loads(pickle.dumps(error))  # noqa: S301 - what has just been written
-    except Exception:
-        # Not all errors of libraries survive it.
-        sent = RuntimeError(f"{type(error).__name__}: {error}")
-    sent.add_note(where)
-    return sent
+    Raises:
+        GradientError: others would fail as it did, or there is no other.
+    """
+    worker.stop()
+    names = names_of(batch)
+    if attempt >= _LIVES:
+        raise GradientError(
+            f"{attempt} workers died on the {len(batch)} samples {names} (the last: {error}); what was done before is "
+            "kept. Run again with smaller --batch-tokens, or without these samples"
+        ) from error
+    if worker.failed and len(workers) == 1:
+        raise GradientError(
+            f"{error}, as before, with no batch done in between, and no other worker is left; what was done before is "
+            "kept. See to the device, or leave it out of --device, and run it again to go on"
+        ) from error
+    told = (
+        "; it failed before, and the other workers go on without it" if worker.failed else ", another takes its place"
+    )
+    logger.warning("%s: a worker's %d samples (%s) go back to the queue%s", error, len(batch), names, told)
+    if worker.failed:
+        workers.remove(worker)
+    else:
+        worker.failed, worker.process = True, None
