@@ -11,6 +11,8 @@ from rapidin_vdb.question import Question
 from rapidin_vdb.records import Scalar
 from rapidin_vdb.results import GroupInfluence, Histogram, RankedSample, Ranking, Seconds, StoredSample
 from rapidin_vdb.store import Snapshot
+from rapidin_vdb.store.fingerprint import read_identity
+from rapidin_vdb.table_index import coarse_note
 from rapidin_vdb.uncertainty import chance, group_sums, score_errors
 
 
@@ -40,6 +42,7 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
     seconds = (time.monotonic() - started) / max(len(sketched.query_ids), 1)
     searched = index.samples if among is None else len(among)
     errors = score_errors(sketched.vectors, snapshot.fingerprint)
+    missed = coarse_note(index, question, searched)
     said: list[float | None] = [None] * len(sketched.query_ids) if errors is None else errors.tolist()
     scored = [[[(name, score * factor) for name, score in ranked] for ranked in end] for end in ends]
     return [
@@ -56,34 +59,45 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
             histogram=None if histograms is None else histograms[number],
             focus=sketched.focus[number] or None,
             score_error=said[number],
-            note=_note(sketched, number, [end[number] for end in scored], said[number], searched, question),
+            note=_note(sketched, number, missed, [end[number] for end in scored], said[number], searched, question),
+            table_version=snapshot.version,
+            identity=identity_of(snapshot),
         )
         for number, query_id in enumerate(sketched.query_ids)
     ]
 
 
+def identity_of(snapshot: Snapshot) -> str:
+    """Return what tells the database of a version from others."""
+    return read_identity(snapshot.schema.metadata, place=snapshot.place.uri)
+
+
 def _note(
-    sketched: Sketched, number: int, ends: Sequence[Sequence[tuple[str, float]]], error: float | None, searched: int,
-    question: Question,
+    sketched: Sketched, number: int, missed: str | None, ends: Sequence[Sequence[tuple[str, float]]],
+    error: float | None, searched: int, question: Question,
 ) -> str | None:  # fmt: skip
-    """Say that a generation was cut, and that no score is larger than chance makes some."""
-    notes = [cut_note(sketched, number)]
+    """Say that a generation was cut, that samples may be missing, that no score is larger than chance makes some."""
+    notes = [cut_note(sketched, number), missed]
     # Where all are ranked again, none was left out for its score.
     if error and question.refine < searched and any(ends):
         bound = chance(error, searched)
         signs = [-1 if question.harmful else 1, -1]
         if all(sign * end[0][1] < bound for sign, end in zip(signs, ends, strict=False) if end):
             which = "" if question.both else "negative " if question.harmful else "positive "
-            mend = (
-                f"the {question.refine:,} that are ranked again were chosen by these: refine more, or make a wider "
-                "sketch (width at init)"
-                if question.refine
-                else "exact scores (refine) would tell what is real, and so would a wider sketch (width at init)"
-            )
-            notes.append(
-                f"no {which}score stands out: by chance alone the largest of {searched:,} is about {bound:.3g}; {mend}"
-            )
+            said = f"no {which}score stands out: by chance alone the largest of {searched:,} is about {bound:.3g}"
+            # Of what was not found nothing is known; how to find it was said.
+            notes.append(f"of what was found, {said}" if missed else f"{said}; {_mend(question)}")
     return "; ".join(note for note in notes if note) or None
+
+
+def _mend(question: Question) -> str:
+    """Say how to tell what is real where no score stands out."""
+    if not question.refine:
+        return "exact scores (refine) would tell what is real, and so would a wider sketch (width at init)"
+    return (
+        f"the {question.refine:,} that are ranked again were chosen by these: refine more, or make a wider sketch "
+        "(width at init)"
+    )
 
 
 def both_ends(

@@ -1,9 +1,11 @@
 """Rows of a table on their way into an index; the table itself as one, where none is built; and one in memory."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -13,6 +15,7 @@ from rapidin_vdb.index import (
     Held,
     Keys,
     Manifest,
+    Searchable,
     ShardedIndex,
     TableSource,
     Texts,
@@ -22,6 +25,7 @@ from rapidin_vdb.index import (
     make_shard,
 )
 from rapidin_vdb.progress import Progress
+from rapidin_vdb.question import Question
 from rapidin_vdb.recipe import IndexRecipe, default_recipe
 from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.sketch.memory import free_bytes
@@ -31,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 # An index is written anew when more than this share of its rows went or came.
 _MOST_CHANGED = 0.3
+
+# What was measured of coarse indexes; of one that is let go of, nothing.
+_RECALL: WeakKeyDictionary[ShardedIndex, Mapping[str, Any] | None] = WeakKeyDictionary()
+_ENDS = {"recall": "the best", "recall_harmful": "the most negative"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -202,12 +210,36 @@ def much_changed(before: Keys, after: Keys, missing: np.ndarray) -> bool:
 
 
 def say_what_coarse_finds(folder: Path, index: ShardedIndex) -> None:
-    """Warn that an index is not exact, with what was measured of it."""
+    """Warn that an index is not exact, with what was measured of it, and keep that for the notes of its rankings."""
     for recall in (known.recall for known in list_manifests(folder) if known.name == index.recipe.name):
-        if recall is None:
-            logger.warning("the index %s is not exact, and what it finds was not measured", index.recipe.name)
-        else:
-            logger.warning(
-                "the index %s is not exact: it found %.1f %% of the best %d samples when it was built",
-                index.recipe.name, 100 * recall["recall"], recall["at"],
-            )  # fmt: skip
+        _RECALL[index] = recall
+        logger.warning("%s", _measured(index, ("recall", "recall_harmful")))
+
+
+def coarse_note(index: Searchable, question: Question, samples: int) -> str | None:
+    """Say that an index may have missed some of so many samples or tokens, and how much of the answer it finds.
+
+    None where it cannot: it is exact, or looked at all of them at full width.
+    """
+    if not isinstance(index, ShardedIndex) or not index.recipe.coarse_width:
+        return None
+    if index.recipe.refine * max(question.top_k, question.refine) >= samples:
+        return None
+    ends = ("recall", "recall_harmful") if question.both else ("recall_harmful" if question.harmful else "recall",)
+    level = "" if question.level == "sample" else f" --level {question.level}"
+    return (
+        f"{_measured(index, ends)}, so that {question.level}s may be missing here; an exact one misses none: "
+        f"rapidin-vdb index DB{level}"
+    )
+
+
+def _measured(index: ShardedIndex, ends: tuple[str, ...]) -> str:
+    """Return what was measured of a coarse index at some ends, in words."""
+    name, recall = index.recipe.name, _RECALL.get(index) or {}
+    found = [f"{100 * recall[end]:.1f} % of {_ENDS[end]} {recall['at']}" for end in ends if end in recall]
+    if not found:
+        of = f" of {_ENDS[ends[0]]}" if recall else ""
+        return f"the index {name} is not exact, and what it finds{of} was not measured"
+    # Of one that was built before both ends were measured.
+    rest = "".join(f", and was not measured at {_ENDS[end]}" for end in ends if end not in recall)
+    return f"the index {name} is not exact: it found {' and '.join(found)} when it was built{rest}"

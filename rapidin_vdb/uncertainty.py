@@ -7,13 +7,14 @@ P (|q|^2 |g|^2 + <q, g>^2), as for the count sketch (Charikar, Chen, Farach-Colt
 
 import hashlib
 import math
+from dataclasses import replace
 from threading import Lock
 from weakref import WeakKeyDictionary
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
-from rapidin_vdb.index import Searchable
+from rapidin_vdb.index import End, Grouping, Searchable, Survey, survey
 from rapidin_vdb.records import Fingerprint
 from rapidin_vdb.sketch import padded_length
 
@@ -62,22 +63,81 @@ def group_sums(
     A sum of scores is the score of the sum of gradients. The length of that is told by random vectors, which are
     queries, too, once for these groups of this index.
     """
+    key = _key(row_ids, groups, counts)
     sums = index.group_sums(vectors, row_ids, groups, len(counts))
-    key = hashlib.blake2b(row_ids.tobytes() + groups.tobytes() + counts.tobytes()).digest()
-    lengths = _LENGTHS.setdefault(index, {}).get(key)
+    lengths = _known(index, key)
     if lengths is None:
         # By themselves: scores do not depend on whether these are searched, too.
-        probed = index.group_sums(probes(vectors.shape[1]), row_ids, groups, len(counts))
-        lengths = np.einsum("pg,pg->g", probed, probed) / PROBES
-        with _LOCK:
-            kept = _LENGTHS[index]
-            while len(kept) >= _GROUPINGS_KEPT:
-                kept.pop(next(iter(kept)))
-            kept[key] = lengths
+        lengths = _keep(index, key, index.group_sums(probes(vectors.shape[1]), row_ids, groups, len(counts)))
+    return sums, _sum_errors(vectors, sums, lengths, counts, fingerprint)
+
+
+def surveyed(
+    index: Searchable,
+    vectors: Float32[np.ndarray, "queries sketch"],
+    top_k: int,
+    fingerprint: Fingerprint,
+    *,
+    ends: tuple[End, ...] = ("highest",),
+    among: Int64[np.ndarray, " some"] | None = None,
+    grouping: Grouping | None = None,
+    bins: int = 0,
+) -> tuple[Survey, Float64[np.ndarray, "queries groups"]]:
+    """Return what `survey` does, and a standard deviation of the error of each sum over groups, as `group_sums` does.
+
+    The random vectors that tell lengths go along with the queries, where they are needed, in the same pass.
+
+    Raises:
+        SpecError: `top_k` is not positive.
+    """
+    if grouping is None:
+        found = survey(index, vectors, top_k, ends=ends, among=among, bins=bins)
+        return found, np.zeros_like(found.sums)
+    counts = np.bincount(grouping.groups, minlength=grouping.count)
+    key = _key(grouping.row_ids, grouping.groups, counts)
+    lengths = _known(index, key)
+    if lengths is None:
+        grouping = replace(grouping, probes=probes(vectors.shape[1]))
+    found = survey(index, vectors, top_k, ends=ends, among=among, grouping=grouping, bins=bins)
+    if lengths is None:
+        lengths = _keep(index, key, found.probed)
+    return found, _sum_errors(vectors, found.sums, lengths, counts, fingerprint)
+
+
+def _key(row_ids: np.ndarray, groups: np.ndarray, counts: np.ndarray) -> bytes:
+    """Return what tells a grouping of rows from others."""
+    return hashlib.blake2b(row_ids.tobytes() + groups.tobytes() + counts.tobytes()).digest()
+
+
+def _known(index: Searchable, key: bytes) -> Float64[np.ndarray, " groups"] | None:
+    """Return the squared lengths of the sums over groups of an index's rows; None where they have to be found."""
+    return _LENGTHS.setdefault(index, {}).get(key)
+
+
+def _keep(
+    index: Searchable, key: bytes, probed: Float64[np.ndarray, "probes groups"]
+) -> Float64[np.ndarray, " groups"]:
+    """Return these lengths, from the sums of probes' scores, and keep them for later questions."""
+    lengths = np.einsum("pg,pg->g", probed, probed) / PROBES
+    with _LOCK:
+        kept = _LENGTHS[index]
+        while len(kept) >= _GROUPINGS_KEPT:
+            kept.pop(next(iter(kept)))
+        kept[key] = lengths
+    return lengths
+
+
+def _sum_errors(
+    vectors: Float32[np.ndarray, "queries sketch"],
+    sums: Float64[np.ndarray, "queries groups"],
+    lengths: Float64[np.ndarray, " groups"],
+    counts: Int64[np.ndarray, " groups"],
+    fingerprint: Fingerprint,
+) -> Float64[np.ndarray, "queries groups"]:
     squared = np.einsum("qk,qk->q", vectors, vectors, dtype=np.float64)[:, None]
     if fingerprint.normalize == "layer":
         lengths = np.where(counts == 1, squared, lengths)  # of a single sample it is known, as in `score_errors`
-    return sums, _deviation(fingerprint) * np.sqrt(squared * lengths + sums**2)
+    return _deviation(fingerprint) * np.sqrt(squared * lengths + sums**2)
 
 
 def probes(width: int) -> Float32[np.ndarray, "probes sketch"]:

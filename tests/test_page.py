@@ -44,6 +44,8 @@ def test_the_file_holds_no_markup_of_a_record(rankings):
     assert not re.search(r"(?:src|href)\s*=|https?:", before + after) and not set("<>&") & set(block)
     data = json.loads(block)
     assert data["rankings"][1]["prompt"] == HOSTILE
+    known = [(one["table_version"], one["identity"]) for one in data["rankings"]]
+    assert known == [(one.table_version, one.identity) for one in rankings] and None not in known[0]
 
 
 @pytest.fixture(scope="module")
@@ -130,8 +132,11 @@ def test_colours_and_numbers_are_those_of_the_ranking(opened, rankings):
         f" Scores are off by {rankings[0].score_error:.4f} or so (one standard deviation), but" in above
         and "Note: " not in above
     )
+    origin = page.locator("#top .origin")
+    assert origin.inner_text() == f"Version {rankings[0].table_version} of the database {rankings[0].identity[:8]}."
+    assert origin.get_attribute("title") == rankings[0].identity
     page.select_option("#query", str(len(rankings) + 1))
-    assert "Note: told of it." in page.locator("#top").inner_text()
+    assert "Note: told of it. Version " in page.locator("#top").inner_text()
     page.select_option("#query", "0")
     results = [*rankings[0].results, *rankings[0].harmful]
     check_colours(page, results, lambda result: [token.score for token in result.tokens])

@@ -1,11 +1,15 @@
 """Rankings as tables: every computed column, whatever the records call their fields, with results and without."""
 
 import dataclasses
+import hashlib
 import json
+import shutil
 
 import pytest
 from conftest import toy_records, write_jsonl
 
+import rapidin_vdb
+from rapidin_vdb.question import Question
 from rapidin_vdb.results import RankedSample, RankedToken, Ranking, Seconds, TokenScore
 from rapidin_vdb.results.rankings import COMPUTED
 from rapidin_vdb.results.tables import arrow_table
@@ -122,3 +126,58 @@ def test_records_whose_fields_are_named_like_ours_come_out_whole(database, tmp_p
         assert [row["score"] for row in rows] == [r.score for r in (*ranking.results, *ranking.harmful)]
         for row in rows:
             assert {name: row[f"record_{name}"] for name in clashing} == clashing
+
+
+def stored_identity(database) -> str:
+    """What was written into the table when the database was made."""
+    return database._table._table.schema.metadata[b"rapidin_vdb.identity"].decode()
+
+
+def test_a_ranking_says_of_which_version_it_is_and_can_be_repeated(database, tmp_path):
+    first = database.info().table_version
+    (before,) = database.query(*ASKED, top_k=5)
+    changed = [record | {"output": "other"} for record in toy_records(6)]
+    database.ingest(write_jsonl(tmp_path / "changed.jsonl", changed), on_duplicate="replace")
+    (after,) = database.query(*ASKED, top_k=5)
+    near = database.nearest("toy-009", Question(top_k=5))
+    now = database.versions()[-1].version
+    assert (before.table_version, after.table_version, near.table_version) == (first, now, now) and first < now
+    assert before.results != after.results
+    for one in (database, rapidin_vdb.open(database.path)):
+        (again,) = one.query(*ASKED, top_k=5, as_of=before.table_version)
+        assert again == dataclasses.replace(before, seconds=again.seconds)
+    for options in ({"tokens": True}, {"refine": 3}, {"group_by": "source", "histogram": 3}, {"where": "stars > 99"}):
+        (found,) = database.query(*ASKED, top_k=2, **options)
+        assert list(found.to_dict())[-2:] == ["table_version", "identity"]
+        assert (found.table_version, found.identity) == (now, stored_identity(database))
+    assert not {"table_version", "identity"} & set(ranked({}).to_dict()), (
+        "of one that was made by hand nothing is known"
+    )
+
+
+def test_a_ranking_says_of_which_database_it_is(database, tmp_path, models, adapters):
+    """Not where that is: a copy has the same samples, and another one at the same place has not."""
+    (here,) = database.query(*ASKED)
+    assert here.identity == stored_identity(database) == database.identity
+    shutil.copytree(tmp_path / "db", tmp_path / "copy")
+    (there,) = rapidin_vdb.open(tmp_path / "copy").query(*ASKED)
+    assert there == dataclasses.replace(here, seconds=there.seconds)
+    shutil.rmtree(tmp_path / "db")
+    anew = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    anew.ingest(tmp_path / "toy.jsonl")
+    (other,) = anew.query(*ASKED)
+    assert [result.sample_id for result in other.results] == [result.sample_id for result in here.results]
+    assert other.identity == stored_identity(anew) != here.identity
+
+
+def test_a_database_of_before_there_was_a_mark_is_known_by_where_and_what_it_is(
+    tmp_path, models, adapters, monkeypatch
+):
+    monkeypatch.setattr("rapidin_vdb.store.table.new_identity", lambda: {})
+    made = rapidin_vdb.init(tmp_path / "old", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(3)))
+    written = made._table._table.schema.metadata
+    assert b"rapidin_vdb.identity" not in written
+    mark = hashlib.sha256(made.path.encode() + written[b"rapidin_vdb.fingerprint"]).hexdigest()[:32]
+    (found,) = made.query(*ASKED)
+    assert found.identity == mark == made.identity

@@ -70,6 +70,23 @@ def test_a_query_is_answered_as_on_the_command_line(served, client, options):
     same(answer.json(), served.query(**ASKED, **options)[0].to_dict())
 
 
+def test_an_answer_says_of_which_version_of_the_database_it_is(served, client):
+    about = client.get("/api/info").json()
+    for found in (
+        client.post("/api/query", json=ASKED).json(),
+        client.post("/api/query", json=ASKED | {"tokens": True}, params={"pieces": True}).json(),
+        client.get("/api/nearest", params={"sample_id": "toy-005"}).json(),
+    ):
+        assert (found["table_version"], found["identity"]) == (served.version, about["identity"])
+    document = client.get("/api/openapi.json").json()
+    for path, method in (("/api/query", "post"), ("/api/nearest", "get")):
+        answer = document["paths"][path][method]["responses"]["200"]["content"]["application/json"]
+        shape = document["components"]["schemas"][answer["schema"]["$ref"].rpartition("/")[2]]["properties"]
+        kinds = [{one["type"] for one in shape[name]["anyOf"]} for name in ("table_version", "identity")]
+        assert kinds == [{"integer", "null"}, {"string", "null"}]
+        assert {"table_version", "identity"} < set(answer["example"])
+
+
 def test_groups_are_at_most_so_many_over_the_web(served, client, monkeypatch):
     monkeypatch.setattr("rapidin_vdb.web.shapes._MOST_GROUPS", 5)
     found = client.post("/api/query", json=ASKED | {"group_by": "sample_id"}).json()

@@ -6,6 +6,8 @@ import pytest
 import test_web_page as whole
 from test_web_page import ask, cards, saved_lines, settled
 
+from rapidin_vdb.question import Question
+
 made, address, driver, visit = whole.made, whole.address, whole.driver, whole.visit
 
 
@@ -203,6 +205,17 @@ def test_influence_by_values_is_that_of_the_api(visit, made):
     said = page.locator(".remarks").inner_text()
     assert said.startswith("Scores are off by ") and "Note" not in said
     assert float(said.split()[4]) == pytest.approx(ranking.score_error, abs=1e-4)
+    assert said.endswith(f" Version {made.version} of the database {made.identity[:8]}.")
+    assert page.locator(".remarks .origin").get_attribute("title") == made.identity
+
+
+def test_what_is_said_of_an_answer_is_said_of_the_nearest_samples(visit, made):
+    page = visit(link="#sample=" + json.dumps("toy-005"))
+    page.locator("#nearest article").first.wait_for()
+    said = page.locator("#nearest .remarks").inner_text()
+    error = made.nearest("toy-005", Question()).score_error
+    assert float(said.split()[4]) == pytest.approx(error, abs=1e-4)
+    assert f"Version {made.version} of the database " in said
 
 
 def test_what_an_answer_leaves_out_is_told(visit, made):

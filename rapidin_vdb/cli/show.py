@@ -53,8 +53,11 @@ def indexed(built: IndexInfo) -> None:
 def _recalled(built: IndexInfo) -> str:
     if built.recall is None:
         return ""
+    at, harmful = built.recall["at"], built.recall.get("recall_harmful")
+    # One of before both ends were measured has it once `index` is run again.
+    lowest = "" if harmful is None else f" and {100 * harmful:.1f} % of the most negative {at}"
     return (
-        f"; not exact: it finds {100 * built.recall['recall']:.1f} % of the best {built.recall['at']} "
+        f"; not exact: it finds {100 * built.recall['recall']:.1f} % of the best {at}{lowest} "
         f"(measured with {built.recall['queries']} samples as queries)"
     )
 

@@ -8,18 +8,22 @@ from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, index_folders, 
 from rapidin_vdb.index.recall import measured_recall
 from rapidin_vdb.index.searchable import Searchable
 from rapidin_vdb.index.source import TableSource
+from rapidin_vdb.index.surveying import End, Grouping, Survey, survey
 from rapidin_vdb.index.texts import Texts
 from rapidin_vdb.index.writing import clear_index, extend_index, with_recall, write_index
 
 __all__ = [
     "MANIFEST",
     "Batch",
+    "End",
+    "Grouping",
     "Held",
     "Keys",
     "Manifest",
     "Ranked",
     "Searchable",
     "ShardedIndex",
+    "Survey",
     "TableSource",
     "Texts",
     "check_index",
@@ -34,6 +38,7 @@ __all__ = [
     "make_shard",
     "manifest_of",
     "measured_recall",
+    "survey",
     "verify_rows",
     "with_recall",
     "write_index",

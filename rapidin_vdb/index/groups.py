@@ -3,6 +3,8 @@
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
+from rapidin_vdb.index.keys import Keys
+
 
 def add_up(
     sums: Float64[np.ndarray, "queries groups"],
@@ -19,3 +21,16 @@ def add_up(
             total[occurring] += np.bincount(members, weights=some)
         else:
             total += np.bincount(members, weights=some, minlength=count)
+
+
+def members_of(
+    keys: Keys, row_ids: Int64[np.ndarray, " samples"], groups: Int64[np.ndarray, " samples"]
+) -> Int64[np.ndarray, " numbers"]:
+    """Return which group each row of an index belongs to, by its number; -1 for those that are in none.
+
+    `groups` says for each of `row_ids` which it belongs to; ids that the index does not hold are passed over.
+    """
+    order, numbers = np.argsort(row_ids), keys.numbers_of(row_ids)
+    members = np.full(len(keys), -1)
+    members[numbers] = groups[order[np.searchsorted(row_ids, keys.row_ids[numbers], sorter=order)]]
+    return members

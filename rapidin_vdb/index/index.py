@@ -1,7 +1,6 @@
 """Exact top-k over any number of shards: candidates in single precision, order and scores in double."""
 
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -12,10 +11,10 @@ from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index.coarse import folded
 from rapidin_vdb.index.exact import exact_scores
 from rapidin_vdb.index.faiss_shard import GPU_MOST, FaissShard
-from rapidin_vdb.index.groups import add_up
+from rapidin_vdb.index.groups import add_up, members_of
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.making import make_shard
-from rapidin_vdb.index.shard import Found, ScanShard, Shard, best_of
+from rapidin_vdb.index.shard import Found, ScanShard, Shard, best_of, of_shards
 from rapidin_vdb.index.source import ArraySource, Rows, RowSource, TableSource, norm_of
 from rapidin_vdb.recipe import IndexRecipe
 
@@ -107,12 +106,9 @@ class ShardedIndex:
 
         `groups` says for each of `row_ids` which group it belongs to. Scores are taken in float32 and added in float64.
         """
-        order = np.argsort(row_ids)
-        numbers = self.keys.numbers_of(row_ids)
-        members = np.full(len(self.keys), -1)
-        members[numbers] = groups[order[np.searchsorted(row_ids, self.keys.row_ids[numbers], sorter=order)]]
+        members = members_of(self.keys, row_ids, groups)
         sums = np.zeros((len(queries), count))
-        for shard, owned in zip(self._full_shards(), self._full_numbers(), strict=True):
+        for shard, owned in zip(self.full_shards, self.full_numbers, strict=True):
             wanted = np.flatnonzero(members[owned] >= 0)
             if not len(wanted):
                 continue
@@ -128,7 +124,7 @@ class ShardedIndex:
         if among is not None:
             wanted[self.keys.numbers_of(among)] = True
         found = [np.zeros((len(queries), 0), dtype=np.float32)]
-        for shard, owned in zip(self._full_shards(), self._full_numbers(), strict=True):
+        for shard, owned in zip(self.full_shards, self.full_numbers, strict=True):
             rows = np.flatnonzero(wanted[owned])
             if len(rows):
                 found += [scores for _, scores in shard.scores(queries, rows)]
@@ -155,35 +151,55 @@ class ShardedIndex:
         )
 
     def _search(self, queries: Queries, top_k: int, among: np.ndarray | None, *, both: bool) -> list[list[Ranked]]:
-        if top_k < 1:
-            raise SpecError(f"top_k is {top_k}; wanted 1 or more")
-        rows = None if among is None else self.keys.numbers_of(among)
-        if rows is None and self.keys.count < len(self.keys):
-            rows = self.keys.numbers
+        check_top_k(top_k)
+        rows = self.rows_among(among)
         count = len(self.keys) if rows is None else len(rows)
         signs = (1.0, -1.0) if both else (1.0,)
         if count == 0 or len(queries) == 0:
             return [[[] for _ in queries] for _ in signs]
-        wanted = min(count, self.recipe.refine * top_k if self.recipe.coarse_width else top_k + self._slack(top_k))
+        wanted = min(count, self.recipe.refine * top_k if self.recipe.coarse_width else top_k + self.slack(top_k))
         found = self._candidates(queries, wanted, rows, both=both)
         asked = np.concatenate([np.float32(sign) * queries for sign in signs])
         scores, numbers = (np.concatenate([end[kind] for end in found]) for kind in range(2))
-        candidates = [some[some >= 0] for some in numbers]
-        ranked = self._ranked(asked, candidates, top_k)
-        if wanted < count and self.full is None:
-            # Whatever was left out scored at most the last candidate, give or take rounding.
-            least = np.array([best[-1][1] for best in ranked])
-            rounding = max(shard.rounding for shard in self.shards)
-            margin = rounding * np.linalg.norm(asked.astype(np.float64), axis=1) * self._norm_bound()
-            pending = np.flatnonzero(least <= scores[:, -1] + margin)
-            if len(pending):
-                near = self._reaching(asked[pending], least[pending], rows)
-                more = [np.union1d(candidates[query], some) for query, some in zip(pending, near, strict=True)]
-                for query, best in zip(pending, self._ranked(asked[pending], more, top_k), strict=True):
-                    ranked[query] = best
+        ranked = self.settled(asked, (scores, numbers), top_k, rows)
         return [ranked[first : first + len(queries)] for first in range(0, len(asked), len(queries))]
 
-    def _slack(self, top_k: int) -> int:
+    def rows_among(self, among: np.ndarray | None) -> np.ndarray | None:
+        """Return the numbers of the rows to be searched, ascending; None for all that there are."""
+        if among is not None:
+            return self.keys.numbers_of(among)
+        return self.keys.numbers if self.keys.count < len(self.keys) else None
+
+    def settled(self, queries: Queries, found: Found, top_k: int, rows: np.ndarray | None) -> list[Ranked]:
+        """Return the `top_k` best for each query, by exact scores, from candidates: no other row has a larger score.
+
+        At least so many as `slack` says beyond `top_k`, if there are. Where rounding leaves open whether a row that was
+        left out is better than one of them, rows are passed over once more.
+        """
+        scores, numbers = found
+        count = len(self.keys) if rows is None else len(rows)
+        # Of more, those are looked at that rounding leaves open: a row may have to come from a disk.
+        first = scores.shape[1] if self.full is not None else min(scores.shape[1], top_k + self.slack(top_k))
+        candidates = [some[some >= 0] for some in numbers[:, :first]]
+        ranked = self._ranked(queries, candidates, top_k)
+        if first == count or self.full is not None:
+            return ranked
+        # Whatever was left out scored at most the last candidate, give or take rounding.
+        least = np.array([best[-1][1] for best in ranked])
+        rounding = max(shard.rounding for shard in self.shards)
+        margin = rounding * np.linalg.norm(queries.astype(np.float64), axis=1) * self._norm_bound()
+        near = scores >= (least - margin)[:, None]
+        more = {query: numbers[query, : near[query].sum()] for query in np.flatnonzero(near[:, first - 1]).tolist()}
+        far = [query for query in more if near[query, -1] and scores.shape[1] < count]
+        if far:
+            more |= zip(far, self._reaching(queries[far], least[far], rows), strict=True)
+        if more:
+            again = [np.union1d(candidates[query], some) for query, some in more.items()]
+            for query, best in zip(more, self._ranked(queries[list(more)], again, top_k), strict=True):
+                ranked[query] = best
+        return ranked
+
+    def slack(self, top_k: int) -> int:
         """Return how many candidates beyond `top_k` to ask for: of more, more lie within rounding of the last."""
         slack = max(_SLACK, top_k // 4)
         on_gpu = any(isinstance(shard, FaissShard) and shard.gpu is not None for shard in self.shards)
@@ -195,8 +211,8 @@ class ShardedIndex:
             queries = queries.reshape(len(queries), self.recipe.coarse_width, -1).sum(2)
         queries = np.ascontiguousarray(queries)
 
-        def search(shard: Shard, owned: np.ndarray, local: np.ndarray | None) -> list[Found]:
-            found = shard.search(queries, wanted, local, both=both)
+        def search(number: int, local: np.ndarray | None) -> list[Found]:
+            found, owned = self.shards[number].search(queries, wanted, local, both=both), self.numbers[number]
             return [(scores, np.where(places >= 0, owned[places], -1)) for scores, places in found]
 
         parts = self._of_shards(search, len(queries), rows)
@@ -208,31 +224,22 @@ class ShardedIndex:
         """Return for each query the rows whose exact score may reach `least`."""
         queries = np.ascontiguousarray(queries)
 
-        def search(shard: Shard, owned: np.ndarray, local: np.ndarray | None) -> list[np.ndarray]:
-            return [owned[places] for places in shard.reaching(queries, least, self._norm_bound(), local)]
+        def search(number: int, local: np.ndarray | None) -> list[np.ndarray]:
+            found = self.shards[number].reaching(queries, least, self._norm_bound(), local)
+            return [self.numbers[number][places] for places in found]
 
         parts = self._of_shards(search, len(queries), rows)
         return [np.concatenate(of_query) for of_query in zip(*parts, strict=True)]
 
     def _of_shards(
-        self, search: Callable[[Shard, np.ndarray, np.ndarray | None], T], queries: int, rows: np.ndarray | None
+        self, search: Callable[[int, np.ndarray | None], T], queries: int, rows: np.ndarray | None
     ) -> list[T]:
         """Return what a search says of each shard that holds rows, or any of `rows`."""
         wanted = None if rows is None else np.zeros(len(self.keys), bool)
         if wanted is not None:
             wanted[rows] = True
-
-        def ask(number: int) -> list[T]:
-            shard, owned = self.shards[number], self.numbers[number]
-            local = None if wanted is None else np.flatnonzero(wanted[owned])
-            nothing = not len(owned) or (local is not None and not len(local))
-            return [] if nothing else [search(shard, owned, local)]
-
-        places = range(len(self.shards))
-        if not all(shard.side_by_side(queries) for shard in self.shards):
-            return [found for place in places for found in ask(place)]
-        with ThreadPoolExecutor(max_workers=len(self.shards)) as pool:
-            return [found for part in pool.map(ask, places) for found in part]
+        together = all(shard.side_by_side(queries) for shard in self.shards)
+        return of_shards(search, self.numbers, wanted, together=together)
 
     def _norm_bound(self) -> float:
         """Return what no row that was searched is longer than."""
@@ -245,7 +252,7 @@ class ShardedIndex:
 
     def _ranked(self, queries: Queries, numbers: Sequence[np.ndarray], top_k: int) -> list[Ranked]:
         """Return the best of some rows for each query, by exact scores."""
-        exact = exact_scores(queries, numbers, self._full_shards(), self._full_numbers())
+        exact = exact_scores(queries, numbers, self.full_shards, self.full_numbers)
         names = self.keys.sample_ids
         ranked = []
         for rows, scores in zip(numbers, exact, strict=True):
@@ -253,11 +260,25 @@ class ShardedIndex:
             ranked.append(sorted(found, key=lambda pair: (-pair[1], pair[0]))[:top_k])
         return ranked
 
-    def _full_shards(self) -> Sequence[Shard]:
+    @property
+    def full_shards(self) -> Sequence[Shard]:
+        """Shards of rows at full width."""
         return self.shards if self.full is None else (ScanShard(self.full, width=self.width),)
 
-    def _full_numbers(self) -> Sequence[np.ndarray]:
+    @property
+    def full_numbers(self) -> Sequence[np.ndarray]:
+        """For each of them the numbers of its rows, ascending."""
         return self.numbers if self.full is None else (np.arange(len(self.keys)),)
+
+
+def check_top_k(top_k: int) -> None:
+    """Refuse what is no number of samples.
+
+    Raises:
+        SpecError: it is not positive.
+    """
+    if top_k < 1:
+        raise SpecError(f"top_k is {top_k}; wanted 1 or more")
 
 
 def empty_index(recipe: IndexRecipe, *, width: int) -> ShardedIndex:

@@ -65,7 +65,10 @@ class Manifest:
     largest_norm: float
     """No row is longer."""
     recall: dict[str, Any] | None = None
-    """What a coarse search was measured to find; None for an exact one."""
+    """What a coarse search was measured to find, as `measured_recall` says it; None for an exact one.
+
+    In what was written before it was measured, `recall_harmful` is missing.
+    """
     format: int = _FORMAT
     """Version of this layout."""
 

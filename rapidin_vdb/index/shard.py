@@ -1,12 +1,13 @@
 """One shard: a share of the rows, searched on one device; here by our scan of half-precision rows."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Float64, Int64
+from jaxtyping import Bool, Float32, Float64, Int64
 
 from rapidin_vdb.index.half import FEW_QUERIES, inner_products, row_norms
 from rapidin_vdb.index.source import ArraySource, Rows, RowSource
@@ -23,6 +24,7 @@ Found = tuple[np.ndarray, np.ndarray]
 Picked = Int64[np.ndarray, " picked"]
 Least = Float64[np.ndarray, " queries"]
 Reached = list[Int64[np.ndarray, " _"]]
+T = TypeVar("T")
 
 
 @runtime_checkable
@@ -103,22 +105,34 @@ class ScanShard:
 
     def scores(self, queries: Queries, rows: Picked | None) -> Iterator[tuple[Picked, Queries]]:
         """Yield the scores of all rows, or of some."""
-        for numbers, scores, _ in self._scored(queries, rows):
+        for numbers, (scores,) in self.scores_of([queries], rows):
             yield numbers, scores
+
+    def scores_of(
+        self, several: Sequence[Float32[np.ndarray, "_ sketch"]], rows: Picked | None
+    ) -> Iterator[tuple[Picked, list[Queries]]]:
+        """Yield the scores of several batches of queries, each as if it came alone, from one pass over the rows."""
+        # However many come along with few queries, sums over their scores are then added up in the same order.
+        for numbers, block, picks in self._blocks(max(FEW_QUERIES, sum(map(len, several))), rows):
+            yield numbers, [inner_products(block, queries, picks) for queries in several]
 
     def _scored(
         self, queries: Queries, rows: Picked | None
     ) -> Iterator[tuple[Picked, Queries, Callable[[Picked], np.ndarray]]]:
         """Yield what `scores` does, and what returns the lengths of some of these rows."""
-        step = max(1, SCORES // len(queries))
+        for numbers, block, picks in self._blocks(len(queries), rows):
+            yield numbers, inner_products(block, queries, picks), partial(_norms, block, picks)
+
+    def _blocks(self, queries: int, rows: Picked | None) -> Iterator[tuple[Picked, Rows, Picked | None]]:
+        """Yield rows with their numbers, and which of them are wanted, if not all; as fits so many queries."""
+        step = max(1, SCORES // queries)
         for chunk in self.source.chunks(rows):
             for first in range(0, len(chunk.numbers), step):
                 numbers, block = chunk.numbers[first : first + step], chunk.rows
                 picks = None if chunk.picks is None else chunk.picks[first : first + step]
                 if picks is None:
                     block = block[first : first + step]
-                norms = partial(_norms, block, picks)
-                yield numbers, inner_products(block, queries, picks), norms
+                yield numbers, block, picks
 
     def reaching(self, queries: Queries, least: Least, longest: float, rows: Picked | None) -> Reached:
         """Return the rows whose exact score may reach `least`; see `Shard`."""
@@ -144,6 +158,30 @@ def best_of(found: list[Found], wanted: int) -> Found:
         scores, numbers = np.take_along_axis(scores, places, axis=1), np.take_along_axis(numbers, places, axis=1)
     order = np.argsort(-scores, axis=1, kind="stable")
     return np.take_along_axis(scores, order, axis=1), np.take_along_axis(numbers, order, axis=1)
+
+
+def of_shards(
+    search: Callable[[int, Picked | None], T],
+    owned: Sequence[Int64[np.ndarray, " _"]],
+    wanted: Bool[np.ndarray, " samples"] | None,
+    *,
+    together: bool,
+) -> list[T]:
+    """Return what a search says of each shard, by its place, that holds rows, or any of those wanted.
+
+    `owned` are the numbers of each shard's rows. A search is told which of its shard's rows are wanted, ascending; None
+    for all. Searches run in threads of their own where `together`.
+    """
+
+    def ask(place: int) -> list[T]:
+        local = None if wanted is None else np.flatnonzero(wanted[owned[place]])
+        nothing = not len(owned[place]) or (local is not None and not len(local))
+        return [] if nothing else [search(place, local)]
+
+    if not together:
+        return [found for place in range(len(owned)) for found in ask(place)]
+    with ThreadPoolExecutor(max_workers=len(owned)) as pool:
+        return [found for part in pool.map(ask, range(len(owned))) for found in part]
 
 
 def reaching(

@@ -33,6 +33,9 @@ const Heat = (() => {
     return "Training samples " + (other ? "at the other end" : "by influence") + ": above zero made it more likely, below zero less likely";
   }
 
+  // What a ranking is of, where that is known: a short mark to look at, and the whole of it to compare.
+  const origin = ({ table_version: version, identity }) => (identity ? make("span", { class: "origin", title: identity }, "Version " + version + " of the database " + identity.slice(0, 8) + ".") : null);
+
   const CUT = "cut off: behind the largest number of tokens of a sample";
   // A text that was cut to the limit of tokens has no end, and a rest behind its last token.
   const lastOf = (pieces, ends) => (ends.length ? pieces.length : pieces.findLastIndex(([, tokens]) => tokens.length));
@@ -157,5 +160,5 @@ const Heat = (() => {
     return enter(block);
   }
 
-  return { LEGEND, BETWEEN, kindOf, heading, make, show, sum, largest, deepest, coloured, generation, named, pressed, extent };
+  return { LEGEND, BETWEEN, kindOf, heading, origin, make, show, sum, largest, deepest, coloured, generation, named, pressed, extent };
 })();

@@ -85,7 +85,7 @@
         })));
     document.getElementById("top").replaceChildren(
       make("h1", {}, data.title),
-      make("div", { class: "soft" }, "searched " + about.searched.toLocaleString("en") + " samples" + (about.where === null ? "" : " that match " + about.where) + ". Score: " + about.unit + "." + (about.error ? " Scores are off by " + show(about.error) + " or so (one standard deviation), but for exact ones." : "") + (about.note ? " Note: " + about.note + "." : "")),
+      make("div", { class: "soft" }, "searched " + about.searched.toLocaleString("en") + " samples" + (about.where === null ? "" : " that match " + about.where) + ". Score: " + about.unit + "." + (about.error ? " Scores are off by " + show(about.error) + " or so (one standard deviation), but for exact ones." : "") + (about.note ? " Note: " + about.note + "." : "") + " ", Heat.origin(about)),
       choose === null ? "" : make("div", { class: "tools" }, choose));
   }
 

@@ -106,6 +106,8 @@ def _ranking(ranking: Ranking) -> dict[str, Any]:
         "unit": ranking.score_unit,
         "error": ranking.score_error,
         "note": ranking.note,
+        "table_version": ranking.table_version,
+        "identity": ranking.identity,
         "searched": ranking.searched,
         "where": ranking.where,
         "results": [_result(result) for result in ranking.results if isinstance(result, RankedSample)],

@@ -204,7 +204,11 @@ class Ranking:
     Of others it is farther, up to 1.4 times. None for single tokens, and where layers are not normalised.
     """
     note: str | None = None
-    """What the ranking leaves out, in words, and what to do about it."""
+    """What the ranking leaves out, or may have missed, in words, and what to do about it."""
+    table_version: int | None = None
+    """Which version of the table of samples it is of; `as_of` repeats it, as long as that is kept."""
+    identity: str | None = None
+    """What tells the database from others, also from one made anew at its place. Each is of one model and adapter."""
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that `query --json` prints; what was not asked for is left out."""

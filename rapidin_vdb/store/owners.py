@@ -65,20 +65,25 @@ class Having:
     def __init__(self, version: int, sample_ids: Iterable[str]) -> None:
         self.version = version
         """The version."""
-        self._hashes = np.unique(_hashes(sample_ids))
+        self._hashes = np.unique(hashes_of(sample_ids))
 
     def among(self, sample_ids: Iterable[str]) -> list[str]:
         """Return those of some samples that may have tokens, each once, in order."""
         names = sorted(set(sample_ids))
-        found = np.isin(_hashes(names), self._hashes, kind="sort")
+        found = np.isin(hashes_of(names), self._hashes, kind="sort")
         return [name for name, is_found in zip(names, found.tolist(), strict=True) if is_found]
 
     def add(self, sample_ids: Iterable[str]) -> None:
         """Note that some samples have tokens, too."""
-        new = np.setdiff1d(_hashes(sample_ids), self._hashes)
+        new = np.setdiff1d(hashes_of(sample_ids), self._hashes)
         self._hashes = np.insert(self._hashes, np.searchsorted(self._hashes, new), new)
 
+    def note_ours(self, version: int) -> None:
+        """Note a version that we made, of which all is known; where another came between, both are looked at again."""
+        if version == self.version + 1:
+            self.version = version
 
-def _hashes(names: Iterable[str]) -> Int64[np.ndarray, " names"]:
-    # Python draws them anew for each process: they are kept nowhere else.
+
+def hashes_of(names: Iterable[str]) -> Int64[np.ndarray, " names"]:
+    """Return a hash of each name, which is another in each process: it is kept nowhere else."""
     return np.fromiter(map(hash, names), np.int64)

@@ -2,9 +2,8 @@
 
 from datetime import UTC, datetime
 
-from lancedb.index import Bitmap, BTree
-
 from rapidin_vdb.errors import TableError
+from rapidin_vdb.store.indexing import make_anew
 from rapidin_vdb.store.place import Place
 from rapidin_vdb.store.version import BATCH_BYTES
 
@@ -30,10 +29,7 @@ def purge_table(place: Place, name: str) -> None:
         batch_size=min(max(1, rows), _MOST_ROWS_A_BATCH),
     )
     # Scalar indices hold values of rows that are gone.
-    table = place.open_table(name)
-    for index in table.list_indices():
-        config = BTree() if index.columns[0] == "sample_id" else Bitmap()
-        table.create_index(index.columns[0], config=config, replace=True)
+    make_anew(place.open_table(name))
     # The newest version says what made it, as a deletion's filter with its ids and texts: so it is made by adding no
     # rows. New metadata would do too, but could be committed on top of what another's late fence undid.
     newest = place.dataset(name)

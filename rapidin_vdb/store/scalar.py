@@ -7,13 +7,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from lancedb.index import Bitmap, BTree
 
 from rapidin_vdb.errors import TableError
+from rapidin_vdb.store.indexing import make
+from rapidin_vdb.store.row_ids import ROW_ID, int64
 from rapidin_vdb.store.snapshot import Snapshot
 from rapidin_vdb.store.table import SampleTable
 from rapidin_vdb.store.telling import told
-from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, batches, int64
+from rapidin_vdb.store.version import IDS_A_FILTER, batches
 
 # Of more values than this, a wrong one is told from the right one by a few bits drawn at random, not by its number's.
 _MOST_NUMBERED = 20_000
@@ -102,4 +103,4 @@ def make_scalar_index(table: SampleTable, column: str) -> None:
         TableError: it cannot be written.
     """
     with table.committing():
-        table._table.create_index(column, config=BTree() if column == "sample_id" else Bitmap(), replace=True)
+        make(table._table, column)

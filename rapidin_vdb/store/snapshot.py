@@ -15,8 +15,9 @@ from rapidin_vdb.store.filters import ids_filter
 from rapidin_vdb.store.fingerprint import read_fingerprint
 from rapidin_vdb.store.owners import named
 from rapidin_vdb.store.place import Place
+from rapidin_vdb.store.row_ids import ROW_ID, int64
 from rapidin_vdb.store.rows import OWN_NAMES, PLACES, stored_checksum, stored_sample
-from rapidin_vdb.store.version import IDS_A_FILTER, ROW_ID, TableVersion, batches, int64
+from rapidin_vdb.store.version import IDS_A_FILTER, TableVersion, batches
 
 SAMPLES = "samples"
 _NEVER_SHOWN = frozenset({"vector", "input_ids", "content_hash", "checksum", PLACES})
@@ -93,9 +94,17 @@ class Snapshot(TableVersion):
 
     def ids_of_rows(self, row_ids: Int64[np.ndarray, " some"]) -> list[str]:
         """Return the ids of the samples in some rows."""
+        return [str(name) for name in self._taken(row_ids, "sample_id")["sample_id"].to_pylist()]
+
+    def contents_of(self, row_ids: Int64[np.ndarray, " some"]) -> Iterator[tuple[str, str]]:
+        """Return id and content hash of the samples in some rows; those that are not there are passed over."""
+        rows = self._taken(row_ids, "sample_id", "content_hash")
+        return zip(*(rows[name].to_pylist() for name in rows.column_names), strict=True)
+
+    def _taken(self, row_ids: Int64[np.ndarray, " some"], *columns: str) -> pa.Table:
+        """Return columns of some rows, in no particular order."""
         with self._reading(f"the table {self.name} of {self._place} cannot be read"):
-            rows = self._table.take_row_ids(row_ids.tolist()).select(["sample_id"]).to_arrow()
-        return [str(name) for name in rows["sample_id"].to_pylist()]
+            return self._table.take_row_ids(row_ids.tolist()).select(list(columns)).to_arrow()
 
     def count(self, where: str | None = None) -> int:
         """Return how many samples there are, or how many a filter lets through.

@@ -3,12 +3,10 @@
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import pyarrow as pa
-from lancedb.index import Bitmap, BTree
 
 from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
 from rapidin_vdb.ledger import Ledger
@@ -17,6 +15,8 @@ from rapidin_vdb.store.changes import delete_rows, put_rows
 from rapidin_vdb.store.columns import check_out, ensure_columns, settle
 from rapidin_vdb.store.filters import checked_filter, ids_filter
 from rapidin_vdb.store.fingerprint import new_identity, read_fingerprint, read_identity, write_fingerprint
+from rapidin_vdb.store.indexing import make_missing
+from rapidin_vdb.store.meanwhile import Appended, Since
 from rapidin_vdb.store.place import LOCK, place_of
 from rapidin_vdb.store.purging import purge_table
 from rapidin_vdb.store.rows import ColumnKind, Row, arrow_table, samples_schema
@@ -29,20 +29,6 @@ logger = logging.getLogger(__name__)
 
 # Samples of tokens that are compared with the table of samples at once.
 _CONTENTS_A_LOOK = 1 << 14
-
-
-@dataclass(frozen=True, kw_only=True)
-class Appended:
-    """What became of rows that were to be appended."""
-
-    written: int
-    """How many were."""
-    unchanged: int
-    """How many others had written meanwhile, with the same content."""
-    other: tuple[Row, ...]
-    """Those whose ids others had written meanwhile, with other content: they were left out."""
-    seen: int
-    """What to give as `seen` the next time."""
 
 
 class SampleTable:
@@ -70,6 +56,7 @@ class SampleTable:
         self.identity = read_identity(metadata, place=uri)
         self.tokens = TokenTable(self.place, self.fingerprint, self.committing)
         """The RapidGrads of single tokens."""
+        self._since: Since | None = None  # what others wrote since a version that an ingest was planned for
 
     @property
     def _table(self) -> Any:
@@ -147,19 +134,11 @@ class SampleTable:
         """
         try:
             with self._changing():
-                self._make_scalar_indices()
+                make_missing(lambda: self._table)
         except TableError as error:
             if not is_refused(error):
                 raise
             logger.warning("filters look at every row where scalar indices are missing: %s", error)
-
-    def _make_scalar_indices(self) -> None:
-        there = {index.columns[0]: index for index in self._table.list_indices()}
-        for column, config in (("split", Bitmap()), ("source", Bitmap()), ("sample_id", BTree())):
-            found = there.get(column)
-            # Rows that came later are looked at one by one, which is cheap for few.
-            if found is None or 4 * found.num_unindexed_rows > found.num_indexed_rows:
-                self._table.create_index(column, config=config, replace=True)
 
     def ensure_columns(self, kinds: dict[str, ColumnKind], *, seen: int = 0) -> int:
         """Add the columns that are missing, and widen whole numbers to floating point where asked.
@@ -205,11 +184,12 @@ class SampleTable:
         The next `seen` is the version now, where nobody else has written since, and else the same again, for what
         others wrote may hold rows that come later.
 
-        Plain appends are many times faster than merges, and never look at ids: so we do, under a lock.
+        Plain appends are many times faster than merges, and never look at ids: so we do, under a lock. What was written
+        since then is read once for all appends that are planned for the same version.
         """
         with self._changing(seen) as (table, alone):
             ids = [row.sample.sample_id for row in rows]
-            there = {} if alone else dict(self.snapshot().each_content(ids))
+            there = {} if alone else self.written_since(ids, seen=seen)
             new = [row for row in rows if row.sample.sample_id not in there]
             other = [
                 row
@@ -224,6 +204,15 @@ class SampleTable:
                 other=tuple(other),
                 seen=int(table.version) if alone else seen,
             )
+
+    def written_since(self, sample_ids: Sequence[str], *, seen: int) -> dict[str, str]:
+        """Return id and content hash of those of some samples that came since version `seen`, and are there now.
+
+        Those that were there before, and were replaced since, are among them. Called while committing.
+        """
+        if self._since is None or self._since.version != seen:
+            self._since = Since(seen)
+        return self._since.contents(self.snapshot(), sample_ids)
 
     def replace(self, rows: Sequence[Row], *, seen: int) -> int:
         """Put rows in the place of those with the same ids, in one commit; return what to give as `seen` next."""

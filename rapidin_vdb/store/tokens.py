@@ -20,14 +20,15 @@ from rapidin_vdb.store.changes import delete_rows
 from rapidin_vdb.store.checksum import row_checksum
 from rapidin_vdb.store.filters import ids_filter, listed
 from rapidin_vdb.store.fingerprint import write_fingerprint
+from rapidin_vdb.store.meanwhile import came_since
 from rapidin_vdb.store.owners import Having, Owners, owners_of
 from rapidin_vdb.store.place import Place
+from rapidin_vdb.store.row_ids import ROW_ID
 from rapidin_vdb.store.rows import vector_field
 from rapidin_vdb.store.telling import pinned
 from rapidin_vdb.store.version import (
     BATCH_BYTES,
     IDS_A_FILTER,
-    ROW_ID,
     TableVersion,
     batches,
     told,
@@ -187,7 +188,7 @@ class TokenTable:
             if new:
                 table.add(pa.RecordBatchReader.from_batches(table.schema, self._arrow(new, table.schema)))
                 having.add(sample.encoded.sample_id for sample in new)
-                having.version += 1
+                having.note_ours(int(table.version))
         return sum(len(sample.vectors) for sample in new)
 
     def delete_of(self, sample_ids: Sequence[str], *, but: Sequence[str] = ()) -> None:
@@ -197,15 +198,17 @@ class TokenTable:
         spared = f" AND content_hash NOT IN ({listed(but)})" if but else ""
         having = self._having(self._place.open_table(TOKENS))
         for batch in batches(having.among(sample_ids), IDS_A_FILTER):
-            made = delete_rows(self._place, TOKENS, ids_filter(batch) + spared)
-            # Whatever else came between was not ours, and is looked at the next time.
-            having.version = min(made, having.version + 1)
+            having.note_ours(delete_rows(self._place, TOKENS, ids_filter(batch) + spared))
 
     def _having(self, table: Any) -> Having:
-        """Return which samples may have tokens; read anew where the newest version is not what we last made."""
-        if self._last is None or self._last.version != table.version:
-            version = int(table.version)
-            self._last = Having(version, TokenSnapshot(table, self._place, self._owners).sample_ids())
+        """Return which samples may have tokens; of what others wrote since our last look, new rows alone are read."""
+        newest = TokenSnapshot(table, self._place, self._owners)
+        if self._last is None:
+            self._last = Having(newest.version, newest.sample_ids())
+        elif self._last.version != newest.version:
+            for batch in came_since(newest, self._last.version):
+                self._last.add(pc.unique(batch.column("sample_id")).to_pylist())
+            self._last.version = newest.version
         return self._last
 
     def _there(self, table: Any, sample_ids: list[str]) -> set[tuple[str, str]]:

@@ -15,6 +15,7 @@ from jaxtyping import Float16, Int64
 from rapidin_vdb.errors import FilterError, PurgedError, TableError, is_unicode
 from rapidin_vdb.store.filters import understood
 from rapidin_vdb.store.place import Place
+from rapidin_vdb.store.row_ids import ROW_ID, among, ascending, int64
 from rapidin_vdb.store.rows import OWN_NAMES, PLACES, ColumnKind, column_kind
 from rapidin_vdb.store.telling import told
 
@@ -22,7 +23,6 @@ from rapidin_vdb.store.telling import told
 BATCH_BYTES = 8 << 20
 IDS_A_FILTER = 5000
 _CONTENTS_A_BATCH = 1 << 14
-ROW_ID = "_rowid"
 _CHANGED = "_row_last_updated_at_version"
 # A purge takes away the files of a version before it takes away the version.
 _PURGE_SECONDS = 10.0
@@ -143,6 +143,13 @@ class TableVersion:
         columns = (batch.column(name).to_pylist() for name in ("sample_id", "content_hash"))
         return zip(*columns, strict=True)
 
+    def changed_since(self, version: int) -> Iterator[pa.RecordBatch]:
+        """Yield sample id and row id of the rows that came, or were replaced, since another version of this table.
+
+        Lance knows of each row when it came to be what it is: of the others nothing is read.
+        """
+        return self._scan(["sample_id", ROW_ID], _CONTENTS_A_BATCH, f"{_CHANGED} > {version}", ours=True)
+
     def rows(self) -> int:
         """Return how many rows there are."""
         with self._reading(f"the table {self.name} of {self._place} cannot be read"):
@@ -169,7 +176,7 @@ class TableVersion:
         row_ids = np.sort(row_ids)
         # Rows taken one by one cost several times what they cost in a scan.
         if 4 * len(row_ids) > self.rows():
-            yield from self.scanned(lambda found: _among(found, row_ids))
+            yield from self.scanned(lambda found: among(found, row_ids))
         else:
             yield from self.taken(row_ids)
 
@@ -191,7 +198,7 @@ class TableVersion:
             for first in range(0, len(row_ids), size):
                 part = row_ids[first : first + size].tolist()
                 table = self._table.take_row_ids(part).select(self._vector_columns).to_arrow()
-                for batch in _ascending(table).to_batches():
+                for batch in ascending(table).to_batches():
                     yield self._vector_batch(batch)
 
     @property
@@ -252,12 +259,14 @@ class TableVersion:
             with understood(where, self.columns) as expression:
                 return query.where(expression).to_arrow()
 
-    def _scan(self, columns: list[str], size: int, where: str | None = None) -> Iterator[pa.RecordBatch]:
-        """Yield columns of all rows, or of those that a filter lets through, in the table's order, some at a time."""
+    def _scan(
+        self, columns: list[str], size: int, where: str | None = None, *, ours: bool = False
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield columns as `_select` does, in the table's order, some rows at a time."""
         query = self._table.search().select(columns)
         with self._reading(f"the table {self.name} of {self._place} cannot be read"):
-            if where is None:
-                yield from query.to_batches(size)
+            if where is None or ours:
+                yield from (query if where is None else query.where(where)).to_batches(size)
                 return
             with understood(where, self.columns) as expression:
                 yield from query.where(expression).to_batches(size)
@@ -275,23 +284,6 @@ class TableVersion:
             for field in self.schema
             if field.name not in ("vector", "input_ids", "token_offsets", "content_hash", "checksum", PLACES)
         )
-
-
-def _among(found: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Say which row ids are among some that ascend."""
-    places = np.minimum(np.searchsorted(wanted, found), len(wanted) - 1)
-    return wanted[places] == found
-
-
-def _ascending(rows: pa.Table) -> pa.Table:
-    """Return rows by row id; they come as they lie, and a row that was replaced lies behind others."""
-    row_ids = int64(rows[ROW_ID])
-    return rows if (row_ids[1:] > row_ids[:-1]).all() else rows.take(np.argsort(row_ids))
-
-
-def int64(column: pa.ChunkedArray) -> np.ndarray:
-    """Return a column of whole numbers."""
-    return column.to_numpy().astype(np.int64)
 
 
 def batches(values: list[str], size: int) -> Iterator[list[str]]:

@@ -176,10 +176,10 @@ function generation(answer, page, alone) {
       does("link", "Copy link", page.copyLink)));
 }
 
-// How far its scores may be off, and what it leaves out.
-function remarks({ score_error: error, note }) {
-  const told = error ? "Scores are off by " + show(error) + " or so (one standard deviation), but for exact ones. " : "";
-  return told || note ? [make("p", { class: "soft remarks" }, told + (note ? note[0].toUpperCase() + note.slice(1) + "." : ""))] : [];
+// How far its scores may be off, what it leaves out, and of which version of the database it is.
+export function remarks(ranking) {
+  const { score_error: error, note } = ranking, told = error ? "Scores are off by " + show(error) + " or so (one standard deviation), but for exact ones. " : "";
+  return make("p", { class: "soft remarks" }, told + (note ? note[0].toUpperCase() + note.slice(1) + ". " : ""), Heat.origin(ranking));
 }
 
 // All of an answer; `elsewhere` has the ranks of samples in the answer that stands beside it.
@@ -189,7 +189,7 @@ export function list(answer, page, elsewhere = null) {
   const cards = (some) => some.map((result) => card(answer, result, most, longest, { page, elsewhere }));
   return [
     generation(answer, page, elsewhere === null), ...(ranking.histogram ? [histogram(ranking)] : []), ...(ranking.groups?.length ? [groups(ranking, values.group_by)] : []),
-    ...(results.length ? [] : [make("p", { class: "soft" }, "No sample matches.")]), ...remarks(ranking),
+    ...(results.length ? [] : [make("p", { class: "soft" }, "No sample matches.")]), remarks(ranking),
     ...[ranking.results, ranking.harmful || []].flatMap((some) => (some.length ? [make("h2", {}, Heat.heading(some, some === ranking.harmful)), ...cards(some)] : [])),
   ];
 }

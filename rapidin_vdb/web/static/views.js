@@ -1,7 +1,7 @@
 // Browsing, one sample, marked samples, history.
 import * as kept from "./kept.js";
 import { Damaged, during, follow, read, say } from "./server.js";
-import { bar, body } from "./answer.js";
+import { bar, body, remarks } from "./answer.js";
 import { fill } from "./filters.js";
 import { cleaned, exported, outdated, save } from "./training.js";
 import { earlier, questionOf } from "./turns.js";
@@ -50,7 +50,7 @@ export async function sampleView(page, sampleId) {
     window.scrollTo(0, 0);
     const ranking = await follow("api/nearest?" + new URLSearchParams({ sample_id: sampleId, top_k: 21 }), undefined, signal);
     const others = ranking.results.filter((result) => result.sample_id !== sampleId), longest = largest(others.map((result) => result.score));
-    near.replaceChildren(...others.slice(0, 20).map((result) => card(page, result, [bar(result.score, longest), make("span", { class: "number" }, "score " + show(result.score))])),
+    near.replaceChildren(remarks(ranking), ...others.slice(0, 20).map((result) => card(page, result, [bar(result.score, longest), make("span", { class: "number" }, "score " + show(result.score))])),
       ...(others.length ? [] : [make("p", { class: "soft" }, "There is no other.")]));
     say("");
   }, (words) => (near ? near.replaceChildren(make("p", { class: "soft" }, "Not found out: " + words)) : page.put()));
