@@ -15,7 +15,7 @@ from rapidin_vdb.plan import Plan, make_plan, planned_windows
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, OnBadRecord, OnDeleted, OnDuplicate, Sample
 from rapidin_vdb.results import IngestReport
-from rapidin_vdb.store import Row, SampleTable, TokenRows
+from rapidin_vdb.store import Row, SampleTable, Snapshot, TokenRows
 
 # A commit is made when this much is waiting: seldom enough to be cheap, often enough to lose little.
 _COMMIT_BYTES = 64 << 20
@@ -192,15 +192,18 @@ class _Writer:
         tokens, self._tokens = self._tokens, []
         snapshot = self._table.snapshot() if tokens else None
         if snapshot is not None and snapshot.version != self._seen:
-            ids = [entry.encoded.sample_id for entry in tokens]
-            tokens = self._still_wanted(tokens, dict(snapshot.each_content(ids)))
+            tokens = self._still_wanted(tokens, snapshot)
         if tokens:
             # Before their samples: a sample whose tokens were asked for is never there without them.
             self.token_gradients += self._table.tokens.write(tokens)
 
-    def _still_wanted(self, tokens: list[TokenRows], there: dict[str, str]) -> list[TokenRows]:
+    def _still_wanted(self, tokens: list[TokenRows], newest: Snapshot) -> list[TokenRows]:
         """Return those whose samples others have not deleted or replaced meanwhile."""
         coming = {row.sample.sample_id for row in self._rows}
+        # Of samples that come with them, what others wrote is enough; those that were there may be gone.
+        there = self._table.written_since(sorted(coming), seen=self._seen)
+        if others := [entry.encoded.sample_id for entry in tokens if entry.encoded.sample_id not in coming]:
+            there |= dict(newest.each_content(others))
 
         def wanted(entry: TokenRows) -> bool:
             name = entry.encoded.sample_id

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from rapidin_vdb.index import Searchable
+from rapidin_vdb.index import End, Grouping, Searchable
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
 from rapidin_vdb.records import Scalar
@@ -13,7 +13,7 @@ from rapidin_vdb.results import GroupInfluence, Histogram, RankedSample, Ranking
 from rapidin_vdb.store import Snapshot
 from rapidin_vdb.store.fingerprint import read_identity
 from rapidin_vdb.table_index import coarse_note
-from rapidin_vdb.uncertainty import chance, group_sums, score_errors
+from rapidin_vdb.uncertainty import chance, score_errors, surveyed
 
 
 def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Question) -> list[Ranking]:
@@ -29,15 +29,14 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
     started = time.monotonic()
     among = None if question.where is None else snapshot.row_ids(question.where)
     factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
-    groups = None
-    if question.group_by is not None:
-        groups = _groups(snapshot, index, sketched.vectors, among, question, factor)
-    histograms = None
-    if question.histogram:
-        histograms = [
-            _histogram(row * factor, question.histogram) for row in index.scores(sketched.vectors, among=among)
-        ]
-    ends = both_ends(index, sketched.vectors, among, question, top_k=max(question.top_k, question.refine))
+    grouping, names = (None, []) if question.group_by is None else _grouping(snapshot, among, question.group_by)
+    found, errors_of_sums = surveyed(
+        index, sketched.vectors, max(question.top_k, question.refine), snapshot.fingerprint, ends=_ends(question),
+        among=among, grouping=grouping, bins=question.histogram,
+    )  # fmt: skip
+    ends, groups = found.ends, None
+    if grouping is not None:
+        groups = _groups(grouping, names, found.sums, errors_of_sums, question, factor)
     samples = snapshot.samples([name for end in ends for ranked in end for name, _ in ranked])
     seconds = (time.monotonic() - started) / max(len(sketched.query_ids), 1)
     searched = index.samples if among is None else len(among)
@@ -56,7 +55,7 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
             harmful=_results(ends[1][number], samples, factor) if question.both else None,
             groups=None if groups is None else groups[0][number],
             groups_left_out=None if groups is None else groups[1] or None,
-            histogram=None if histograms is None else histograms[number],
+            histogram=_histogram(*found.histograms[number], factor) if question.histogram else None,
             focus=sketched.focus[number] or None,
             score_error=said[number],
             note=_note(sketched, number, missed, [end[number] for end in scored], said[number], searched, question),
@@ -159,34 +158,34 @@ def _results(
     return tuple(results)
 
 
-def _histogram(scores: np.ndarray, bins: int) -> Histogram:
-    counts, edges = (
-        np.histogram(scores.astype(np.float64), bins) if len(scores) else (np.zeros(bins), np.zeros(bins + 1))
-    )
-    return Histogram(edges=tuple(edges.tolist()), counts=tuple(counts.astype(int).tolist()))
+def _ends(question: Question) -> tuple[End, ...]:
+    """Return which ends are asked for, in the order of `Ranking`."""
+    return ("highest", "lowest") if question.both else ("lowest",) if question.harmful else ("highest",)
 
 
-def _groups(
-    snapshot: Snapshot,
-    index: Searchable,
-    vectors: np.ndarray,
-    among: np.ndarray | None,
-    question: Question,
-    factor: float,
-) -> tuple[list[tuple[GroupInfluence, ...]], int]:
-    """Return for each query the influence of a column's values, largest first, and how many are left out of each."""
-    row_ids, values = snapshot.group_of(question.group_by or "")
+def _histogram(counts: np.ndarray, edges: np.ndarray, factor: float) -> Histogram:
+    return Histogram(edges=tuple((edges * factor).tolist()), counts=tuple(counts.tolist()))
+
+
+def _grouping(snapshot: Snapshot, among: np.ndarray | None, column: str) -> tuple[Grouping, list[Scalar]]:
+    """Return which value of a column each row has, of those that match, and these values."""
+    row_ids, values = snapshot.group_of(column)
     if among is not None:
         mine = np.isin(row_ids, among)
         row_ids, values = row_ids[mine], [value for value, wanted in zip(values, mine, strict=True) if wanted]
     # Values as they are first met; True and 1 are two.
     places: dict[tuple[type, Scalar], int] = {}
     of_row = np.array([places.setdefault((type(value), value), len(places)) for value in values], dtype=np.int64)
-    counts = np.bincount(of_row, minlength=len(places))
-    sums, errors = group_sums(index, vectors, row_ids, of_row, counts, snapshot.fingerprint)
+    return Grouping(row_ids=row_ids, groups=of_row, count=len(places)), [value for _, value in places]
+
+
+def _groups(
+    grouping: Grouping, names: Sequence[Scalar], sums: np.ndarray, errors: np.ndarray, question: Question, factor: float
+) -> tuple[list[tuple[GroupInfluence, ...]], int]:
+    """Return for each query the influence of a column's values, largest first, and how many are left out of each."""
+    counts = np.bincount(grouping.groups, minlength=grouping.count)
     if question.aggregate == "mean":
         sums, errors = sums / counts, errors / counts
-    names = [value for _, value in places]
     most = question.most_groups or len(names)
     return [
         tuple(
