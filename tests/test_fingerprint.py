@@ -224,7 +224,16 @@ def test_weights_are_hashed_once_and_while_they_are_loaded(tmp_path, models, ada
     assert found == [("m", False), ("a", False)]
 
 
-@pytest.mark.parametrize("change", [change_weights, change_adapter, change_alpha, change_configuration])
+def change_a_byte(model: Path, adapter: Path) -> None:
+    """In the file as it is, which grows no longer."""
+    with (adapter / "adapter_model.safetensors").open("r+b") as file:
+        file.seek(-2, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-2, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+
+
+@pytest.mark.parametrize("change", [change_weights, change_adapter, change_alpha, change_configuration, change_a_byte])
 def test_what_is_changed_after_it_was_hashed_is_refused(tmp_path, models, adapters, hashed, monkeypatch, change):
     """While the rest is loaded; files have the times that they had."""
     from rapidin_vdb import engine
