@@ -82,6 +82,10 @@ mapped. {fresh["new_rows"]:,} new rows (1 %) reach an index in memory in {fresh[
 Building took {result["coarse"]["build_seconds"]:.0f} s, recall at {recall["at"]} is {100 * recall["recall"]:.1f} % (normal rows have no near neighbours, which is the hardest case; the figure of
 your own database is printed by `index`). One query {1000 * result["coarse"]["one_seconds"]:.0f} ms, 100 queries {result["coarse"]["hundred_seconds"]:.2f} s.
 
+The share is measured at both ends: of the best 10, and of the most negative 10, for samples of the database as queries.
+A ranking of such an index says it in its `note`, for the end that was asked for, for it may lack samples. Where as many
+candidates are scored again as there are samples to rank, none can be missing, and nothing is said.
+
 ## Beside FAISS and LanceDB
 
 The same {result["peers"]["samples"]:,} rows, in memory; LanceDB reads its table from the page cache, and takes one query at a time.

@@ -8,9 +8,10 @@ import numpy as np
 from rapidin_vdb.index import Searchable
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
-from rapidin_vdb.ranking import both_ends, cut_note, seconds_of
+from rapidin_vdb.ranking import both_ends, cut_note, identity_of, seconds_of
 from rapidin_vdb.results import RankedToken, Ranking, StoredSample
 from rapidin_vdb.store import Snapshot, TokenSnapshot, token_of
+from rapidin_vdb.table_index import coarse_note
 
 _UNIT = "epochs * learning_rate * inner product of a token's RapidGrad with the generation's (Eq. {})"
 
@@ -34,6 +35,7 @@ def rank_tokens(
     ends = both_ends(index, vectors, restricted, question, top_k=question.top_k)
     samples = snapshot.samples([token_of(key)[0] for end in ends for ranked in end for key, _ in ranked])
     missing = _note(len(matching) - having, len(matching))
+    missed = coarse_note(index, question, len(among))
     seconds = (time.monotonic() - started) / max(len(sketched.query_ids), 1)
     return [
         Ranking(
@@ -47,7 +49,9 @@ def rank_tokens(
             focus=sketched.focus[number] or None,
             matching=len(matching),
             without_tokens=len(matching) - having,
-            note="; ".join(filter(None, (cut_note(sketched, number), missing))) or None,
+            note="; ".join(filter(None, (cut_note(sketched, number), missed, missing))) or None,
+            table_version=snapshot.version,
+            identity=identity_of(snapshot),
         )
         for number, query_id in enumerate(sketched.query_ids)
     ]

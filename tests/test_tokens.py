@@ -12,6 +12,7 @@ import rapidin_vdb
 from rapidin_vdb.corpus import Record, encode, load_template, sample_from
 from rapidin_vdb.errors import CorpusError, GradientError, SpecError, TableError
 from rapidin_vdb.query import query_from
+from rapidin_vdb.recipe import IndexRecipe
 from rapidin_vdb.sketch import BucketMap, draw_shuffle, fold
 
 PROMPT, GENERATION = "Say 5", "blue 35"
@@ -340,7 +341,9 @@ def test_a_token_whose_gradient_is_not_finite_is_refused(tokened, tmp_path, monk
 def test_json_has_the_fixed_fields(database):
     (ranking,) = database.query(PROMPT, GENERATION, top_k=1, tokens=True)
     printed = json.loads(json.dumps(ranking.to_dict()))
-    assert list(printed) == ["query_id", "score_unit", "searched", "where", "seconds", "results", "score_error"]
+    assert list(printed) == [
+        "query_id", "score_unit", "searched", "where", "seconds", "results", "score_error", "table_version", "identity"
+    ]  # fmt: skip
     (result,) = printed["results"]
     assert list(result) == [
         "rank", "sample_id", "score", "exact_score", "split", "source", "prompt", "response", "metadata", "tokens", "difference",
@@ -376,8 +379,23 @@ def test_samples_without_tokens_are_counted(database, tmp_path):
             else None
         )
         assert ranking.level == "token"
+        assert (ranking.table_version, ranking.identity) == (database.version, database.identity)
     (plain,) = database.query(PROMPT, GENERATION)
     assert not {"matching", "without_tokens", "note"} & set(plain.to_dict()) and plain.level == "sample"
+
+
+def test_tokens_that_a_coarse_index_may_have_missed_are_told(database, tmp_path):
+    database.ingest(tmp_path / "toy.jsonl", token_gradients=True, token_width=16)
+    recall = database.index(IndexRecipe(name="narrow", coarse_width=2, refine=1), level="token").recall
+    asked = {"level": "token", "where": "stars < 3", "both": True}
+    (ranking,) = database.query(PROMPT, GENERATION, top_k=3, **asked)
+    assert ranking.note == (
+        f"the index narrow is not exact: it found {100 * recall['recall']:.1f} % of the best 10 and "
+        f"{100 * recall['recall_harmful']:.1f} % of the most negative 10 when it was built, so that tokens may be missing "
+        "here; an exact one misses none: rapidin-vdb index DB --level token"
+    )
+    (everything,) = database.query(PROMPT, GENERATION, top_k=ranking.searched, **asked)
+    assert everything.note is None and len(everything.results) == ranking.searched > 3
 
 
 def test_a_sample_that_was_cut_says_so(tmp_path, models, adapters):
