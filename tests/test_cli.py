@@ -66,7 +66,7 @@ def test_every_command_is_in_the_overview():
 
 
 def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
-    """What changes it, and a query, each in a process of its own; what is looked at besides, in this one."""
+    """What makes and fills it, and a query, each in a process of its own; the rest in this one, which spares the imports."""
 
     def here(*arguments, check):
         code, out, err = call(capsys, *arguments)
@@ -88,7 +88,7 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
     assert nothing == "0 samples added: there is no record in what was given\n", nothing
     told = here("info", db, check=0).stdout
     assert "\nmax tokens     512\n" in told and "\ntemplate       alpaca\n" in told and "quantization" in told
-    run("index", db, "--recipe", "indexes/cpu.toml", check=0)
+    here("index", db, "--recipe", "indexes/cpu.toml", check=0)
     found = run("query", db, "--prompt", "Say 5", "--generation", "blue 35", "--top-k", 3, "--json", check=0)
     (line,) = found.stdout.splitlines()
     ranking = json.loads(line)
@@ -143,7 +143,7 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
     shown = json.loads(here("show", db, "toy-003", "--json", check=0).stdout)
     assert (shown["response"], shown["token_offsets"][0], shown["metadata"]) == ("黄 21", [0, 1], {"stars": 3})
     (tmp_path / "ids.txt").write_text("toy-001\nnobody\n")
-    gone = run("delete", db, "--ids", tmp_path / "ids.txt", check=0)
+    gone = here("delete", db, "--ids", tmp_path / "ids.txt", check=0)
     version = newest["version"]
     assert gone.stderr.splitlines() == [
         "1 samples deleted", "1 ids were not in the database: nobody", f"version {version + 1}"

@@ -407,7 +407,7 @@ def test_the_published_page_is_what_its_figures_give(tmp_path):
     text = write_report(published(), tmp_path).read_text("utf-8")
     assert text == (folder / "report.md").read_text("utf-8")
     assert (tmp_path / "results.json").read_text("utf-8") == (folder / "results.json").read_text("utf-8")
-    assert text.count("Made with ") == 2 and "commit 0960862" in text and "commit 1174e26" in text
+    assert text.count("Made with ") == 2 and "commit 7c2e1dd" in text and "commit 1174e26" in text
 
 
 def test_the_readme_quotes_the_published_figures():
@@ -435,6 +435,26 @@ def test_the_readme_quotes_the_published_figures():
     assert f"At 500 and 1,000 it is {' and '.join(lost)} below that of exact" in readme
     refined = methods[f"{ours}, refined"]["at"]
     assert max(abs(exact[k]["auprc"][0] - refined[k]["auprc"][0]) for k in exact) < 0.001
+
+
+def test_the_readme_quotes_the_published_figures_of_error_tracing_too():
+    names = {
+        "the wrong name alone": "RapidIn (K = 65,536, lambda = 20), token-wise",
+        "whole generations": "RapidIn (K = 65,536, lambda = 20)", "whole texts": "BM25",
+        "the name among": "BM25, token-wise", "the responses that contain": "responses that contain the words",
+    }  # fmt: skip
+    result = published()[1]
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    rows = readme.split("| asked about, and by what |")[1].split("\n\n")[0].splitlines()[2:]
+    assert len(rows) == len(names)
+    for row, (prefix, name) in zip(rows, names.items(), strict=True):
+        label, *told = (cell.strip() for cell in row.strip("|").split("|"))
+        assert label.startswith(prefix)
+        for cell, k in zip(told, ("5", "50"), strict=True):
+            at = result["methods"][name]["at"].values()
+            assert cell == ", ".join(f"{kind[k]['proportion'][0]:.2f}" for kind in at), label
+    counts = [result["perturbed"][kind] for kind in ("China to Canada", "India to Japan", "Australia to England")]
+    assert "China by Canada in {} answers, India by Japan in {},\nAustralia by England in {}".format(*counts) in readme
 
 
 def test_a_part_of_the_experiments_leaves_the_published_page_alone(tmp_path, monkeypatch):

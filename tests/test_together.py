@@ -187,7 +187,9 @@ def test_other_pairs(context, tmp_path, database, others, tally):
 
 
 def _hold(path: str, ready) -> None:
-    rapidin_vdb.open(path)._table.place.lock.__enter__()
+    # Kept by name: whoever collects the database lets go of its lock.
+    database = rapidin_vdb.open(path)
+    database._table.place.lock.__enter__()
     ready.send(True)
     time.sleep(600)
 
