@@ -35,7 +35,7 @@ def default_batch_tokens(config: Any, *, dtype: str, device: str, workers: int =
     """
     text = config.get_text_config()
     layers, hidden = int(text.num_hidden_layers), int(text.hidden_size)
-    inner = max(int(getattr(text, "intermediate_size", None) or 4 * hidden), _inner_of_experts(text))
+    inner = max(_widest(text, "intermediate_size") or 4 * hidden, _inner_of_experts(text))
     # What a layer keeps for backward, and once more what the hooks keep; then logits, their float32 copy and gradient.
     activations = layers * (24 * hidden + 6 * inner) * (4 if dtype == "float32" else 2)
     per_token = activations + 16 * int(text.vocab_size)
@@ -45,9 +45,15 @@ def default_batch_tokens(config: Any, *, dtype: str, device: str, workers: int =
     return max(1, min(_ENOUGH_TOKENS[kind], int(spare) // per_token))
 
 
+def _widest(text: Any, name: str) -> int:
+    """Return a width of a configuration, the largest where each layer has its own (as Gemma 3n's); 0 if it has none."""
+    found = getattr(text, name, None) or 0
+    return int(max(found)) if isinstance(found, list | tuple) else int(found)
+
+
 def _inner_of_experts(text: Any) -> int:
     """Return how wide the experts that one token goes through are together; 0 where there are none."""
-    each = int(getattr(text, "moe_intermediate_size", None) or getattr(text, "intermediate_size", None) or 0)
+    each = _widest(text, "moe_intermediate_size") or _widest(text, "intermediate_size")
     routed = int(getattr(text, "num_experts_per_tok", None) or 0) * each
     shared = int(getattr(text, "n_shared_experts", None) or 0) * each
     return routed + int(getattr(text, "shared_expert_intermediate_size", None) or shared) if routed else 0

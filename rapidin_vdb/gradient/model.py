@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -136,8 +137,7 @@ def load_model(spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
     if spec.adapter is not None:
         model = load_adapter(model, spec.adapter, spec.model, device)
     model.eval()
-    if spec.quantization != "none":
-        _keep_differentiable(model)
+    _keep_differentiable(model)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
     tokenizer = load_tokenizer(spec.model)
@@ -156,6 +156,12 @@ def _check_place(name: str, what: str, file: str) -> None:
     check_unicode(name, f"the name of the {what}")
     path = Path(name)
     if path.is_dir():
+        if what == "model" and (path / "adapter_config.json").is_file():
+            raise ModelError(
+                f"the model folder {name} holds an adapter (adapter_config.json), which would be put on it "
+                "unasked. Give it as --adapter, and the model that it is for as --model; merged weights need "
+                "a folder of their own"
+            )
         if not (path / file).is_file():
             raise ModelError(f"the {what} folder {name} has no {file}; give the folder that save_pretrained wrote")
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
@@ -251,13 +257,14 @@ def _quantization(spec: ModelSpec) -> Any:
 
 
 def _keep_differentiable(model: torch.nn.Module) -> None:
-    """Keep 4-bit layers from packing their weights for inference.
+    """Keep 4-bit layers, made here or stored so, from packing their weights for inference.
 
     On CPUs with AVX512-BF16 bitsandbytes does so in eval mode, wherever the input asks for no gradient (as in the first
     layer): a less precise product, without a backward pass. The flag means nothing else to these layers.
     """
-    import bitsandbytes
-
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is None:  # then there is no such layer
+        return
     for module in model.modules():
         if isinstance(module, bitsandbytes.nn.Linear4bit):
             module.training = True

@@ -20,6 +20,12 @@ def choose_parameters(model: torch.nn.Module, spec: ModelSpec) -> dict[str, Tens
         chosen = {name: tensor for name, tensor in named.items() if tensor.requires_grad}
         if spec.quantization != "none" and spec.adapter is None:
             raise SpecError(f"{spec.quantization} weights have no gradient; give --adapter, or --quantization none")
+        packed = [name for name, tensor in named.items() if not tensor.is_floating_point()]
+        if packed and spec.adapter is None:
+            raise SpecError(
+                f"{len(packed)} weights of the model {spec.model} are stored quantised and have no gradient, such as "
+                f"{packed[0]}; give --adapter, a checkpoint in 16 bits, or --parameters REGEX for some of the others"
+            )
     elif spec.parameters == "all":
         chosen = named
     else:

@@ -12,7 +12,7 @@ def load_tokenizer(name: str) -> Any:
     """Return the tokenizer of a model.
 
     Raises:
-        ModelError: there is none, or it cannot say where its tokens stand in the text.
+        ModelError: there is none, it knows no word, or it cannot say where its tokens stand in the text.
     """
     from transformers import AutoTokenizer
 
@@ -24,6 +24,12 @@ def load_tokenizer(name: str) -> Any:
     if not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer of {name} cannot say where its tokens stand in the text (not a fast tokenizer)"
+        )
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):
+        # What transformers makes of a folder without a tokenizer's files, as trainers write that were given none.
+        raise ModelError(
+            f"the model {name} comes without a tokenizer: what can be made of it knows no word. Put the tokenizer's "
+            "files (tokenizer.json, tokenizer_config.json) of the model that was tuned beside its weights"
         )
     _keep_spaces(tokenizer.backend_tokenizer)
     return tokenizer

@@ -1,0 +1,73 @@
+"""Folders of models as trainers leave them behind: without a tokenizer, quantised, with an adapter beside the weights."""
+
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from rapidin_vdb.errors import ModelError, SpecError
+from rapidin_vdb.gradient import RapidGradMaker, default_batch_tokens, load_model
+from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
+
+SAMPLE = Encoded(sample_id="s", input_ids=(1, 40, 41, 42, 77, 78, 2), offsets=((0, 1), (1, 2), (2, 2)), truncated=False)
+
+
+@pytest.mark.parametrize("architecture", ["gpt2", "qwen2"])
+def test_a_folder_without_a_tokenizer_gets_none_that_knows_no_word(tmp_path, models, architecture):
+    folder = tmp_path / "tuned"
+    shutil.copytree(models[architecture], folder, ignore=lambda _, names: [name for name in names if "token" in name])
+    with pytest.raises(ModelError, match=r"comes without a tokenizer: .* Put the tokenizer's files"):
+        load_model(ModelSpec(model=str(folder)), device="cpu")
+
+
+def test_an_adapter_beside_the_weights_is_not_put_on_unasked(tmp_path, models, adapters):
+    folder = shutil.copytree(models["llama"], tmp_path / "both")
+    shutil.copytree(adapters["llama"], folder, dirs_exist_ok=True)
+    for model in (folder, adapters["llama"]):
+        with pytest.raises(ModelError, match=r"holds an adapter .* Give it as --adapter"):
+            load_model(ModelSpec(model=str(model)), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def quantized(tmp_path_factory, models):
+    """A checkpoint that is stored in 4 bits, as they are shared."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    folder = shutil.copytree(models["llama"], tmp_path_factory.mktemp("stored") / "nf4")
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(models["llama"], quantization_config=how, device_map={"": "cpu"})
+    (folder / "model.safetensors").unlink()
+    model.save_pretrained(folder)
+    return folder
+
+
+def test_a_checkpoint_stored_in_four_bits_has_the_gradients_of_its_adapter(quantized, adapters):
+    spec = ModelSpec(model=str(quantized), adapter=str(adapters["llama"]))
+    loaded = load_model(spec, device="cpu")
+    layers = [module for module in loaded.model.modules() if type(module).__module__.startswith("bitsandbytes")]
+    assert layers and all(module.training for module in layers), "else they pack their weights for inference"
+    rapidgrad, loss = RapidGradMaker(loaded, spec=SketchSpec(width=64, shuffles=5, seed=42), normalize="layer").make(
+        SAMPLE
+    )
+    assert np.isfinite(rapidgrad).all() and np.abs(rapidgrad).max() > 0 and loss > 0
+
+
+def test_of_weights_stored_in_four_bits_there_is_no_theta_but_by_name(quantized):
+    with pytest.raises(SpecError, match=r"14 weights of the model .* are stored quantised and have no gradient"):
+        load_model(ModelSpec(model=str(quantized)), device="cpu")
+    assert len(load_model(ModelSpec(model=str(quantized), parameters="norm"), device="cpu").theta) == 5
+
+
+def test_a_width_of_each_layer_its_own_counts_as_the_largest(monkeypatch):
+    """As Gemma 3n's configuration has it."""
+    monkeypatch.setattr("rapidin_vdb.gradient.memory.free_bytes", lambda device: 1 << 26)
+    plain = {"num_hidden_layers": 2, "hidden_size": 64, "vocab_size": 1000}
+
+    def tokens(inner):
+        text = SimpleNamespace(**plain, intermediate_size=inner)
+        return default_batch_tokens(SimpleNamespace(get_text_config=lambda: text), dtype="float32", device="cpu")
+
+    assert tokens(128) > tokens(4096) == tokens([128, 4096]) > 0
