@@ -645,3 +645,11 @@ def test_an_experiment_keeps_what_it_trained(models, tmp_path, monkeypatch):
         patch.setattr(experiment, "finished", dies)
         tuned("out")
     assert tuned("out") == wanted and not (tmp_path / "out" / "state").exists()
+
+
+def test_labels_stand_where_the_loss_is_also_between_other_turns():
+    plain = Encoded(sample_id="a", input_ids=(1, 5, 6, 2), offsets=((0, 1), (1, 1)), truncated=False)
+    turns = dataclasses.replace(plain, input_ids=(1, 7, 8, 9, 3, 2), places=(1, 5))
+    _, mask, labels = training.padded([plain, turns])
+    assert labels.tolist() == [[-100, -100, 6, 2, -100, -100], [-100, 7, -100, -100, -100, 2]]
+    assert mask.sum(1).tolist() == [4, 6]

@@ -153,8 +153,8 @@ def padded(samples: Sequence[Encoded]) -> tuple[torch.Tensor, torch.Tensor, torc
         length = len(sample.input_ids)
         ids[row, :length] = torch.tensor(sample.input_ids)
         mask[row, :length] = 1
-        first = length - sample.response_tokens
-        labels[row, first:length] = ids[row, first:length]
+        where = list(sample.loss_places)
+        labels[row, where] = ids[row, where]
     return ids, mask, labels
 
 
