@@ -7,7 +7,7 @@ import numpy as np
 
 from rapidin_vdb.corpus import as_written
 from rapidin_vdb.engine import Engine
-from rapidin_vdb.errors import SampleNotFoundError, SpecError, TableError
+from rapidin_vdb.errors import SampleNotFoundError, SpecError, UnfitError
 from rapidin_vdb.explanation import explain
 from rapidin_vdb.focus import focus_of
 from rapidin_vdb.freshness import IndexKeeper
@@ -39,14 +39,14 @@ def versions_for(table: SampleTable, question: Question) -> Versions:
     """Return the versions of the tables to answer from; what they cannot answer is said before a model is loaded.
 
     Raises:
-        TableError: there is no such version, it is empty, or has no RapidGrads of tokens.
+        UnfitError: there is no such version, it is empty, or has no RapidGrads of tokens.
         FilterError: the filter cannot be understood, or there is no such column.
     """
     snapshot, place = table.snapshot(question.as_of), table.uri
     if not snapshot.count():
         if question.as_of is not None:
-            raise TableError(f"version {question.as_of} of the database {place} is empty; `info --versions` lists them")
-        raise TableError(f"the database {place} is empty; add samples first: rapidin-vdb ingest {place} FILE")
+            raise UnfitError(f"version {question.as_of} of the database {place} is empty; `info --versions` lists them")
+        raise UnfitError(f"the database {place} is empty; add samples first: rapidin-vdb ingest {place} FILE")
     if question.group_by is not None:
         snapshot.group_column(question.group_by)
     if question.where is not None:
@@ -55,7 +55,7 @@ def versions_for(table: SampleTable, question: Question) -> Versions:
         return snapshot, None
     tokens = table.tokens.snapshot()
     if tokens is None or not tokens.rows():
-        raise TableError(
+        raise UnfitError(
             f"the database {place} has no RapidGrads of single tokens; make them with: rapidin-vdb ingest {place} FILE "
             "--token-gradients"
         )

@@ -11,6 +11,7 @@ RapidInError
     FingerprintError       the vectors were made with another model, template or sketch
     FilterError            a --where filter cannot be understood
     PurgedError            the version that was being read is gone
+    UnfitError             what was asked, or is to be added, does not fit what a database holds
   ScratchError           what a command keeps among temporary files cannot be kept
   SpecError              a sketch spec, an index recipe or an argument cannot be honoured
     UnreadableIndexError   a built index cannot be read now; its files need not be damaged
@@ -77,6 +78,10 @@ class PurgedError(TableError):
     """The version that was being read is gone: a purge removed it."""
 
 
+class UnfitError(TableError):
+    """What was asked, or is to be added, does not fit what a database holds: no such version, another type, nothing."""
+
+
 class ScratchError(RapidInError):
     """What a command keeps among temporary files cannot be kept: their folder is full, or cannot be written."""
 
@@ -128,6 +133,15 @@ def out_of_handles(error: BaseException | None) -> bool:
     """Return whether an error, or one that it came of, is that no more files can be opened."""
     while error is not None:
         if getattr(error, "errno", None) in (errno.EMFILE, errno.ENFILE) or "Too many open files" in str(error):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def out_of_room(error: BaseException | None) -> bool:
+    """Return whether an error, or one that it came of, is that a disk is full, or a share of it that was allowed."""
+    while error is not None:
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
             return True
         error = error.__cause__ or error.__context__
     return False

@@ -27,7 +27,7 @@ from rapidin_vdb.recipe import IndexRecipe, default_recipe
 from rapidin_vdb.results import IndexInfo
 from rapidin_vdb.store import TableVersion, undisturbed
 from rapidin_vdb.table_index import (
-    Resident,
+    Residents,
     batches_of,
     check_coarse,
     counted,
@@ -53,7 +53,7 @@ class IndexKeeper:
         self.folder = folder
         """Where they are, each in a folder of its own."""
         self._cached = cached  # the table is far away: an index of it is kept here, where it fits
-        self._resident: Resident | None = None
+        self._residents = Residents()
         self._kept_out: Held | None = None  # the version of which no index could be written to the cache
         self._lock = Lock()
 
@@ -77,14 +77,14 @@ class IndexKeeper:
             check_room(recipe, width=snapshot.width, rows=snapshot.rows())
         try:
             written = self._written(snapshot, recipe, progress)
-            self._resident = None  # first: two copies of its rows might not fit
+            self._residents.let_go()  # first: two copies of its rows might not fit
             index = self._loaded_after(written)
             if recipe.coarse_width and index.samples:
                 written = with_recall(self.folder, written, measured_recall(index))
         except OSError as error:
             text = f"the index {recipe.name} cannot be written to {self.folder}: {error}; the tables need none"
             raise SpecError(text) from error
-        self._resident = Resident(held_by(snapshot), index, self._chosen(None))
+        self._residents.keep(snapshot, index, self._chosen(None))
         return written, index
 
     def _written(self, snapshot: TableVersion, recipe: IndexRecipe, progress: Progress) -> Manifest:
@@ -112,10 +112,9 @@ class IndexKeeper:
         """
         with self._lock:
             manifests = self._chosen(name)
-            index = self._resident.at_hand(snapshot, manifests, name) if self._resident else None
+            index = self._residents.at_hand(snapshot, manifests, name)
             if index is None:
-                # First: two copies of a table might not fit. Whoever searches it still has a hold of it.
-                self._resident = None
+                self._residents.make_room(snapshot, manifests)
                 if self._cached and not manifests:
                     index = self._fetched(snapshot, progress)
                 index = index or self._from_disk(snapshot, manifests, progress)
@@ -124,7 +123,7 @@ class IndexKeeper:
                     logger.info("no built index can serve version %d: reading the table itself", snapshot.version)
                 index = of_table(snapshot, progress)
             # As they are now: an update on disk made a new manifest.
-            self._resident = Resident(held_by(snapshot), index, self._chosen(name))
+            self._residents.keep(snapshot, index, self._chosen(name))
         self._used(index.recipe.name)
         if index.recipe.coarse_width:
             say_what_coarse_finds(self.folder, index)
@@ -173,7 +172,7 @@ class IndexKeeper:
         """Take an index away, or what a folder holds that is none; arguments and answer are those of `clear_index`."""
         with self._lock:
             removed = clear_index(self.folder, name, wait=wait, only=only)
-            self._resident = None
+            self._residents.let_go()
         return removed
 
     def built(self, snapshot: TableVersion) -> tuple[IndexInfo, ...]:

@@ -11,6 +11,7 @@ from rapidin_vdb.engine import Made
 from rapidin_vdb.errors import CorpusError, GradientError
 from rapidin_vdb.intake import Corpus, encoded_windows
 from rapidin_vdb.ledger import Entry, Ledger
+from rapidin_vdb.locks import keeping
 from rapidin_vdb.plan import Plan, make_plan, planned_windows
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, OnBadRecord, OnDeleted, OnDuplicate, Sample
@@ -180,9 +181,10 @@ class _Writer:
             self.commit()
 
     def commit(self) -> None:
-        with self._table.committing():
-            self._commit_tokens()
-            self._commit_rows()
+        if self._rows or self._tokens:
+            with keeping(), self._table.committing():
+                self._commit_tokens()
+                self._commit_rows()
         self._bytes = 0
         self._since = time.monotonic()
 

@@ -1,10 +1,12 @@
 """Locks between processes, which the system lets go of when their holder dies; who waits for one says so."""
 
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from datetime import datetime
 from pathlib import Path
 
@@ -14,6 +16,40 @@ logger = logging.getLogger(__name__)
 
 # Commits take less as a rule: whoever waits longer would like to know for what.
 QUIET_SECONDS = 1.0
+# Between two steps of waiting.
+_STEP_SECONDS = 0.2
+
+_STEP: ContextVar[Callable[[bool], None]] = ContextVar("step", default=lambda keeping: None)
+_KEEPING: ContextVar[bool] = ContextVar("keeping", default=False)
+
+
+@contextmanager
+def while_waiting(step: Callable[[bool], None]) -> Iterator[None]:
+    """Call `step` now and then where this thread waits for a lock, until the block ends; what it raises ends the wait.
+
+    So a thread that serves others can do so meanwhile, or give up what nobody wants any more. It is told whether that
+    would lose what was computed.
+    """
+    before = _STEP.set(step)
+    try:
+        yield
+    finally:
+        _STEP.reset(before)
+
+
+@contextmanager
+def keeping() -> Iterator[None]:
+    """Say that what is waited for in the block is to keep what was computed."""
+    before = _KEEPING.set(True)
+    try:
+        yield
+    finally:
+        _KEEPING.reset(before)
+
+
+def still_waiting() -> None:
+    """Call what `while_waiting` was given: for locks of other kinds, between two looks at them."""
+    _STEP.get()(_KEEPING.get())
 
 
 @contextmanager
@@ -27,11 +63,16 @@ def holding(lock: FileLock, what: str) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, what: str) -> None:
-    try:
-        lock.acquire(timeout=QUIET_SECONDS)
-    except Timeout:
-        logger.warning("waiting for %s, which %s holds", what, holder_of(Path(lock.lock_file)))
-        lock.acquire(timeout=-1)
+    loud = time.monotonic() + QUIET_SECONDS
+    while True:
+        try:
+            lock.acquire(timeout=_STEP_SECONDS)
+            return
+        except Timeout:
+            if time.monotonic() >= loud:
+                logger.warning("waiting for %s, which %s holds", what, holder_of(Path(lock.lock_file)))
+                loud = math.inf
+            still_waiting()
 
 
 class NamedLock:

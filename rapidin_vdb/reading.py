@@ -1,12 +1,13 @@
 """The samples of a database, for reading: what needs neither a model nor an index."""
 
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.cleaning import write_cleaned
 from rapidin_vdb.corpus import Restorer, paths_of, plain_record, taken_apart, turns_of
-from rapidin_vdb.errors import SampleNotFoundError, SpecError
+from rapidin_vdb.errors import SampleNotFoundError, SpecError, UnfitError
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Fingerprint, Message, OnUnscored, Sample, Scalar
 from rapidin_vdb.results import CleanReport, DatabaseInfo, IndexInfo, KeptVersion, StoredSample
@@ -103,24 +104,33 @@ class SampleReader:
         return self._table.snapshot().count(where)
 
     def each_record(
-        self, *, where: str | None = None, progress: Progress = silent
+        self, *, where: str | None = None, sums: Mapping[str, int] | None = None, progress: Progress = silent
     ) -> Iterator[tuple[str, dict[str, Any], bool]]:
         """Yield id and record of the samples that match a filter, in the table's order, all of one committed version.
 
         A third value says whether it is the very record that was read, but for the order of its fields: lists, objects
-        and whatever else was not kept may be missing.
+        and whatever else was not kept may be missing. `sums` are checksums of the texts that samples of some ids are
+        known to have: CRC-32 of the prompt (empty where there is none), a zero, and the response, in UTF-8.
 
         Raises:
             FilterError: the filter cannot be understood.
+            UnfitError: samples of those ids have other texts; all were yielded before.
             PurgedError: a purge removed that version before all of it was read.
         """
         snapshot, restorer = self._table.snapshot(), Restorer()
-        total = snapshot.count(where)
+        total, known, other = snapshot.count(where), sums or {}, list[str]()
         progress("records", 0, total)
         for number, (stored, content_hash, several) in enumerate(snapshot.each(where), 1):
             yield stored.sample_id, *_record_of(stored, content_hash, several, restorer)
             if number % _RECORDS_A_WORD == 0 or number == total:
                 progress("records", number, total)
+            if stored.sample_id in known and known[stored.sample_id] != _sum_of(stored):
+                other.append(stored.sample_id)
+        if other:
+            raise UnfitError(
+                f"{len(other):,} of the samples to be left out have other texts by now than when they were marked, "
+                f"such as {other[0]}: look at them again, and mark anew what is still wrong; nothing is written"
+            )
 
     def clean(
         self, *files: str | Path, out: str | Path, where: str | None = None, ids: Sequence[str] | None = None,
@@ -160,6 +170,10 @@ class SampleReader:
             FilterError: there is no such column.
         """
         return self._table.snapshot().values_of(column, most=most)
+
+
+def _sum_of(stored: StoredSample) -> int:
+    return zlib.crc32(f"{stored.prompt or ''}\0{stored.response}".encode())
 
 
 def _record_of(

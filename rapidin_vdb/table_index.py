@@ -1,4 +1,4 @@
-"""Rows of a table on their way into an index; the table itself as one, where none is built; and one in memory."""
+"""Rows of a table on their way into an index; the table itself as one, where none is built; and those in memory."""
 
 import logging
 from collections.abc import Iterator, Mapping
@@ -93,6 +93,46 @@ class Resident:
         return index.updated(keys, batches_of(snapshot, missing))
 
 
+class Residents:
+    """What one database has in memory; not for several threads at once."""
+
+    def __init__(self) -> None:
+        self.newest: Resident | None = None
+        """Of the newest version that was asked for, or the only one."""
+        self.older: Resident | None = None
+        """Of a version before that: who asks for one does not push out what all others are answered from."""
+
+    def at_hand(self, snapshot: TableVersion, manifests: list[Manifest], name: str | None) -> ShardedIndex | None:
+        """Return an index of a version of the table, as `Resident.at_hand`; None where it has to be read."""
+        here = self.older if self._is_older(snapshot) else self.newest
+        return here.at_hand(snapshot, manifests, name) if here else None
+
+    def make_room(self, snapshot: TableVersion, manifests: list[Manifest]) -> None:
+        """Let go of what an index of this version takes the place of, before it is read: both might not fit.
+
+        Whoever searches it still has a hold of it.
+        """
+        if self._is_older(snapshot) and _has_room_beside(snapshot, manifests):
+            self.older = None
+        else:
+            self.let_go()
+
+    def keep(self, snapshot: TableVersion, index: ShardedIndex, chosen_from: list[Manifest]) -> None:
+        """Keep an index of a version, in the place of what was kept of such versions."""
+        resident = Resident(held_by(snapshot), index, chosen_from)
+        if self._is_older(snapshot):
+            self.older = resident
+        else:
+            self.newest = resident
+
+    def let_go(self) -> None:
+        """Let go of all."""
+        self.newest = self.older = None
+
+    def _is_older(self, snapshot: TableVersion) -> bool:
+        return self.newest is not None and snapshot.version < self.newest.held.version
+
+
 def of_table(snapshot: TableVersion, progress: Progress) -> ShardedIndex:
     """Return an index of the table itself: its rows in memory, or streamed from it where they do not fit."""
     recipe, width, count = default_recipe(), snapshot.width, snapshot.rows()
@@ -102,6 +142,12 @@ def of_table(snapshot: TableVersion, progress: Progress) -> ShardedIndex:
         )
     logger.info("the table is larger than the memory that is free: streaming it; an index is faster")
     return _streamed(snapshot, recipe)
+
+
+def _has_room_beside(snapshot: TableVersion, manifests: list[Manifest]) -> bool:
+    """Say whether an index of a version may stay in memory beside another: there, and nowhere near its end."""
+    devices = {device for manifest in manifests for device in manifest.index_recipe.devices}
+    return devices <= {"cpu"} and 2 * snapshot.width * snapshot.rows() < free_bytes("cpu") // 4
 
 
 def _streamed(snapshot: TableVersion, recipe: IndexRecipe) -> ShardedIndex:

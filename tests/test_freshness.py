@@ -17,6 +17,7 @@ from rapidin_vdb.errors import SpecError, TableError
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.index import ShardedIndex, list_manifests, with_recall
 from rapidin_vdb.recipe import IndexRecipe
+from rapidin_vdb.table_index import batches_of
 
 RECIPES = {
     "cpu": IndexRecipe(name="cpu"),
@@ -101,6 +102,31 @@ def test_changes_reach_a_built_index_and_only_they(database, tmp_path, name, mon
         database.query(*ASKED, as_of=99999)
     with pytest.raises(TableError, match="version 1 of the database .* is empty"):
         database.query(*ASKED, as_of=1)
+
+
+def test_an_older_version_does_not_push_out_the_newest(database, tmp_path, monkeypatch):
+    read = []
+
+    def counted(snapshot, row_ids=None):
+        read.append(snapshot.version)
+        return batches_of(snapshot, row_ids)
+
+    first = database.info().table_version
+    change(database, tmp_path, 0)
+    assert_answers(database)
+    monkeypatch.setattr("rapidin_vdb.table_index.batches_of", counted)
+    for _ in range(2):
+        assert_answers(database, as_of=first)
+        assert_answers(database)
+    assert read == [first], "each is read once"
+    # Nor where there is no room for both: then one at a time, as before.
+    monkeypatch.setattr("rapidin_vdb.table_index.free_bytes", lambda device: 3 * 2 * 64 * 24)
+    database._indexes["sample"]._residents.older = None
+    assert_answers(database, as_of=first)
+    assert (
+        database._indexes["sample"]._residents.older is None
+        and database._indexes["sample"]._residents.newest.held.version == first
+    )
 
 
 def test_a_version_that_only_brings_scalar_indices_reads_no_row(database, monkeypatch):
@@ -267,7 +293,7 @@ def test_both_ends_and_groups(database, tmp_path):
 def test_an_index_is_never_half_shared(database):
     """An updated index does not change the one that it came from, as far as that may still be used."""
     database.index("cpu")
-    index = database._indexes["sample"]._resident.index
+    index = database._indexes["sample"]._residents.newest.index
     assert isinstance(index, ShardedIndex)
     keys, missing = index.keys.difference(index.keys.row_ids[1:], index.keys.versions[1:])
     assert len(missing) == 0
@@ -312,7 +338,7 @@ def test_mapped_rows_do_not_pile_up_in_memory(database, tmp_path):
         change(database, tmp_path, number)
         assert_answers(database)
         assert [index.fresh for index in database.info().indexes] == [True], "brought up to date on disk"
-    index = database._indexes["sample"]._resident.index
+    index = database._indexes["sample"]._residents.newest.index
     assert all(
         isinstance(array, np.memmap) and not array.flags.writeable for s in index.shards for array in s.source.arrays
     )
@@ -385,13 +411,13 @@ def test_a_coarse_index_just_built_answers_only_who_names_it(database, tmp_path)
     database.index("cpu")
     database.index(COARSE)
     assert_answers(database, k=5)
-    assert database._indexes["sample"]._resident.index.recipe.name == "cpu"
+    assert database._indexes["sample"]._residents.newest.index.recipe.name == "cpu"
     database.query(*ASKED, index="zcoarse")
     assert_answers(database, k=5)
     database.index(COARSE)
     shutil.rmtree(tmp_path / "db" / "indexes" / "cpu")
     database.query(*ASKED)
-    assert database._indexes["sample"]._resident.index.recipe == COARSE, "nothing else is built"
+    assert database._indexes["sample"]._residents.newest.index.recipe == COARSE, "nothing else is built"
     shutil.rmtree(tmp_path / "db" / "indexes")
     assert_answers(database, k=5)
 
@@ -451,7 +477,7 @@ def test_a_far_table_is_read_once_where_no_index_can_be_kept(far, tmp_path, read
         assert_answers(far)
     assert read == [None, None] and caplog.text.count("No space left on device") == 1
     # No longer in memory, as after an older version was asked for: what failed is not tried again.
-    far._indexes["sample"]._resident = None
+    far._indexes["sample"]._residents.let_go()
     assert_answers(far)
     assert read == [None, None, None] and caplog.text.count("No space left on device") == 1
 
@@ -470,12 +496,12 @@ def test_rows_are_let_go_before_others_are_read(database, tmp_path, monkeypatch,
 
     monkeypatch.setattr("rapidin_vdb.freshness.load_index", load)
     if name is None:
-        held = weakref.ref(database._indexes["sample"]._resident.index)
+        held = weakref.ref(database._indexes["sample"]._residents.newest.index)
         database.query(*ASKED, index="float32")
-        held = weakref.ref(database._indexes["sample"]._resident.index)
+        held = weakref.ref(database._indexes["sample"]._residents.newest.index)
         database.index("cpu")
     else:
-        held = weakref.ref(database._indexes["sample"]._resident.index)
+        held = weakref.ref(database._indexes["sample"]._residents.newest.index)
         change(database, tmp_path, 0)  # no rows are added in place where others may search
         assert_answers(database, index=name)
     assert before and before == [None] * len(before)

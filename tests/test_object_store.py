@@ -18,6 +18,7 @@ from test_cli import call
 
 import rapidin_vdb
 from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
+from rapidin_vdb.locks import while_waiting
 from rapidin_vdb.store.telling import told
 
 pytest.importorskip("moto.server", reason="moto is not installed: pip install 'rapidin-vdb[dev]'")
@@ -596,6 +597,18 @@ def test_a_lease_is_held_by_one(bucket):
     with second:
         pass
     assert fenced == [], "the second one fences, and only where the first had not let go"
+
+
+def test_whoever_waits_for_a_lease_can_give_up(bucket):
+    (first, _), (second, _) = lease(bucket), lease(bucket)
+
+    def step(keeping: bool) -> None:
+        raise LookupError
+
+    with first, while_waiting(step), pytest.raises(LookupError), second:
+        raise AssertionError("it was held")
+    with second:
+        pass
 
 
 def test_a_lease_that_is_renewed_is_waited_for(bucket, caplog):

@@ -383,9 +383,9 @@ def test_whoever_has_read_damaged_rows_reads_them_anew_once_they_are_mended(data
     assert server.query(*ASKED, top_k=3)[0].results != right.results, "rows are not looked through each time"
     assert len(rapidin_vdb.open(database.path).verify().mended) == 1
     assert server.query(*ASKED, top_k=3)[0].results == right.results
-    index = server._indexes["sample"]._resident.index
+    index = server._indexes["sample"]._residents.newest.index
     server.query(*ASKED, top_k=3)
-    assert server._indexes["sample"]._resident.index is index, "but once only"
+    assert server._indexes["sample"]._residents.newest.index is index, "but once only"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import re
 import tempfile
 import threading
 import time
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -337,6 +338,30 @@ def test_an_export_says_what_it_cannot_restore(tmp_path, served, models, adapter
     path.write_text(json.dumps(exact))
     report = made.ingest(path)
     assert (report.added, report.unchanged) == (0, 1)
+
+
+def test_an_export_leaves_out_what_was_meant_or_says_so(tmp_path, models, adapters):
+    made = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    records = [record | {"id": name} for name, record in zip("abc", toy_records(3), strict=True)]
+    made.ingest(write_jsonl(tmp_path / "toy.jsonl", [*records, {"id": "d", "text": "of itself"}]))
+    sums = {s.sample_id: zlib.crc32(f"{s.prompt or ''}\0{s.response}".encode()) for s in map(made.show, "abcd")}
+    meant = [{"sample_id": name, "crc32": sums[name]} for name in "bd"]
+    with TestClient(make_app(made), base_url="http://127.0.0.1") as client:
+
+        def left(**asked) -> list[str]:
+            answer = client.post("/api/export", json=asked)
+            assert answer.status_code == 200, answer.text
+            return [json.loads(line)["id"] for line in answer.text.splitlines()]
+
+        assert left(without=[*meant, "a"]) == ["c"]
+        changed = records[1] | {"instruction": records[1]["instruction"] + "!"}
+        made.ingest(write_jsonl(tmp_path / "changed.jsonl", [changed]), on_duplicate="replace")
+        refused = client.post("/api/export", json={"without": meant})
+        assert refused.status_code == 400
+        assert refused.json()["detail"].startswith("1 of the samples to be left out have other texts by now")
+        assert "such as b:" in refused.json()["detail"]
+        assert left(without=meant, where="sample_id != 'b'") == ["a", "c"]
+        assert sorted(left(without=["b", "d"])) == ["a", "c"], "by id alone, where that is what is given"
 
 
 def test_an_export_tells_how_far_it_is(served, client, monkeypatch):

@@ -4,8 +4,10 @@ import json
 
 import pytest
 import test_web_page as whole
+from conftest import toy_records, write_jsonl
 from test_web_page import ask, cards, saved_lines, settled
 
+import rapidin_vdb
 from rapidin_vdb.question import Question
 
 made, address, driver, visit = whole.made, whole.address, whole.driver, whole.visit
@@ -261,6 +263,57 @@ def test_every_button_of_a_sample_says_whether_it_is_marked(visit):
 
 
 # What is shown when something fails, and when nothing new was asked.
+
+
+def test_a_page_does_not_take_another_database_for_its_own(visit, made, tmp_path, models, adapters):
+    other = rapidin_vdb.init(tmp_path / "else", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    other.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(5)))
+    with whole.serving(made) as address:
+        page = visit(to=address)
+        ask(page, "Say 5", "blue 35")
+        page.locator("article [data-does=mark]").first.click()
+        page.get_by_role("button", name="Marked 1").wait_for()
+        assert page.locator("#moved").is_hidden()
+    port = int(address.split(":")[2].strip("/"))
+    with whole.serving(other, port=port):
+        # Its marks, its history and what was asked are not those of this one.
+        ask(page, "Say 6", "blue 42")
+        page.get_by_text("else: 5 samples").wait_for()
+        page.locator("article").nth(4).wait_for()
+        assert settled(page).startswith("5 of 5 ") and page.locator("#moved").is_visible()
+        page.get_by_role("button", name="Marked 0").wait_for()
+        page.locator("article [data-does=mark]").first.click()
+        page.reload()
+        page.get_by_role("button", name="Marked 1").wait_for()
+        assert page.locator("#moved").is_hidden()
+        page.get_by_role("button", name="Marked 1").click()
+    with whole.serving(made, port=port):
+        # Nor does a cleaned file leave out what was marked there.
+        page.click("#save-clean")
+        page.get_by_text("db: 28 samples").wait_for()
+        page.get_by_role("button", name="Marked 1").wait_for()
+        assert page.locator("#moved").is_visible()
+    assert {key.split(".")[1] for key in page.evaluate("Object.keys(localStorage)")} == {made.identity, other.identity}
+
+
+def test_a_mark_is_of_the_texts_that_were_read(visit, tmp_path, models, adapters):
+    made = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    records = toy_records(4)
+    records[2] |= {"instruction": "Sag \U0001f40d \u00e4\u4e16", "output": "blau \U0001f40d"}
+    made.ingest(write_jsonl(tmp_path / "toy.jsonl", records))
+    with whole.serving(made) as address:
+        page = visit(to=address, samples=4)
+        page.get_by_role("button", name="Browse").click()
+        for number in (1, 2):
+            page.locator(f'article[data-sample="toy-00{number}"] [data-does=mark]').click()
+        page.get_by_role("button", name="Marked 2").click()
+        assert [line["id"] for line in saved_lines(page, "#save-clean")] == ["toy-000", "toy-003"]
+        changed = [records[2] | {"output": "blau \U0001f422"}]
+        made.ingest(write_jsonl(tmp_path / "changed.jsonl", changed), on_duplicate="replace")
+        page.click("#save-clean")
+        page.get_by_text("other texts by now than when they were marked, such as toy-002").wait_for()
+        page.locator('article[data-sample="toy-002"]').get_by_role("button", name="Unmark").click()
+        assert {line["id"] for line in saved_lines(page, "#save-clean")} == {"toy-000", "toy-002", "toy-003"}
 
 
 def test_nothing_dead_is_left_standing(visit):

@@ -1,7 +1,9 @@
 """What ends requests: their time, those who went away; what makes way, what is counted, and who may ask through a proxy."""
 
+import errno
 import json
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -11,9 +13,20 @@ import time
 import pytest
 import torch
 from conftest import byte_tokenizer, save_model, toy_records, write_jsonl
+from filelock import FileLock
 
 import rapidin_vdb
-from rapidin_vdb.errors import CorpusError, SpecError
+from rapidin_vdb.errors import (
+    CorpusError,
+    FilterError,
+    FingerprintError,
+    ModelError,
+    PurgedError,
+    SampleNotFoundError,
+    ScratchError,
+    SpecError,
+    TableError,
+)
 from rapidin_vdb.query import query_from
 from rapidin_vdb.question import Question
 
@@ -23,7 +36,8 @@ from fastapi.testclient import TestClient
 from servers import listening
 
 from rapidin_vdb.web import make_app, serve
-from rapidin_vdb.web.desk import Client, Desk, Job, LateError
+from rapidin_vdb.web.answers import status_of
+from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, Job, LateError
 from rapidin_vdb.web.document import EXAMPLES
 from rapidin_vdb.web.server import origin_of
 
@@ -190,6 +204,133 @@ def test_an_ingest_makes_way(tmp_path, served, models, adapters):
     desk.close()
 
 
+def test_an_ingest_that_waits_for_another_writer_holds_up_nobody(tmp_path, models, adapters, monkeypatch, caplog):
+    made = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    made.ingest(write_jsonl(tmp_path / "first.jsonl", toy_records(4)))
+    path = write_jsonl(tmp_path / "more.jsonl", toy_records(8, first=4))
+    desk, waits = Desk(made, seconds=60.0), threading.Event()
+    # As another process would hold it: by a file of its own.
+    other = FileLock(tmp_path / "db" / ".commit.lock", thread_local=False)
+
+    def told(stage, done, total) -> None:
+        if stage == "waiting":
+            waits.set()
+
+    def ingest(*, taken_at: str = "") -> Job:
+        def heard(progress):
+            def step(stage, done, total) -> None:
+                if stage == taken_at and not other.is_locked:
+                    other.acquire()
+                progress(stage, done, total)
+
+            return step
+
+        waits.clear()
+        return desk.do(Client("a"), lambda p: made.ingest(path, progress=heard(p)), progress=told, patient=True)
+
+    def others_are_served() -> bool:
+        asked = desk.search(Client("b"), Question(top_k=2), query_from("Say 5", "blue 35"))
+        return len(asked.future.result(60).results) == 2
+
+    def free_again() -> None:
+        assert desk.do(Client("c"), lambda progress: "next", patient=True).future.result(60) == "next"
+
+    try:
+        # Before anything was computed: it ends with whoever asked.
+        with other:
+            job = ingest()
+            assert waits.wait(60) and others_are_served() and not job.future.done()
+            desk.give_up(job, CancelledError())
+            free_again()
+        assert made.count() == 4
+        # With what it has computed, it waits on.
+        job = ingest(taken_at="tokens")
+        assert waits.wait(60) and others_are_served()
+        desk.give_up(job, CancelledError())
+        assert others_are_served() and made.count() == 4
+        other.release()
+        free_again()
+        assert made.count() == 12
+        # But no longer than the server lasts.
+        path = write_jsonl(tmp_path / "most.jsonl", toy_records(4, first=12))
+        monkeypatch.setattr("rapidin_vdb.web.desk._LAST_SECONDS", 0.3)
+        job = ingest(taken_at="tokens")
+        assert waits.wait(60)
+        desk.close()
+        with pytest.raises(BusyError, match="stopping"):
+            job.future.result(0)
+        assert "computed since its last commit is lost" in caplog.text
+    finally:
+        other.release(force=True)
+        desk.stop()
+    assert made.count() == 12
+
+
+def test_a_status_says_whose_fault_it_is(tmp_path, served, models, adapters):
+    full = OSError(errno.ENOSPC, "No space left on device")
+    for error, status in (
+        (SpecError("x"), 400), (CorpusError("x"), 400), (FilterError("x"), 400), (SampleNotFoundError("x"), 404),
+        (ModelError("x"), 500), (TableError("x"), 500), (FingerprintError("x"), 500), (PurgedError("x"), 503),
+        (ScratchError("x"), 507), (BusyError("x"), 503), (LateError(), 504),
+    ):  # fmt: skip
+        assert status_of(error) == status, error
+    try:
+        raise TableError("cannot be written") from full
+    except TableError as error:
+        assert status_of(error) == 507
+    options = {"model": str(models["llama"]), "adapter": str(adapters["llama"]), "width": 64}
+    made = rapidin_vdb.init(tmp_path / "db", **options)
+    with TestClient(make_app(made), base_url="http://127.0.0.1") as client:
+        empty = client.post("/api/query", json=ASKED)
+        assert empty.status_code == 400 and "the database db is empty" in empty.json()["detail"]
+        made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(2)))
+        for asked in ({"as_of": 99999}, {"level": "token"}, {"where": "nosuch = 1"}):
+            assert client.post("/api/query", json=ASKED | asked).status_code == 400, asked
+        gone = client.get("/api/sample", params={"sample_id": "nosuch"})
+        assert gone.status_code == 404 and gone.json()["detail"] == "no sample 'nosuch' in db"
+        shutil.rmtree(tmp_path / "db")
+        answers = [client.get("/api/samples"), client.post("/api/query", json=ASKED)]
+        events = client.post("/api/query", json=ASKED, headers={"accept": "text/event-stream"})
+        assert [answer.status_code for answer in answers] == [500, 500]
+        assert '"status": 500' in events.text and events.headers["x-accel-buffering"] == "no"
+        assert not any(str(tmp_path) in answer.text for answer in [*answers, events]), "where it lies is not told"
+
+
+def test_a_request_may_say_which_database_it_is_for(served):
+    asked = (
+        ("/api/query", ASKED), ("/api/generate", {"prompt": "Say 5", "max_tokens": 1}), ("/api/export", {}),
+        ("/api/ingest", {"records": [{"instruction": "x", "output": "y"}]}), ("/api/info", None),
+        ("/api/samples", None), ("/api/sample?sample_id=toy-001", None), ("/api/samples/toy-001", None),
+        ("/api/nearest?sample_id=toy-001", None), ("/api/columns", None),
+    )  # fmt: skip
+    with TestClient(make_app(served), base_url="http://127.0.0.1") as client:
+        paths = [path for path in client.get("/api/openapi.json").json()["paths"] if path.startswith("/api/")]
+        assert len(paths) == len(asked)
+        for accept in ("application/json", "text/event-stream"):
+            for path, body in asked:
+                statuses = [
+                    client.request(
+                        "GET" if body is None else "POST", path, json=body,
+                        headers={"accept": accept, "x-database": identity},
+                    ).status_code
+                    for identity in ("0" * 32, served.identity)
+                ]  # fmt: skip
+                assert statuses == [409, 403 if path == "/api/ingest" else 200], path
+
+
+def test_matrices_that_no_page_could_hold_are_refused(served, monkeypatch):
+    with TestClient(make_app(served), base_url="http://127.0.0.1") as client:
+        matrices = [
+            result["matrix"] for result in client.post("/api/query", json=ASKED | {"matrix": True}).json()["results"]
+        ]
+        numbers = sum(len(row) for matrix in matrices for row in matrix)
+        monkeypatch.setattr("rapidin_vdb.web.api._MOST_NUMBERS", numbers)
+        assert client.post("/api/query", json=ASKED | {"matrix": True}).status_code == 200
+        monkeypatch.setattr("rapidin_vdb.web.api._MOST_NUMBERS", numbers - 1)
+        refused = client.post("/api/query", json=ASKED | {"matrix": True})
+        assert refused.status_code == 400 and f"of 3 results have {numbers:,} numbers" in refused.json()["detail"]
+
+
 def test_what_is_refused_or_fails_is_counted_and_streams_are_timed_whole(served, monkeypatch):
     app = make_app(served)
     with TestClient(app, base_url="http://127.0.0.1", raise_server_exceptions=False) as client:
@@ -252,6 +393,12 @@ def test_what_cannot_be_served_is_said(served, tmp_path):
     ):
         with pytest.raises(SpecError, match=message):
             serve(served, say=print, **options)
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(SpecError, match="this address cannot be had: Address already in use"),
+    ):
+        # Before a model is loaded, which may take minutes.
+        serve(served, say=print, port=taken.getsockname()[1], model=str(tmp_path / "gone"))
     command = [sys.executable, "-m", "rapidin_vdb", "serve", served.path]
     wrong = subprocess.run([*command, "--port", "99999"], capture_output=True, text=True)
     assert wrong.returncode == 2 and "65535" in wrong.stderr and "Traceback" not in wrong.stderr

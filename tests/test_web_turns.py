@@ -297,7 +297,7 @@ def test_the_index_is_open_before_it_is_said_that_it_serves(served, monkeypatch)
     monkeypatch.setattr("rapidin_vdb.web.server._Server.run", lambda self, sockets: (self._ready(), sockets[0].close()))
 
     def say(text: str) -> None:
-        told.append((text[:7], database._indexes["sample"]._resident is not None, len(stages) > 0))
+        told.append((text[:7], database._indexes["sample"]._residents.newest is not None, len(stages) > 0))
 
     @contextlib.contextmanager
     def opening():

@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rapidin_vdb.errors import TableError
+from rapidin_vdb.errors import UnfitError
 from rapidin_vdb.store.rows import OWN_NAMES, ColumnKind, can_hold, column_field, column_kind
 
 _WIDENED = "_widened_"
@@ -37,7 +37,7 @@ def ensure_columns(table: Any, kinds: dict[str, ColumnKind]) -> None:
     """Add the columns that are missing, and widen those that have to be; called while committing.
 
     Raises:
-        TableError: a column exists with another type; nothing is changed then.
+        UnfitError: a column exists with another type; nothing is changed then.
     """
     existing = {field.name.lower(): field for field in table.schema if field.name not in OWN_NAMES}
     missing, widened = [], []
@@ -47,13 +47,13 @@ def ensure_columns(table: Any, kinds: dict[str, ColumnKind]) -> None:
             missing.append(column_field(name, kind))
         elif column_kind(field) == "int" and kind == "float":
             if table.count_rows(f"`{field.name}` > {_EXACT} OR `{field.name}` < -{_EXACT}"):
-                raise TableError(
+                raise UnfitError(
                     f"the records' field {name} is floating point, but the column {field.name} holds whole numbers "
                     f"beyond {_EXACT}, which would lose digits; rename the field or write it as whole numbers"
                 )
             widened.append(field.name)
         elif not can_hold(column_kind(field), kind):
-            raise TableError(
+            raise UnfitError(
                 f"the records' field {name} is {kind}, but the column {name} holds {field.type}; "
                 "rename the field or bring it to that type"
             )

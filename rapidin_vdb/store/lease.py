@@ -18,7 +18,7 @@ import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
 
 from rapidin_vdb.errors import TableError
-from rapidin_vdb.locks import QUIET_SECONDS
+from rapidin_vdb.locks import QUIET_SECONDS, still_waiting
 
 logger = logging.getLogger(__name__)
 
@@ -125,6 +125,7 @@ class Lease:
                     quiet = False
                 # Not all at the same moment.
                 time.sleep(random.uniform(0.2, 0.6) * min(1.0, self._seconds / 4))
+                still_waiting()
                 continue
             try:
                 self._write(self._token, tag)

@@ -7,7 +7,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 
-from rapidin_vdb.errors import TableError
+from rapidin_vdb.errors import UnfitError
 from rapidin_vdb.records import Encoded, Sample, Scalar, Turns
 from rapidin_vdb.results import StoredSample
 from rapidin_vdb.store.checksum import covers_fields, row_checksum, with_fields
@@ -116,7 +116,7 @@ def arrow_table(rows: Sequence[Row], schema: pa.Schema) -> pa.Table:
     """Return rows as an Arrow table of the table's schema.
 
     Raises:
-        TableError: a field of a sample does not fit its column.
+        UnfitError: a field of a sample does not fit its column.
     """
     arrays = {
         "sample_id": pa.array([row.sample.sample_id for row in rows], pa.string()),
@@ -191,7 +191,7 @@ def _column(field: pa.Field, values: Sequence[Scalar]) -> pa.Array:
     try:
         return pa.array(values, field.type)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise TableError(f"a record's field {field.name} does not fit its column of {field.type}: {error}") from error
+        raise UnfitError(f"a record's field {field.name} does not fit its column of {field.type}: {error}") from error
 
 
 def _converted(value: Scalar, kind: ColumnKind | None) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
+from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError, UnfitError
 from rapidin_vdb.ledger import Ledger
 from rapidin_vdb.records import Fingerprint
 from rapidin_vdb.store.changes import delete_rows, put_rows
@@ -104,7 +104,7 @@ class SampleTable:
         """Return the newest committed version, pinned, or an older one.
 
         Raises:
-            TableError: there is no such version, or it is no longer kept.
+            UnfitError: there is no such version, or it is no longer kept.
         """
         with told(f"the database at {self.uri} cannot be read"):
             if version is None:
@@ -115,7 +115,7 @@ class SampleTable:
                 raise ValueError(version)
             check_out(table, version)
         except (ValueError, RuntimeError, OSError) as error:
-            raise TableError(f"{self.uri} has no version {version}, or no longer; {self._kept(table)}") from error
+            raise UnfitError(f"{self.uri} has no version {version}, or no longer; {self._kept(table)}") from error
         return Snapshot(table, self.place)
 
     def _kept(self, table: Any) -> str:
@@ -146,7 +146,7 @@ class SampleTable:
         Returns the version now where nobody else has written since version `seen`, and `seen` otherwise.
 
         Raises:
-            TableError: a column exists with another type; nothing is changed then.
+            UnfitError: a column exists with another type; nothing is changed then.
         """
         with self._changing(seen) as (table, alone):
             ensure_columns(table, kinds)

@@ -3,16 +3,29 @@
 import asyncio
 import json
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
+from pathlib import PurePosixPath
 from typing import Any
 
 from fastapi import Request
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 
-from rapidin_vdb.errors import RapidInError, SampleNotFoundError, ScratchError
+from rapidin_vdb.errors import (
+    FilterError,
+    ModelError,
+    PurgedError,
+    RapidInError,
+    SampleNotFoundError,
+    ScratchError,
+    TableError,
+    UnfitError,
+    UnreadableIndexError,
+    out_of_room,
+)
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.web import shapes
-from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, DeskError, Job, LateError
+from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, DeskError, Job, LateError, MovedError
+from rapidin_vdb.web.guard import Receive, Scope, Send
 
 _STILL_HERE = 15.0
 """Seconds without news after which a word is sent, so that no proxy takes the connection for dead."""
@@ -20,6 +33,19 @@ STILL_HERE_EVENT = ": still at it\n\n"
 """That word."""
 _MOMENT = 0.05
 """Seconds between two looks at a clock that stands still."""
+_STATUSES: tuple[tuple[tuple[type[Exception], ...], int], ...] = (
+    ((BusyError, PurgedError), 503),
+    ((LateError,), 504),
+    ((CancelledError,), 499),
+    ((MovedError,), 409),
+    ((SampleNotFoundError,), 404),
+    ((ScratchError,), 507),
+    ((FilterError, UnfitError), 400),
+    # Nothing that whoever asked could mend.
+    ((TableError, ModelError, UnreadableIndexError), 500),
+)
+"""What an error's kind means: the first that fits; 400 for all others, which are of what was asked."""
+_AGAIN = {"retry-after": "1"}
 
 
 class Json(JSONResponse):
@@ -30,6 +56,28 @@ class Json(JSONResponse):
         return json.dumps(content, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode("ascii")
 
 
+class Streamed(StreamingResponse):
+    """What is sent in parts, and let go of when that ends, however it ends."""
+
+    def __init__(self, parts: AsyncGenerator[Any, None], **options: Any) -> None:
+        super().__init__(parts, **options)
+        self._sent = parts
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send them."""
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._sent.aclose()
+
+
+class Events(Streamed):
+    """A stream of events, which no proxy should gather: it would hold back what is told while it happens."""
+
+    def __init__(self, events: AsyncGenerator[str, None]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers={"x-accel-buffering": "no"})
+
+
 async def answered(
     request: Request, desk: Desk, submit: Callable[[Progress], Job], shape: Callable[[Any], Any]
 ) -> Response:
@@ -38,7 +86,7 @@ async def answered(
     A job ends when its time is over or when whoever asked has gone, whatever it waits for.
     """
     if "text/event-stream" in request.headers.get("accept", ""):
-        return StreamingResponse(_events(desk, submit, shape), media_type="text/event-stream")
+        return Events(_events(request, desk, submit, shape))
     job = submit(silent)
     future, gone = asyncio.wrap_future(job.future), asyncio.create_task(gone_away(request))
     future.add_done_callback(lambda ended: ended.cancelled() or ended.exception())  # nobody may be left to hear it
@@ -57,21 +105,37 @@ async def answered(
     return await asyncio.to_thread(lambda: Json(shape(result)))
 
 
-def said(error: Exception) -> str:
+def said(error: Exception, place: str) -> str:
     """Return what an error says, in the words of the API: an option of the command line is the field of that name.
 
-    >>> said(ValueError("give one of --harmful and --both"))
-    'give one of harmful and both'
+    Where the database lies, `place`, is nobody's business but its name.
+
+    >>> said(ValueError("/home/me/db is empty: give one of --harmful and --both"), "/home/me/db")
+    'db is empty: give one of harmful and both'
     """
     fields = shapes.Search.model_fields | shapes.IngestRequest.model_fields
     options = {name.replace("_", "-"): name for name in fields}
-    return re.sub("--([a-z][a-z-]*)", lambda option: options.get(option[1], option[0]), str(error))
+    text = re.sub("--([a-z][a-z-]*)", lambda option: options.get(option[1], option[0]), str(error))
+    return text.replace(place, PurePosixPath(place).name or place)
 
 
 def status_of(error: Exception) -> int:
     """Return the status of an answer that is an error."""
-    known = {BusyError: 503, LateError: 504, CancelledError: 499, SampleNotFoundError: 404, ScratchError: 507}
-    return next((status for kind, status in known.items() if isinstance(error, kind)), 400)
+    if out_of_room(error):
+        return 507
+    return next((status for kinds, status in _STATUSES if isinstance(error, kinds)), 400)
+
+
+def refusal(request: Request, error: Exception) -> Response:
+    """Return the answer that is an error of ours."""
+    status = status_of(error)
+    return Json({"detail": said(error, place_of(request))}, status, _AGAIN if status == 503 else None)
+
+
+def place_of(request: Request) -> str:
+    """Return where the database lies that a request is for."""
+    place: str = request.app.state.place
+    return place
 
 
 def client_of(request: Request) -> Client:
@@ -112,12 +176,14 @@ class Heard:
             return None
 
 
-async def _events(desk: Desk, submit: Callable[[Progress], Job], shape: Callable[[Any], Any]) -> AsyncIterator[str]:
+async def _events(
+    request: Request, desk: Desk, submit: Callable[[Progress], Job], shape: Callable[[Any], Any]
+) -> AsyncGenerator[str, None]:
     heard = Heard()
     try:
         job = submit(heard.progress)
     except DeskError as error:
-        yield error_event(error)
+        yield error_event(error, place_of(request))
         return
     job.future.add_done_callback(lambda _: heard.tell("end", None))
     try:
@@ -137,7 +203,7 @@ async def _events(desk: Desk, submit: Callable[[Progress], Job], shape: Callable
             result = job.future.result()
             yield await asyncio.to_thread(lambda: event("result", shape(result)))
         except (RapidInError, DeskError) as error:
-            yield error_event(error)
+            yield error_event(error, place_of(request))
         except Exception:
             yield unforeseen_event()
             raise
@@ -150,9 +216,9 @@ def event(name: str, value: Any) -> str:
     return f"event: {name}\ndata: {json.dumps(value, ensure_ascii=True, allow_nan=False)}\n\n"
 
 
-def error_event(error: Exception) -> str:
-    """Return the event that ends a stream whose request came to nothing."""
-    return event("error", {"detail": said(error), "status": status_of(error)})
+def error_event(error: Exception, place: str) -> str:
+    """Return the event that ends a stream whose request came to nothing; `place` is as for `said`."""
+    return event("error", {"detail": said(error, place), "status": status_of(error)})
 
 
 def unforeseen_event() -> str:

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Depends, Query, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 
 from rapidin_vdb.database import Database
-from rapidin_vdb.errors import RapidInError, no_scratch
+from rapidin_vdb.errors import RapidInError, SpecError, no_scratch
 from rapidin_vdb.page import sample_pieces, with_pieces
 from rapidin_vdb.progress import Progress
 from rapidin_vdb.query import query_from
@@ -22,14 +22,23 @@ from rapidin_vdb.records import Scalar
 from rapidin_vdb.results import IngestReport, Ranking
 from rapidin_vdb.web import shapes
 from rapidin_vdb.web.answers import Json, answered, client_of
-from rapidin_vdb.web.desk import Desk
+from rapidin_vdb.web.desk import Desk, MovedError
 from rapidin_vdb.web.document import EVENTS, EXPORTED, documented, refusals
 from rapidin_vdb.web.export import exported
 from rapidin_vdb.web.lines import Job
 from rapidin_vdb.web.reads import Reads
 
+# Of all matrices of an answer, which takes some 11 bytes for each.
+_MOST_NUMBERS = 10_000_000
 _TYPES = {"string": "text", "bool": "truth", "int64": "whole", "int32": "whole", "double": "number", "float": "number"}
 _Pieces = Annotated[bool, Query(description="Add to each text its pieces: what a page colours.")]
+_Meant = Annotated[
+    str | None,
+    Header(
+        max_length=100,
+        description="The `identity` of the database that the request is for: another refuses it (409).",
+    ),
+]
 _Where = Annotated[
     str | None, Query(max_length=10_000, description="SQL filter.", examples=["split = 'train' AND tokens > 3"])
 ]
@@ -47,11 +56,19 @@ class Service:
     """Whether records may be added."""
     reads: Callable[[], Reads]
     """Who reads what needs no model, likewise."""
+    exports: Callable[[], Reads]
+    """Who writes training data, likewise."""
 
 
 def make_api(service: Service) -> APIRouter:
     """Return the routes of one database."""
-    api, database = APIRouter(dependencies=[Depends(_only_known)]), service.database
+    database = service.database
+
+    def meant(x_database: _Meant = None) -> None:
+        if x_database not in (None, database.identity):
+            raise MovedError
+
+    api = APIRouter(dependencies=[Depends(_only_known), Depends(meant)])
 
     async def worked(
         request: Request, work: Callable[[Progress], Any], shape: Callable[[Any], Any], *, patient: bool = False,
@@ -67,7 +84,7 @@ def make_api(service: Service) -> APIRouter:
 
     @api.post(
         "/api/query", summary="Rank the samples by their influence on a generation", response_model=None,
-        responses=documented(shapes.RankingInPieces, "ranking", EVENTS) | refusals(400, 408, 413, 415, 503, 504),
+        responses=documented(shapes.RankingInPieces, "ranking", EVENTS) | refusals(400, 408, 409, 413, 415, 503, 504),
     )  # fmt: skip
     async def query(request: Request, asked: shapes.QueryRequest, pieces: _Pieces = False) -> Response:
         turns = [turn.model_dump(exclude_none=True) for turn in asked.messages]
@@ -77,11 +94,15 @@ def make_api(service: Service) -> APIRouter:
         def submit(progress: Progress) -> Job:
             return service.desk().search(client_of(request), question, sample, progress=progress)
 
-        return await answered(request, service.desk(), submit, with_pieces if pieces else Ranking.to_dict)
+        def shape(ranking: Ranking) -> dict[str, Any]:
+            _check_size(ranking)
+            return with_pieces(ranking) if pieces else ranking.to_dict()
+
+        return await answered(request, service.desk(), submit, shape)
 
     @api.post(
         "/api/generate", summary="What the model says to a prompt, or after several turns", response_model=None,
-        responses=documented(shapes.Generated, "generated", EVENTS) | refusals(400, 408, 413, 415, 503, 504),
+        responses=documented(shapes.Generated, "generated", EVENTS) | refusals(400, 408, 409, 413, 415, 503, 504),
     )  # fmt: skip
     async def generate(request: Request, asked: shapes.GenerateRequest) -> Response:
         options = asked.model_dump(exclude={"prompt", "messages", "tools"})
@@ -96,7 +117,7 @@ def make_api(service: Service) -> APIRouter:
 
     @api.get(
         "/api/nearest", summary="Rank the samples by their influence on what a sample teaches", response_model=None,
-        responses=documented(Ranking, "ranking", EVENTS) | refusals(400, 404, 503, 504),
+        responses=documented(Ranking, "ranking", EVENTS) | refusals(400, 404, 409, 503, 504),
     )  # fmt: skip
     async def nearest(
         request: Request, sample_id: Annotated[str, Query(examples=["demo-0001"])],
@@ -110,7 +131,7 @@ def make_api(service: Service) -> APIRouter:
 
     @api.get(
         "/api/samples", summary="Browse the samples", response_model=None,
-        responses=documented(shapes.Page, "page") | refusals(400, 503, 504),
+        responses=documented(shapes.Page, "page") | refusals(400, 409, 503, 504),
     )  # fmt: skip
     async def samples(
         request: Request, where: _Where = None, offset: Annotated[int, Query(ge=0, le=2**40)] = 0,
@@ -130,7 +151,7 @@ def make_api(service: Service) -> APIRouter:
 
     @api.get(
         "/api/sample", summary="One sample as it is stored, whatever its id", response_model=None,
-        responses=documented(shapes.SampleInPieces, "sample") | refusals(404, 503, 504),
+        responses=documented(shapes.SampleInPieces, "sample") | refusals(404, 409, 503, 504),
     )  # fmt: skip
     async def sample(
         request: Request, sample_id: Annotated[str, Query(examples=["demo-0001"])], pieces: _Pieces = False
@@ -140,21 +161,21 @@ def make_api(service: Service) -> APIRouter:
     @api.get(
         "/api/samples/{sample_id:path}", response_model=None,
         summary="The same; but a path cannot hold every id, as those that are only dots or have a line feed",
-        responses=documented(shapes.SampleInPieces, "sample") | refusals(404, 503, 504),
+        responses=documented(shapes.SampleInPieces, "sample") | refusals(404, 409, 503, 504),
     )  # fmt: skip
     async def sample_at(request: Request, sample_id: str, pieces: _Pieces = False) -> Response:
         return await shown(request, sample_id, pieces)
 
     @api.get(
         "/api/columns", summary="What a filter may use", response_model=None,
-        responses=documented(list[shapes.Column], "columns") | refusals(503, 504),
+        responses=documented(list[shapes.Column], "columns") | refusals(409, 503, 504),
     )  # fmt: skip
     async def columns(request: Request) -> Response:
         return await read(request, lambda: [_column(database, text) for text in database.info().columns])
 
     @api.get(
         "/api/info", summary="What the database holds", response_model=None,
-        responses=documented(shapes.Info, "info") | refusals(503, 504),
+        responses=documented(shapes.Info, "info") | refusals(409, 503, 504),
     )  # fmt: skip
     async def info(request: Request) -> Response:
         own = {"writable": service.writable, "path": Path(database.path).name, "identity": database.identity}
@@ -162,7 +183,7 @@ def make_api(service: Service) -> APIRouter:
 
     @api.post(
         "/api/ingest", summary="Add records (only where the server was started with --writable)", response_model=None,
-        responses=documented(IngestReport, "ingested", EVENTS) | refusals(400, 408, 413, 415, 503, 507),
+        responses=documented(IngestReport, "ingested", EVENTS) | refusals(400, 408, 409, 413, 415, 503, 507),
     )  # fmt: skip
     async def ingest(request: Request, asked: shapes.IngestRequest) -> Response:
         if not service.writable:
@@ -183,10 +204,10 @@ def make_api(service: Service) -> APIRouter:
     @api.post(
         "/api/export", summary="Training data without some samples, as JSON lines", response_model=None,
         response_class=StreamingResponse,
-        responses=EXPORTED | refusals(400, 408, 413, 415, 503, 504, 507),
+        responses=EXPORTED | refusals(400, 408, 409, 413, 415, 503, 504, 507),
     )  # fmt: skip
     async def export(request: Request, asked: shapes.ExportRequest) -> Response:
-        return await exported(request, service.reads(), database, asked)
+        return await exported(request, service.exports(), database, asked)
 
     return api
 
@@ -206,6 +227,21 @@ def _sent(records: list[dict[str, Any]]) -> Iterator[Path]:
             what = "the file of the records that were sent, which the server keeps until they are read,"
             raise no_scratch(what, error) from error
         yield path
+
+
+def _check_size(ranking: Ranking) -> None:
+    """Refuse to write out what no page can hold, nor this server for many.
+
+    Raises:
+        SpecError: its matrices are too large together.
+    """
+    found = [getattr(result, "matrix", None) for result in (*ranking.results, *(ranking.harmful or ()))]
+    numbers = sum(matrix.size for matrix in found if matrix is not None)
+    if numbers > _MOST_NUMBERS:
+        raise SpecError(
+            f"the matrices of {len(found)} results have {numbers:,} numbers; wanted at most {_MOST_NUMBERS:,}: give a "
+            "smaller top_k, or a focus on some words"
+        )
 
 
 def _only_known(request: Request) -> None:

@@ -16,9 +16,9 @@ from rapidin_vdb.database import Database
 from rapidin_vdb.errors import RapidInError
 from rapidin_vdb.page import heat_script, page_style
 from rapidin_vdb.web import shapes
-from rapidin_vdb.web.answers import Json, said, status_of
+from rapidin_vdb.web.answers import Json, refusal
 from rapidin_vdb.web.api import Service, make_api
-from rapidin_vdb.web.desk import BusyError, Desk, DeskError
+from rapidin_vdb.web.desk import Desk, DeskError
 from rapidin_vdb.web.document import add_security, documented, refusals
 from rapidin_vdb.web.guard import LOOPBACK, Guard
 from rapidin_vdb.web.metrics import Counted, Metrics
@@ -36,24 +36,31 @@ def make_app(
 
     With a `token`, nothing of the database is answered without it. `hosts` are the names under which it may be asked,
     and `served_as` is the origin under which a reverse proxy serves it. A request's body must arrive within
-    `body_seconds`.
+    `body_seconds`, and each part of an answer be read within as many.
     """
     desks: list[Desk] = []
     readers: list[Reads] = []
-    metrics = Metrics(samples=lambda: _count(database), waiting=lambda: sum(desk.waiting for desk in desks))
+    writers: list[Reads] = []
+    metrics = Metrics(
+        samples=lambda: _count(database), waiting=lambda: sum(desk.waiting for desk in desks),
+        reading=lambda: sum(reads.open for reads in (*readers, *writers)),
+    )  # fmt: skip
 
     @asynccontextmanager
     async def life(app: FastAPI) -> AsyncIterator[None]:
         desks.append(Desk(database, seconds=time_limit, most_waiting=most_waiting, observe=metrics.worked))
         readers.append(Reads(seconds=time_limit))
+        # Of their own: a few large exports would else keep everybody from reading.
+        writers.append(Reads(seconds=time_limit, threads=4))
         yield
-        readers.pop().close()
+        for threads in (readers.pop(), writers.pop()):
+            threads.close()
         await asyncio.to_thread(desks.pop().close)
 
     def stop() -> None:
         for desk in desks:
             desk.stop()
-        for reads in readers:
+        for reads in (*readers, *writers):
             reads.stop()
 
     app = FastAPI(
@@ -67,7 +74,11 @@ def make_app(
         default_response_class=Json,
     )
     app.state.stop = stop
-    service = Service(database=database, desk=lambda: desks[0], writable=writable, reads=lambda: readers[0])
+    app.state.place = database.path
+    service = Service(
+        database=database, desk=lambda: desks[0], writable=writable, reads=lambda: readers[0],
+        exports=lambda: writers[0],
+    )  # fmt: skip
     app.include_router(make_api(service))
     _add_errors(app)
 
@@ -111,9 +122,8 @@ def _count(database: Database) -> float:
 
 
 def _add_errors(app: FastAPI) -> None:
-    @app.exception_handler(RapidInError)
-    async def refused(request: Request, error: RapidInError) -> Response:
-        return Json({"detail": said(error)}, status_code=status_of(error))
+    for kind in (RapidInError, DeskError):
+        app.add_exception_handler(kind, _refused)
 
     @app.exception_handler(RequestValidationError)
     async def malformed(request: Request, error: RequestValidationError) -> Response:
@@ -121,10 +131,9 @@ def _add_errors(app: FastAPI) -> None:
         kept = [{name: one[name] for name in ("type", "loc", "msg")} for one in error.errors()]
         return Json({"detail": kept}, status_code=422)
 
-    @app.exception_handler(DeskError)
-    async def not_done(request: Request, error: DeskError) -> Response:
-        headers = {"retry-after": "1"} if isinstance(error, BusyError) else None
-        return Json({"detail": str(error)}, status_code=status_of(error), headers=headers)
+
+async def _refused(request: Request, error: Exception) -> Response:
+    return refusal(request, error)
 
 
 def _add_page(app: FastAPI) -> None:

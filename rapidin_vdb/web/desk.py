@@ -1,6 +1,7 @@
 """Where requests wait for the model: one at a time, fairly among those who ask, searches of a kind together."""
 
 import dataclasses
+import logging
 import threading
 import time
 from collections import deque
@@ -10,18 +11,25 @@ from typing import Any
 from rapidin_vdb.database import Database
 from rapidin_vdb.errors import RapidInError
 from rapidin_vdb.explanation import STAGES
+from rapidin_vdb.locks import while_waiting
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.question import Question
 from rapidin_vdb.records import Sample
 from rapidin_vdb.results import Ranking
-from rapidin_vdb.web.lines import BusyError, CancelledError, Client, DeskError, Job, LateError, Lines
+from rapidin_vdb.web.lines import BusyError, CancelledError, Client, DeskError, Job, LateError, Lines, MovedError
 
-__all__ = ["BusyError", "CancelledError", "Client", "Desk", "DeskError", "Job", "LateError"]
+__all__ = ["BusyError", "CancelledError", "Client", "Desk", "DeskError", "Job", "LateError", "MovedError"]
 
 
 # Not ended with whoever waits, nor by their limit: what was read is kept, and the next find it done. A table that takes
 # longer than the limit would else be begun again for each of them, and never be served.
 _OPENS = "index"
+# Another process writes to the database, and holds its lock.
+_WAITS = "waiting"
+# After the server was told to stop, what an ingest has computed waits so long for that lock before it is let go.
+_LAST_SECONDS = 5.0
+
+logger = logging.getLogger(__name__)
 
 
 class _FewerError(Exception):
@@ -35,8 +43,8 @@ def _stopping() -> BusyError:
 class Desk:
     """One thread that alone uses the model; all who ask get their turn.
 
-    An ingest makes way between its batches for whatever has a time limit, and what is explained from full gradients
-    makes way between its steps for what is done in a moment.
+    An ingest makes way for whatever has a time limit, between its batches and while it waits for another process that
+    writes; what is explained from full gradients makes way between its steps for what is done in a moment.
     """
 
     def __init__(
@@ -56,6 +64,7 @@ class Desk:
         self._counted = 0.0  # seconds of work that were observed
         self._wake = threading.Condition()
         self._open = True
+        self._stopped = float("inf")  # when it was told to stop, by the monotonic clock
         self._thread = threading.Thread(target=self._run, name="desk", daemon=True)
         self._thread.start()
 
@@ -105,6 +114,7 @@ class Desk:
         """Tell all that no answer comes, at once: what is under way may take long to its next step, where it ends."""
         with self._wake:
             self._open = False
+            self._stopped = min(self._stopped, time.monotonic())
             told = [*self._busy]
             while (job := self._lines.take(lambda _: True)) is not None:
                 told.append(job)
@@ -211,14 +221,32 @@ class Desk:
             else:
                 job.check()
             job.progress(stage, done, total)
-            if job.patient:
+            make_way()
+
+        def make_way() -> None:
+            if job.patient and self._open:
                 # Between two of its batches the model is free: those who wait get a turn.
                 with self._wake:
                     others = self._next(lambda other: not other.patient)
                 if others:
                     self._timed(others)
 
-        job.succeed(job.work(heard))
+        def waits(keeping: bool) -> None:
+            if not (keeping and job.patient):
+                heard(_WAITS, 0, 0)
+                return
+            # Also where nobody waits for it any more: what it has computed is to be kept, if not for ever.
+            job.progress(_WAITS, 0, 0)
+            make_way()
+            if time.monotonic() > self._stopped + _LAST_SECONDS:
+                logger.warning(
+                    "another process is still writing to the database: what an ingest has computed since its last "
+                    "commit is lost, for the server ends; give the same records again"
+                )
+                raise _stopping()
+
+        with while_waiting(waits):
+            job.succeed(job.work(heard))
 
     def _search(self, jobs: list[Job], question: Question) -> None:
         left = deque(jobs)
@@ -241,10 +269,11 @@ class Desk:
             if question.exact and stage in STAGES and 2 * given <= time.monotonic() - began:
                 given += self._let_in(alive)
 
-        answers = self._database.ask(question, [job.search[1] for job in jobs if job.search], progress=heard)
-        for ranking in answers:
-            left.popleft().succeed(_less(ranking, given - known))
-            known = given
+        queries = [job.search[1] for job in jobs if job.search]
+        with while_waiting(lambda keeping: heard(_WAITS, 0, 0)):
+            for ranking in self._database.ask(question, queries, progress=heard):
+                left.popleft().succeed(_less(ranking, given - known))
+                known = given
 
     def _let_in(self, jobs: list[Job]) -> float:
         """Answer those who take but a moment, in place of these; return the seconds that it took."""

@@ -17,7 +17,7 @@ EXPORTED: Responses = {
             "text/event-stream": {
                 "schema": {
                     "type": "string",
-                    "description": "Events, as of a query, and whatever becomes of the request the status is 200: "
+                    "description": "Events, as of a query: "
                     "`progress`; then the records in some `part`s, each a text of whole lines; then `result`, with how "
                     "many `records` there are and how many `inexact_records`, as in the headers, and how many samples "
                     "are `matching` the filter, those left out among them. Or `error` at any time.",
@@ -49,10 +49,11 @@ EVENTS = {
     "text/event-stream": {
         "schema": {
             "type": "string",
-            "description": "Events, whatever becomes of the request the status is 200: `progress`, as often as there "
+            "description": "Events: `progress`, as often as there "
             "is any; then either `result`, with what the JSON answer would have been, or `error`, whose data has "
-            "`detail` and `status`, which the JSON answer would have had (400, 404, 503, 504, 507, or 500 where "
-            "something went wrong in the server). A stream that ends with neither was broken off.",
+            "`detail` and `status`, which the JSON answer would have had (as below, or 500 where something "
+            "went wrong in the server). Once they have begun the status is 200, whatever "
+            "becomes of the request. A stream that ends with neither was broken off.",
         },
         "example": (
             'event: progress\ndata: {"stage": "gradients", "done": 1, "total": 1}\n\n'
@@ -102,13 +103,15 @@ _REFUSALS = {
     401: "The token is missing or wrong.",
     403: "The request comes from another site's page, or the server is read-only.",
     404: "There is no such sample.",
+    409: "Another database is served here than the one that the request is for.",
     408: "The body did not arrive in time.",
     413: "The request is too large.",
     415: "The request is not JSON.",
     421: "The host is not served here.",
-    503: "Too many requests are waiting, or the server is stopping.",
+    500: "The database or the model cannot be read, or something went wrong in the server.",
+    503: "Too many requests are waiting, the server is stopping, or a purge came between; try again.",
     504: "The request took too long.",
-    507: "There is no room for the server's temporary files.",
+    507: "There is no room on the server's disk.",
 }
 
 
@@ -126,7 +129,7 @@ def refusals(*statuses: int) -> Responses:
     return {
         # Their form is said, too: it is JSON whatever the answer would have been.
         status: {"description": _REFUSALS[status], "content": {"application/json": {"schema": _DETAIL}}}
-        for status in (401, 403, 421, *statuses)
+        for status in (401, 403, 421, 500, *statuses)
     }
 
 

@@ -4,17 +4,26 @@ import asyncio
 import contextlib
 import json
 import tempfile
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass
 from typing import IO
 
 from fastapi import Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import Response
 
 from rapidin_vdb.database import Database
 from rapidin_vdb.errors import RapidInError, no_scratch
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.web.answers import STILL_HERE_EVENT, Heard, error_event, event, unforeseen_event
+from rapidin_vdb.web.answers import (
+    STILL_HERE_EVENT,
+    Events,
+    Heard,
+    Streamed,
+    error_event,
+    event,
+    place_of,
+    unforeseen_event,
+)
 from rapidin_vdb.web.desk import DeskError
 from rapidin_vdb.web.reads import Check, Reads
 from rapidin_vdb.web.shapes import ExportRequest
@@ -37,7 +46,7 @@ class _Written:
     """How many samples match: these, and what was left out of them."""
 
 
-async def exported(request: Request, reads: Reads, database: Database, asked: ExportRequest) -> StreamingResponse:
+async def exported(request: Request, reads: Reads, database: Database, asked: ExportRequest) -> Response:
     """Return the answer, as lines whose headers say what is in them, or as events where these are asked for.
 
     All of it is written to a file without a name before the first byte of it is sent: so that what goes wrong is said,
@@ -49,21 +58,23 @@ async def exported(request: Request, reads: Reads, database: Database, asked: Ex
         LateError, CancelledError, BusyError: as of any read.
     """
     if "text/event-stream" in request.headers.get("accept", ""):
-        return StreamingResponse(_events(request, reads, database, asked), media_type="text/event-stream")
+        return Events(_events(request, reads, database, asked))
     written = await reads.read(request, lambda check: _write(database, asked, check, silent))
     headers = {
         RECORDS: str(written.records),
         INEXACT: str(written.inexact),
         "content-length": str(written.bytes),
     }
-    return StreamingResponse(_parts(written.file), media_type="application/x-ndjson", headers=headers)
+    return Streamed(_lines(written.file), media_type="application/x-ndjson", headers=headers)
 
 
 def _write(database: Database, asked: ExportRequest, check: Check, progress: Progress) -> _Written:
-    without, records, inexact, matching = set(asked.without), 0, 0, 0
+    without = {entry if isinstance(entry, str) else entry.sample_id for entry in asked.without}
+    sums = {entry.sample_id: entry.crc32 for entry in asked.without if not isinstance(entry, str)}
+    records = inexact = matching = 0
     file = tempfile.SpooledTemporaryFile(_IN_MEMORY)
     try:
-        for sample_id, record, exact in database.each_record(where=asked.where, progress=progress):
+        for sample_id, record, exact in database.each_record(where=asked.where, sums=sums, progress=progress):
             check()
             matching += 1
             if sample_id not in without:
@@ -93,12 +104,23 @@ def _told() -> Iterator[None]:
 
 def _parts(file: IO[bytes]) -> Iterator[bytes]:
     """Yield what a file holds, whole lines at a time."""
-    with file:
-        while lines := file.readlines(_PART):
-            yield b"".join(lines)
+    while lines := file.readlines(_PART):
+        yield b"".join(lines)
 
 
-async def _events(request: Request, reads: Reads, database: Database, asked: ExportRequest) -> AsyncIterator[str]:
+async def _lines(file: IO[bytes]) -> AsyncGenerator[bytes, None]:
+    parts = _parts(file)
+    try:
+        # Not on the event loop: others are answered between two parts only, and there are many.
+        while (part := await asyncio.to_thread(next, parts, None)) is not None:
+            yield part
+    finally:
+        file.close()
+
+
+async def _events(
+    request: Request, reads: Reads, database: Database, asked: ExportRequest
+) -> AsyncGenerator[str, None]:
     """Yield how far it is, then the lines in parts, then how many there are."""
     heard = Heard()
     reading = asyncio.create_task(reads.read(request, lambda check: _write(database, asked, check, heard.progress)))
@@ -109,13 +131,12 @@ async def _events(request: Request, reads: Reads, database: Database, asked: Exp
         try:
             written = await reading
         except (RapidInError, DeskError) as error:
-            yield error_event(error)
+            yield error_event(error, place_of(request))
             return
         except Exception:
             yield unforeseen_event()
             raise
         parts = _parts(written.file)
-        # Not on the event loop: others are answered between two parts only, and there are many.
         while (part := await asyncio.to_thread(_next_event, parts)) is not None:
             yield part
         counts = {"records": written.records, "inexact_records": written.inexact, "matching": written.matching}

@@ -36,6 +36,13 @@ class CancelledError(DeskError):
         super().__init__("the request was given up")
 
 
+class MovedError(DeskError):
+    """It was meant for another database."""
+
+    def __init__(self) -> None:
+        super().__init__("another database is served here than the one that this request is for (x-database)")
+
+
 @dataclass(frozen=True)
 class Client:
     """Who asks."""

@@ -18,7 +18,9 @@ class Metrics:
     TYPE = CONTENT_TYPE_PLAIN_0_0_4
     """Content type of the text."""
 
-    def __init__(self, *, samples: Callable[[], float], waiting: Callable[[], float]) -> None:
+    def __init__(
+        self, *, samples: Callable[[], float], waiting: Callable[[], float], reading: Callable[[], float]
+    ) -> None:
         self._registry = CollectorRegistry()
         self._requests = Counter("rapidin_requests", "Requests answered.", ["route", "status"], registry=self._registry)
         self._seconds = Histogram(
@@ -35,6 +37,9 @@ class Metrics:
         )
         Gauge("rapidin_samples", "Samples in the database.", registry=self._registry).set_function(samples)
         Gauge("rapidin_waiting", "Requests that wait.", registry=self._registry).set_function(waiting)
+        Gauge(
+            "rapidin_reads", "Reads and exports under way or waiting, of the table alone.", registry=self._registry
+        ).set_function(reading)
 
     def answered(self, route: str, status: int, seconds: float) -> None:
         """Count a request."""

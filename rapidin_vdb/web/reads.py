@@ -31,6 +31,8 @@ class Reads:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
         self._most_of_one = max(1, threads // 2)
         self._places: WeakValueDictionary[str, asyncio.Semaphore] = WeakValueDictionary()
+        self.open = 0
+        """How many are under way or wait."""
 
     def stop(self) -> None:
         """End long reads at their next look."""
@@ -62,12 +64,14 @@ class Reads:
         places = self._places.setdefault(address, asyncio.Semaphore(self._most_of_one))
         reading = asyncio.create_task(self._in_turn(places, lambda: work(check)))
         gone = asyncio.create_task(gone_away(request))
+        self.open += 1
         try:
             await asyncio.wait({reading, gone}, timeout=self._seconds, return_when=asyncio.FIRST_COMPLETED)
             if not reading.done():
                 raise CancelledError if gone.done() else LateError
             return await reading
         finally:
+            self.open -= 1
             given_up.set()
             gone.cancel()
             reading.cancel()  # of no effect where it is done

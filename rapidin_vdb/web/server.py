@@ -3,8 +3,9 @@
 import logging
 import math
 import re
+import socket
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -52,25 +53,42 @@ def serve(
     # Whoever serves all addresses does not know by which names it is asked; the token stands in for the check.
     everywhere = host in ("0.0.0.0", "::")  # noqa: S104
     hosts = LOOPBACK if host in LOOPBACK else frozenset({"*"}) if everywhere else LOOPBACK | {host.lower()}
-    database.load(model=model, adapter=adapter, device=device)
-    with opening() as progress:
-        database.open_index(progress=progress)
-    app = make_app(database, writable=writable, token=token, hosts=hosts, served_as=origin, time_limit=time_limit)
-    # Only a proxy is believed when it says where a request comes from, and only one on this machine.
-    config = uvicorn.Config(
-        app, host=host, port=port, log_level="warning", timeout_keep_alive=30, limit_concurrency=1000,
-        proxy_headers=origin is not None, timeout_graceful_shutdown=3,
-    )  # fmt: skip
+    # First: to find the address taken only after the model was loaded would cost minutes.
+    with closing(_bound(host, port)) as bound:
+        database.load(model=model, adapter=adapter, device=device)
+        with opening() as progress:
+            database.open_index(progress=progress)
+        app = make_app(database, writable=writable, token=token, hosts=hosts, served_as=origin, time_limit=time_limit)
+        # Only a proxy is believed when it says where a request comes from, and only one on this machine.
+        config = uvicorn.Config(
+            app, log_level="warning", timeout_keep_alive=30, limit_concurrency=1000, proxy_headers=origin is not None,
+            timeout_graceful_shutdown=3,
+        )  # fmt: skip
+        shown = f"[{host}]" if ":" in host else host
+        told = f"serving {database.path} on http://{shown}:{bound.getsockname()[1]} (Ctrl-C ends it)"
+        if origin is not None and token is None:
+            told += (
+                f"\nwhoever reaches {origin} can read this database: the proxy must see to who may (or give --token)"
+            )
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        _Server(config, ready=lambda: say(told), stopping=app.state.stop).run(sockets=[bound])
+
+
+def _bound(host: str, port: int) -> socket.socket:
+    """Return a socket of an address, on which nobody is answered yet.
+
+    Raises:
+        SpecError: it cannot be had.
+    """
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
     try:
-        socket = config.bind_socket()
-    except SystemExit:
-        raise SpecError(f"--host {host} --port {port}: this address cannot be had; give another port") from None
-    shown = f"[{host}]" if ":" in host else host
-    told = f"serving {database.path} on http://{shown}:{socket.getsockname()[1]} (Ctrl-C ends it)"
-    if origin is not None and token is None:
-        told += f"\nwhoever reaches {origin} can read this database: the proxy must see to who may (or give --token)"
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    _Server(config, ready=lambda: say(told), stopping=app.state.stop).run(sockets=[socket])
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # one that has just ended still has its last words
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        why = error.strerror or error
+        raise SpecError(f"--host {host} --port {port}: this address cannot be had: {why}; give another") from None
+    return bound
 
 
 def origin_of(url: str) -> str:

@@ -164,14 +164,34 @@ class IngestRequest(_Shape):
     on_deleted: OnDeleted = "add"
 
 
+class Seen(_Shape):
+    """A sample as it was when somebody decided about it."""
+
+    sample_id: str
+    crc32: int = Field(
+        ge=0, lt=2**32, description="CRC-32 of its prompt or nothing, a zero, and its response, in UTF-8."
+    )
+
+
 class ExportRequest(_Shape):
     """Which samples to write out as training data."""
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"without": ["demo-0003"], "where": "split = 'train'"}]}
+        extra="forbid",
+        json_schema_extra={
+            "examples": [
+                {"without": ["demo-0003"], "where": "split = 'train'"},
+                {"without": [{"sample_id": "demo-0003", "crc32": 1459025956}]},
+            ]
+        },
     )
 
-    without: list[str] = Field(default=[], max_length=1_000_000, description="Ids of samples to leave out.")
+    without: list[str | Seen] = Field(
+        default=[],
+        max_length=1_000_000,
+        description="Ids of samples to leave out; or ids with a checksum of the texts that are meant: where others "
+        "have taken their place since, nothing is written.",
+    )
     where: str | None = Field(default=None, max_length=10_000, description="SQL filter over those to write.")
 
 

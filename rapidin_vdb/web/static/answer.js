@@ -92,7 +92,7 @@ function card(answer, result, most, longest, { page, elsewhere }) {
     make("div", { class: "head" }, make("span", { class: "rank" }, String(result.rank)), page.link(result.sample_id), bar(result.score, longest),
       make("span", { class: "number", title: "from the RapidGrads" }, "score " + show(result.score)),
       exact === null ? null : make("span", { class: "number soft", title: "from the full gradients" }, (words ? "on the pressed words " : "exact ") + show(exact)),
-      elsewhere ? make("span", { class: "chip" + (other ? " shared" : "") }, other ? "rank " + other + " in the other" : "in this one only") : null),
+      elsewhere ? make("span", { class: "chip" + (other ? " shared" : "") }, other ? ["rank", other.rank, other.end, "in the other"].filter(Boolean).join(" ") : "in this one only") : null),
     ...body(result, result.tokens ? Heat.coloured(result.pieces, result.ends, scores, page.own ? Heat.deepest(result.pieces, result.ends, scores) : most, { choose, chosen: driving, name: "response" }) : null),
     here ? strip(answer, result) : null,
     page.actions(result));
@@ -182,7 +182,7 @@ export function remarks(ranking) {
   return make("p", { class: "soft remarks" }, told + (note ? note[0].toUpperCase() + note.slice(1) + ". " : ""), Heat.origin(ranking));
 }
 
-// All of an answer; `elsewhere` has the ranks of samples in the answer that stands beside it.
+// All of an answer; `elsewhere` has the ranks of samples in the answer that stands beside it, and of which end they are.
 export function list(answer, page, elsewhere = null) {
   const { ranking, values } = answer, results = resultsOf(answer);
   const most = deepest(results, answer.chosen), longest = largest(results.map((result) => result.score));

@@ -1,7 +1,7 @@
 // The views, and the way between them: what is shown follows from the address, so that links, back and forward work.
 import * as kept from "./kept.js";
-import { Damaged, during, follow, leave, read, say, stop, wordsOf } from "./server.js";
-import { again, complete, completed, keyOf, ranked, wanting } from "./asking.js";
+import { Damaged, during, follow, hasMoved, leave, read, say, speaksOf, stop, wordsOf } from "./server.js";
+import { again, complete, completed, keyOf, placesOf, ranked, wanting } from "./asking.js";
 import { controls, fill } from "./filters.js";
 import { write, written } from "./form.js";
 import { list } from "./answer.js";
@@ -42,7 +42,7 @@ const page = {
   actions(sample, ...others) {
     const button = make("button", { type: "button", "data-does": "mark", "data-marks": sample.sample_id, onclick: () => {
       // What is shown is what is meant, also where another tab has changed it meanwhile.
-      const safe = kept.mark(sample.sample_id, button.getAttribute("aria-pressed") !== "true", sample.response);
+      const safe = kept.mark(sample, button.getAttribute("aria-pressed") !== "true");
       if (!safe) say("This browser keeps no more: what is marked is lost when this page is closed. Save the ids before.", "error");
       count();
     } });
@@ -155,7 +155,7 @@ async function openCompare(given) {
       const { answer } = await ranked(values, signal);
       sides.push({ ...answer, known: answer, chosen: new Set(), driven: null });
     }
-    const places = sides.map(({ ranking }) => new Map([...ranking.results, ...(ranking.harmful || [])].map((result) => [result.sample_id, result.rank])));
+    const places = sides.map(({ ranking }) => placesOf(ranking));
     const shared = [...places[0].keys()].filter((name) => places[1].has(name)).length;
     shown = () => [make("p", { class: "soft", id: "shared" }, shared + " of the " + places[0].size + " samples on the left are on the right too."),
       make("div", { class: "columns" }, ...sides.map((side, number) => make("div", { "data-side": String(number) }, ...list(side, page, places[1 - number]))))];
@@ -232,7 +232,7 @@ const tellSize = () => read("api/info").then(named, () => {});
 let opened = null, ready = false;
 async function opening() {
   const [about, columns] = await Promise.all([read("api/info"), read("api/columns")]);
-  kept.keepFor(about.identity);
+  for (const told of [kept.keepFor, speaksOf]) told(about.identity);
   count();
   named(about);
   for (const [filters, where] of [["filters", "where"], ["browse-filters", "browse-where"], ["clean-filters", "clean-where"]]) controls(id(filters), id(where), columns);
@@ -296,4 +296,5 @@ window.addEventListener("storage", ({ key }) => {
   if (view === "marked" && ready) markedView(page);
 });
 
+id("moved").hidden = !hasMoved();
 route();

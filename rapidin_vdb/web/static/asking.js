@@ -50,6 +50,11 @@ export async function ranked(values, signal) {
 }
 
 export const resultsOf = ({ ranking }) => [...ranking.results, ...(ranking.harmful || [])];
+// Where each sample stands, and at which end where there are both.
+export function placesOf({ results, harmful }) {
+  const placed = (some, end) => some.map((result) => [result.sample_id, { rank: result.rank, end }]);
+  return new Map([...placed(results, harmful ? "helpful" : ""), ...placed(harmful || [], "harmful")]);
+}
 export const hasWords = (answer) => Boolean(answer.ranking.pieces);
 export const hasMatrix = (answer) => resultsOf(answer).some((result) => result.matrix);
 const pressed = (answer) => answer.chosen.size > 0 || answer.driven !== null;

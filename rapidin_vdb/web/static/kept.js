@@ -26,18 +26,30 @@ function keep(name, value) {
   }
 }
 
-// Read each time: another tab may have changed them. What changes them says whether the browser keeps it.
-export const marked = () => new Map(kept("marked", []));
-export function mark(sampleId, on, text = "") {
-  const all = marked();
-  if (on) all.set(sampleId, text.slice(0, 200));
-  else all.delete(sampleId);
-  return keep("marked", [...all]);
+// Id, beginning of the response, and checksum of its texts: another sample may take an id over. Read each time: another
+// tab may have changed them. What changes them says whether the browser keeps it.
+const marks = () => kept("marked", []);
+export const marked = () => new Map(marks().map(([name, text]) => [name, text]));
+export function mark(sample, on) {
+  const others = marks().filter(([name]) => name !== sample.sample_id);
+  return keep("marked", on ? [...others, [sample.sample_id, sample.response.slice(0, 200), sumOf(sample)]] : others);
 }
 export function unmark(sampleIds) {
-  const all = marked();
-  for (const sampleId of sampleIds) all.delete(sampleId);
-  keep("marked", [...all]);
+  const gone = new Set(sampleIds);
+  keep("marked", marks().filter(([name]) => !gone.has(name)));
+}
+// As an export wants them; those of before there were checksums go by id alone.
+export const unwanted = () => marks().map(([name, , sum]) => (sum === undefined ? name : { sample_id: name, crc32: sum }));
+
+const BYTES = Uint32Array.from({ length: 256 }, (_, byte) => {
+  for (let bit = 0; bit < 8; bit += 1) byte = byte & 1 ? 0xedb88320 ^ (byte >>> 1) : byte >>> 1;
+  return byte;
+});
+// CRC-32, of which no browser has one.
+function sumOf({ prompt, response }) {
+  let sum = -1;
+  for (const byte of new TextEncoder().encode((prompt ?? "") + "\0" + response)) sum = BYTES[(sum ^ byte) & 255] ^ (sum >>> 8);
+  return ~sum >>> 0;
 }
 // Whether what another tab has changed are the marks; all of it may have been forgotten, too.
 export const isMarks = (key) => key === null || key === "rapidin." + identity + ".marked";

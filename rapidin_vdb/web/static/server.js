@@ -6,7 +6,32 @@ export class Refused extends Error {}
 export class Damaged extends Refused {
   message = "This link is damaged.";
 }
-let secret = storedSecret(), asking = null;
+let secret = storedSecret(), asking = null, identity = "";
+
+// The database that this page is of. Where another is served by now, at the same address, nothing of it may get mixed up
+// with what stands here: the server refuses, and the page is opened anew.
+export function speaksOf(database) {
+  identity = database;
+}
+const MOVED = "rapidin.moved";
+function movedAway() {
+  try {
+    sessionStorage.setItem(MOVED, "1");
+  } catch {
+    // Nobody is told, then.
+  }
+  location.reload();
+  return new Promise(() => {}); // this page ends
+}
+export function hasMoved() {
+  try {
+    const moved = sessionStorage.getItem(MOVED) !== null;
+    sessionStorage.removeItem(MOVED);
+    return moved;
+  } catch {
+    return false;
+  }
+}
 
 // What a header can carry; a browser may forbid to keep anything.
 function sendable(text) {
@@ -31,6 +56,7 @@ function keepSecret(text) {
 async function ask(path, { body, signal, accept } = {}) {
   const used = secret, headers = { "x-client": client, accept: accept || "application/json" };
   if (body !== undefined) headers["content-type"] = "application/json";
+  if (identity) headers["x-database"] = identity;
   if (secret) headers.authorization = "Bearer " + secret;
   let answer;
   try {
@@ -54,6 +80,7 @@ async function ask(path, { body, signal, accept } = {}) {
     }
     return ask(path, { body, signal, accept });
   }
+  if (answer.status === 409) return movedAway();
   if (!answer.ok) throw new Refused(detailOf(await answer.json().catch(() => ({})), answer.status));
   return answer;
 }
@@ -96,7 +123,7 @@ function detailOf(found, status) {
 export const STAGES = {
   gradients: "reading the generation", index: "bringing the index up to date", "exact scores": "reading the influence of samples",
   tokens: "reading the influence of words", matrix: "reading which words drive which", "generated tokens": "the model answers",
-  records: "writing the cleaned file",
+  records: "writing the cleaned file", waiting: "waiting for another process that writes to the database",
 };
 const stageOf = ({ stage, done, total }) => (STAGES[stage] || stage) + (total > 1 ? ": " + done.toLocaleString("en") + " of " + total.toLocaleString("en") : "");
 

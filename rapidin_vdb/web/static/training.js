@@ -27,7 +27,7 @@ export function outdated(ids) {
 }
 
 // What the database still knows. Where that is not all of a record it is said before, not after.
-export function exported(where, without) {
+export function exported(where, without, names) {
   during("writing the cleaned file", async (signal) => {
     forgotten();
     const parts = [];
@@ -38,7 +38,7 @@ export function exported(where, without) {
       say("Saved cleaned.jsonl: " + counted(records, "sample", "samples") + ". Of the " + matching.toLocaleString("en") + " that match, " + (matching - records).toLocaleString("en") + " are marked and left out.");
     };
     if (!inexact) return keep();
-    left = without;
+    left = names;
     id("to-save").append(make("p", {}, counted(inexact, "record", "records") + " of " + records.toLocaleString("en") + " cannot be restored exactly: lists, objects, or the turns of a conversation may be lost. Better give your own training file above."),
       make("button", { type: "button", onclick: keep }, "Save it all the same"));
     say("Not saved yet.");

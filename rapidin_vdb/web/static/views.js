@@ -76,7 +76,7 @@ export function markedView(page) {
   };
   id("clean").onsubmit = (event) => {
     event.preventDefault();
-    exported(id("clean-where").value.trim() || null, [...kept.marked().keys()]);
+    exported(id("clean-where").value.trim() || null, kept.unwanted(), [...kept.marked().keys()]);
   };
   id("own-file").onchange = () => {
     if (id("own-file").files.length) cleaned(id("own-file").files[0], id("own-id").value, new Set(kept.marked().keys()));
