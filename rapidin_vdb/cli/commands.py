@@ -64,7 +64,7 @@ def index(
     ] = "indexes/cpu.toml",
     level: Annotated[Level, typer.Option(help="Of samples, or of single tokens.")] = "sample",
 ) -> None:
-    """Build a search index, or bring one up to date; a query does that by itself.
+    """Build a search index, or bring one up to date. A query needs none, and updates one that is built by itself.
 
     Example: rapidin-vdb index db --recipe indexes/cpu.toml
     """
