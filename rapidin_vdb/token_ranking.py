@@ -3,9 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from rapidin_vdb.index import Searchable
+from rapidin_vdb.index import Searchable, narrowed
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
 from rapidin_vdb.ranking import both_ends, cut_note, identity_of, seconds_of
@@ -30,7 +28,7 @@ def rank_tokens(
     matching = snapshot.contents(question.where)
     among, having = tokens.matching(matching)
     factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
-    vectors = np.ascontiguousarray(sketched.vectors.reshape(len(sketched.vectors), tokens.width, -1).sum(2))
+    vectors = narrowed(sketched.vectors, tokens.width)
     restricted = among if len(among) < tokens.rows() else None
     ends = both_ends(index, vectors, restricted, question, top_k=question.top_k)
     samples = snapshot.samples([token_of(key)[0] for end in ends for ranked in end for key, _ in ranked])

@@ -1,5 +1,6 @@
 """Exact top-k by inner product over shards, on CPUs or GPUs."""
 
+from rapidin_vdb.index.coarse import narrowed
 from rapidin_vdb.index.index import Batch, Ranked, ShardedIndex, empty_index
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.loading import check_index, load_index, load_keys, verify_rows
@@ -38,6 +39,7 @@ __all__ = [
     "make_shard",
     "manifest_of",
     "measured_recall",
+    "narrowed",
     "survey",
     "verify_rows",
     "with_recall",
