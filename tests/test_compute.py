@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -260,6 +261,26 @@ def test_which_plain_errors_mean_that_a_smaller_batch_might_pass(said, smaller):
 
     assert is_out_of_memory(RuntimeError(said)) == smaller
     assert not is_out_of_memory(ValueError(said)), "an error of ours that quotes it, say"
+
+
+def test_what_did_not_fit_is_let_go_of_before_memory_is_given_back(monkeypatch):
+    from rapidin_vdb.gradient import memory
+
+    class Large:
+        pass
+
+    there, given_back = [], []
+
+    def work(kind):
+        large = Large()
+        there.append(weakref.ref(large))
+        raise kind
+
+    monkeypatch.setattr(memory, "release_memory", lambda: given_back.append(there[-1]()))
+    assert memory.if_it_fits(partial(work, MemoryError)) is None and given_back == [None]
+    with pytest.raises(RuntimeError):
+        memory.if_it_fits(partial(work, RuntimeError))
+    assert memory.if_it_fits(lambda: []) == [] and given_back == [None]
 
 
 @pytest.fixture
