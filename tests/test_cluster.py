@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from children import Running, check, content
 from conftest import SECRET, toy_records, write_jsonl
+from reference import ids_in
 
 import rapidin_vdb
 from rapidin_vdb.errors import GradientError, PurgedError, SpecError, TableError
@@ -572,7 +573,7 @@ def test_shares_make_up_the_table(database):
     whole = database._table.snapshot()
     for parts in (1, 2, 3, 7):
         found = [key for part in range(parts) for batch in Share(whole, part, parts).vectors() for key in batch.keys]
-        assert sorted(found) == sorted(whole.sample_ids())
+        assert sorted(found) == sorted(ids_in(whole))
 
 
 @pytest.mark.parametrize("parts", [1, 3, 6])
