@@ -21,6 +21,7 @@ from reference import ids_in
 
 import rapidin_vdb
 from rapidin_vdb.errors import GradientError, PurgedError, SpecError, TableError
+from rapidin_vdb.machine import cores
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install 'rapidin-vdb[cluster]'")
@@ -556,7 +557,7 @@ def test_a_share_of_a_version_that_was_purged_says_so(database, worker):
 
     from rapidin_vdb.table_index import held_by
 
-    assert torch.get_num_threads() == os.cpu_count()
+    assert torch.get_num_threads() == cores()
     held = held_by(database._table.snapshot())
     assert worker.ask(held, "count", (), None) == 24
     database.delete(where="stars = 1", purge=True)

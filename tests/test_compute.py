@@ -520,21 +520,6 @@ def test_an_error_that_cannot_be_sent_is_told():
     assert _sendable(ours, ours) is ours and not hasattr(ours, "__notes__")
 
 
-@pytest.mark.parametrize(
-    ("bound", "quota", "count"),
-    [({0, 1, 5}, None, 3), (set(range(8)), "max 100000", 8), (set(range(8)), "250000 100000", 2), ({3}, "400000 100000", 1),
-     ({0, 1}, "50000 100000", 1), ({0, 1}, "nonsense", 2)],
-)  # fmt: skip
-def test_cores_are_those_that_the_process_may_use(monkeypatch, tmp_path, bound, quota, count):
-    from rapidin_vdb.workers import cores
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: bound, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    if quota is not None:
-        (tmp_path / "cpu.max").write_text(quota + "\n")
-    assert cores(tmp_path / "cpu.max") == count
-
-
 def test_each_worker_has_its_share_of_these_cores(monkeypatch, database):
     from rapidin_vdb import workers
     from rapidin_vdb.workers import sharing, threads

@@ -22,6 +22,7 @@ from rapidin_vdb.compute import use_threads
 from rapidin_vdb.errors import PurgedError, RapidInError, SpecError, TableError
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.index import Held, Ranked, check_top_k
+from rapidin_vdb.machine import cores
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.store import SAMPLES, SampleTable, Share, TableVersion, store_settings
 from rapidin_vdb.table_index import held_by
@@ -40,7 +41,7 @@ class ShardWorker:
         """`settings` are those of the driver's environment that say where an object store is."""
         os.environ.update(settings)
         # To an actor that claims no CPU, Ray gives one thread.
-        use_threads(os.cpu_count() or 1)
+        use_threads(cores())
         self._uri, self._part, self._parts = uri, part, parts
         self._table: SampleTable | None = None
         # In memory only: nothing is built under a name that does not exist.

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 
 from rapidin_vdb.gradient.quiet import quiet_libraries
-from rapidin_vdb.sketch.memory import free_bytes
+from rapidin_vdb.machine import free_bytes
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
