@@ -71,6 +71,11 @@ class RapidGradMaker:
         return True
 
     @property
+    def gradients(self) -> BatchedGradients:
+        """What takes gradients in batches: which tensors are given up there, and whether layers are computed twice."""
+        return self._gradients
+
+    @property
     def checkpointing(self) -> bool:
         """Whether layers are computed twice; see `save_memory`."""
         return self._gradients.checkpointing
@@ -156,7 +161,7 @@ class RapidGradMaker:
         """
         if self._checked < kind_of(batch):
             self._check(batch)
-        return self._stream(batch, receiver)
+        return self.stream_unchecked(batch, receiver)
 
     def _check(self, batch: Sequence[Encoded]) -> None:
         """Check a batch; where that does not fit the memory, which it takes more of than the batch, fewer samples."""
@@ -169,7 +174,8 @@ class RapidGradMaker:
         # From both ends: batches are sorted by length, and padding is to be looked at too.
         self._check([*batch[: fewer - fewer // 2], *batch[-(fewer // 2) :]])
 
-    def _stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
+    def stream_unchecked(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
+        """Do what `stream` does, without a check of the batch: what the check itself looks at."""
         unruled = self._gradients.unruled
         if len(unruled) < len(self.loaded.theta):
             losses = self._gradients.stream(batch, receiver)
@@ -200,7 +206,7 @@ class RapidGradMaker:
         rapidgrads = torch.zeros(batch, self.spec.width, device=self.loaded.device)
         return Sketcher(self.sketch, rapidgrads, self.normalize == "layer")
 
-    def _add_alone(self, rapidgrad: Tensor, sample: Encoded, *, among: Sequence[Encoded] | None = None) -> float:
+    def add_alone(self, rapidgrad: Tensor, sample: Encoded, *, among: Sequence[Encoded] | None = None) -> float:
         """Add the gradients of all tensors by autograd on the sample, alone or in a batch, and return its loss.
 
         Raises:
