@@ -45,7 +45,7 @@ def check_gradients(maker: Any, batch: list[Any]) -> dict[str, Any]:
             alone[number] = grad.reshape(-1).float()
 
     expected = torch.zeros(maker.spec.width, device=maker.loaded.device)
-    maker._add_alone(expected, batch[place])
+    maker.add_alone(expected, batch[place])
     stream_gradient(maker.loaded, batch[place], receive)
     compare = Compare(alone, place)
     maker._gradients.stream(batch, compare)
@@ -54,7 +54,7 @@ def check_gradients(maker: Any, batch: list[Any]) -> dict[str, Any]:
     )
     rounding, there = _rounding(maker, batch, place, expected), torch.zeros_like(expected)
     with maker._gradients.plainly():
-        maker._add_alone(there, batch[place], among=batch)
+        maker.add_alone(there, batch[place], among=batch)
         here = torch.from_numpy(maker.make_batch(batch)[place][0])
     expected, there = expected.cpu(), there.cpu()
     worst = sorted(compare.differences.items(), key=lambda item: -item[1])

@@ -6,6 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from rapidin_vdb.batches import padded_tokens
@@ -14,7 +15,7 @@ from rapidin_vdb.engine import Engine, Made, load_engine
 from rapidin_vdb.errors import GradientError, SpecError
 from rapidin_vdb.gradient import load_config, load_tokenizer, resolve_devices
 from rapidin_vdb.gradient.device import device_failure
-from rapidin_vdb.gradient.memory import is_out_of_memory, release_memory
+from rapidin_vdb.gradient.memory import if_it_fits
 from rapidin_vdb.records import Encoded, Fingerprint
 
 logger = logging.getLogger(__name__)
@@ -153,16 +154,11 @@ class BatchMaker:
         if len(batch) > 1 and (size > _TOKEN_BYTES or not self._room.has(batch)):
             return self._make_halves(batch)
         longest = max(len(sample.input_ids) for sample in batch)
-        try:
-            made = self._engine.make(batch, token_width=self._token_width)
+        made = if_it_fits(partial(self._engine.make, batch, token_width=self._token_width))
+        if made is not None:
             self._fitted = max(self._fitted, longest)
             return made
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            saved = len(batch) > 1 or self._engine.maker.save_memory()
-        # Out here, where the error no longer holds what did not fit.
-        release_memory()
+        saved = len(batch) > 1 or self._engine.maker.save_memory()
         if not saved and longest <= self._fitted:
             raise GradientError(
                 f"sample {batch[0].sample_id} does not fit the memory, where longer ones did before: something else "

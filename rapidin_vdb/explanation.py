@@ -2,10 +2,11 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 
+from rapidin_vdb.batches import cut
 from rapidin_vdb.gradient import Exact, ExactInfluence
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.question import Question
@@ -140,7 +141,7 @@ class _Explanation:
     def _learn(self, sample_ids: Sequence[str]) -> None:
         """Compute the exact scores of those samples that have none yet."""
         wanted = sorted(set(sample_ids) - set(self._known))
-        for batch in self._batches(self._snapshot.encoded(wanted)):
+        for batch in self._cut(self._snapshot.encoded(wanted).values()):
             self._still()
             exact = self._influence.exact(self._direction, batch)
             for place, encoded in enumerate(batch):
@@ -148,8 +149,7 @@ class _Explanation:
                 self._known[encoded.sample_id] = _Known(encoded, one)
 
     def _learn_tokens(self, sample_ids: Sequence[str]) -> None:
-        wanted = {name: self._known[name].encoded for name in sample_ids}
-        batches = list(self._batches(wanted))
+        batches = list(self._cut({name: self._known[name].encoded for name in sample_ids}.values()))
         exacts = [_stacked([self._known[sample.sample_id].exact for sample in batch]) for batch in batches]
         if self._question.tokens:
             for batch, exact in zip(batches, exacts, strict=True):
@@ -176,16 +176,9 @@ class _Explanation:
                         known, matrix=(matrix * self._factor).astype(np.float32)
                     )
 
-    def _batches(self, samples: Mapping[str, Encoded]) -> Iterator[list[Encoded]]:
-        """Yield samples of like length together."""
-        batch: list[Encoded] = []
-        for sample in sorted(samples.values(), key=lambda sample: (len(sample.input_ids), sample.sample_id)):
-            if batch and (len(batch) + 1) * len(sample.input_ids) > self._batch_tokens:
-                yield batch
-                batch = []
-            batch.append(sample)
-        if batch:
-            yield batch
+    def _cut(self, samples: Iterable[Encoded]) -> Iterator[list[Encoded]]:
+        ordered = sorted(samples, key=lambda sample: sample.sample_id)
+        return cut(ordered, lambda sample: len(sample.input_ids), tokens=self._batch_tokens)
 
     def _filled(self, result: RankedSample, rank: int) -> RankedSample:
         known = self._known.get(result.sample_id)

@@ -54,7 +54,7 @@ class Plan:
     left_deleted: int = 0
     """How many records stay away because their samples were."""
     unwritten: int = 0
-    """How many of them have a turn that the template does not write as it is."""
+    """How many of the samples to write have a turn that the template does not write as it is."""
     first_unwritten: str = ""
     """Where the first of these turns is."""
     fitting: set[tuple[tuple[str, str], ...]] = field(default_factory=set)

@@ -31,7 +31,7 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
     factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
     grouping, names = (None, []) if question.group_by is None else _grouping(snapshot, among, question.group_by)
     found, errors_of_sums = surveyed(
-        index, sketched.vectors, max(question.top_k, question.refine), snapshot.fingerprint, ends=_ends(question),
+        index, sketched.vectors, max(question.top_k, question.refine), snapshot.fingerprint, ends=ends_of(question),
         among=among, grouping=grouping, bins=question.histogram,
     )  # fmt: skip
     ends, groups = found.ends, None
@@ -99,18 +99,6 @@ def _mend(question: Question) -> str:
     )
 
 
-def both_ends(
-    index: Searchable, vectors: np.ndarray, among: np.ndarray | None, question: Question, *, top_k: int
-) -> tuple[list[list[tuple[str, float]]], ...]:
-    """Return what is most positive, or most negative, for each query; or both, from one pass."""
-    if question.both:
-        return index.search_both(vectors, top_k, among=among)
-    # Harmful is helpful of the negated query: there is no second search.
-    sign = -1.0 if question.harmful else 1.0
-    found = index.search(np.float32(sign) * vectors, top_k, among=among)
-    return ([[(name, sign * score) for name, score in ranked] for ranked in found],)
-
-
 def score_unit(sketched: Sketched, number: int) -> str:
     """Say what a score is."""
     focused = bool(sketched.focus[number])
@@ -158,8 +146,8 @@ def _results(
     return tuple(results)
 
 
-def _ends(question: Question) -> tuple[End, ...]:
-    """Return which ends are asked for, in the order of `Ranking`."""
+def ends_of(question: Question) -> tuple[End, ...]:
+    """Return which ends are asked for, in the order of `Ranking`: of most positive influence, and of most negative."""
     return ("highest", "lowest") if question.both else ("lowest",) if question.harmful else ("highest",)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from rapidin_vdb.errors import SpecError
+from rapidin_vdb.machine import cores
 
 ElementType = Literal["float16", "float32"]
 Library = Literal["faiss", "torch"]
@@ -60,7 +61,7 @@ class IndexRecipe:
         return tuple(
             device
             for device in self.devices
-            for _ in range(self.shards_per_device or (os.cpu_count() or 1 if device == "cpu" else 1))
+            for _ in range(self.shards_per_device or (cores() if device == "cpu" else 1))
         )
 
     def to_dict(self) -> dict[str, Any]:

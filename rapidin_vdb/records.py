@@ -34,7 +34,7 @@ class Message:
     """One turn of a conversation."""
 
     role: str
-    """`system`, `user` or `assistant`."""
+    """`system`, `user`, `assistant`, or whatever else its record calls it, such as `tool`."""
     content: str
     """What was said."""
     more: Mapping[str, Any] = field(default_factory=dict, hash=False)
@@ -69,7 +69,7 @@ class Sample:
     fields: Mapping[str, Any] = field(default_factory=dict)
     """The record as it was read, for Jinja templates."""
     content_hash: str = ""
-    """Hash of everything above; tells two records of the same id apart."""
+    """Hash of the record as it was read, with split and source; tells two records of the same id apart."""
     location: str = ""
     """File and line, for messages."""
 

@@ -12,8 +12,9 @@ from rapidin_vdb.gradient import (
     resolve_devices,
     weight_bytes,
 )  # fmt: skip
+from rapidin_vdb.machine import free_bytes
 from rapidin_vdb.records import Fingerprint
-from rapidin_vdb.sketch import free_bytes, map_bytes
+from rapidin_vdb.sketch import map_bytes
 from rapidin_vdb.store import SampleTable
 from rapidin_vdb.workers import road_of_workers, threads_each
 

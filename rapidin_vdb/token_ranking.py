@@ -3,12 +3,10 @@
 import time
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
-from rapidin_vdb.index import Searchable
+from rapidin_vdb.index import Searchable, narrowed, survey
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
-from rapidin_vdb.ranking import both_ends, cut_note, identity_of, seconds_of
+from rapidin_vdb.ranking import cut_note, ends_of, identity_of, seconds_of
 from rapidin_vdb.results import RankedToken, Ranking, StoredSample
 from rapidin_vdb.store import Snapshot, TokenSnapshot, token_of
 from rapidin_vdb.table_index import coarse_note
@@ -30,9 +28,9 @@ def rank_tokens(
     matching = snapshot.contents(question.where)
     among, having = tokens.matching(matching)
     factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
-    vectors = np.ascontiguousarray(sketched.vectors.reshape(len(sketched.vectors), tokens.width, -1).sum(2))
+    vectors = narrowed(sketched.vectors, tokens.width)
     restricted = among if len(among) < tokens.rows() else None
-    ends = both_ends(index, vectors, restricted, question, top_k=question.top_k)
+    ends = survey(index, vectors, question.top_k, ends=ends_of(question), among=restricted).ends
     samples = snapshot.samples([token_of(key)[0] for end in ends for ranked in end for key, _ in ranked])
     missing = _note(len(matching) - having, len(matching))
     missed = coarse_note(index, question, len(among))

@@ -50,28 +50,6 @@ def score_errors(
     return _deviation(fingerprint) * np.einsum("qk,qk->q", vectors, vectors, dtype=np.float64)
 
 
-def group_sums(
-    index: Searchable,
-    vectors: Float32[np.ndarray, "queries sketch"],
-    row_ids: Int64[np.ndarray, " rows"],
-    groups: Int64[np.ndarray, " rows"],
-    counts: Int64[np.ndarray, " groups"],
-    fingerprint: Fingerprint,
-) -> tuple[Float64[np.ndarray, "queries groups"], Float64[np.ndarray, "queries groups"]]:
-    """Return the sums of scores over groups of so many rows, and a standard deviation of the error of each.
-
-    A sum of scores is the score of the sum of gradients. The length of that is told by random vectors, which are
-    queries, too, once for these groups of this index.
-    """
-    key = _key(row_ids, groups, counts)
-    sums = index.group_sums(vectors, row_ids, groups, len(counts))
-    lengths = _known(index, key)
-    if lengths is None:
-        # By themselves: scores do not depend on whether these are searched, too.
-        lengths = _keep(index, key, index.group_sums(probes(vectors.shape[1]), row_ids, groups, len(counts)))
-    return sums, _sum_errors(vectors, sums, lengths, counts, fingerprint)
-
-
 def surveyed(
     index: Searchable,
     vectors: Float32[np.ndarray, "queries sketch"],
@@ -83,9 +61,10 @@ def surveyed(
     grouping: Grouping | None = None,
     bins: int = 0,
 ) -> tuple[Survey, Float64[np.ndarray, "queries groups"]]:
-    """Return what `survey` does, and a standard deviation of the error of each sum over groups, as `group_sums` does.
+    """Return what `survey` does, and a standard deviation of the error of each sum over groups.
 
-    The random vectors that tell lengths go along with the queries, where they are needed, in the same pass.
+    A sum of scores is the score of the sum of gradients. The length of that is told by random vectors, which go along
+    with the queries in the same pass, once for the groups of an index.
 
     Raises:
         SpecError: `top_k` is not positive.

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from rapidin_vdb.sketch import ShuffleStep
+from rapidin_vdb.sketch import ShuffleStep, padded_length
 
 
 def shuffled(vector: np.ndarray, steps: list[ShuffleStep]) -> np.ndarray:
@@ -65,3 +65,20 @@ def token_gradients(model, theta: dict, ids: list[int], response_tokens: int) ->
             ]
         )
     return grads
+
+
+def ids_in(snapshot, where: str | None = None) -> list[str]:
+    """The ids of all samples of a version, or of those a filter lets through, row by row."""
+    return [stored.sample_id for stored, _, _ in snapshot.each(where)]
+
+
+def errors_of_sums(queries: np.ndarray, rows: np.ndarray, members: np.ndarray, probes: np.ndarray, fingerprint):
+    """Sums of scores over groups, and the standard deviation of the error of each, from rows added up, in float64."""
+    added = np.stack([rows[members == group].astype(np.float64).sum(0) for group in range(members.max() + 1)])
+    sums = queries.astype(np.float64) @ added.T
+    squared_length = ((probes.astype(np.float64) @ added.T) ** 2).mean(0)
+    width = fingerprint.sketch.width
+    padded = padded_length(fingerprint.gradient_length, width=width)
+    shared = (padded // width - 1) / (padded - 1)
+    variance = shared * ((queries.astype(np.float64) ** 2).sum(1)[:, None] * squared_length + sums**2)
+    return sums, fingerprint.epochs * fingerprint.learning_rate * np.sqrt(variance)

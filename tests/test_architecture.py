@@ -151,5 +151,8 @@ def test_the_readme_tells_every_variable_of_the_environment_that_is_read():
         if path.name in ("settings.py", "ledger.py", "bucket.py"):
             read |= set(re.findall(r"\"([A-Z]+(?:_[A-Z0-9]+)+)\"", text))
     assert {"RAPIDIN_TOKEN", "RAPIDIN_VDB_CACHE", "AWS_REGION", "SQLITE_TMPDIR"} <= read
+    for path in (ROOT / "tests").glob("*.py"):
+        read |= set(re.findall(r"\"((?:RAPIDIN|AWS)_[A-Z_]+)\"", path.read_text("utf-8")))
+    assert {"RAPIDIN_KILLS", "AWS_SESSION_TOKEN"} <= read, "those of tests too"
     told = section("Environment variables")
     assert {name for name in read if f"`{name}`" not in told} == set()

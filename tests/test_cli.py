@@ -12,6 +12,7 @@ import typer
 from conftest import toy_records, write_jsonl
 
 from rapidin_vdb.cli import show
+from rapidin_vdb.cli.ids import read_ids
 from rapidin_vdb.cli.interrupted import interruptible
 from rapidin_vdb.errors import RapidInError, SpecError
 
@@ -157,9 +158,9 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
 def test_ids_are_plain_lines_or_those_that_the_page_saves(tmp_path):
     path = tmp_path / "ids"
     path.write_text('toy-001\r\n\n  {toy-002}\n{"id": "toy-\u2028 003 "}\n{"id": 4, "why": "x"}', "utf-8")
-    assert show.read_ids(path) == ["toy-001", "{toy-002}", "toy-\u2028 003 ", "4"]
+    assert read_ids(path) == ["toy-001", "{toy-002}", "toy-\u2028 003 ", "4"]
     path.write_text('{"sample_id": "toy-001", "score": 1}\n"toy-002"\n{"id": "a", "sample_id": "b"}\n')
-    assert show.read_ids(path) == ["toy-001", "toy-002", "a"]
+    assert read_ids(path) == ["toy-001", "toy-002", "a"]
     for line, message in (
         ('"toy-001', "line 2: neither a plain id nor JSON with one"),
         ('{"name": "toy-001"}', "line 2: neither a plain id nor JSON with one"),
@@ -168,7 +169,7 @@ def test_ids_are_plain_lines_or_those_that_the_page_saves(tmp_path):
     ):
         path.write_text(f"toy-001\n{line}\n")
         with pytest.raises(SpecError, match=message):
-            show.read_ids(path)
+            read_ids(path)
 
 
 def test_tables_fit_a_terminal_and_hide_control_characters(capsys, database, tmp_path):

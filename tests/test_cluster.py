@@ -17,9 +17,11 @@ import numpy as np
 import pytest
 from children import Running, check, content
 from conftest import SECRET, toy_records, write_jsonl
+from reference import ids_in
 
 import rapidin_vdb
 from rapidin_vdb.errors import GradientError, PurgedError, SpecError, TableError
+from rapidin_vdb.machine import cores
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
 needs_ray = pytest.mark.skipif(not HAS_RAY, reason="Ray is not installed: pip install 'rapidin-vdb[cluster]'")
@@ -555,7 +557,7 @@ def test_a_share_of_a_version_that_was_purged_says_so(database, worker):
 
     from rapidin_vdb.table_index import held_by
 
-    assert torch.get_num_threads() == os.cpu_count()
+    assert torch.get_num_threads() == cores()
     held = held_by(database._table.snapshot())
     assert worker.ask(held, "count", (), None) == 24
     database.delete(where="stars = 1", purge=True)
@@ -572,7 +574,7 @@ def test_shares_make_up_the_table(database):
     whole = database._table.snapshot()
     for parts in (1, 2, 3, 7):
         found = [key for part in range(parts) for batch in Share(whole, part, parts).vectors() for key in batch.keys]
-        assert sorted(found) == sorted(whole.sample_ids())
+        assert sorted(found) == sorted(ids_in(whole))
 
 
 @pytest.mark.parametrize("parts", [1, 3, 6])

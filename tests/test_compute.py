@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+import weakref
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -262,6 +263,26 @@ def test_which_plain_errors_mean_that_a_smaller_batch_might_pass(said, smaller):
     assert not is_out_of_memory(ValueError(said)), "an error of ours that quotes it, say"
 
 
+def test_what_did_not_fit_is_let_go_of_before_memory_is_given_back(monkeypatch):
+    from rapidin_vdb.gradient import memory
+
+    class Large:
+        pass
+
+    there, given_back = [], []
+
+    def work(kind):
+        large = Large()
+        there.append(weakref.ref(large))
+        raise kind
+
+    monkeypatch.setattr(memory, "release_memory", lambda: given_back.append(there[-1]()))
+    assert memory.if_it_fits(partial(work, MemoryError)) is None and given_back == [None]
+    with pytest.raises(RuntimeError):
+        memory.if_it_fits(partial(work, RuntimeError))
+    assert memory.if_it_fits(lambda: []) == [] and given_back == [None]
+
+
 @pytest.fixture
 def narrow(database, monkeypatch):
     """An engine whose memory has room for 50 tokens, of which it tells how many samples it was given at a time."""
@@ -497,21 +518,6 @@ def test_an_error_that_cannot_be_sent_is_told():
         assert type(sent) is RuntimeError and str(sent) == words and "in a worker:\n" in sent.__notes__[0]
     ours = GradientError("sample x: no")
     assert _sendable(ours, ours) is ours and not hasattr(ours, "__notes__")
-
-
-@pytest.mark.parametrize(
-    ("bound", "quota", "count"),
-    [({0, 1, 5}, None, 3), (set(range(8)), "max 100000", 8), (set(range(8)), "250000 100000", 2), ({3}, "400000 100000", 1),
-     ({0, 1}, "50000 100000", 1), ({0, 1}, "nonsense", 2)],
-)  # fmt: skip
-def test_cores_are_those_that_the_process_may_use(monkeypatch, tmp_path, bound, quota, count):
-    from rapidin_vdb.workers import cores
-
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: bound, raising=False)
-    monkeypatch.setattr(os, "cpu_count", lambda: 64)
-    if quota is not None:
-        (tmp_path / "cpu.max").write_text(quota + "\n")
-    assert cores(tmp_path / "cpu.max") == count
 
 
 def test_each_worker_has_its_share_of_these_cores(monkeypatch, database):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import toy_records, write_jsonl
 from filelock import FileLock
-from reference import top_k
+from reference import ids_in, top_k
 
 import rapidin_vdb
 from rapidin_vdb.errors import SpecError, TableError
@@ -32,7 +32,7 @@ ASKED = ("Say 5", "blue 35")
 def brute_force(database, k=100, as_of=None, where=None):
     """From the vectors of the table alone."""
     snapshot = database._table.snapshot(as_of)
-    allowed = set(snapshot.sample_ids(where))
+    allowed = set(ids_in(snapshot, where))
     vectors = {
         name: vector
         for batch in snapshot.vectors()

@@ -15,6 +15,7 @@ import pytest
 from conftest import toy_records, write_jsonl
 from hypothesis import given
 from hypothesis import strategies as st
+from reference import ids_in
 
 import rapidin_vdb
 from rapidin_vdb.corpus import read_corpus
@@ -194,7 +195,7 @@ def test_filters(toy, where):
     table = toy._table
     snapshot = table.snapshot()
     try:
-        found = snapshot.sample_ids(where)
+        found = ids_in(snapshot, where)
     except RapidInError as error:
         assert "\n" not in str(error).replace(where, "")
     else:

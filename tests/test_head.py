@@ -177,7 +177,7 @@ def test_a_model_that_goes_on_for_some_batches_only_is_believed(caplog):
     assert caplog.text.count("logits are held for a whole batch") == 1 and not maker._gradients.unruled
     for (vector, _), sample in zip(found, batch, strict=True):
         alone = torch.zeros(128)
-        maker._add_alone(alone, sample)
+        maker.add_alone(alone, sample)
         assert np.linalg.norm(vector - alone.numpy()) <= 1e-5 * np.linalg.norm(vector)
 
 

@@ -360,13 +360,13 @@ def test_a_batch_larger_than_a_shard_is_cut(tmp_path):
 def test_one_shard_a_core_means_the_cores_that_are_here(tmp_path, monkeypatch, options, there, here):
     """Wherever it was built, and after rows came and went."""
     vectors = rows(40)
-    monkeypatch.setattr("os.cpu_count", lambda: there)
+    monkeypatch.setattr("rapidin_vdb.recipe.cores", lambda: there)
     manifest = write(tmp_path, recipe_of(shards=0, refine=100, **options), vectors)
     keys, _ = load_keys(tmp_path, manifest).difference(np.arange(1, 40), np.ones(39, np.int64))
     more = {f"n{number}": vector for number, vector in enumerate(rows(7, seed=3).values())}
     later = batches_of(more, first=40, version=2)
     manifest = extend_index(tmp_path, manifest, held(2), keys, later, count=7)
-    monkeypatch.setattr("os.cpu_count", lambda: here)
+    monkeypatch.setattr("rapidin_vdb.recipe.cores", lambda: here)
     index = load_index(tmp_path, manifest)
     shares = [shard.rows for shard in index.shards]
     assert (len(shares), sum(shares), max(shares) - min(shares)) == (here, 47, int(47 % here > 0))

@@ -5,6 +5,7 @@ import random
 import lance
 import numpy as np
 import pytest
+from reference import ids_in
 from test_owners import tokens_of
 from test_store import FINGERPRINT, row
 
@@ -63,7 +64,7 @@ def test_a_commit_looks_at_what_changed_since_the_last(table, read):
             looked_at.append(rows_of(read))
     # The first of all finds nobody's; later ones find those of the other since their last look, and their own.
     assert looked_at == [0, 10, 10, *[20] * 13]
-    assert table.snapshot().rows() == 300 + 160 == len(set(table.snapshot().sample_ids()))
+    assert table.snapshot().rows() == 300 + 160 == len(set(ids_in(table.snapshot())))
 
 
 def test_of_commits_that_bring_no_rows_nothing_is_read(table, read):

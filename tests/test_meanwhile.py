@@ -2,6 +2,7 @@
 
 import pytest
 from conftest import toy_records, write_jsonl
+from reference import ids_in
 
 import rapidin_vdb
 from rapidin_vdb.errors import CorpusError, TableError
@@ -29,7 +30,7 @@ def beside(action):
 def responses(database) -> dict[str, str]:
     snapshot = database._table.snapshot()
     found = snapshot.samples([f"new-{number}" for number in range(6)])
-    assert len(set(snapshot.sample_ids())) == snapshot.count()
+    assert len(set(ids_in(snapshot))) == snapshot.count()
     return {name: sample.response for name, sample in found.items()}
 
 

@@ -1,15 +1,13 @@
 """Index recipes: the shipped ones load, and a wrong one is refused with its name."""
 
-import os
-
 import pytest
 
 from rapidin_vdb.errors import SpecError
+from rapidin_vdb.machine import cores
 from rapidin_vdb.recipe import IndexRecipe, default_recipe, read_recipe, shipped_recipes
 
 
 def test_every_shipped_recipe_loads():
-    cores = os.cpu_count() or 1
     assert {name: read_recipe(path) for name, path in shipped_recipes().items()} == {
         "cpu": IndexRecipe(name="cpu", devices=("cpu",), shards_per_device=0, element_type="float16"),
         "gpu": IndexRecipe(name="gpu", devices=("cuda:0",), shards_per_device=1, element_type="float16"),
@@ -17,7 +15,7 @@ def test_every_shipped_recipe_loads():
         "coarse_to_fine": IndexRecipe(name="coarse_to_fine", coarse_width=4096, refine=20),
         "two_gpus": IndexRecipe(name="two_gpus", devices=("cuda:0", "cuda:1"), shards_per_device=1),
     }
-    assert read_recipe("cpu").shard_devices == ("cpu",) * cores
+    assert read_recipe("cpu").shard_devices == ("cpu",) * cores()
     assert read_recipe("indexes/two_gpus.toml").shard_devices == ("cuda:0", "cuda:1")
 
 

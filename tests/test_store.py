@@ -11,6 +11,7 @@ import lancedb
 import numpy as np
 import pytest
 from conftest import toy_records, write_jsonl
+from reference import ids_in
 
 from rapidin_vdb.errors import FilterError, TableError, TableExistsError, TableNotFoundError
 from rapidin_vdb.records import Encoded, Fingerprint, ParameterShape, Sample, SketchSpec
@@ -94,7 +95,7 @@ def test_lance_holds_little_however_many_commits_there_were(tmp_path, monkeypatc
     ],
 )
 def test_filters(table, where, expected):
-    found = table.snapshot().sample_ids(where)
+    found = ids_in(table.snapshot(), where)
     assert sorted(found) == sorted(expected)
     assert table.snapshot().count(where) == len(expected)
 
@@ -119,7 +120,7 @@ def test_filters(table, where, expected):
 )
 def test_filters_that_are_refused(table, where, message):
     with pytest.raises(FilterError, match=message):
-        table.snapshot().sample_ids(where)
+        ids_in(table.snapshot(), where)
     with pytest.raises(FilterError, match=message):
         table.delete_where(where)
     assert table.snapshot().count() == 3
@@ -161,7 +162,7 @@ def test_rows_that_somebody_else_added_meanwhile_are_not_added_again(table):
     differing = row("x", content="other")
     done = table.append([differing, row("v")], seen=seen)
     assert (done.written, done.unchanged, done.other) == (1, 0, (differing,)), "left out, and said"
-    assert sorted(table.snapshot().sample_ids()) == ["a", "b", "c\nd", "late", "v", "x", "y", "z"]
+    assert sorted(ids_in(table.snapshot())) == ["a", "b", "c\nd", "late", "v", "x", "y", "z"]
     assert table.replace([row("z", value=6.0)], seen=seen) == seen
     alone = table.snapshot().version
     done = table.append([row("w")], seen=alone)
@@ -196,8 +197,8 @@ def test_a_snapshot_does_not_see_later_commits(table):
     before = table.snapshot()
     table.append([row("late")], seen=0)
     table.delete_ids(["a"])
-    assert sorted(before.sample_ids()) == ["a", "b", "c\nd"]
-    assert sorted(table.snapshot().sample_ids()) == ["b", "c\nd", "late"]
+    assert sorted(ids_in(before)) == ["a", "b", "c\nd"]
+    assert sorted(ids_in(table.snapshot())) == ["b", "c\nd", "late"]
     assert "a" in before.samples(["a"])
 
 
@@ -217,7 +218,7 @@ def test_a_change_is_not_tried_again_on_a_version_that_nobody_looked_at(table, m
 
 def test_replace_and_delete(table):
     table.replace([row("a", value=9.0), row("new")], seen=0)
-    assert sorted(table.snapshot().sample_ids()) == ["a", "b", "c\nd", "new"]
+    assert sorted(ids_in(table.snapshot())) == ["a", "b", "c\nd", "new"]
     assert {
         vector[0]
         for batch in table.snapshot().vectors()
@@ -227,7 +228,7 @@ def test_replace_and_delete(table):
     assert table.delete_ids(["b", "zz", "c\nd"]) == ["b", "c\nd"]
     assert table.delete_where("sample_id = 'new'") == 1
     assert table.delete_where("sample_id = 'new'") == 0
-    assert table.snapshot().sample_ids() == ["a"]
+    assert ids_in(table.snapshot()) == ["a"]
 
 
 def test_rows_keep_their_ids_and_say_when_they_changed(table):
@@ -268,7 +269,7 @@ def test_many_rows_taken_are_those_asked_for(table):
 def test_older_versions_and_columns_to_group_by(table):
     before = table.snapshot()
     table.delete_ids(["a"])
-    assert sorted(table.snapshot(before.version).sample_ids()) == ["a", "b", "c\nd"]
+    assert sorted(ids_in(table.snapshot(before.version))) == ["a", "b", "c\nd"]
     for version in (999, 0, -3, 2**70):
         with pytest.raises(TableError, match=f"has no version {version}, or no longer; wanted one from 1 to "):
             table.snapshot(version)
@@ -338,7 +339,7 @@ def test_a_widening_that_was_cut_short_is_finished(table, dropped, writer):
         and "stars (int64)" in half.columns
         and not any("_widened" in name for name in half.columns)
     )
-    assert half.samples(["b"])["b"].metadata["stars"] == 2 and half.sample_ids("stars = 2") == ["b"]
+    assert half.samples(["b"])["b"].metadata["stars"] == 2 and ids_in(half, "stars = 2") == ["b"]
     {
         "columns": lambda: table.ensure_columns({"stars": "float"}),
         "append": lambda: table.append([row("new", stars=7)], seen=seen),
@@ -438,10 +439,10 @@ def test_a_database_that_somebody_else_made_meanwhile_is_not_removed(table, monk
             real(uri)
 
     monkeypatch.setattr(SampleTable, "check_free", staticmethod(check_free))
-    before = sorted(table.snapshot().sample_ids())
+    before = sorted(ids_in(table.snapshot()))
     with pytest.raises(TableExistsError, match="a database is already at"):
         SampleTable.create(table.uri, FINGERPRINT)
-    assert sorted(SampleTable(table.uri).snapshot().sample_ids()) == before != []
+    assert sorted(ids_in(SampleTable(table.uri).snapshot())) == before != []
 
 
 def test_the_versions_that_can_be_asked(database, tmp_path):

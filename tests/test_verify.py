@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from conftest import toy_records, write_jsonl
+from reference import ids_in
 
 import rapidin_vdb
 from rapidin_vdb.errors import RapidInError, TableError, UnreadableIndexError
@@ -61,7 +62,7 @@ FILTERS = (
 
 
 def ids_of(database, where: str) -> list[str]:
-    return sorted(database._table.snapshot().sample_ids(where))
+    return sorted(ids_in(database._table.snapshot(), where))
 
 
 def test_a_sound_database_is_called_so(whole):

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import toy_records, write_jsonl
+from reference import ids_in
 from test_web_limits import occupied
 
 import rapidin_vdb
@@ -307,7 +308,7 @@ def test_the_export_is_training_data_again(tmp_path, served, client, models, ada
     again._engine = served._engine
     again.ingest(path)
     wanted = [f"toy-{number:03d}" for number in range(24) if number % 5 > 2 and number not in (3, 4)]
-    assert sorted(again._table.snapshot().sample_ids()) == wanted
+    assert sorted(ids_in(again._table.snapshot())) == wanted
     for name in wanted:
         assert again.show(name) == served.show(name)
     assert client.post("/api/export", json={"where": "nosuch"}).status_code == 400

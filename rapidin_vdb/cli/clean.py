@@ -5,8 +5,8 @@ from typing import Annotated
 
 import typer
 
-from rapidin_vdb.cli.options import DB, IdField
-from rapidin_vdb.cli.show import read_ids
+from rapidin_vdb.cli.ids import read_ids
+from rapidin_vdb.cli.options import DB, IdField, Ids
 from rapidin_vdb.cli.text import cut, printable
 from rapidin_vdb.errors import shown
 from rapidin_vdb.records import OnUnscored
@@ -23,7 +23,7 @@ def clean(
         typer.Option(help="The new file: .jsonl or .jsonl.gz; or .parquet, if all are Parquet or saved datasets."),
     ],
     where: Annotated[str | None, typer.Option(help="SQL filter: records of samples that match are left out.")] = None,
-    ids: Annotated[Path | None, typer.Option(help="File with one sample id a line, or JSON lines with an id.")] = None,
+    ids: Ids = None,
     absent: Annotated[
         bool, typer.Option("--absent", help="Leave out what is not in the database, as what was deleted.")
     ] = False,

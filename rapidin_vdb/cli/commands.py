@@ -8,9 +8,10 @@ import typer
 
 from rapidin_vdb.cli import show
 from rapidin_vdb.cli.clean import clean
+from rapidin_vdb.cli.ids import read_ids
 from rapidin_vdb.cli.ingest import ingest
 from rapidin_vdb.cli.interrupted import interruptible
-from rapidin_vdb.cli.options import DB, AsJson, Cluster, Device, Moved, MovedAdapter
+from rapidin_vdb.cli.options import DB, AsJson, Cluster, Device, Ids, Moved, MovedAdapter
 from rapidin_vdb.cli.pages import check_matrix, check_writable, write_page
 from rapidin_vdb.cli.progress import progress_bars
 from rapidin_vdb.cli.serve import serve
@@ -64,7 +65,7 @@ def index(
     ] = "indexes/cpu.toml",
     level: Annotated[Level, typer.Option(help="Of samples, or of single tokens.")] = "sample",
 ) -> None:
-    """Build a search index, or bring one up to date; a query does that by itself.
+    """Build a search index, or bring one up to date. A query needs none, and updates one that is built by itself.
 
     Example: rapidin-vdb index db --recipe indexes/cpu.toml
     """
@@ -190,7 +191,7 @@ def info(
 def delete(
     db: DB,
     where: Annotated[str | None, typer.Option(help="SQL filter: what matches is deleted.")] = None,
-    ids: Annotated[Path | None, typer.Option(help="File with one sample id a line, or JSON lines with an id.")] = None,
+    ids: Ids = None,
     purge: Annotated[
         bool, typer.Option("--purge", help="Leave nothing of what is deleted in any file; older versions go too.")
     ] = False,
@@ -203,7 +204,7 @@ def delete(
 
     if (where is None) == (ids is None) and not (purge and where is None):
         raise typer.BadParameter("give --where SQL, or --ids FILE")
-    wanted = None if ids is None else show.read_ids(ids)
+    wanted = None if ids is None else read_ids(ids)
     database = rapidin_vdb.open(db)
     before = database.bytes if purge else 0
     show.deleted(database.delete(where=where, ids=wanted, purge=purge), wanted)

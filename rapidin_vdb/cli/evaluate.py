@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from rapidin_vdb.cli.options import Device
 from rapidin_vdb.cli.progress import progress_bars
 from rapidin_vdb.records import ProfileName
 
@@ -29,7 +30,6 @@ Functions = Annotated[
     bool, typer.Option(help="DataInf and LiSSA too; they take two passes over the samples' gradients of three.")
 ]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 
 
 @app.command()

@@ -16,7 +16,10 @@ from rapidin_vdb.results import IngestEstimate, IngestReport
 def ingest(
     db: DB,
     files: Annotated[
-        list[Path], typer.Argument(metavar="FILE...", help=".jsonl(.gz), .json, .csv, .parquet or a saved dataset.")
+        list[Path],
+        typer.Argument(
+            metavar="FILE...", help=".jsonl, .ndjson, .json, .csv (each also .gz), .parquet or a saved dataset."
+        ),
     ],
     split: Annotated[
         str | None, typer.Option(help="Split of the samples [default: the records' own, else train].")

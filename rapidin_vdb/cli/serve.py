@@ -4,17 +4,19 @@ from typing import Annotated
 
 import typer
 
-from rapidin_vdb.cli.options import Device, Moved, MovedAdapter
+from rapidin_vdb.cli.options import DB, Device, Moved, MovedAdapter
 from rapidin_vdb.errors import SpecError
 
 
 def serve(
-    db: Annotated[str, typer.Argument(metavar="DB", help="Folder of the database.")],
+    db: DB,
     host: Annotated[
         str, typer.Option(help="Address to answer on; another than this machine needs --token.")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port to answer on; 0 takes a free one.")] = 8000,
-    writable: Annotated[bool, typer.Option("--writable", help="Let records be added over HTTP.")] = False,
+    writable: Annotated[
+        bool, typer.Option("--writable", help="Let records be added, and put in the place of others, over HTTP.")
+    ] = False,
     token: Annotated[
         str | None,
         typer.Option(envvar="RAPIDIN_TOKEN", help="Secret that every request must carry, of 16 characters or more."),

@@ -4,14 +4,13 @@ import json
 import shlex
 import textwrap
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
 from rapidin_vdb.cli.ranked import ranking_table
 from rapidin_vdb.cli.text import cut, printable
-from rapidin_vdb.errors import SpecError, shown
+from rapidin_vdb.errors import shown
 from rapidin_vdb.records import Sample
 from rapidin_vdb.results import (
     DatabaseInfo,
@@ -134,37 +133,6 @@ def verified(report: VerifyReport, *, as_json: bool) -> None:
     what = f"{report.samples:,} samples" + (f" and {report.tokens:,} tokens" if report.tokens else "")
     verdict = "all as it was written" if not report.findings else f"{len(report.findings):,} findings"
     typer.echo(f"{what}: {verdict}", err=True)
-
-
-def read_ids(path: Path) -> list[str]:
-    """Return the sample ids in a file: one a line, or JSON lines with an `id`, as the page saves them.
-
-    Raises:
-        SpecError: the file cannot be read, names none, or has a line of JSON without an id.
-    """
-    try:
-        # Not `splitlines`: JSON may hold what that takes for the end of a line.
-        lines = [line.strip() for line in path.read_text("utf-8-sig").split("\n")]
-    except (OSError, UnicodeDecodeError) as error:
-        raise SpecError(f"--ids {path}: cannot be read: {error}") from error
-    wanted = [_id_in(line, f"--ids {path}, line {number}") for number, line in enumerate(lines, start=1) if line]
-    if not wanted:
-        raise SpecError(f"--ids {path}: no id in it; wanted one a line")
-    return wanted
-
-
-def _id_in(line: str, place: str) -> str:
-    if not line.startswith(('{"', '"')):
-        return line
-    try:
-        found = json.loads(line)
-        if isinstance(found, dict):
-            found = found["id"] if "id" in found else found["sample_id"]
-    except (ValueError, KeyError, RecursionError):
-        raise SpecError(f'{place}: neither a plain id nor JSON with one, as {{"id": "demo-0001"}}') from None
-    if isinstance(found, bool) or not isinstance(found, str | int):
-        raise SpecError(f"{place}: its id is no text and no whole number")
-    return str(found)
 
 
 def deleted(result: list[str] | int, wanted: list[str] | None) -> None:

@@ -21,7 +21,8 @@ from rapidin_vdb.cluster.connection import (
 from rapidin_vdb.compute import use_threads
 from rapidin_vdb.errors import PurgedError, RapidInError, SpecError, TableError
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.index import Held, Ranked
+from rapidin_vdb.index import Held, Ranked, check_top_k
+from rapidin_vdb.machine import cores
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.store import SAMPLES, SampleTable, Share, TableVersion, store_settings
 from rapidin_vdb.table_index import held_by
@@ -40,7 +41,7 @@ class ShardWorker:
         """`settings` are those of the driver's environment that say where an object store is."""
         os.environ.update(settings)
         # To an actor that claims no CPU, Ray gives one thread.
-        use_threads(os.cpu_count() or 1)
+        use_threads(cores())
         self._uri, self._part, self._parts = uri, part, parts
         self._table: SampleTable | None = None
         # In memory only: nothing is built under a name that does not exist.
@@ -100,14 +101,14 @@ class ClusterIndex:
         Raises:
             SpecError: `top_k` is not positive.
         """
-        _check(top_k)
+        check_top_k(top_k)
         return _merged(self._ask(self.held, "search", queries, (top_k,), among), top_k, sign=1)
 
     def search_both(
         self, queries: np.ndarray, top_k: int, *, among: np.ndarray | None = None
     ) -> tuple[list[Ranked], list[Ranked]]:
         """Return what `search` does, and the `top_k` of lowest inner product, lowest first."""
-        _check(top_k)
+        check_top_k(top_k)
         answers = self._ask(self.held, "search_both", queries, (top_k,), among)
         return (
             _merged([answer[0] for answer in answers], top_k, sign=1),
@@ -231,11 +232,6 @@ class ClusterKeeper:
         if part not in self._actors:
             self._actors[part] = self._start(part)
         return self._actors[part].ask.remote(held, method, *shared)
-
-
-def _check(top_k: int) -> None:
-    if top_k < 1:
-        raise SpecError(f"top_k is {top_k}; wanted 1 or more")
 
 
 def _merged(answers: list[list[Ranked]], top_k: int, *, sign: int) -> list[Ranked]:

@@ -18,7 +18,7 @@ from typing import Any
 
 from rapidin_vdb.errors import CorpusError, SpecError
 
-_FORMATS = ".jsonl, .jsonl.gz, .json, .csv, .parquet, or a folder saved by datasets.save_to_disk"
+_FORMATS = ".jsonl, .ndjson, .json or .csv (each also .gz), .parquet, or a folder saved by datasets.save_to_disk"
 _JSON = (".jsonl", ".json", ".ndjson")
 
 # What a reader calls a number: not 007, 1_000, nan or " 1", which Python would take for one.

@@ -14,11 +14,13 @@ import torch
 from jaxtyping import Float64, Int64
 from torch import Tensor
 
+from rapidin_vdb.batches import cut
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient import ExactInfluence, RapidGradMaker, norms_of
 from rapidin_vdb.gradient.receivers import Receiver
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, ParameterShape
+from rapidin_vdb.sketch import fold
 
 Scores = Float64[np.ndarray, "queries samples"]
 Numbers = Int64[np.ndarray, " batch"]
@@ -102,7 +104,7 @@ class Sketches:
         """Score other queries by the same RapidGrads too; before the first batch."""
         made = _made(self._maker, queries).to(self._maker.loaded.device)
         for width in widths:
-            self._queries[kind, width] = _folded(made, width)
+            self._queries[kind, width] = fold(made, width)
             self.scores[kind, width] = np.zeros((len(queries), self._samples))
 
     def begin(self, numbers: Numbers) -> Receiver:
@@ -116,7 +118,7 @@ class Sketches:
         stored: dict[int, Tensor] = {}
         for (kind, width), queries in self._queries.items():
             if width not in stored:
-                stored[width] = _folded(self._sketcher.rapidgrads, width).half().float()
+                stored[width] = fold(self._sketcher.rapidgrads, width).half().float()
             self.scores[kind, width][:, self._numbers] = _inner(queries, stored[width])
 
 
@@ -139,7 +141,8 @@ class FullGradients:
         self.samples = len(samples)
         """How many."""
         self._progress = progress
-        self._batches = list(_cut(samples, batch_tokens))
+        parts = cut(range(len(samples)), lambda number: len(samples[number].input_ids), tokens=batch_tokens)
+        self._batches = [(np.array(numbers), [samples[number] for number in numbers]) for numbers in parts]
 
     def directions(self, queries: Sequence[Encoded]) -> tuple[Directions, Float64[np.ndarray, "queries tensors"]]:
         """Return the gradients of queries as they are, and their norms."""
@@ -229,18 +232,6 @@ class _Dense:
         self._take(sample, number, whole.reshape(1, -1))
 
 
-def _cut(samples: Sequence[Encoded], batch_tokens: int) -> Iterator[tuple[np.ndarray, list[Encoded]]]:
-    order = sorted(range(len(samples)), key=lambda number: len(samples[number].input_ids))
-    part: list[int] = []
-    for number in order:
-        if part and (len(part) + 1) * len(samples[number].input_ids) > batch_tokens:
-            yield np.array(part), [samples[place] for place in part]
-            part = []
-        part.append(number)
-    if part:
-        yield np.array(part), [samples[place] for place in part]
-
-
 def tracin(dots: np.ndarray) -> Scores:
     """Return TracIn's scores at the last checkpoint: inner products of full gradients."""
     return dots.sum(2, dtype=np.float64).T
@@ -281,10 +272,6 @@ def _made(maker: RapidGradMaker, queries: Sequence[Encoded], *, batch: int = 16)
                 raise result
             rows[number] = torch.from_numpy(result[0])
     return rows
-
-
-def _folded(vectors: Tensor, width: int) -> Tensor:
-    return vectors if vectors.shape[1] == width else vectors.unflatten(1, (width, -1)).sum(2)
 
 
 def _inner(queries: Tensor, samples: Tensor, *, block: int = 1 << 12) -> np.ndarray:

@@ -10,7 +10,7 @@ from typing import Any
 
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.evaluate.profiles import Profile
-from rapidin_vdb.sketch.memory import free_bytes
+from rapidin_vdb.machine import free_bytes
 
 Plan = dict[str, Any]
 _EXTRA = ("bm25s", "matplotlib", "scipy", "sklearn")

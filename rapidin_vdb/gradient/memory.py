@@ -2,12 +2,13 @@
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
 
 from rapidin_vdb.gradient.quiet import quiet_libraries
-from rapidin_vdb.sketch.memory import free_bytes
+from rapidin_vdb.machine import free_bytes
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -84,15 +85,25 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def in_parts(work: Callable[[list[T]], list[R]], batch: list[T]) -> list[R]:
-    """Return what `work` makes of a batch; of its halves, where it does not fit the memory."""
+def if_it_fits(work: Callable[[], T]) -> T | None:
+    """Return what `work` gives, which is not None; None where it does not fit the memory, which is given back then."""
     try:
-        return work(batch)
+        return work()
     except (RuntimeError, MemoryError) as error:
-        if len(batch) == 1 or not is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
     # Out here, where the error no longer holds what did not fit.
     release_memory()
+    return None
+
+
+def in_parts(work: Callable[[list[T]], list[R]], batch: list[T]) -> list[R]:
+    """Return what `work` makes of a batch; of its halves, where it does not fit the memory."""
+    if len(batch) == 1:
+        return work(batch)
+    made = if_it_fits(partial(work, batch))
+    if made is not None:
+        return made
     half = len(batch) // 2
     logger.warning("a batch of %d samples does not fit the memory: going on with %d", len(batch), half)
     return in_parts(work, batch[:half]) + in_parts(work, batch[half:])

@@ -136,7 +136,7 @@ def give_up_wrong_tensors(
     Raises:
         GradientError: the sample's gradient is not finite.
     """
-    gradients = maker._gradients
+    gradients = maker.gradients
     alone: dict[int, Tensor] = {}
     projection = Prober(maker.sketch, place)
 

@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError
-from rapidin_vdb.gradient.memory import is_out_of_memory, release_memory
+from rapidin_vdb.gradient.memory import if_it_fits
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.gradient.probe import kind_of
 from rapidin_vdb.gradient.receivers import Measuring, Receiver, Sketcher
@@ -70,6 +71,11 @@ class RapidGradMaker:
         return True
 
     @property
+    def gradients(self) -> BatchedGradients:
+        """What takes gradients in batches: which tensors are given up there, and whether layers are computed twice."""
+        return self._gradients
+
+    @property
     def checkpointing(self) -> bool:
         """Whether layers are computed twice; see `save_memory`."""
         return self._gradients.checkpointing
@@ -80,15 +86,10 @@ class RapidGradMaker:
         Raises:
             GradientError: it does not fit then either; the message names `what`.
         """
-        try:
-            return work()
-        except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
-                raise
-            saved = self.save_memory()
-        # Out here, where the error no longer holds what did not fit.
-        release_memory()
-        if not saved:
+        made = if_it_fits(work)
+        if made is not None:
+            return made
+        if not self.save_memory():
             raise GradientError(
                 f"{what} does not fit the memory, even with gradient checkpointing: it takes another device, or a "
                 "database with a smaller --max-tokens"
@@ -160,24 +161,21 @@ class RapidGradMaker:
         """
         if self._checked < kind_of(batch):
             self._check(batch)
-        return self._stream(batch, receiver)
+        return self.stream_unchecked(batch, receiver)
 
     def _check(self, batch: Sequence[Encoded]) -> None:
         """Check a batch; where that does not fit the memory, which it takes more of than the batch, fewer samples."""
-        try:
-            if check(self, batch):
+        compared = if_it_fits(partial(check, self, batch)) if len(batch) > 2 else check(self, batch)
+        if compared is not None:
+            if compared:
                 self._checked = kind_of(batch)
             return
-        except (RuntimeError, MemoryError) as error:
-            if len(batch) <= 2 or not is_out_of_memory(error):
-                raise
-        # Out here, where the error no longer holds what did not fit.
-        release_memory()
         fewer = max(2, len(batch) // 2)
         # From both ends: batches are sorted by length, and padding is to be looked at too.
         self._check([*batch[: fewer - fewer // 2], *batch[-(fewer // 2) :]])
 
-    def _stream(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
+    def stream_unchecked(self, batch: Sequence[Encoded], receiver: Receiver) -> Tensor:
+        """Do what `stream` does, without a check of the batch: what the check itself looks at."""
         unruled = self._gradients.unruled
         if len(unruled) < len(self.loaded.theta):
             losses = self._gradients.stream(batch, receiver)
@@ -208,7 +206,7 @@ class RapidGradMaker:
         rapidgrads = torch.zeros(batch, self.spec.width, device=self.loaded.device)
         return Sketcher(self.sketch, rapidgrads, self.normalize == "layer")
 
-    def _add_alone(self, rapidgrad: Tensor, sample: Encoded, *, among: Sequence[Encoded] | None = None) -> float:
+    def add_alone(self, rapidgrad: Tensor, sample: Encoded, *, among: Sequence[Encoded] | None = None) -> float:
         """Add the gradients of all tensors by autograd on the sample, alone or in a batch, and return its loss.
 
         Raises:

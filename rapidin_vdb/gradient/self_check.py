@@ -42,7 +42,7 @@ _DEPENDENT = "in a batch, its samples are not independent of one another"
 
 def check(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> bool:
     """Compare a much padded sample of a batch with autograd, give up what differs, and say whether it could be done."""
-    gradients, loaded = maker._gradients, maker.loaded
+    gradients, loaded = maker.gradients, maker.loaded
     if len(gradients.unruled) == len(loaded.theta):
         return True
     gradients.look(batch[0])
@@ -72,7 +72,7 @@ def _alone(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> tuple[int, Tens
 
     def made(place: int) -> tuple[int, Tensor, float]:
         alone = torch.zeros(maker.spec.width, device=maker.loaded.device)
-        return place, alone, maker._add_alone(alone, batch[place])
+        return place, alone, maker.add_alone(alone, batch[place])
 
     return first_to_compare(batch, made)
 
@@ -85,10 +85,10 @@ def _check_exactly(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int
         # that is wrong by a factor is as it should be, but its norm, which token scores are divided by, is not.
         give_up_wrong_tensors(maker, batch, place, among=None, rounding=_WHOLE_ROUNDING)
         return
-    with maker._gradients.without_output_layer():
+    with maker.gradients.without_output_layer():
         give_up_wrong_tensors(maker, batch, place, among=None)
     if not _agrees_somehow(maker, batch, place, alone, loss, tolerance):
-        maker._gradients.give_up_all("in a batch, its samples are not independent of one another")
+        maker.gradients.give_up_all("in a batch, its samples are not independent of one another")
 
 
 def _check_within(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> bool:
@@ -97,7 +97,7 @@ def _check_within(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> bool:
     Raises:
         GradientError: there is no sample to compare with.
     """
-    gradients = maker._gradients
+    gradients = maker.gradients
     place = to_compare(batch)
     # What is not finite of one sample would make others' derivatives so, by which nothing could be told.
     finite = [n for n, loss in enumerate(_losses_of(maker, batch)) if math.isfinite(loss)]
@@ -129,7 +129,7 @@ def _check_beyond_rounding(
     maker: "RapidGradMaker", batch: Sequence[Encoded], place: int, alone: Tensor, loss: float
 ) -> None:
     """Give all up where a batch differs from the sample alone by more than rounding can do."""
-    gradients, loaded = maker._gradients, maker.loaded
+    gradients, loaded = maker.gradients, maker.loaded
     tolerance = TOLERANCE.get(loaded.dtype, 0.1)
     if agrees(maker, batch, place, alone, loss, tolerance):
         return
@@ -145,7 +145,7 @@ def _check_beyond_rounding(
 def _has_gradient(maker: "RapidGradMaker", sample: Encoded) -> bool:
     """Say whether a sample, alone, has a finite gradient."""
     try:
-        maker._add_alone(torch.zeros(maker.spec.width, device=maker.loaded.device), sample)
+        maker.add_alone(torch.zeros(maker.spec.width, device=maker.loaded.device), sample)
     except GradientError:
         return False
     return True
@@ -182,7 +182,7 @@ def _at_output(
     handle = layer.register_forward_pre_hook(lambda module, given: read.append(given[0]))
     try:
         # The derivative is wanted of what it reads, whatever else asks for one.
-        with maker._gradients.plainly(), _recorded(maker):
+        with maker.gradients.plainly(), _recorded(maker):
             found = batch_losses(maker.loaded, batch, output=output)
             losses, scales = found.means(), found.scales(maker.loaded.dtype)
             if not read or not losses.requires_grad:
@@ -196,7 +196,7 @@ def _at_output(
 @contextmanager
 def _recorded(maker: "RapidGradMaker") -> Iterator[None]:
     """Let autograd record, with gradient checkpointing where the model needs it."""
-    checkpointing = maker._gradients.checkpointing
+    checkpointing = maker.gradients.checkpointing
     with checkpointed_layers(maker.loaded.model, hooks=False) if checkpointing else nullcontext(), torch.enable_grad():
         yield
 
@@ -244,14 +244,14 @@ def _rounding(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int, alo
     padded = replace(sample, input_ids=ids)  # its own loss is not looked at
     among = torch.zeros_like(alone)
     if len(batch) > 1:
-        maker._add_alone(among, copies[0], among=[*copies[:-1], padded])
+        maker.add_alone(among, copies[0], among=[*copies[:-1], padded])
     else:
         among += alone
     found = []
     for plainly in (False, True):
         sketcher = maker.sketcher(len(batch))
-        with maker._gradients.plainly() if plainly else nullcontext():
-            maker._stream(batch, sketcher)
+        with maker.gradients.plainly() if plainly else nullcontext():
+            maker.stream_unchecked(batch, sketcher)
         found.append(sketcher.rapidgrads[place])
     norm = torch.linalg.vector_norm
     return float(torch.maximum(norm(among - alone), norm(found[0] - found[1])) / norm(alone))
@@ -261,7 +261,7 @@ def _agrees_somehow(
     maker: "RapidGradMaker", batch: Sequence[Encoded], place: int, alone: Tensor, loss: float, tolerance: float
 ) -> bool:
     """Say whether a batch agrees as it is, or with all logits from the model, which are taken from then on."""
-    gradients, given_up = maker._gradients, -1
+    gradients, given_up = maker.gradients, -1
     while given_up < len(gradients.unruled):  # what is given up on the way may have been all that was wrong
         given_up = len(gradients.unruled)
         if agrees(maker, batch, place, alone, loss, tolerance):
@@ -281,12 +281,12 @@ def agrees(
     """Say whether one sample's RapidGrad and loss are in a batch what they are alone, within a tolerance."""
     sketcher = maker.sketcher(len(batch))
     try:
-        losses = maker._stream(batch, sketcher)
+        losses = maker.stream_unchecked(batch, sketcher)
     except LateGradientError:
         return False
     together = sketcher.rapidgrads[place]
     # It is the output layer's, if anything. In 16 bits a loss is off by what the logits are rounded by.
-    if maker._gradients.output is not None and maker.loaded.dtype == "float32":
+    if maker.gradients.output is not None and maker.loaded.dtype == "float32":
         if not abs(float(losses[place]) - loss) <= tolerance * max(loss, 1.0):
             return False
     return float(torch.linalg.vector_norm(together - alone)) <= tolerance * float(torch.linalg.vector_norm(alone))

@@ -1,12 +1,13 @@
 """RapidGrads of single tokens: of the loss AT a token, many of them in one batch."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
 from jaxtyping import Float64
 
+from rapidin_vdb.batches import cut, padded_tokens
 from rapidin_vdb.errors import GradientError, SpecError
 from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
 from rapidin_vdb.gradient.receivers import Scaler
@@ -42,8 +43,9 @@ class TokenRapidGradMaker:
         response for each; cut off, they go through half of it on average, and cost as much.
         """
         vectors = {sample.sample_id: np.empty((sample.response_tokens, self.width), np.float16) for sample in batch}
-        budget = len(batch) * max(len(sample.input_ids) for sample in batch)
-        for part in self._parts(batch, budget):
+        tokens = [(sample, number) for sample in batch for number in range(sample.response_tokens)]
+        most = max(1, _SKETCH_BYTES // (4 * self.width))
+        for part in cut(tokens, lambda token: token[0].place(token[1]) + 1, tokens=padded_tokens(batch), most=most):
             scales = np.stack([self._scale(sample, norms[sample.sample_id]) for sample, _ in part])
             for (sample, number), vector in zip(part, self._rapidgrads(part, scales), strict=True):
                 vectors[sample.sample_id][number] = vector
@@ -56,19 +58,6 @@ class TokenRapidGradMaker:
 
     def _scale(self, sample: Encoded, norms: Float64[np.ndarray, " tensors"]) -> Float64[np.ndarray, " tensors"]:
         return self._maker.scales(norms[None])[0] / sample.response_tokens
-
-    def _parts(self, batch: Sequence[Encoded], budget: int) -> Iterator[list[tuple[Encoded, int]]]:
-        """Yield tokens of like length, as many as go through the model at once."""
-        most = max(1, _SKETCH_BYTES // (4 * self.width))
-        part: list[tuple[Encoded, int]] = []
-        tokens = [(sample, number) for sample in batch for number in range(sample.response_tokens)]
-        for token in sorted(tokens, key=lambda token: _length(*token)):
-            if part and ((len(part) + 1) * _length(*token) > budget or len(part) == most):
-                yield part
-                part = []
-            part.append(token)
-        if part:
-            yield part
 
     def _rapidgrads(self, part: Sequence[tuple[Encoded, int]], scales: np.ndarray) -> np.ndarray:
         rapidgrads = torch.zeros(len(part), self.width, device=self._maker.loaded.device)
@@ -90,7 +79,3 @@ def check_token_width(width: int, widest: int) -> None:
     """
     if not (1 <= width <= widest and width & (width - 1) == 0):
         raise SpecError(f"--token-width is {width}; wanted a power of two, at most the samples' own {widest}")
-
-
-def _length(sample: Encoded, number: int) -> int:
-    return sample.place(number) + 1

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from rapidin_vdb.batches import cut
 from rapidin_vdb.errors import ModelError, SpecError
 from rapidin_vdb.gradient.training import padded
 from rapidin_vdb.gradient.tuning_state import plan_of, restored, save_state
@@ -131,10 +132,15 @@ def mean_loss(model: Any, samples: Sequence[Encoded]) -> float:
     """Return the mean loss over the tokens of some samples, in nats a token."""
     model.eval()
     total = tokens = 0.0
-    for part in _parts(list(samples), _micro_tokens(model)):
+    for part in _cut(samples, _micro_tokens(model)):
         total += float(_summed_loss(model, part))
         tokens += sum(sample.response_tokens for sample in part)
     return total / tokens
+
+
+def _cut(samples: Sequence[Encoded], tokens: int) -> Iterator[list[Encoded]]:
+    ordered = sorted(samples, key=lambda sample: sample.sample_id)
+    return cut(ordered, lambda sample: len(sample.input_ids), tokens=tokens)
 
 
 def _micro_tokens(model: Any) -> int:
@@ -172,19 +178,9 @@ def _step(model: Any, batch: list[Encoded], tuning: Tuning) -> float:
     """Add up the gradient of the mean loss over the tokens of a batch; return that loss."""
     tokens = sum(sample.response_tokens for sample in batch)
     total = 0.0
-    for part in _parts(batch, tuning.micro_tokens or _micro_tokens(model)):
+    for part in _cut(batch, tuning.micro_tokens or _micro_tokens(model)):
         with torch.autocast(model.device.type, torch.bfloat16, enabled=tuning.bfloat16):
             loss = _summed_loss(model, part)
         (loss / tokens).backward()
         total += float(loss.detach())
     return total / tokens
-
-
-def _parts(batch: list[Encoded], micro_tokens: int) -> Iterator[list[Encoded]]:
-    part: list[Encoded] = []
-    for sample in sorted(batch, key=lambda sample: (len(sample.input_ids), sample.sample_id)):
-        if part and (len(part) + 1) * len(sample.input_ids) > micro_tokens:
-            yield part
-            part = []
-        part.append(sample)
-    yield part

@@ -1,6 +1,7 @@
 """Exact top-k by inner product over shards, on CPUs or GPUs."""
 
-from rapidin_vdb.index.index import Batch, Ranked, ShardedIndex, empty_index
+from rapidin_vdb.index.coarse import narrowed
+from rapidin_vdb.index.index import Batch, Ranked, ShardedIndex, check_top_k, empty_index
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.loading import check_index, load_index, load_keys, verify_rows
 from rapidin_vdb.index.making import make_shard
@@ -27,6 +28,7 @@ __all__ = [
     "TableSource",
     "Texts",
     "check_index",
+    "check_top_k",
     "clear_index",
     "empty_index",
     "extend_index",
@@ -38,6 +40,7 @@ __all__ = [
     "make_shard",
     "manifest_of",
     "measured_recall",
+    "narrowed",
     "survey",
     "verify_rows",
     "with_recall",

@@ -1,11 +1,16 @@
 """Narrow copies of RapidGrads for a first, coarse search: neighbouring buckets summed are those of a smaller width."""
 
 import numpy as np
-from jaxtyping import UInt16
+from jaxtyping import Float32, UInt16
 
 from rapidin_vdb.errors import SpecError
 
 Rows = UInt16[np.ndarray, "rows sketch"]
+
+
+def narrowed(queries: Float32[np.ndarray, "queries sketch"], width: int) -> Float32[np.ndarray, "queries {width}"]:
+    """Return queries folded to a width: sums of neighbouring buckets, as rows of that width are of theirs."""
+    return np.ascontiguousarray(queries.reshape(len(queries), width, -1).sum(2))
 
 
 def folded(rows: Rows, width: int) -> UInt16[np.ndarray, "rows {width}"]:

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index.coarse import folded
+from rapidin_vdb.index.coarse import folded, narrowed
 from rapidin_vdb.index.exact import exact_scores
 from rapidin_vdb.index.faiss_shard import GPU_MOST, FaissShard
 from rapidin_vdb.index.groups import add_up, members_of
@@ -208,7 +208,7 @@ class ShardedIndex:
     def _candidates(self, queries: Queries, wanted: int, rows: np.ndarray | None, *, both: bool) -> list[Found]:
         """Return the best `wanted` rows of all shards with their scores in float32, best first."""
         if self.recipe.coarse_width:
-            queries = queries.reshape(len(queries), self.recipe.coarse_width, -1).sum(2)
+            queries = narrowed(queries, self.recipe.coarse_width)
         queries = np.ascontiguousarray(queries)
 
         def search(number: int, local: np.ndarray | None) -> list[Found]:

@@ -16,8 +16,8 @@ from rapidin_vdb.index.making import gpu_of, make_shard
 from rapidin_vdb.index.manifest import Manifest, Part, array_header, unreadable
 from rapidin_vdb.index.source import ArraySource, FileSource, RowFile, RowSource
 from rapidin_vdb.index.texts import Texts
+from rapidin_vdb.machine import free_bytes
 from rapidin_vdb.recipe import IndexRecipe, Residence
-from rapidin_vdb.sketch.memory import free_bytes
 
 logger = logging.getLogger(__name__)
 

@@ -64,7 +64,7 @@ class IngestReport:
     first_unwritten: str
     """Where the first of these turns is; empty where there is none."""
     brought_back: int
-    """How many of them had been deleted before, as far as kept versions show it."""
+    """Samples to be written that had been deleted before, as far as kept versions show it."""
     left_deleted: int
     """Records that were left out because their samples had been, under `on_deleted="skip"`."""
     mixed: Mapping[str, str]
@@ -106,7 +106,7 @@ class IngestEstimate:
     mixed: Mapping[str, str]
     """New columns that would hold text, though some of their values do not, and a place that shows it."""
     tokens: int
-    """Their tokens, prompts included, padding not."""
+    """Tokens of the samples to write, prompts included, padding not."""
     batches: int
     """Batches they make."""
     token_gradients: int

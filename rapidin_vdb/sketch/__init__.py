@@ -2,11 +2,10 @@
 
 from rapidin_vdb.sketch.bucket_map import BucketMap
 from rapidin_vdb.sketch.lanes import BatchLanes
-from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.sketch.shuffle import ShuffleStep, draw_shuffle, padded_length
 from rapidin_vdb.sketch.sketch import Sketch, fold, map_bytes
 
 __all__ = [
-    "BatchLanes", "BucketMap", "ShuffleStep", "Sketch", "draw_shuffle", "fold", "free_bytes", "map_bytes",
+    "BatchLanes", "BucketMap", "ShuffleStep", "Sketch", "draw_shuffle", "fold", "map_bytes",
     "padded_length",
 ]  # fmt: skip

@@ -12,11 +12,11 @@ from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
 from rapidin_vdb.errors import SpecError
+from rapidin_vdb.machine import free_bytes
 from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.sketch import scatter_gpu
 from rapidin_vdb.sketch.bucket_map import BucketMap
 from rapidin_vdb.sketch.lanes import Buckets
-from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.sketch.scatter import scatter_batch, scatter_rows
 from rapidin_vdb.sketch.scatter_torch import numbers, scatter_batch_torch, scatter_rows_torch, signed_view, unpacked
 

@@ -114,14 +114,6 @@ class Snapshot(TableVersion):
         """
         return len(self.row_ids(where)) if where is not None else self.rows()
 
-    def sample_ids(self, where: str | None = None) -> list[str]:
-        """Return the ids of all samples, or of those a filter lets through, in no particular order.
-
-        Raises:
-            FilterError: the filter cannot be understood.
-        """
-        return self._select(["sample_id"], where)["sample_id"].to_pylist()
-
     def row_ids(self, where: str) -> Int64[np.ndarray, " matching"]:
         """Return the row ids of the samples a filter lets through, in no particular order.
 

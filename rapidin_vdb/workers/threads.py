@@ -1,18 +1,8 @@
 """How many CPU threads each worker has, and how much faster several of them can be."""
 
-import os
 from collections.abc import Sequence
-from pathlib import Path
 
-
-def cores(quota: Path = Path("/sys/fs/cgroup/cpu.max")) -> int:
-    """Return how many CPU cores this process may use: those that it is bound to, or its container's share of them."""
-    bound = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        limit, period = map(int, quota.read_text("ascii").split())
-    except (OSError, ValueError):
-        return bound  # no such group, an older kind, or "max"
-    return max(1, min(bound, limit // period))
+from rapidin_vdb.machine import cores
 
 
 def threads_each(workers: int) -> int:
