@@ -11,6 +11,7 @@ RapidInError
     FingerprintError       the vectors were made with another model, template or sketch
     FilterError            a --where filter cannot be understood
     PurgedError            the version that was being read is gone
+    OvertakenError         another writer took over; nothing was lost, and the same command goes on
     UnfitError             what was asked, or is to be added, does not fit what a database holds
   ScratchError           what a command keeps among temporary files cannot be kept
   SpecError              a sketch spec, an index recipe or an argument cannot be honoured
@@ -78,6 +79,10 @@ class PurgedError(TableError):
     """The version that was being read is gone: a purge removed it."""
 
 
+class OvertakenError(TableError):
+    """Another writer took over meanwhile: nothing was lost, and the same command again goes on."""
+
+
 class UnfitError(TableError):
     """What was asked, or is to be added, does not fit what a database holds: no such version, another type, nothing."""
 
@@ -141,9 +146,11 @@ def out_of_handles(error: BaseException | None) -> bool:
 def out_of_room(error: BaseException | None) -> bool:
     """Return whether an error, or one that it came of, is that a disk is full, or a share of it that was allowed."""
     while error is not None:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
+        # Lance's has no number; and texts of ours may quote what was asked.
+        said = not isinstance(error, RapidInError) and "No space left on device" in str(error)
+        if said or getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
             return True
-        error = error.__cause__ or error.__context__
+        error = error.__cause__
     return False
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import numpy as np
 
 from rapidin_vdb.batches import cut
+from rapidin_vdb.errors import SpecError
 from rapidin_vdb.gradient import Exact, ExactInfluence
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.question import Question
@@ -99,6 +100,8 @@ class _Explanation:
             ]
         ends = [end[: question.top_k] for end in ends]
         shown = [result.sample_id for end in ends for result in end]
+        if question.matrix and question.most_numbers:
+            self._check_size(shown)
         if question.tokens or question.matrix:
             self._learn(shown)
             self._learn_tokens(shown)
@@ -137,6 +140,20 @@ class _Explanation:
 
     def _score(self, sample_id: str) -> float:
         return float(self._known[sample_id].exact.scores[0]) * self._factor
+
+    def _check_size(self, sample_ids: Sequence[str]) -> None:
+        """Refuse matrices that are too large together.
+
+        Raises:
+            SpecError: they are.
+        """
+        lengths = [len(sample.offsets) for sample in self._snapshot.encoded(sample_ids).values()]
+        numbers, most = sum(lengths) * len(self._encoded.offsets), self._question.most_numbers
+        if numbers > most:
+            raise SpecError(
+                f"the matrices of {len(lengths)} results have {numbers:,} numbers together; wanted at most {most:,}: "
+                "give a smaller top_k"
+            )
 
     def _learn(self, sample_ids: Sequence[str]) -> None:
         """Compute the exact scores of those samples that have none yet."""

@@ -19,16 +19,16 @@ QUIET_SECONDS = 1.0
 # Between two steps of waiting.
 _STEP_SECONDS = 0.2
 
-_STEP: ContextVar[Callable[[bool], None]] = ContextVar("step", default=lambda keeping: None)
+_STEP: ContextVar[Callable[[bool], bool]] = ContextVar("step", default=lambda keeping: False)
 _KEEPING: ContextVar[bool] = ContextVar("keeping", default=False)
 
 
 @contextmanager
-def while_waiting(step: Callable[[bool], None]) -> Iterator[None]:
+def while_waiting(step: Callable[[bool], bool]) -> Iterator[None]:
     """Call `step` now and then where this thread waits for a lock, until the block ends; what it raises ends the wait.
 
     So a thread that serves others can do so meanwhile, or give up what nobody wants any more. It is told whether that
-    would lose what was computed.
+    would lose what was computed, and says whether it did something: then it is called again at once.
     """
     before = _STEP.set(step)
     try:
@@ -47,9 +47,9 @@ def keeping() -> Iterator[None]:
         _KEEPING.reset(before)
 
 
-def still_waiting() -> None:
-    """Call what `while_waiting` was given: for locks of other kinds, between two looks at them."""
-    _STEP.get()(_KEEPING.get())
+def still_waiting() -> bool:
+    """Call what `while_waiting` was given, and return what it says: for locks of other kinds, between two looks."""
+    return _STEP.get()(_KEEPING.get())
 
 
 @contextmanager
@@ -63,16 +63,18 @@ def holding(lock: FileLock, what: str) -> Iterator[None]:
 
 
 def _acquire(lock: FileLock, what: str) -> None:
-    loud = time.monotonic() + QUIET_SECONDS
+    loud, busy = time.monotonic() + QUIET_SECONDS, False
     while True:
         try:
-            lock.acquire(timeout=_STEP_SECONDS)
+            lock.acquire(timeout=0.0 if busy else _STEP_SECONDS)
             return
         except Timeout:
-            if time.monotonic() >= loud:
-                logger.warning("waiting for %s, which %s holds", what, holder_of(Path(lock.lock_file)))
-                loud = math.inf
-            still_waiting()
+            pass
+        # Out here, where what goes wrong meanwhile does not look as if it came of the lock.
+        if time.monotonic() >= loud:
+            logger.warning("waiting for %s, which %s holds", what, holder_of(Path(lock.lock_file)))
+            loud = math.inf
+        busy = still_waiting()
 
 
 class NamedLock:

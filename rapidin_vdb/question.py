@@ -11,6 +11,7 @@ _WHOLE: tuple[tuple[str, int, int | None, str], ...] = (
     ("top_k", 1, None, "1 or more"),
     ("refine", 0, None, "0 or more"),
     ("most_groups", 0, None, "0 (all) or more"),
+    ("most_numbers", 0, None, "0 (no bound) or more"),
     ("histogram", 0, 1000, "a number of bins from 0 (none) to 1000"),
 )
 _OPTIONS = {"top_k": "--top-k", "refine": "--refine"}
@@ -46,6 +47,8 @@ class Question:
     """Or averaged."""
     most_groups: int = 0
     """How many groups at most, by absolute influence; 0 for all."""
+    most_numbers: int = 0
+    """How many numbers all matrices of a ranking may have at most, before any is computed; 0 for no bound."""
     histogram: int = 0
     """Into how many bins the scores of all samples are counted; 0 for none."""
     index: str | None = None

@@ -24,11 +24,11 @@ from rapidin_vdb.index import (
     load_keys,
     make_shard,
 )
+from rapidin_vdb.machine import free_bytes
 from rapidin_vdb.progress import Progress
 from rapidin_vdb.question import Question
 from rapidin_vdb.recipe import IndexRecipe, default_recipe
 from rapidin_vdb.results import IndexInfo
-from rapidin_vdb.sketch.memory import free_bytes
 from rapidin_vdb.store import SAMPLES, TableVersion
 
 logger = logging.getLogger(__name__)
@@ -104,16 +104,23 @@ class Residents:
 
     def at_hand(self, snapshot: TableVersion, manifests: list[Manifest], name: str | None) -> ShardedIndex | None:
         """Return an index of a version of the table, as `Resident.at_hand`; None where it has to be read."""
-        here = self.older if self._is_older(snapshot) else self.newest
-        return here.at_hand(snapshot, manifests, name) if here else None
+        if not self._is_older(snapshot):
+            return self.newest.at_hand(snapshot, manifests, name) if self.newest else None
+        found = self.older.at_hand(snapshot, manifests, name) if self.older else None
+        if found is None and not _has_room_beside(snapshot, manifests):
+            # Of the newest, which it takes the place of: what it was made of may not be used any more.
+            newest = self.newest
+            self.let_go()
+            found = newest.at_hand(snapshot, manifests, name) if newest else None
+        return found
 
     def make_room(self, snapshot: TableVersion, manifests: list[Manifest]) -> None:
         """Let go of what an index of this version takes the place of, before it is read: both might not fit.
 
         Whoever searches it still has a hold of it.
         """
-        if self._is_older(snapshot) and _has_room_beside(snapshot, manifests):
-            self.older = None
+        if self._is_older(snapshot):
+            self.older = None  # there is room, or there would be no newest any more
         else:
             self.let_go()
 

@@ -602,7 +602,7 @@ def test_a_lease_is_held_by_one(bucket):
 def test_whoever_waits_for_a_lease_can_give_up(bucket):
     (first, _), (second, _) = lease(bucket), lease(bucket)
 
-    def step(keeping: bool) -> None:
+    def step(keeping: bool) -> bool:
         raise LookupError
 
     with first, while_waiting(step), pytest.raises(LookupError), second:

@@ -312,6 +312,13 @@ def test_a_mark_is_of_the_texts_that_were_read(visit, tmp_path, models, adapters
         made.ingest(write_jsonl(tmp_path / "changed.jsonl", changed), on_duplicate="replace")
         page.click("#save-clean")
         page.get_by_text("other texts by now than when they were marked, such as toy-002").wait_for()
+        # Nor by its id alone.
+        with page.expect_response("**/api/export"):
+            page.click("#save-ids")
+        page.get_by_text("such as toy-002").wait_for()
+        with page.expect_response("**/api/export"):
+            page.set_input_files("#own-file", tmp_path / "changed.jsonl")
+        page.get_by_text("such as toy-002").wait_for()
         page.locator('article[data-sample="toy-002"]').get_by_role("button", name="Unmark").click()
         assert {line["id"] for line in saved_lines(page, "#save-clean")} == {"toy-000", "toy-002", "toy-003"}
 

@@ -21,6 +21,7 @@ from rapidin_vdb.errors import (
     FilterError,
     FingerprintError,
     ModelError,
+    OvertakenError,
     PurgedError,
     SampleNotFoundError,
     ScratchError,
@@ -36,7 +37,7 @@ from fastapi.testclient import TestClient
 from servers import listening
 
 from rapidin_vdb.web import make_app, serve
-from rapidin_vdb.web.answers import status_of
+from rapidin_vdb.web.answers import said, status_of
 from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, Job, LateError
 from rapidin_vdb.web.document import EXAMPLES
 from rapidin_vdb.web.server import origin_of
@@ -253,7 +254,7 @@ def test_an_ingest_that_waits_for_another_writer_holds_up_nobody(tmp_path, model
         assert made.count() == 12
         # But no longer than the server lasts.
         path = write_jsonl(tmp_path / "most.jsonl", toy_records(4, first=12))
-        monkeypatch.setattr("rapidin_vdb.web.desk._LAST_SECONDS", 0.3)
+        monkeypatch.setattr("rapidin_vdb.web.patience.LAST_SECONDS", 0.3)
         job = ingest(taken_at="tokens")
         assert waits.wait(60)
         desk.close()
@@ -271,9 +272,17 @@ def test_a_status_says_whose_fault_it_is(tmp_path, served, models, adapters):
     for error, status in (
         (SpecError("x"), 400), (CorpusError("x"), 400), (FilterError("x"), 400), (SampleNotFoundError("x"), 404),
         (ModelError("x"), 500), (TableError("x"), 500), (FingerprintError("x"), 500), (PurgedError("x"), 503),
-        (ScratchError("x"), 507), (BusyError("x"), 503), (LateError(), 504),
+        (ScratchError("x"), 507), (BusyError("x"), 503), (LateError(), 504), (OvertakenError("x"), 503),
+        (SampleNotFoundError("no sample 'No space left on device'"), 404),
     ):  # fmt: skip
         assert status_of(error) == status, error
+    try:
+        try:
+            raise full
+        except OSError:
+            raise FilterError("of another, who was let in meanwhile")  # noqa: B904
+    except FilterError as error:
+        assert status_of(error) == 400
     try:
         raise TableError("cannot be written") from full
     except TableError as error:
@@ -294,6 +303,23 @@ def test_a_status_says_whose_fault_it_is(tmp_path, served, models, adapters):
         assert [answer.status_code for answer in answers] == [500, 500]
         assert '"status": 500' in events.text and events.headers["x-accel-buffering"] == "no"
         assert not any(str(tmp_path) in answer.text for answer in [*answers, events]), "where it lies is not told"
+
+
+def test_where_a_database_lies_is_told_to_nobody(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    path = str(tmp_path / "link" / "db")
+    for place in (path, path + "/", "link/db", "./link/db/"):
+        for text, wanted in (
+            (f"the database {path} is empty.", "the database db is empty."),
+            (f"Not found: {path}/samples.lance/x, and {path[1:]}/y", "Not found: db/samples.lance/x, and db/y"),
+            (f"{tmp_path}/real/db: {path}-old", f"db: {path}-old"),
+        ):
+            assert said(SpecError(text), place) == wanted, place
+    assert said(SpecError("some data, not in /data."), "/data") == "some data, not in data."
+    assert said(SpecError("s3://bucket/a/db has none; mydb has"), "s3://bucket/a/db") == "db has none; mydb has"
+    assert said(SpecError("db or mydb"), "db") == "db or mydb"
 
 
 def test_a_request_may_say_which_database_it_is_for(served):
@@ -324,9 +350,10 @@ def test_matrices_that_no_page_could_hold_are_refused(served, monkeypatch):
             result["matrix"] for result in client.post("/api/query", json=ASKED | {"matrix": True}).json()["results"]
         ]
         numbers = sum(len(row) for matrix in matrices for row in matrix)
-        monkeypatch.setattr("rapidin_vdb.web.api._MOST_NUMBERS", numbers)
+        monkeypatch.setattr("rapidin_vdb.web.shapes._MOST_NUMBERS", numbers)
         assert client.post("/api/query", json=ASKED | {"matrix": True}).status_code == 200
-        monkeypatch.setattr("rapidin_vdb.web.api._MOST_NUMBERS", numbers - 1)
+        monkeypatch.setattr("rapidin_vdb.web.shapes._MOST_NUMBERS", numbers - 1)
+        monkeypatch.setattr("rapidin_vdb.explanation._Explanation._learn_tokens", None)  # it is said before
         refused = client.post("/api/query", json=ASKED | {"matrix": True})
         assert refused.status_code == 400 and f"of 3 results have {numbers:,} numbers" in refused.json()["detail"]
 

@@ -12,6 +12,7 @@ import tempfile
 import threading
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 from conftest import toy_records, write_jsonl
@@ -31,6 +32,7 @@ from test_web_limits import occupied
 from rapidin_vdb.web import make_app, serve
 from rapidin_vdb.web.desk import CancelledError, Client, Desk, LateError
 from rapidin_vdb.web.reads import Reads
+from rapidin_vdb.web.unread import GivingUp
 
 ASKED = {"prompt": "Say 5", "generation": "blue 35", "top_k": 3}
 
@@ -173,7 +175,8 @@ def test_an_answer_that_nobody_reads_is_given_up(served, monkeypatch):
 
     monkeypatch.setattr(served, "each_record", many)
     monkeypatch.setattr("rapidin_vdb.web.export.tempfile.SpooledTemporaryFile", File)
-    with listening(make_app(served, body_seconds=0.5)) as port, socket.socket() as line:
+    monkeypatch.setattr("rapidin_vdb.web.unread.UNREAD_SECONDS", 0.3)
+    with listening(make_app(served)) as port, socket.socket() as line:
         line.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         line.connect(("127.0.0.1", port))
         line.sendall(
@@ -182,6 +185,26 @@ def test_an_answer_that_nobody_reads_is_given_up(served, monkeypatch):
         )
         assert line.recv(15) == b"HTTP/1.1 200 OK"
         assert ended.wait(60), "its file is kept for nobody"
+
+
+@pytest.mark.parametrize(("sizes", "ends"), [([90, 90], True), ([90, 70, 70], True), ([90, 70, 0], False)])
+def test_whoever_reads_slowly_is_waited_for(sizes, ends):
+    looks, told, sizes = [], [], list(sizes)
+    connection = GivingUp.__new__(GivingUp)
+    connection._look = None
+    connection.flow = SimpleNamespace(pause_writing=lambda: None, resume_writing=lambda: None)
+    connection.loop = SimpleNamespace(
+        call_later=lambda seconds, look: looks.append(look) or SimpleNamespace(cancel=lambda: told.append("no more"))
+    )
+    connection.transport = SimpleNamespace(
+        get_write_buffer_size=lambda: sizes.pop(0) if len(sizes) > 1 else sizes[0], abort=lambda: told.append("ended")
+    )
+    connection.pause_writing()
+    while looks and sizes != [0]:
+        looks.pop()()
+    if not ends:
+        connection.resume_writing()
+    assert told == (["ended"] if ends else ["no more"])
 
 
 # Bodies.

@@ -260,11 +260,6 @@ def fields_read(name: str, text: str) -> frozenset[str]:
     return frozenset(jinja2.meta.find_undeclared_variables(jinja2.Environment(autoescape=True).parse(text)))
 
 
-def known_templates() -> Sequence[str]:
-    """Return the names that are not files."""
-    return ("alpaca", "chat", "text")
-
-
 def _reason(error: Exception) -> str:
     """Return an error of Jinja's as a user can use it: its filter tojson speaks of itself where a field is missing."""
     if isinstance(error, TypeError) and "Undefined is not JSON" in str(error):

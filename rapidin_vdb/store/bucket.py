@@ -9,7 +9,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rapidin_vdb.errors import TableError, without_secrets
+from rapidin_vdb.errors import OvertakenError, TableError, without_secrets
 from rapidin_vdb.store.cache import cache_folder
 from rapidin_vdb.store.fence import before_fences, fence, is_half_done
 from rapidin_vdb.store.leftovers import remove_versions, unnamed_files
@@ -98,7 +98,7 @@ class Bucket:
         """
         if not self._end_former(name, self.lock.is_ours):
             self.lock.check()
-            raise TableError("another writer took over meanwhile; run the same command again to go on")
+            raise OvertakenError("another writer took over meanwhile; run the same command again to go on")
         # All from this version on is kept, whatever came behind it.
         kept = self._dataset(name, base)
         remove_versions(kept, unnamed=False)

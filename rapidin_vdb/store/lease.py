@@ -17,7 +17,7 @@ from uuid import uuid4
 import obstore
 from obstore.exceptions import AlreadyExistsError, BaseError, NotFoundError, PreconditionError
 
-from rapidin_vdb.errors import TableError
+from rapidin_vdb.errors import OvertakenError, TableError
 from rapidin_vdb.locks import QUIET_SECONDS, still_waiting
 
 logger = logging.getLogger(__name__)
@@ -100,7 +100,7 @@ class Lease:
             return False
         try:
             if self._depth and self._read()[0] != self._token:
-                raise TableError(
+                raise OvertakenError(
                     f"another writer took over {self._place}: this one had not been heard of for "
                     f"{self._seconds:.0f} s. Nothing was lost; run the same command again to go on"
                 )
@@ -123,9 +123,9 @@ class Lease:
                         "%.0f s", self._place, self._seconds,
                     )  # fmt: skip
                     quiet = False
-                # Not all at the same moment.
-                time.sleep(random.uniform(0.2, 0.6) * min(1.0, self._seconds / 4))
-                still_waiting()
+                if not still_waiting():
+                    # Not all at the same moment.
+                    time.sleep(random.uniform(0.2, 0.6) * min(1.0, self._seconds / 4))
                 continue
             try:
                 self._write(self._token, tag)

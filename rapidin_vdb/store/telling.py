@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 
-from rapidin_vdb.errors import PurgedError, TableError, out_of_handles
+from rapidin_vdb.errors import OvertakenError, PurgedError, TableError, out_of_handles
 from rapidin_vdb.store.columns import check_out
 from rapidin_vdb.store.fingerprint import read_identity
 from rapidin_vdb.store.place import Place
@@ -37,7 +37,8 @@ def told(what: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, OSError, pa.ArrowException) as error:
-        raise TableError(f"{what}: {_explained(error)}") from error
+        kind = OvertakenError if any(sign in str(error) for sign in _CAME_BETWEEN) else TableError
+        raise kind(f"{what}: {_explained(error)}") from error
     except BaseException as error:
         if type(error).__module__.startswith("obstore"):
             raise TableError(f"{what}: {_explained(error)}") from error

@@ -4,7 +4,8 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncGenerator, Callable
-from pathlib import PurePosixPath
+from functools import cache
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from fastapi import Request
@@ -13,6 +14,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 from rapidin_vdb.errors import (
     FilterError,
     ModelError,
+    OvertakenError,
     PurgedError,
     RapidInError,
     SampleNotFoundError,
@@ -34,7 +36,7 @@ STILL_HERE_EVENT = ": still at it\n\n"
 _MOMENT = 0.05
 """Seconds between two looks at a clock that stands still."""
 _STATUSES: tuple[tuple[tuple[type[Exception], ...], int], ...] = (
-    ((BusyError, PurgedError), 503),
+    ((BusyError, PurgedError, OvertakenError), 503),
     ((LateError,), 504),
     ((CancelledError,), 499),
     ((MovedError,), 409),
@@ -64,7 +66,7 @@ class Streamed(StreamingResponse):
         self._sent = parts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send them."""
+        """Send them, or what there is time for."""
         try:
             await super().__call__(scope, receive, send)
         finally:
@@ -116,7 +118,23 @@ def said(error: Exception, place: str) -> str:
     fields = shapes.Search.model_fields | shapes.IngestRequest.model_fields
     options = {name.replace("_", "-"): name for name in fields}
     text = re.sub("--([a-z][a-z-]*)", lambda option: options.get(option[1], option[0]), str(error))
-    return text.replace(place, PurePosixPath(place).name or place)
+    pattern, name = _places(place)
+    return pattern.sub(lambda _: name, text)
+
+
+@cache
+def _places(place: str) -> tuple[re.Pattern[str], str]:
+    """Return what finds a database's place in a text, however it is written there, and its name."""
+    if "://" in place:
+        written = {place.rstrip("/")}
+    else:
+        written = {place.rstrip("/"), str(Path(place).absolute()), str(Path(place).resolve())}
+        # Object stores of local files leave out the first slash.
+        written |= {path.removeprefix("/") for path in written}
+    longest = sorted((path for path in written if "/" in path), key=len, reverse=True)
+    found = "|".join(map(re.escape, longest)) or r"(?!)"
+    name = PurePosixPath(place).name if "://" in place else Path(place).absolute().name
+    return re.compile(rf"(?<![\w/.-])(?:{found})(?![\w-]|\.\w)"), name or place
 
 
 def status_of(error: Exception) -> int:

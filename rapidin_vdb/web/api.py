@@ -14,7 +14,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import Response, StreamingResponse
 
 from rapidin_vdb.database import Database
-from rapidin_vdb.errors import RapidInError, SpecError, no_scratch
+from rapidin_vdb.errors import RapidInError, no_scratch
 from rapidin_vdb.page import sample_pieces, with_pieces
 from rapidin_vdb.progress import Progress
 from rapidin_vdb.query import query_from
@@ -28,8 +28,6 @@ from rapidin_vdb.web.export import exported
 from rapidin_vdb.web.lines import Job
 from rapidin_vdb.web.reads import Reads
 
-# Of all matrices of an answer, which takes some 11 bytes for each.
-_MOST_NUMBERS = 10_000_000
 _TYPES = {"string": "text", "bool": "truth", "int64": "whole", "int32": "whole", "double": "number", "float": "number"}
 _Pieces = Annotated[bool, Query(description="Add to each text its pieces: what a page colours.")]
 _Meant = Annotated[
@@ -94,11 +92,7 @@ def make_api(service: Service) -> APIRouter:
         def submit(progress: Progress) -> Job:
             return service.desk().search(client_of(request), question, sample, progress=progress)
 
-        def shape(ranking: Ranking) -> dict[str, Any]:
-            _check_size(ranking)
-            return with_pieces(ranking) if pieces else ranking.to_dict()
-
-        return await answered(request, service.desk(), submit, shape)
+        return await answered(request, service.desk(), submit, with_pieces if pieces else Ranking.to_dict)
 
     @api.post(
         "/api/generate", summary="What the model says to a prompt, or after several turns", response_model=None,
@@ -227,21 +221,6 @@ def _sent(records: list[dict[str, Any]]) -> Iterator[Path]:
             what = "the file of the records that were sent, which the server keeps until they are read,"
             raise no_scratch(what, error) from error
         yield path
-
-
-def _check_size(ranking: Ranking) -> None:
-    """Refuse to write out what no page can hold, nor this server for many.
-
-    Raises:
-        SpecError: its matrices are too large together.
-    """
-    found = [getattr(result, "matrix", None) for result in (*ranking.results, *(ranking.harmful or ()))]
-    numbers = sum(matrix.size for matrix in found if matrix is not None)
-    if numbers > _MOST_NUMBERS:
-        raise SpecError(
-            f"the matrices of {len(found)} results have {numbers:,} numbers; wanted at most {_MOST_NUMBERS:,}: give a "
-            "smaller top_k, or a focus on some words"
-        )
 
 
 def _only_known(request: Request) -> None:

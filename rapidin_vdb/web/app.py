@@ -36,7 +36,7 @@ def make_app(
 
     With a `token`, nothing of the database is answered without it. `hosts` are the names under which it may be asked,
     and `served_as` is the origin under which a reverse proxy serves it. A request's body must arrive within
-    `body_seconds`, and each part of an answer be read within as many.
+    `body_seconds`.
     """
     desks: list[Desk] = []
     readers: list[Reads] = []

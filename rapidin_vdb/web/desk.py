@@ -1,7 +1,6 @@
 """Where requests wait for the model: one at a time, fairly among those who ask, searches of a kind together."""
 
 import dataclasses
-import logging
 import threading
 import time
 from collections import deque
@@ -16,7 +15,18 @@ from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.question import Question
 from rapidin_vdb.records import Sample
 from rapidin_vdb.results import Ranking
-from rapidin_vdb.web.lines import BusyError, CancelledError, Client, DeskError, Job, LateError, Lines, MovedError
+from rapidin_vdb.web.lines import (
+    BusyError,
+    CancelledError,
+    Client,
+    DeskError,
+    Job,
+    LateError,
+    Lines,
+    MovedError,
+    stopping,
+)
+from rapidin_vdb.web.patience import WAITS, Patience
 
 __all__ = ["BusyError", "CancelledError", "Client", "Desk", "DeskError", "Job", "LateError", "MovedError"]
 
@@ -24,20 +34,10 @@ __all__ = ["BusyError", "CancelledError", "Client", "Desk", "DeskError", "Job", 
 # Not ended with whoever waits, nor by their limit: what was read is kept, and the next find it done. A table that takes
 # longer than the limit would else be begun again for each of them, and never be served.
 _OPENS = "index"
-# Another process writes to the database, and holds its lock.
-_WAITS = "waiting"
-# After the server was told to stop, what an ingest has computed waits so long for that lock before it is let go.
-_LAST_SECONDS = 5.0
-
-logger = logging.getLogger(__name__)
 
 
 class _FewerError(Exception):
     """Some of those who were to be answered together have gone."""
-
-
-def _stopping() -> BusyError:
-    return BusyError("the server is stopping")
 
 
 class Desk:
@@ -120,7 +120,7 @@ class Desk:
                 told.append(job)
             self._wake.notify_all()
         for job in told:
-            job.fail(_stopping())
+            job.fail(stopping())
 
     def close(self) -> None:
         """Stop, and wait until that is done."""
@@ -131,7 +131,7 @@ class Desk:
         with self._wake:
             waiting, own = len(self._lines), self._lines.of_address(job.client.address)
             if not self._open:
-                raise _stopping()
+                raise stopping()
             if waiting >= self._most_waiting:
                 raise BusyError(f"{waiting} requests are waiting already; try again later")
             if own >= self._most_of_one:
@@ -188,7 +188,7 @@ class Desk:
         jobs = [job for job in jobs if job.alive()]
         if not self._open:
             for job in jobs:
-                job.fail(_stopping())
+                job.fail(stopping())
         if not jobs or not self._open:
             return
         try:
@@ -215,38 +215,26 @@ class Desk:
 
         def heard(stage: str, done: int, total: int) -> None:
             if not self._open:
-                raise _stopping()
+                raise stopping()
             if stage == _OPENS:
                 job.alive()  # where it is too late, it is told so
             else:
                 job.check()
             job.progress(stage, done, total)
-            make_way()
+            self._make_way(job)
 
-        def make_way() -> None:
-            if job.patient and self._open:
-                # Between two of its batches the model is free: those who wait get a turn.
-                with self._wake:
-                    others = self._next(lambda other: not other.patient)
-                if others:
-                    self._timed(others)
-
-        def waits(keeping: bool) -> None:
-            if not (keeping and job.patient):
-                heard(_WAITS, 0, 0)
-                return
-            # Also where nobody waits for it any more: what it has computed is to be kept, if not for ever.
-            job.progress(_WAITS, 0, 0)
-            make_way()
-            if time.monotonic() > self._stopped + _LAST_SECONDS:
-                logger.warning(
-                    "another process is still writing to the database: what an ingest has computed since its last "
-                    "commit is lost, for the server ends; give the same records again"
-                )
-                raise _stopping()
-
-        with while_waiting(waits):
+        with while_waiting(Patience(job, make_way=self._make_way, stopped=lambda: self._stopped)):
             job.succeed(job.work(heard))
+
+    def _make_way(self, job: Job) -> bool:
+        """Let others in while the model is free between an ingest's batches; say whether there were any."""
+        if not job.patient or not self._open:
+            return False
+        with self._wake:
+            others = self._next(lambda other: not other.patient)
+        if others:
+            self._timed(others)
+        return bool(others)
 
     def _search(self, jobs: list[Job], question: Question) -> None:
         left = deque(jobs)
@@ -256,7 +244,7 @@ class Desk:
         def heard(stage: str, done: int, total: int) -> None:
             nonlocal given
             if not self._open:
-                raise _stopping()
+                raise stopping()
             alive = [job for job in left if job.alive()]
             if not alive and stage != _OPENS:
                 raise CancelledError
@@ -270,7 +258,12 @@ class Desk:
                 given += self._let_in(alive)
 
         queries = [job.search[1] for job in jobs if job.search]
-        with while_waiting(lambda keeping: heard(_WAITS, 0, 0)):
+
+        def waits(keeping: bool) -> bool:
+            heard(WAITS, 0, 0)
+            return False
+
+        with while_waiting(waits):
             for ranking in self._database.ask(question, queries, progress=heard):
                 left.popleft().succeed(_less(ranking, given - known))
                 known = given

@@ -55,20 +55,15 @@ class Guard:
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
 
-        begun = unread = False
+        begun = False
 
         async def sent(message: Message) -> None:
-            nonlocal begun, unread
+            nonlocal begun
             begun = True
             if message["type"] == "http.response.start":
                 names = {name for name, _ in message["headers"]}
                 message["headers"] = [*message["headers"], *(pair for pair in _HEADERS if pair[0] not in names)]
-            try:
-                # What is not read holds a file, and one of the places of its address.
-                await asyncio.wait_for(send(message), self._body_seconds)
-            except TimeoutError:
-                unread = True
-                raise
+            await send(message)
 
         refusal = self._refusal(scope, headers)
         if refusal is not None:
@@ -93,8 +88,6 @@ class Guard:
             if not begun:
                 await _answer(sent, 503, "the server is stopping")
         except Exception:
-            if unread:
-                return  # the connection ends, in the middle of the answer
             # Whatever went wrong, its traceback is for the log, and the answer has the headers of all others.
             if not begun:
                 await _answer(sent, 500, "something went wrong in the server; its log says what")

@@ -20,6 +20,11 @@ class BusyError(DeskError):
     """Too many are waiting."""
 
 
+def stopping() -> BusyError:
+    """Return the error for whoever is not answered any more."""
+    return BusyError("the server is stopping")
+
+
 class LateError(DeskError):
     """Its time was over."""
 

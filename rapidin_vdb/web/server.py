@@ -16,6 +16,7 @@ from rapidin_vdb.errors import SpecError
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.web.app import make_app
 from rapidin_vdb.web.guard import LOOPBACK
+from rapidin_vdb.web.unread import GivingUp
 
 
 def _quiet() -> AbstractContextManager[Progress]:
@@ -61,8 +62,8 @@ def serve(
         app = make_app(database, writable=writable, token=token, hosts=hosts, served_as=origin, time_limit=time_limit)
         # Only a proxy is believed when it says where a request comes from, and only one on this machine.
         config = uvicorn.Config(
-            app, log_level="warning", timeout_keep_alive=30, limit_concurrency=1000, proxy_headers=origin is not None,
-            timeout_graceful_shutdown=3,
+            app, http=GivingUp, log_level="warning", timeout_keep_alive=30, limit_concurrency=1000,
+            proxy_headers=origin is not None, timeout_graceful_shutdown=3,
         )  # fmt: skip
         shown = f"[{host}]" if ":" in host else host
         told = f"serving {database.path} on http://{shown}:{bound.getsockname()[1]} (Ctrl-C ends it)"
@@ -124,7 +125,11 @@ class _Server(uvicorn.Server):
 
     async def startup(self, sockets: list[Any] | None = None) -> None:
         """Begin to listen."""
-        await super().startup(sockets=sockets)
+        try:
+            await super().startup(sockets=sockets)
+        except OSError as error:
+            # Two may be given one address as long as neither listens.
+            raise SpecError(f"the address cannot be had any more: {error.strerror or error}; give another") from None
         if self.started:
             self._ready()
 

@@ -12,6 +12,7 @@ from rapidin_vdb.results import IndexInfo, RankedSample, RankedToken, Ranking, S
 _Text = Annotated[str, Field(max_length=200_000)]
 # A column may have a value of its own in every sample.
 _MOST_GROUPS = 1000
+_MOST_NUMBERS = 10_000_000  # of all matrices of an answer, which takes some 11 bytes for each
 _Span = Annotated[list[Annotated[int, Field(strict=True, ge=0, le=2**31 - 1)]], Field(min_length=2, max_length=2)]
 
 
@@ -58,7 +59,8 @@ class Search(_Shape):
         """
         values = {name: getattr(self, name) for name in Search.model_fields}
         focus = tuple(e if isinstance(e, str) else (e[0], e[1]) for e in self.focus)
-        return Question(**values | {"focus": focus, "spans": spans, "most_groups": _MOST_GROUPS})
+        most = {"most_groups": _MOST_GROUPS, "most_numbers": _MOST_NUMBERS}
+        return Question(**values | {"focus": focus, "spans": spans} | most)
 
 
 class Turn(_Shape):
@@ -189,8 +191,7 @@ class ExportRequest(_Shape):
     without: list[str | Seen] = Field(
         default=[],
         max_length=1_000_000,
-        description="Ids of samples to leave out; or ids with a checksum of the texts that are meant: where others "
-        "have taken their place since, nothing is written.",
+        description="Ids of samples to leave out; or with a checksum of the texts meant: of others nothing is written.",
     )
     where: str | None = Field(default=None, max_length=10_000, description="SQL filter over those to write.")
 

@@ -26,6 +26,29 @@ export function outdated(ids) {
   id("to-save").append(make("p", { class: "soft" }, "What is marked has changed since: save the samples again."));
 }
 
+// Marks are of texts: nothing is done by the ids of samples that have others by now. Where that is so the server says it.
+async function checked(marks, signal) {
+  let some = [], room = 8000; // of characters, in a filter
+  const ask = async () => {
+    const names = some.map((mark) => "'" + (mark.sample_id ?? mark).replaceAll("'", "''") + "'");
+    if (some.length) await follow("api/export", { without: some, where: "sample_id IN (" + names.join(", ") + ")" }, signal);
+    [some, room] = [[], 8000];
+  };
+  for (const mark of marks) {
+    room -= 2 * (mark.sample_id ?? mark).length + 4;
+    if (room < 0) await ask();
+    some.push(mark);
+  }
+  await ask();
+}
+export function savedIds(marks) {
+  during("looking at what is marked", async (signal) => {
+    await checked(marks, signal);
+    save("marked.jsonl", marks.map((mark) => JSON.stringify({ id: mark.sample_id ?? mark }) + "\n"));
+    say("Saved marked.jsonl: " + marks.length + " ids.");
+  });
+}
+
 // What the database still knows. Where that is not all of a record it is said before, not after.
 export function exported(where, without, names) {
   during("writing the cleaned file", async (signal) => {
@@ -46,8 +69,10 @@ export function exported(where, without, names) {
 }
 
 // The lines of a file whose id is not marked, byte for byte.
-export function cleaned(file, field, marked) {
+export function cleaned(file, field, marks) {
   during("reading the file", async (signal) => {
+    await checked(marks, signal);
+    const marked = new Set(marks.map((mark) => mark.sample_id ?? mark));
     const kept = [], left = new Set(marked);
     let lines = 0, gone = 0, nameless = 0, from = 0;
     await eachLine(file, signal, (start, end, text) => {

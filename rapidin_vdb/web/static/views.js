@@ -3,7 +3,7 @@ import * as kept from "./kept.js";
 import { Damaged, during, follow, read, say } from "./server.js";
 import { bar, body, remarks } from "./answer.js";
 import { fill } from "./filters.js";
-import { cleaned, exported, outdated, save } from "./training.js";
+import { cleaned, exported, outdated, savedIds } from "./training.js";
 import { earlier, questionOf } from "./turns.js";
 
 const { make, show, largest } = Heat;
@@ -65,11 +65,7 @@ export function markedView(page) {
     markedView(page);
   };
   // What is marked is read when a button is pressed: another tab may have changed it.
-  id("save-ids").onclick = () => {
-    const names = [...kept.marked().keys()];
-    save("marked.jsonl", [names.map((name) => JSON.stringify({ id: name }) + "\n").join("")]);
-    say("Saved marked.jsonl: " + names.length + " ids.");
-  };
+  id("save-ids").onclick = () => savedIds(kept.unwanted());
   id("unmark").onclick = () => {
     kept.unmark(ids); // those that are shown
     again();
@@ -79,7 +75,7 @@ export function markedView(page) {
     exported(id("clean-where").value.trim() || null, kept.unwanted(), [...kept.marked().keys()]);
   };
   id("own-file").onchange = () => {
-    if (id("own-file").files.length) cleaned(id("own-file").files[0], id("own-id").value, new Set(kept.marked().keys()));
+    if (id("own-file").files.length) cleaned(id("own-file").files[0], id("own-id").value, kept.unwanted());
     id("own-file").value = ""; // the same file may be given again
   };
   page.put(...(ids.length ? [] : [make("p", { class: "soft" }, "Nothing is marked. Mark samples where they are shown.")]),
