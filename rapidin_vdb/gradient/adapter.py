@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from rapidin_vdb.errors import ModelError
 from rapidin_vdb.gradient.memory import is_out_of_memory
@@ -50,7 +51,7 @@ def load_adapter(model: Any, adapter: str, base: str, device: str) -> Any:
             adapted = PeftModel.from_pretrained(
                 model, adapter, is_trainable=True, use_safetensors=True, torch_device=device
             )
-            weights = load_peft_weights(adapter, device="cpu", use_safetensors=True)
+            weights = _as_placed(adapted, load_peft_weights(adapter, device="cpu", use_safetensors=True))
     except SafetensorError as error:
         raise ModelError(
             f"the adapter {adapter} cannot be read: {short(error)}; save it again, or copy it anew"
@@ -73,6 +74,20 @@ def load_adapter(model: Any, adapter: str, base: str, device: str) -> Any:
             f"or are missing, such as {min(differing)}. Was it made for another model?{_made_for(adapter)}"
         )
     return adapted
+
+
+def _as_placed(adapted: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return an adapter's weights under the names that PEFT places them by, as it makes them of those of a file.
+
+    Experts that were modules of their own under transformers 4 are one tensor a kind since, and so are their adapters.
+    """
+    try:
+        from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+    except ImportError:  # older ones place them by the names that they have
+        return weights
+    config = adapted.peft_config["default"]
+    placed: dict[str, Tensor] = convert_peft_adapter_state_dict_for_transformers(adapted, config, weights)
+    return placed
 
 
 def _made_for(adapter: str) -> str:
