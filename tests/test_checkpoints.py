@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from conftest import tiny_model
+from safetensors.torch import load_file, save_file
 
 from rapidin_vdb.errors import ModelError, SpecError
 from rapidin_vdb.gradient import RapidGradMaker, default_batch_tokens, load_model
@@ -71,3 +73,52 @@ def test_a_width_of_each_layer_its_own_counts_as_the_largest(monkeypatch):
         return default_batch_tokens(SimpleNamespace(get_text_config=lambda: text), dtype="float32", device="cpu")
 
     assert tokens(128) > tokens(4096) == tokens([128, 4096]) > 0
+
+
+def saved_adapter(model, folder, base, *, embeddings=False, **options):
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(5)
+    config = LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False, task_type="CAUSAL_LM", **options)
+    adapted = get_peft_model(model, config).eval()
+    config.base_model_name_or_path = base
+    adapted.save_pretrained(folder, save_embedding_layers=embeddings)
+    return adapted
+
+
+@pytest.mark.parametrize(
+    ("names", "whole"),
+    [("this", ["embed_tokens", "lm_head"]), ("this", None), ("larger", None), ("nobody/here", None)],
+)
+def test_embeddings_beside_an_adapter_are_put_on_whatever_base_it_names(tmp_path, models, names, whole):
+    base = {"this": str(models["llama"]), "larger": str(tmp_path / "larger")}.get(names, names)
+    if names == "larger":
+        larger = tiny_model("llama")
+        larger.resize_token_embeddings(300, mean_resizing=False)
+        larger.save_pretrained(base)
+    tuned = tiny_model("llama")
+    with torch.no_grad():
+        tuned.model.embed_tokens.weight.add_(0.1)
+    wanted = saved_adapter(tuned, tmp_path / "a", base, embeddings=True, modules_to_save=whole)
+    file, ids = tmp_path / "a" / "adapter_model.safetensors", torch.tensor([SAMPLE.input_ids])
+    weights = load_file(file)
+    assert len(weights) == 4 + (2 if whole is None else 6)
+    spec = ModelSpec(model=str(models["llama"]), adapter=str(tmp_path / "a"))
+    with torch.no_grad():
+        assert torch.equal(load_model(spec, device="cpu").model(ids).logits, wanted(ids).logits)
+    if whole is not None:
+        # Another than the one that PEFT reads.
+        save_file(weights | {name: 2 * weights[name] for name in weights if "modules_to_save" in name}, file)
+        with pytest.raises(
+            ModelError, match=r"2 of its weights have no place there .*lm_head\.modules_to_save\.weight"
+        ):
+            load_model(spec, device="cpu")
+
+
+@pytest.mark.parametrize("options", [{"embeddings": True}, {"trainable_token_indices": {"embed_tokens": [4, 261]}}])
+def test_an_adapter_of_a_resized_vocabulary_is_told_both_sizes(tmp_path, models, options):
+    tuned = tiny_model("llama")
+    tuned.resize_token_embeddings(262, mean_resizing=False)
+    saved_adapter(tuned, tmp_path / "a", str(models["llama"]), **options)
+    with pytest.raises(ModelError, match=r"of 262 tokens, and the model's has 259\..*resize_token_embeddings\(262\)"):
+        load_model(ModelSpec(model=str(models["llama"]), adapter=str(tmp_path / "a")), device="cpu")
