@@ -122,3 +122,24 @@ def test_an_adapter_of_a_resized_vocabulary_is_told_both_sizes(tmp_path, models,
     saved_adapter(tuned, tmp_path / "a", str(models["llama"]), **options)
     with pytest.raises(ModelError, match=r"of 262 tokens, and the model's has 259\..*resize_token_embeddings\(262\)"):
         load_model(ModelSpec(model=str(models["llama"]), adapter=str(tmp_path / "a")), device="cpu")
+
+
+def test_an_adapter_that_cannot_be_put_on_as_it_was_trained_is_refused(tmp_path, models):
+    """Its weights are taken from the model's anew at each load, at random or not at all."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    spec, ids = ModelSpec(model=str(models["llama"]), adapter=str(tmp_path)), torch.tensor([SAMPLE.input_ids])
+    for how in ("pissa", "olora", "orthogonal", "pissa_niter_4", "corda", "lora_ga"):
+        config = LoraConfig(r=2, target_modules=["q_proj"], task_type="CAUSAL_LM")
+        config.init_lora_weights = how if how not in ("corda", "lora_ga") else True
+        wanted = get_peft_model(AutoModelForCausalLM.from_pretrained(models["llama"]), config).eval()
+        wanted.base_model.model.model.layers[0].self_attn.q_proj.lora_B["default"].weight.data += 0.3
+        config.init_lora_weights = how
+        wanted.save_pretrained(tmp_path, save_embedding_layers=False)
+        if how in ("pissa", "olora", "orthogonal"):
+            with torch.no_grad():
+                torch.testing.assert_close(load_model(spec, device="cpu").model(ids).logits, wanted(ids).logits)
+        else:
+            with pytest.raises(ModelError, match=f"began as {how}: .*path_initial_model_for_weight_conversion=FOLDER"):
+                load_model(spec, device="cpu")

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -47,6 +48,7 @@ def load_adapter(model: Any, adapter: str, base: str, device: str) -> Any:
                     f"the adapter {adapter} learns a prompt ({config.peft_type.value}), which takes places before a "
                     "sample's own tokens; wanted one that changes the model's layers, such as LoRA"
                 )
+            _refuse_unrepeatable(config, adapter)
             weights = load_peft_weights(adapter, device="cpu", use_safetensors=True)
             _check_vocabulary(model, config, weights, adapter=adapter, base=base)
             # Else PEFT reads it onto the first GPU, wherever the model is.
@@ -76,6 +78,30 @@ def load_adapter(model: Any, adapter: str, base: str, device: str) -> Any:
             f"or are missing, such as {min(differing)}. Was it made for another model?{_made_for(adapter)}"
         )
     return adapted
+
+
+def _refuse_unrepeatable(config: Any, adapter: str) -> None:
+    """Refuse LoRA whose beginning took from the model's weights what cannot be taken from them again.
+
+    PEFT does it anew at each load. By an exact decomposition (`pissa`, `olora`) it finds the same every time; other
+    beginnings (`eva`, `orthogonal`, `mica`, `gaussian`) leave the model as it is.
+    """
+    how = str(getattr(config, "init_lora_weights", "")).lower()
+    if how == "loftq" and not torch.cuda.is_available():
+        raise ModelError(
+            f"the adapter {adapter} began as {how}, which PEFT computes on a GPU alone; this machine has none"
+        )
+    if how.startswith("pissa_niter_"):
+        why = "by a draw, another one at each load"
+    elif how in ("corda", "lora_ga"):
+        why = "by what was computed of samples, which is not kept with it"
+    else:
+        return
+    raise ModelError(
+        f"the adapter {adapter} began as {how}: that took a part out of the model's weights {why}, and it cannot be "
+        "put on them as it was trained. Where it was trained, save it as plain LoRA, with save_pretrained(..., "
+        "path_initial_model_for_weight_conversion=FOLDER), the folder of the adapter as it was before training"
+    )
 
 
 def _as_placed(adapted: Any, weights: dict[str, Tensor]) -> dict[str, Tensor]:
