@@ -1,12 +1,13 @@
 """Folders of models as trainers leave them behind: without a tokenizer, quantised, with an adapter beside the weights."""
 
+import json
 import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import byte_tokenizer, save_model, tiny_model
 from safetensors.torch import load_file, save_file
 
 from rapidin_vdb.errors import ModelError, SpecError
@@ -143,3 +144,46 @@ def test_an_adapter_that_cannot_be_put_on_as_it_was_trained_is_refused(tmp_path,
         else:
             with pytest.raises(ModelError, match=f"began as {how}: .*path_initial_model_for_weight_conversion=FOLDER"):
                 load_model(spec, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("hidden_size", "16", "Field 'hidden_size' expected int, got str"),
+        ("num_attention_heads", 3, "is not a multiple of the number of attention heads"),
+    ],
+)
+def test_a_configuration_that_makes_no_sense_is_told(tmp_path, field, value, message):
+    folder = save_model(tmp_path / "m", "llama")
+    config = json.loads((folder / "config.json").read_text()) | {field: value}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match=f"the configuration of the model .*{message}.* Mend its config.json"):
+        load_model(ModelSpec(model=str(folder)), device="cpu")
+
+
+@pytest.mark.parametrize("kind", ["T5", "Bert", "BertLMHead", "GPTNeoX"])
+def test_what_is_no_causal_language_model_is_told_as_what_it_is(tmp_path, kind):
+    import transformers
+
+    if kind == "T5":
+        config = transformers.T5Config(vocab_size=259, d_model=16, d_kv=4, d_ff=24, num_layers=1, num_heads=4)
+        model = transformers.T5ForConditionalGeneration(config)
+    else:
+        name = kind.removesuffix("LMHead")
+        config = getattr(transformers, f"{name}Config")(
+            vocab_size=259, hidden_size=16, num_hidden_layers=1, num_attention_heads=4, intermediate_size=24
+        )
+        suffix = {"Bert": "Model", "BertLMHead": "ForMaskedLM", "GPTNeoX": "ForCausalLM"}[kind]
+        model = getattr(transformers, f"{name}{suffix}")(config)
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    if kind == "GPTNeoX":  # is_decoder is false there, too
+        assert load_model(ModelSpec(model=str(tmp_path)), device="cpu").theta
+        return
+    message = {
+        "T5": r"is of type t5 \(T5ForConditionalGeneration\), and no such model is loaded here. Wanted a causal",
+        "Bert": r"lacks weights of 6 parameters, .*: it is of type bert \(BertModel\), and was read as BertLMHeadModel",
+        "BertLMHead": r"of type bert \(BertForMaskedLM\) and reads its tokens in both directions. Wanted a causal",
+    }[kind]
+    with pytest.raises(ModelError, match=message):
+        load_model(ModelSpec(model=str(tmp_path)), device="cpu")
