@@ -146,6 +146,21 @@ def test_an_adapter_that_cannot_be_put_on_as_it_was_trained_is_refused(tmp_path,
                 load_model(spec, device="cpu")
 
 
+def test_weights_that_the_model_does_not_use_are_told(tmp_path, caplog):
+    folder = save_model(tmp_path / "m", "llama")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.zeros(2)  # which its class declares as not needed
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(ModelSpec(model=str(folder)), device="cpu")
+    assert "not used" not in caplog.text
+    names = [f"model.layers.0.self_attn.{name}_proj.bias" for name in "kqvo"]
+    weights |= {name: torch.ones(16) for name in names}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    load_model(ModelSpec(model=str(folder)), device="cpu")
+    first = ", ".join(sorted(names)[:3])
+    assert f"{folder}: 4 weights of the checkpoint are not used by the model, such as {first}; is" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [

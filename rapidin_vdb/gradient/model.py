@@ -197,6 +197,7 @@ def _load_base(spec: ModelSpec, device: str) -> Any:
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         raise ModelError(_not_loaded(spec, device, error)) from error
+    _tell_unused(spec.model, sorted(report.get("unexpected_keys", ())))
     missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
     if missing:
         raise ModelError(
@@ -204,6 +205,15 @@ def _load_base(spec: ModelSpec, device: str) -> Any:
             f"{kind_of(model.config)}, and was read as {type(model).__name__}"
         )
     return model
+
+
+def _tell_unused(name: str, unused: list[str]) -> None:
+    """Warn of weights that no parameter took, but for those that the model's class declares as not needed."""
+    if unused:
+        logger.warning(
+            "%s: %d weights of the checkpoint are not used by the model, such as %s; is its config.json another's?",
+            name, len(unused), ", ".join(unused[:3]),
+        )  # fmt: skip
 
 
 def _not_loaded(spec: ModelSpec, device: str, error: Exception) -> str:
