@@ -489,3 +489,17 @@ def test_what_an_adapter_says_of_its_model_and_end_of_sequence_is_told(tmp_path,
         assert told("</s>", same) == ""
     for other in ("someone/llama-instruct", str(models["gpt2"]), "/x/models--org--other/snapshots/" + 40 * "0"):
         assert f"the adapter names {other} as the model that it was trained on, and --model is {models['llama']}" in told("</s>", other)  # fmt: skip
+
+
+def test_a_conversation_as_plain_text_has_a_loss_at_all_of_it():
+    """What docs/data.md says of trainers that take the loss of all tokens; against the tokenizer itself."""
+    tokenizer = tokenizer_with(TEMPLATES["as it is"])
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    ids = (*tokenizer(text).input_ids, tokenizer.eos_token_id)
+    for name in ("chat", "alpaca", "text"):
+        sample = sample_from(Record(location="here", fields={"text": text}))
+        template = load_template(name, tokenizer=tokenizer)
+        (one,) = encode([sample], tokenizer=tokenizer, template=template, max_tokens=512)
+        assert one.input_ids == ids and len(one.offsets) == len(ids) - 1 and one.offsets[0][0] == 0
+    assert len(encoded({"messages": turns}, tokenizer).offsets) < len(ids) - 1
