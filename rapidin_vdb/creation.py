@@ -1,6 +1,5 @@
 """Databases are opened, or made for the training samples of one model."""
 
-import logging
 import math
 from pathlib import Path
 
@@ -8,11 +7,9 @@ from rapidin_vdb.corpus import load_template
 from rapidin_vdb.database import Database
 from rapidin_vdb.engine import Engine
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.gradient import check_chat_template, fingerprint_of, load_model
+from rapidin_vdb.gradient import fingerprint_of, load_model, tell_of_pair
 from rapidin_vdb.records import LOSSES, DType, ModelSpec, Normalize, Quantization, SketchSpec, Turns
 from rapidin_vdb.store import SampleTable
-
-logger = logging.getLogger(__name__)
 
 _DEFAULT_SKETCH = SketchSpec()
 
@@ -74,17 +71,10 @@ def init(
         raise SpecError(
             f"--max-tokens is {max_tokens}, but this model knows only {positions} positions; give {positions}"
         )
+    tell_of_pair(loaded, template=template)
     chosen = load_template(template, tokenizer=loaded.tokenizer)
     if turns == "all" and chosen.name != "chat":
         raise SpecError(f"--turns all goes with --template chat, which writes every turn; here it is {chosen.name}")
-    if chosen.name == "chat" and adapter is not None:
-        check_chat_template(loaded.tokenizer, adapter)
-    if chosen.name in ("alpaca", "text") and getattr(loaded.tokenizer, "chat_template", None):
-        logger.warning(
-            "prompts are written by the template %s, and the model's tokenizer has a chat template: if the fine-tuning "
-            "used that, make the database with --template chat, or gradients are of other texts than it saw",
-            chosen.name,
-        )
     fingerprint = fingerprint_of(
         loaded,
         template=chosen.name,

@@ -92,3 +92,22 @@ def test_gradients_below_a_frozen_output_layer_are_those_of_autograd(name, caplo
         tensor.requires_grad_(id(tensor) not in frozen)
     loaded = dataclasses.replace(loaded, theta={n: t for n, t in loaded.theta.items() if id(t) not in frozen})
     assert (compare(loaded)._gradients.output is None) == (name in LOGITS_OF_THEIR_OWN)
+
+
+def test_what_reads_images_has_no_part_in_a_text(caplog):
+    """It stays in theta, so that databases that have it there go on; but no sample has a pass of its own for it."""
+    text = _LLAMA | {"head_dim": 4, "sliding_window": 8}
+    sees = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.Gemma3Config(
+        text_config=text, vision_config=sees | {"image_size": 28, "patch_size": 14}, mm_tokens_per_image=4,
+        image_token_index=258, boi_token_index=257, eoi_token_index=256,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    loaded = loaded_from(transformers.AutoModelForCausalLM.from_config(config).eval())
+    beside = [name for name in loaded.theta if "vision_tower" in name or "multi_modal_projector" in name]
+    maker = compare(loaded)
+    assert maker._gradients.unruled == {} and 0 < len(beside) < len(loaded.theta)
+    told = (
+        f"{len(beside)} tensors have no part in a text's loss, and no gradient (model.vision_tower, model.multi_modal"
+    )
+    assert told in caplog.text and "one sample at a time" not in caplog.text

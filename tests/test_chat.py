@@ -435,7 +435,7 @@ def test_tools_may_be_a_text(tools):
 
 
 @pytest.mark.parametrize("place", ["chat_template.jinja", "tokenizer_config.json"])
-def test_an_adapter_with_a_chat_template_of_its_own_is_told(tmp_path, adapters, place):
+def test_an_adapter_with_a_chat_template_of_its_own_is_told(tmp_path, adapters, place, caplog):
     folder, adapter = save_model(tmp_path / "model", "llama"), tmp_path / "adapter"
     shutil.copytree(adapters["llama"], adapter)
     tokenizer = byte_tokenizer()
@@ -451,7 +451,13 @@ def test_an_adapter_with_a_chat_template_of_its_own_is_told(tmp_path, adapters, 
     with pytest.raises(ModelError, match="holds a chat template other than that of the model's tokenizer"):
         rapidin_vdb.init(tmp_path / "db", **options)
     assert not (tmp_path / "db").exists()
+    byte_tokenizer().save_pretrained(folder)  # which has none
+    (folder / "chat_template.jinja").unlink()
+    with pytest.raises(ModelError, match="holds a chat template and the model's tokenizer has none"):
+        rapidin_vdb.init(tmp_path / "db", **options)
     rapidin_vdb.init(tmp_path / "alpaca", **(options | {"template": "alpaca"}))
+    assert "and the adapter's folder has a chat template: if the fine-tuning used that" in caplog.text
+    tokenizer.save_pretrained(folder)
     # The same, as others write it.
     for same in (TEMPLATES["as it is"], TEMPLATES["as it is"].replace("\n", "\r\n")):
         save(same)
@@ -459,3 +465,41 @@ def test_an_adapter_with_a_chat_template_of_its_own_is_told(tmp_path, adapters, 
     if place.endswith("json"):
         save([{"name": "tool_use", "template": "x"}, {"name": "default", "template": TEMPLATES["as it is"]}])
         rapidin_vdb.init(tmp_path / "db", **options)
+
+
+def test_what_an_adapter_says_of_its_model_and_end_of_sequence_is_told(tmp_path, models, adapters, caplog):
+    adapter = shutil.copytree(adapters["llama"], tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+
+    def told(end, base, template="alpaca"):
+        (adapter / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+        (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": base}))
+        caplog.clear()
+        rapidin_vdb.init(
+            tmp_path / "dbs" / str(len(made)), model=str(models["llama"]), adapter=str(adapter), width=64,
+            template=template,
+        )  # fmt: skip
+        made.append(base)
+        return caplog.text
+
+    made = []
+    for end in ("<pad>", {"content": "<pad>"}):
+        assert "names <pad> as the end of a sequence, and the model's tokenizer, which" in told(end, None)
+    for same in ("someone/Llama", "someone/llama-bnb-4bit", "./", "out/checkpoint-20", "", None, str(models["llama"])):
+        assert told("</s>", same) == ""
+    for other in ("someone/llama-instruct", str(models["gpt2"]), "/x/models--org--other/snapshots/" + 40 * "0"):
+        assert f"the adapter names {other} as the model that it was trained on, and --model is {models['llama']}" in told("</s>", other)  # fmt: skip
+
+
+def test_a_conversation_as_plain_text_has_a_loss_at_all_of_it():
+    """What docs/data.md says of trainers that take the loss of all tokens; against the tokenizer itself."""
+    tokenizer = tokenizer_with(TEMPLATES["as it is"])
+    turns = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Good day"}]
+    text = tokenizer.apply_chat_template(turns, tokenize=False)
+    ids = (*tokenizer(text).input_ids, tokenizer.eos_token_id)
+    for name in ("chat", "alpaca", "text"):
+        sample = sample_from(Record(location="here", fields={"text": text}))
+        template = load_template(name, tokenizer=tokenizer)
+        (one,) = encode([sample], tokenizer=tokenizer, template=template, max_tokens=512)
+        assert one.input_ids == ids and len(one.offsets) == len(ids) - 1 and one.offsets[0][0] == 0
+    assert len(encoded({"messages": turns}, tokenizer).offsets) < len(ids) - 1

@@ -1,15 +1,20 @@
 """Batched gradients of LoRA of experts, whose tensors no module multiplies by, against plain autograd."""
 
 import dataclasses
+import json
 
 import pytest
 import torch
+from conftest import byte_tokenizer
+from safetensors.torch import save_file
 from test_batch import SKETCH, assert_close, loaded_from, mixture_of_experts, samples, slow
 
-from rapidin_vdb.gradient import RapidGradMaker
+from rapidin_vdb.errors import ModelError
+from rapidin_vdb.gradient import RapidGradMaker, load_model
 from rapidin_vdb.gradient.adapted_experts import Experts, is_experts
 from rapidin_vdb.gradient.contribution import NoRuleError
 from rapidin_vdb.gradient.influence import ExactInfluence
+from rapidin_vdb.records import ModelSpec
 
 BOTH = ("gate_up_proj", "down_proj")
 
@@ -163,3 +168,42 @@ def test_sums_over_tokens_are_the_same_filled_up_or_one_by_one(monkeypatch, fill
         wanted = left[mine].sum(0) if alone else left[mine].T @ right[mine]
         torch.testing.assert_close(found[sample], wanted)
     assert not found[3].any()
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe"])
+def test_an_adapter_of_each_expert_by_itself_is_placed(kind, tmp_path):
+    """As PEFT saved it under transformers 4, where experts were modules; against its products added to the tensors."""
+    model = mixture_of_experts(kind).eval()
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    holder, names = ("block_sparse_moe", "w1 w3 w2") if kind == "mixtral" else ("mlp", "gate_proj up_proj down_proj")
+    weights = {}
+    with torch.no_grad():
+        for layer, part in enumerate(model.model.layers):
+            inner = part.mlp.experts.down_proj.shape[2]
+            for expert in range(5):
+                added = []
+                for name, rows in zip(names.split(), (inner, inner, 16), strict=True):
+                    a, b = torch.randn(2, 16 + inner - rows), torch.randn(rows, 2)
+                    place = f"base_model.model.model.layers.{layer}.{holder}.experts.{expert}.{name}"
+                    weights |= {f"{place}.lora_A.weight": a, f"{place}.lora_B.weight": b}
+                    added.append(3 / 2 * b @ a)
+                part.mlp.experts.gate_up_proj[expert] += torch.cat(added[:2])
+                part.mlp.experts.down_proj[expert] += added[2]
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": 2, "lora_alpha": 3, "target_modules": names.split()}
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    save_file(weights, adapter / "adapter_model.safetensors")
+    spec = ModelSpec(model=str(tmp_path / "model"), adapter=str(adapter))
+    ids = torch.tensor([[1, 40, 41, 42, 77, 78, 2]])
+    with torch.no_grad():
+        torch.testing.assert_close(load_model(spec, device="cpu").model(ids).logits, model(ids).logits)
+    for lost in ("experts.1.", "lora_B"):  # of one layer; and of all
+        kept = {name: tensor for name, tensor in weights.items() if lost not in name or "layers.1" in name}
+        save_file(kept, adapter / "adapter_model.safetensors")
+        with pytest.raises(ModelError, match="does not fit the model"):
+            load_model(spec, device="cpu")
+    save_file(weights | {name.replace("layers.1", "layers.2"): tensor.clone() for name, tensor in weights.items()}, adapter / "adapter_model.safetensors")  # fmt: skip
+    with pytest.raises(ModelError, match=r"of its weights have no place there .*layers\.2"):
+        load_model(spec, device="cpu")

@@ -14,7 +14,7 @@ LAYERS = {
     "compute": 5, "workers": 6, "intake": 3, "notices": 4, "plan": 5, "ingest": 6, "cluster": 6, "roads": 7, "estimate": 7, "database": 8, "creation": 9, "demo": 10, "evaluate": 9, "reading": 6, "choice": 4, "cleaning": 5, "new_file": 1, "web": 10, "cli": 11, "__init__": 12, "__main__": 13,
 }  # fmt: skip
 HOMES = {
-    "transformers": {"gradient"}, "peft": {"gradient"}, "bitsandbytes": {"gradient"}, "tokenizers": {"gradient"},
+    "transformers": {"gradient"}, "peft": {"gradient"}, "bitsandbytes": {"gradient"}, "tokenizers": {"gradient"}, "huggingface_hub": {"gradient"},
     "safetensors": {"gradient"}, "lancedb": {"store"}, "lance": {"store"}, "obstore": {"store"}, "boto3": {"store"}, "botocore": {"store"}, "ray": {"cluster"}, "sqlite3": {"ledger"}, "filelock": {"store", "index", "locks"}, "numba": {"compiled", "intrinsics"}, "llvmlite": {"intrinsics"}, "triton": {"sketch"}, "pyarrow": {"store", "corpus", "results"}, "faiss": {"index"},
     "typer": {"cli"}, "rich": {"cli"}, "jinja2": {"corpus"}, "torch": {"gradient", "sketch", "compute", "index", "compiled", "matmul", "machine", "evaluate"}, "sklearn": {"evaluate"}, "scipy": {"evaluate"}, "bm25s": {"evaluate"}, "sentence_transformers": {"evaluate"}, "matplotlib": {"evaluate"}, "fastapi": {"web"}, "uvicorn": {"web"}, "pydantic": {"web"}, "starlette": {"web"}, "prometheus_client": {"web"}, "click": set(),
 }  # fmt: skip

@@ -5,11 +5,12 @@ from rapidin_vdb.gradient.generation import generate_one
 from rapidin_vdb.gradient.influence import Direction, Exact, ExactInfluence
 from rapidin_vdb.gradient.memory import default_batch_tokens, release_memory, weight_bytes
 from rapidin_vdb.gradient.model import LoadedModel, load_config, load_model, resolve_devices
+from rapidin_vdb.gradient.pair import tell_of_pair
 from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
 from rapidin_vdb.gradient.receivers import norms_of
 from rapidin_vdb.gradient.sample import stream_gradient
 from rapidin_vdb.gradient.token_rapidgrad import TokenRapidGradMaker, check_token_width
-from rapidin_vdb.gradient.tokenizer import check_chat_template, load_tokenizer
+from rapidin_vdb.gradient.tokenizer import load_tokenizer
 
 __all__ = [
     "Direction",
@@ -18,7 +19,6 @@ __all__ = [
     "LoadedModel",
     "RapidGradMaker",
     "TokenRapidGradMaker",
-    "check_chat_template",
     "check_token_width",
     "default_batch_tokens",
     "fingerprint_of",
@@ -30,5 +30,6 @@ __all__ = [
     "release_memory",
     "resolve_devices",
     "stream_gradient",
+    "tell_of_pair",
     "weight_bytes",
 ]

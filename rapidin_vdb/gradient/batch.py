@@ -15,6 +15,7 @@ from rapidin_vdb.gradient.head import OutputLayer, find_output_layer
 from rapidin_vdb.gradient.hooks import Run, Watched
 from rapidin_vdb.gradient.loss_scale import Unscaled
 from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.gradient.parameters import without_part
 from rapidin_vdb.gradient.precision import adapter_layers, tf32_products, tf32_rule
 from rapidin_vdb.gradient.receivers import Receiver
 from rapidin_vdb.gradient.repeated import Repeated, only_read, repeating_module
@@ -50,6 +51,7 @@ class BatchedGradients:
     def _find_rules(self) -> list[Watched]:
         model = self.loaded.model
         numbers = {id(tensor): number for number, tensor in enumerate(self.loaded.theta.values())}
+        self._leave_out(numbers)
         found: list[Watched] = []
         homes: Counter[int] = Counter()
         left: list[tuple[int, str, str]] = []
@@ -77,6 +79,16 @@ class BatchedGradients:
             if homes[number] > 1:
                 self.give_up(number, f"{type(model.get_submodule(owner)).__name__} has no rule for {name}")
         return found + self._find_repeated([one for one in left if one[0] not in self.unruled])
+
+    def _leave_out(self, numbers: dict[int, int]) -> None:
+        """Take from the numbers of tensors, by their ids, those that no text has a part in, and say so once."""
+        apart = without_part(self.loaded.inner)
+        if idle := [one for one in numbers if one in apart]:
+            parts = ", ".join(dict.fromkeys(apart[one] for one in idle))
+            name = self.loaded.spec.model
+            logger.warning("%s: %d tensors have no part in a text's loss, and no gradient (%s)", name, len(idle), parts)
+        for one in idle:
+            del numbers[one]
 
     def _find_repeated(self, left: list[tuple[int, str, str]]) -> list[Watched]:
         """Return the modules that are repeated for tensors without a rule: of each number, owner, and name there."""

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
 from rapidin_vdb.errors import ModelError, SpecError, check_unicode, without_secrets
 from rapidin_vdb.gradient.adapter import load_adapter
+from rapidin_vdb.gradient.causal import check_causal, check_kind, kind_of
 from rapidin_vdb.gradient.device import device_failure, lacks_memory
 from rapidin_vdb.gradient.memory import weight_bytes
 from rapidin_vdb.gradient.parameters import choose_parameters
@@ -108,7 +110,7 @@ def load_config(name: str) -> Any:
     """Return the configuration of a model, without its weights.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is none, or it makes no sense.
     """
     from transformers import AutoConfig
 
@@ -118,6 +120,11 @@ def load_config(name: str) -> Any:
             return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"the model {name} cannot be loaded: {short(error)}. {_WANTED}") from error
+    except StrictDataclassError as error:
+        raise ModelError(
+            f"the configuration of the model {name} makes no sense to transformers: {short(error).rstrip('.')}. Mend "
+            "its config.json, or take that of the model that it was made from"
+        ) from error
 
 
 def load_model(spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
@@ -131,12 +138,14 @@ def load_model(spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
     _check_place(spec.model, "model", "config.json")
     if spec.adapter is not None:
         _check_place(spec.adapter, "adapter", "adapter_config.json")
+    check_kind(load_config(spec.model), spec.model)
     spec = dataclasses.replace(spec, dtype=_resolved_dtype(spec))
     model = _load_base(spec, device)
     dtype = str(model.dtype).removeprefix("torch.")
     if spec.adapter is not None:
         model = load_adapter(model, spec.adapter, spec.model, device)
     model.eval()
+    check_causal(model, spec.model)
     _keep_differentiable(model)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False
@@ -188,10 +197,23 @@ def _load_base(spec: ModelSpec, device: str) -> Any:
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         raise ModelError(_not_loaded(spec, device, error)) from error
+    _tell_unused(spec.model, sorted(report.get("unexpected_keys", ())))
     missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
     if missing:
-        raise ModelError(f"the model {spec.model} lacks weights of {len(missing)} parameters, such as {missing[0]}")
+        raise ModelError(
+            f"the model {spec.model} lacks weights of {len(missing)} parameters, such as {missing[0]}: it is "
+            f"{kind_of(model.config)}, and was read as {type(model).__name__}"
+        )
     return model
+
+
+def _tell_unused(name: str, unused: list[str]) -> None:
+    """Warn of weights that no parameter took, but for those that the model's class declares as not needed."""
+    if unused:
+        logger.warning(
+            "%s: %d weights of the checkpoint are not used by the model, such as %s; is its config.json another's?",
+            name, len(unused), ", ".join(unused[:3]),
+        )  # fmt: skip
 
 
 def _not_loaded(spec: ModelSpec, device: str, error: Exception) -> str:

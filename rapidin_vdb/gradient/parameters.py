@@ -1,6 +1,7 @@
 """Which of a model's parameters are theta."""
 
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,3 +49,24 @@ def choose_parameters(model: torch.nn.Module, spec: ModelSpec) -> dict[str, Tens
         if tensor.is_floating_point():
             tensor.requires_grad_(name in chosen)
     return chosen
+
+
+def without_part(model: Any) -> dict[int, str]:
+    """Return the parameters that have no part in the loss of any text, by their ids: of each the name of its part.
+
+    Of models that read images or sounds too: all that stands beside their text model, with its embedding and output
+    layer. The gradients of these are zero.
+    """
+    config: Any = getattr(model, "config", None)
+    if not hasattr(config, "get_text_config") or not hasattr(model, "get_decoder"):
+        return {}
+    if config.get_text_config(decoder=True) is config:
+        return {}
+    text = (model.get_decoder(), model.get_input_embeddings(), model.get_output_embeddings())
+    within = {id(parameter) for part in text if part is not None for parameter in part.parameters()}
+    found: dict[int, str] = {}
+    for name, module in model.named_modules():  # a module comes before what is in it
+        held = [id(parameter) for parameter in module.parameters()]
+        if not within.intersection(held):
+            found |= {one: name for one in held if one not in found}
+    return found

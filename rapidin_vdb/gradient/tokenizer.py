@@ -1,7 +1,6 @@
 """A model's tokenizer, which has to say where its tokens stand in the text."""
 
 import json
-from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.errors import ModelError
@@ -33,39 +32,6 @@ def load_tokenizer(name: str) -> Any:
         )
     _keep_spaces(tokenizer.backend_tokenizer)
     return tokenizer
-
-
-def check_chat_template(tokenizer: Any, adapter: str) -> None:
-    """See to it that an adapter was not trained with another chat template than its model's tokenizer has.
-
-    Trainers save the tokenizer that they used beside the adapter. On the hub it is not looked at.
-
-    Raises:
-        ModelError: its folder holds another one.
-    """
-    folder = Path(adapter)
-    own: Any
-    try:
-        if (folder / "chat_template.jinja").is_file():
-            own = (folder / "chat_template.jinja").read_text("utf-8-sig")
-        elif (folder / "tokenizer_config.json").is_file():
-            own = json.loads((folder / "tokenizer_config.json").read_text("utf-8-sig")).get("chat_template")
-            if isinstance(own, list):  # several, by name
-                own = next((one["template"] for one in own if one["name"] == "default"), None)
-        else:
-            return
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
-        raise ModelError(f"the tokenizer in the adapter's folder {adapter} cannot be read: {short(error)}") from error
-    if own is not None and _lines(own) != _lines(tokenizer.chat_template):
-        raise ModelError(
-            f"the adapter's folder {adapter} holds a chat template other than that of the model's tokenizer, which is "
-            "the one that is used: it was most likely trained with its own. Give --model a folder with the model's "
-            "weights and the adapter's tokenizer, or take the template out of the adapter's folder"
-        )
-
-
-def _lines(template: Any) -> Any:
-    return template.replace("\r\n", "\n") if isinstance(template, str) else template
 
 
 def _keep_spaces(backend: Any) -> None:
