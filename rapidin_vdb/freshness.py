@@ -36,7 +36,7 @@ from rapidin_vdb.table_index import (
     holds,
     info_of,
     of_table,
-    say_what_coarse_finds,
+    with_what_coarse_finds,
 )
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ class IndexKeeper:
             self._residents.keep(snapshot, index, self._chosen(name))
         self._used(index.recipe.name)
         if index.recipe.coarse_width:
-            say_what_coarse_finds(self.folder, index)
+            return with_what_coarse_finds(self.folder, index)
         return index
 
     def rebuild(self, newest: Callable[[], TableVersion], damaged: Manifest, *, progress: Progress = silent) -> bool:

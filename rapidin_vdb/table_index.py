@@ -1,11 +1,9 @@
 """Rows of a table on their way into an index; the table itself as one, where none is built; and those in memory."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -36,8 +34,6 @@ logger = logging.getLogger(__name__)
 # An index is written anew when more than this share of its rows went or came.
 _MOST_CHANGED = 0.3
 
-# What was measured of coarse indexes; of one that is let go of, nothing.
-_RECALL: WeakKeyDictionary[ShardedIndex, Mapping[str, Any] | None] = WeakKeyDictionary()
 _ENDS = {"recall": "the best", "recall_harmful": "the most negative"}
 
 
@@ -262,11 +258,12 @@ def much_changed(before: Keys, after: Keys, missing: np.ndarray) -> bool:
     return int((~after.alive).sum()) + len(missing) > _MOST_CHANGED * max(len(before), 1)
 
 
-def say_what_coarse_finds(folder: Path, index: ShardedIndex) -> None:
-    """Warn that an index is not exact, with what was measured of it, and keep that for the notes of its rankings."""
+def with_what_coarse_finds(folder: Path, index: ShardedIndex) -> ShardedIndex:
+    """Warn that an index is not exact; return it with what was measured of it, for the notes of its rankings."""
     for recall in (known.recall for known in list_manifests(folder) if known.name == index.recipe.name):
-        _RECALL[index] = recall
+        index = replace(index, recall=recall)
         logger.warning("%s", _measured(index, ("recall", "recall_harmful")))
+    return index
 
 
 def coarse_note(index: Searchable, question: Question, samples: int) -> str | None:
@@ -288,7 +285,7 @@ def coarse_note(index: Searchable, question: Question, samples: int) -> str | No
 
 def _measured(index: ShardedIndex, ends: tuple[str, ...]) -> str:
     """Return what was measured of a coarse index at some ends, in words."""
-    name, recall = index.recipe.name, _RECALL.get(index) or {}
+    name, recall = index.recipe.name, index.recall or {}
     found = [f"{100 * recall[end]:.1f} % of {_ENDS[end]} {recall['at']}" for end in ends if end in recall]
     if not found:
         of = f" of {_ENDS[ends[0]]}" if recall else ""

@@ -1,8 +1,8 @@
 """Exact top-k over any number of shards: candidates in single precision, order and scores in double."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 from jaxtyping import Float32, Float64, Int64
@@ -57,6 +57,8 @@ class ShardedIndex:
     """Rows at full width, in the order of their numbers, where the shards hold folded ones."""
     parts: frozenset[str] = frozenset()
     """Names of the parts on disk of which it was loaded; none where it came of the table alone."""
+    recall: Mapping[str, Any] | None = None
+    """What was measured of a coarse one, as its manifest has it."""
 
     @property
     def samples(self) -> int:
