@@ -1,6 +1,7 @@
 """Toys made from a seed: a byte tokenizer, models of three architectures, adapters; no download, no network."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -230,6 +232,15 @@ def context():
     from children import make_context
 
     return make_context()
+
+
+@pytest.fixture
+def forked_workers(context, monkeypatch):
+    """Workers come from a process that has loaded the heavy libraries: where a test is not about how a worker begins."""
+    from rapidin_vdb.workers import sharing
+
+    own = SimpleNamespace(get_context=lambda kind: context, current_process=multiprocessing.current_process)
+    monkeypatch.setattr(sharing, "multiprocessing", own)
 
 
 @pytest.fixture(scope="session")
