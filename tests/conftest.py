@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
+collect_ignore = ["warm.py"]  # for processes that others are forked from
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
 SECRET = "not-to-be-printed-0123456789"
 
