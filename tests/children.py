@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing import forkserver
 from pathlib import Path
 
 import rapidin_vdb
@@ -81,9 +82,17 @@ def make_context():
     context.set_forkserver_preload(
         [
             "torch", "transformers", "peft", "numba", "pandas", "rapidin_vdb.gradient", "typer", "rich.progress",
-            "transformers.models.llama.modeling_llama", "lance_namespace_urllib3_client.api",
+            "transformers.models.llama.modeling_llama", "lance_namespace_urllib3_client.api", "warm",
         ]
     )  # fmt: skip
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), *([before] if before else ())])
+    try:
+        forkserver.ensure_running()
+    finally:
+        os.environ.pop("PYTHONPATH")
+        if before is not None:
+            os.environ["PYTHONPATH"] = before
     return context
 
 

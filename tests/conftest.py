@@ -1,6 +1,7 @@
 """Toys made from a seed: a byte tokenizer, models of three architectures, adapters; no download, no network."""
 
 import json
+import multiprocessing
 import os
 import random
 import shutil
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ from hypothesis import HealthCheck, settings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
+collect_ignore = ["warm.py"]  # for processes that others are forked from
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
 SECRET = "not-to-be-printed-0123456789"
 
@@ -230,6 +233,15 @@ def context():
     from children import make_context
 
     return make_context()
+
+
+@pytest.fixture
+def forked_workers(context, monkeypatch):
+    """Workers come from a process that has loaded the heavy libraries: where a test is not about how a worker begins."""
+    from rapidin_vdb.workers import sharing
+
+    own = SimpleNamespace(get_context=lambda kind: context, current_process=multiprocessing.current_process)
+    monkeypatch.setattr(sharing, "multiprocessing", own)
 
 
 @pytest.fixture(scope="session")

@@ -88,6 +88,7 @@ def test_two_workers_write_what_one_process_writes(tmp_path, models, adapters, a
     assert together.ingest(lines, workers_per_device=2).unchanged == 24
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_worker_that_is_killed_is_replaced_and_its_batch_done_again(
     tmp_path, models, adapters, alone, caplog, monkeypatch
 ):
@@ -116,6 +117,7 @@ def test_a_worker_that_is_killed_is_replaced_and_its_batch_done_again(
     assert told_of_the_sketch(caplog) == [], "at this level"
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_batch_that_kills_every_worker_is_given_up(tmp_path, models, adapters, monkeypatch):
     from rapidin_vdb.workers import sharing
 
@@ -165,6 +167,7 @@ def sixteens(count: int) -> list[list]:
     return [[encoded(16 * number + place) for place in range(16)] for number in range(count)]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_what_the_system_kills_for_its_memory_is_tried_again_in_halves(database, caplog, monkeypatch):
     from rapidin_vdb.compute import BatchMaker
     from rapidin_vdb.workers import compute_in_workers
@@ -185,6 +188,7 @@ def test_what_the_system_kills_for_its_memory_is_tried_again_in_halves(database,
         np.testing.assert_allclose(one.vector.astype(float), other.vector.astype(float), rtol=2e-3, atol=1e-5)
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_worker_that_is_killed_while_it_loads_says_nothing_of_its_batch(database, caplog, monkeypatch):
     from rapidin_vdb.workers import compute_in_workers
 
@@ -197,7 +201,10 @@ def test_a_worker_that_is_killed_while_it_loads_says_nothing_of_its_batch(databa
     assert "in halves" not in caplog.text and "go back to the queue, another takes its place" in caplog.text
 
 
-def starve(path: str) -> None:
+SAMPLES = 192
+
+
+def starve(path: str, result: str) -> None:
     """In a process of its own: a large batch, with and without a limit of the system's on the memory."""
     import resource
 
@@ -214,30 +221,31 @@ def starve(path: str) -> None:
             offsets=((0, 1),) * 90,
             truncated=False,
         )
-        for number in range(480)
+        for number in range(SAMPLES)
     ]
-    small = [made.vector for first in range(0, 480, 4) for made in BatchMaker(engine).make(batch[first : first + 4])]
+    small = [
+        made.vector for first in range(0, SAMPLES, 4) for made in BatchMaker(engine).make(batch[first : first + 4])
+    ]
     told: list[str] = []
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())
     logging.getLogger("rapidin_vdb").addHandler(handler)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + (100 << 20), resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_AS, (used + (40 << 20), resource.RLIM_INFINITY))
     starved = [made.vector for made in BatchMaker(engine).make(batch)]
     resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     near = [
         np.abs(a.astype(float) - b).max() / np.abs(b.astype(float)).max() for a, b in zip(small, starved, strict=True)
     ]
-    sys.stdout.write(json.dumps({"told": told, "difference": max(near)}))
+    Path(result).write_text(json.dumps({"told": told, "difference": max(near)}))
 
 
-def test_a_batch_that_does_not_fit_the_memory_there_is_is_halved(database):
-    done = subprocess.run(
-        [sys.executable, "-c", f"import test_compute; test_compute.starve({str(database.path)!r})"],
-        cwd=Path(__file__).parent, capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    found = json.loads(done.stdout.splitlines()[-1])
-    assert found["told"][0] == "a batch of 480 samples does not fit the memory: going on with 240"
+def test_a_batch_that_does_not_fit_the_memory_there_is_is_halved(database, context, tmp_path):
+    starving = context.Process(target=starve, args=(database.path, str(tmp_path / "result.json")))
+    starving.start()
+    starving.join()
+    found = json.loads((tmp_path / "result.json").read_text())
+    assert found["told"][0] == f"a batch of {SAMPLES} samples does not fit the memory: going on with {SAMPLES // 2}"
     assert found["difference"] < 2e-3
 
 
@@ -487,6 +495,7 @@ def worker_at(database) -> list:
     return [WorkerSpec(fingerprint=database.fingerprint, place="", model=None, adapter=None, device="cpu", threads=1)]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_a_bug_in_a_worker_is_raised_as_it_is_and_says_where_it_was(database):
     from rapidin_vdb.records import Encoded
     from rapidin_vdb.workers import compute_in_workers
@@ -533,6 +542,7 @@ def test_each_worker_has_its_share_of_these_cores(monkeypatch, database):
         assert [spec.threads for spec in specs] == count * [each]
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_errors_of_workers_reach_the_caller(tmp_path, models, adapters, database):
     from conftest import save_model
 

@@ -68,12 +68,10 @@ def opened(rankings, tmp_path_factory):
     file.write_text(render_page([*rankings, focused, nobody, few, ends], title="db"), "utf-8")
     contexts = []
     with playwright.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
 
         def open_page(*, scheme="light", width=1200):
-            context = driver.chromium.launch_persistent_context(
-                folder / f"profile{len(contexts)}", executable_path=CHROMIUM, headless=True, args=FLAGS,
-                color_scheme=scheme, viewport={"width": width, "height": 800},
-            )  # fmt: skip
+            context = browser.new_context(color_scheme=scheme, viewport={"width": width, "height": 800})
             contexts.append(context)
             page = context.new_page()
             page.complaints, page.requests = [], []
@@ -86,6 +84,7 @@ def opened(rankings, tmp_path_factory):
         yield open_page
         for context in contexts:
             context.close()
+        browser.close()
 
 
 def shares(page) -> list[list[tuple[list[int], float, float, str]]]:

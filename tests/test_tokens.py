@@ -290,6 +290,7 @@ def test_what_a_dead_process_left_is_not_seen(tokened):
     assert {r.sample_id for r in ranking.results} == {name for name, _ in rows} - {"toy-002", "toy-004"}
 
 
+@pytest.mark.usefixtures("forked_workers")
 def test_token_gradients_from_the_start_and_by_workers_are_the_same(tmp_path, models, adapters, tokened):
     path = tmp_path / "toy.jsonl"
     options = {"model": str(models["llama"]), "adapter": str(adapters["llama"]), "width": 64}

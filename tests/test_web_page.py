@@ -50,20 +50,20 @@ def address(made):
 
 @pytest.fixture(scope="module")
 def driver():
-    with pytest.importorskip("playwright.sync_api").sync_playwright() as driver:
-        yield driver
+    """A browser; a page has a fresh profile in it, as private as one in a browser of its own."""
+    with pytest.importorskip("playwright.sync_api").sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, headless=True, args=FLAGS)
+        yield browser
+        browser.close()
 
 
 @pytest.fixture
-def visit(driver, address, tmp_path):
+def visit(driver, address):
     """Yield a function that opens the page in a fresh profile."""
     contexts = []
 
     def open_page(*, width=1200, scheme="light", link="", to=address, token=None, before=None, samples=28):
-        context = driver.chromium.launch_persistent_context(
-            tmp_path / f"profile{len(contexts)}", executable_path=CHROMIUM, headless=True, args=FLAGS,
-            color_scheme=scheme, viewport={"width": width, "height": 800}, accept_downloads=True,
-        )  # fmt: skip
+        context = driver.new_context(color_scheme=scheme, viewport={"width": width, "height": 800})
         contexts.append(context)
         page = context.new_page()
         page.complaints, page.asked = [], []

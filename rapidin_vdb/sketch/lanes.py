@@ -98,7 +98,9 @@ def _loops() -> tuple[Any, Any]:
     def add(sums, grads, buckets, signs, squares, scales, scaled, begin, stop):  # type: ignore[no-untyped-def]
         rows, length = grads.shape
         tile, lane_scales = np.empty((_BLOCK, LANES), np.float32), np.ones(LANES, np.float32)
-        lane_scales[:rows] = scales
+        # Loops, not slices that are set: numba takes longer to compile one of these than all the rest.
+        for row in range(rows):
+            lane_scales[row] = scales[row]
         # Sums of float32 squares over a block only: over millions, the small ones would be lost.
         partial = np.zeros((LANES, LANES), np.float32)
         for first in range(begin, stop - _BLOCK + 1, _BLOCK):
@@ -140,6 +142,8 @@ def _loops() -> tuple[Any, Any]:
         for bucket in range(width - width % LANES, width):
             for row in range(rows):
                 rapidgrads[row, bucket] += scales[row] * sums[bucket, row]
-        sums[:] = 0
+        for bucket in range(width):
+            for lane in range(LANES):
+                sums[bucket, lane] = 0
 
     return compiled(add), compiled(give)
