@@ -20,7 +20,7 @@ from conftest import SECRET, toy_records, write_jsonl
 from reference import ids_in
 
 import rapidin_vdb
-from rapidin_vdb.errors import GradientError, PurgedError, SpecError, TableError
+from rapidin_vdb.errors import GradientError, PurgedError, SpecError, TableError, UnfitError
 from rapidin_vdb.machine import cores
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -565,7 +565,7 @@ def test_a_share_of_a_version_that_was_purged_says_so(database, worker):
     assert isinstance(error, PurgedError) and str(error).startswith("on the node "), error
     assert worker.ask(held_by(database._table.snapshot()), "count", (), None) == 19
     other = worker.ask(replace(held, version=held.version + 100), "count", (), None)
-    assert type(other) is TableError and "has no version" in str(other)
+    assert type(other) is UnfitError and "has no version" in str(other)
 
 
 def test_shares_make_up_the_table(database):

@@ -12,12 +12,11 @@ from conftest import toy_records, write_jsonl
 
 import rapidin_vdb
 from rapidin_vdb import uncertainty
-from rapidin_vdb.index import Searchable
+from rapidin_vdb.index import Grouping, Searchable
 from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.sketch import Sketch
-from rapidin_vdb.uncertainty import PROBES, chance, group_sums, probes, score_errors, shared_bucket
+from rapidin_vdb.uncertainty import PROBES, chance, probes, score_errors, shared_bucket, surveyed
 
-TWO = np.array([5, 4])
 ASKED = [(f"Say {number}", f"blue {7 * number}") for number in (2, 5, 9)]
 
 
@@ -45,6 +44,13 @@ class Matrix(Searchable):
         self.asked.append(len(queries))
         scores = queries.astype(np.float64) @ self.rows[row_ids].T
         return np.stack([scores[:, groups == group].sum(1) for group in range(count)], 1)
+
+
+def group_sums(index, queries, groups, fingerprint):
+    """Return the sums of scores over groups of an index's first rows, and what is said of their errors."""
+    grouping = Grouping(row_ids=np.arange(len(groups)), groups=groups, count=int(groups.max()) + 1)
+    found, errors = surveyed(index, queries, 1, fingerprint, ends=(), grouping=grouping)
+    return found.sums, errors
 
 
 def drawn_gradients(*, normalised):
@@ -88,7 +94,7 @@ def test_errors_of_scores_and_sums_are_as_large_as_said(fingerprint, normalised)
             alone.append((1.5 * scores - exact)[0] / said[0])
         else:
             assert said is None
-        added, errors = group_sums(Matrix(vectors), asked, np.arange(40), members, np.full(4, 10), fingerprint)
+        added, errors = group_sums(Matrix(vectors), asked, members, fingerprint)
         wanted = np.stack([exact[:, members == group].sum(1) for group in range(4)], 1)
         sums.append(((1.5 * added - wanted) / errors)[0])
     if normalised:
@@ -130,19 +136,19 @@ def test_the_lengths_of_groups_are_asked_for_once(fingerprint):
         draw.standard_normal((2, 64)).astype(np.float32),
         np.arange(9) % 2,
     )
-    first = group_sums(index, queries, np.arange(9), groups, TWO, fingerprint)
-    again = group_sums(index, queries, np.arange(9), groups, TWO, fingerprint)
+    first = group_sums(index, queries, groups, fingerprint)
+    again = group_sums(index, queries, groups, fingerprint)
     np.testing.assert_array_equal(first, again)
-    group_sums(index, queries, np.arange(9), 1 - groups, TWO[::-1], fingerprint)
-    group_sums(index, queries, np.arange(8), groups[:8], np.array([4, 4]), fingerprint)
+    group_sums(index, queries, 1 - groups, fingerprint)
+    group_sums(index, queries, groups[:8], fingerprint)
     assert index.asked == [2, PROBES, 2, 2, PROBES, 2, PROBES]
-    alone = group_sums(index, queries, np.arange(9), np.arange(9), np.ones(9, np.int64), fingerprint)
+    alone = group_sums(index, queries, np.arange(9), fingerprint)
     known = score_errors(queries, fingerprint)[:, None]
     np.testing.assert_allclose(alone[1] ** 2, known**2 + (shared_bucket(416, 64) ** 0.5 * 1.5 * alone[0]) ** 2)
     other = Matrix(index.rows + 1)
-    assert not np.allclose(group_sums(other, queries, np.arange(9), groups, TWO, fingerprint)[1], first[1])
+    assert not np.allclose(group_sums(other, queries, groups, fingerprint)[1], first[1])
     for number in range(40):
-        group_sums(index, queries, np.arange(9), np.roll(groups, number % 9) + number, np.full(60, 9), fingerprint)
+        group_sums(index, queries, np.roll(groups, number % 9) + number, fingerprint)
     assert len(uncertainty._LENGTHS[index]) == 16
     held = weakref.ref(index)
     del index
