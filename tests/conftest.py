@@ -184,13 +184,25 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
     return path
 
 
-@pytest.fixture
-def database(tmp_path, models, adapters):
-    """A toy database of 24 samples at width 64."""
+@pytest.fixture(scope="session")
+def pristine_database(tmp_path_factory, models, adapters) -> Path:
+    """A folder with a toy database of 24 samples at width 64, and their lines; to be copied, never to be written."""
     import rapidin_vdb
 
-    made = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
-    made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(24)))
+    folder = tmp_path_factory.mktemp("pristine")
+    made = rapidin_vdb.init(folder / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    made.ingest(write_jsonl(folder / "toy.jsonl", toy_records(24)))
+    return folder
+
+
+@pytest.fixture
+def database(tmp_path, pristine_database):
+    """A toy database of 24 samples at width 64, ready to be asked."""
+    import rapidin_vdb
+
+    shutil.copytree(pristine_database, tmp_path, dirs_exist_ok=True)
+    made = rapidin_vdb.open(tmp_path / "db")
+    made.load()
     return made
 
 
