@@ -20,6 +20,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 collect_ignore = ["warm.py"]  # for processes that others are forked from
+# Begun first, so that no process has one of them left when the others are done.
+LONGEST = (
+    "evaluate", "web_controls", "object_store", "tokens", "web_messages", "cluster", "freshness", "web_page", "web_steps",
+    "cli", "compute", "whole", "faults", "page", "verify", "web_turns", "web_reads", "together", "factor",
+)  # fmt: skip
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
 SECRET = "not-to-be-printed-0123456789"
 
@@ -52,6 +57,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow; run with --experiments or --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    places = {Path(__file__).with_name(f"test_{name}.py"): place for place, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in places)
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)
