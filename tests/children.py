@@ -61,6 +61,16 @@ class Running:
         mine.recv()
         self.started = time.monotonic()
 
+    def wait_for(self, words: str) -> str:
+        """Wait until it has written a line with these words on stderr, and return what follows on that line."""
+        file = Path(self._folder.name, "err")
+        while True:
+            alive, (_, found, rest) = self.process.is_alive(), file.read_text("utf-8").partition(words)
+            if found and "\n" in rest:
+                return rest.partition("\n")[0]
+            assert alive, file.read_text("utf-8")
+            time.sleep(0.02)
+
     def end(self, *, after: float | None = None, sign: signal.Signals = signal.SIGKILL) -> Ended:
         """Wait for its end; `after` some seconds, a signal is sent to it first."""
         if after is not None:

@@ -20,6 +20,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
 collect_ignore = ["warm.py"]  # for processes that others are forked from
+# Begun first, so that no process has one of them left when the others are done.
+LONGEST = (
+    "evaluate", "web_controls", "object_store", "tokens", "web_messages", "cluster", "freshness", "web_page", "web_steps",
+    "cli", "compute", "whole", "faults", "page", "verify", "web_turns", "web_reads", "together", "factor",
+)  # fmt: skip
 ARCHITECTURES = ("llama", "qwen2", "gpt2")
 SECRET = "not-to-be-printed-0123456789"
 
@@ -52,6 +57,9 @@ def pytest_collection_modifyitems(config, items):
             item.add_marker(pytest.mark.skip(reason="slow; run with --experiments or --slow"))
         if "gpu" in item.keywords and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+    places = {Path(__file__).with_name(f"test_{name}.py"): place for place, name in enumerate(LONGEST)}
+    assert all(path.exists() for path in places)
+    items.sort(key=lambda item: places.get(item.path, len(places)))
 
 
 @pytest.fixture(autouse=True)
@@ -184,13 +192,25 @@ def write_jsonl(path: Path, records: list[dict]) -> Path:
     return path
 
 
-@pytest.fixture
-def database(tmp_path, models, adapters):
-    """A toy database of 24 samples at width 64."""
+@pytest.fixture(scope="session")
+def pristine_database(tmp_path_factory, models, adapters) -> Path:
+    """A folder with a toy database of 24 samples at width 64, and their lines; to be copied, never to be written."""
     import rapidin_vdb
 
-    made = rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
-    made.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(24)))
+    folder = tmp_path_factory.mktemp("pristine")
+    made = rapidin_vdb.init(folder / "db", model=str(models["llama"]), adapter=str(adapters["llama"]), width=64)
+    made.ingest(write_jsonl(folder / "toy.jsonl", toy_records(24)))
+    return folder
+
+
+@pytest.fixture
+def database(tmp_path, pristine_database):
+    """A toy database of 24 samples at width 64, ready to be asked."""
+    import rapidin_vdb
+
+    shutil.copytree(pristine_database, tmp_path, dirs_exist_ok=True)
+    made = rapidin_vdb.open(tmp_path / "db")
+    made.load()
     return made
 
 

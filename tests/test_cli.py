@@ -31,6 +31,38 @@ def run(*arguments, check=None):
     return done
 
 
+FRESH = """
+import json, os, sys
+from pathlib import Path
+from rapidin_vdb.cli import main
+
+*commands, folder = json.loads(sys.argv[1])
+for number, command in enumerate(commands):
+    for descriptor, name in ((1, "out"), (2, "err")):
+        with Path(folder, f"{number}.{name}").open("w") as file:
+            os.dup2(file.fileno(), descriptor)
+    sys.argv = ["rapidin-vdb", *command]
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code
+    sys.stdout.flush()
+    assert not code, command
+"""
+
+
+def run_in_turn(folder, *commands) -> list[SimpleNamespace]:
+    """Run commands one after the other in one fresh process, in which nothing was imported; return what each said."""
+    words = json.dumps([*([str(word) for word in command] for command in commands), str(folder)])
+    done = subprocess.run([sys.executable, "-W", "error", "-c", FRESH, words], timeout=300)
+    said = [
+        SimpleNamespace(**{f"std{name}": (folder / f"{number}.{name}").read_text("utf-8") for name in ("out", "err")})
+        for number in range(len(commands))
+    ]
+    assert done.returncode == 0, said
+    return said
+
+
 def call(capsys, *arguments) -> tuple[int, str, str]:
     """The same in this process, which spares the imports."""
     from rapidin_vdb.cli import main
@@ -67,7 +99,7 @@ def test_every_command_is_in_the_overview():
 
 
 def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
-    """What makes and fills it, and a query, each in a process of its own; the rest in this one, which spares the imports."""
+    """What makes and fills it, and a query, in a process of their own; the rest in this one, which spares the imports."""
 
     def here(*arguments, check):
         code, out, err = call(capsys, *arguments)
@@ -75,13 +107,17 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
         return SimpleNamespace(stdout=out, stderr=err)
 
     db, lines = tmp_path / "db", write_jsonl(tmp_path / "toy.jsonl", toy_records(12))
-    made = run("init", db, "--model", models["llama"], "--adapter", adapters["llama"], "--width", 64, check=0)
+    made, added, found = run_in_turn(
+        tmp_path,
+        ("init", db, "--model", models["llama"], "--adapter", adapters["llama"], "--width", 64),
+        ("ingest", db, lines, "--split", "test", "--limit", 10),
+        ("query", db, "--prompt", "Say 5", "--generation", "blue 35", "--top-k", 3, "--json"),
+    )
     assert (made.stdout, made.stderr.strip()) == (
         "",
         f"made {db}: 12 parameter tensors of 416 coordinates, sketched to width 64; prompts are written by the template "
         f"alpaca. Next: rapidin-vdb ingest {db} FILE",
     )
-    added = run("ingest", db, lines, "--split", "test", "--limit", 10, check=0)
     assert added.stdout == "" and added.stderr.startswith("10 samples added, in ")
     assert "; version 3\n" in added.stderr and "cut to" not in added.stderr
     empty = write_jsonl(tmp_path / "empty.jsonl", [])
@@ -90,7 +126,6 @@ def test_a_life_on_the_command_line(tmp_path, models, adapters, capsys):
     told = here("info", db, check=0).stdout
     assert "\nmax tokens     512\n" in told and "\ntemplate       alpaca\n" in told and "quantization" in told
     here("index", db, "--recipe", "indexes/cpu.toml", check=0)
-    found = run("query", db, "--prompt", "Say 5", "--generation", "blue 35", "--top-k", 3, "--json", check=0)
     (line,) = found.stdout.splitlines()
     ranking = json.loads(line)
     assert found.stderr == "", "quiet where stderr is no terminal"

@@ -608,6 +608,7 @@ def shards(database):
 
     before = torch.get_num_threads()
     workers = [ShardWorker(database.path, part, 3, {}) for part in range(3)]
+    torch.set_num_threads(before)  # which each of them, in a process of its own, sets
 
     def ask(held, method, queries, more, among):
         ask.noted.append((method, None if queries is None else len(queries)))
@@ -618,8 +619,7 @@ def shards(database):
         return answers
 
     ask.noted = []
-    yield ask
-    torch.set_num_threads(before)
+    return ask
 
 
 @pytest.mark.parametrize("restricted", [False, True])

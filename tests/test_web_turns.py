@@ -2,14 +2,16 @@
 
 import contextlib
 import json
+import os
 import re
 import signal
-import subprocess
 import sys
 import threading
 import time
+from functools import partial
 
 import pytest
+from children import Running
 from conftest import toy_records, write_jsonl
 from test_web_limits import measured, occupied, send
 
@@ -183,57 +185,59 @@ def test_an_export_that_is_being_written_ends_too(served, monkeypatch):
     assert (answers[0].status_code, answers[0].json()["detail"]) == (503, "the server is stopping")
 
 
-SLOW = """
-import sys
-import rapidin_vdb, uvicorn
-from rapidin_vdb.web import serve
+def serve_slowly(path: str, going) -> None:
+    """Serve, in a process of its own, a database that looks up from its work too late: when `going` is set."""
+    import uvicorn
 
-def held(*_, **options):  # looks up from its work too late
-    print("begun", file=sys.stderr, flush=True)
-    sys.stdin.read()
+    def say(text: str) -> None:
+        sys.stderr.write(f"{text}\n")
+        sys.stderr.flush()
 
-database = rapidin_vdb.open(sys.argv[1])
-database.generate = held
-made = uvicorn.Config  # whose moment at an end, granted to whoever is being answered, is longer than the test waits
-uvicorn.Config = lambda *given, **options: made(*given, **options | {"timeout_graceful_shutdown": 300})
-try:
-    serve(database, port=0, say=lambda text: print(text, file=sys.stderr, flush=True))
-except KeyboardInterrupt:
-    pass  # as on the command line
-"""
+    def held(*_, **options):
+        say("begun")
+        going.wait()
+
+    database = rapidin_vdb.open(path)
+    database.generate = held
+    made = uvicorn.Config  # whose moment at an end, granted to whoever is being answered, is longer than the test waits
+    uvicorn.Config = lambda *given, **options: made(*given, **options | {"timeout_graceful_shutdown": 300})
+    # As on the command line.
+    with contextlib.suppress(KeyboardInterrupt):
+        serve(database, port=0, say=say)
+    say("ended")
+    sys.exit(0)
 
 
 @pytest.mark.parametrize("sign", [signal.SIGTERM, signal.SIGINT])
-def test_whoever_waits_is_told_when_the_server_ends(served, sign):
-    with subprocess.Popen(
-        [sys.executable, "-c", SLOW, served.path], stdin=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as server:
-        try:
-            port = int(re.search(r"http://127.0.0.1:(\d+)", server.stderr.readline())[1])
-            kinds = ["application/json", "text/event-stream"] * 2
-            lines = [send(port, "/api/generate", {"prompt": "Say 5"}, accept=kinds[0])]
-            assert server.stderr.readline() == "begun\n"
-            lines += [send(port, "/api/generate", {"prompt": "Say 5"}, accept=accept) for accept in kinds[1:]]
-            end = time.monotonic() + 60
-            while "rapidin_waiting 3.0" not in measured(port):  # the first is under way, the others wait
-                assert time.monotonic() < end, "they never came to wait"
-                time.sleep(0.02)
-            server.send_signal(sign)
-            # At once: what is under way does not end, nor does the moment that is granted at an end, before all are told.
-            for line, accept in zip(lines, kinds, strict=True):
-                line.settimeout(30)
-                with line:
-                    text = b"".join(iter(lambda line=line: line.recv(65536), b"")).decode()
-                assert "the server is stopping" in text, text
-                if accept == "application/json":
-                    assert text.startswith("HTTP/1.1 503")
-                else:
-                    assert "event: error" in text and '"status": 503' in text and text.endswith("0\r\n\r\n")
-            server.stdin.close()
-            assert server.stderr.read() == "", "and nothing went wrong"
-            server.wait(60)
-        finally:
-            server.kill()
+def test_whoever_waits_is_told_when_the_server_ends(served, context, sign):
+    going = context.Event()
+    server = Running(context, ["serve"], before=partial(serve_slowly, served.path, going))
+    try:
+        port = int(re.match(r"\d+", server.wait_for("http://127.0.0.1:"))[0])
+        kinds = ["application/json", "text/event-stream"] * 2
+        lines = [send(port, "/api/generate", {"prompt": "Say 5"}, accept=kinds[0])]
+        server.wait_for("begun")
+        lines += [send(port, "/api/generate", {"prompt": "Say 5"}, accept=accept) for accept in kinds[1:]]
+        end = time.monotonic() + 60
+        while "rapidin_waiting 3.0" not in measured(port):  # the first is under way, the others wait
+            assert time.monotonic() < end, "they never came to wait"
+            time.sleep(0.02)
+        os.kill(server.process.pid, sign)
+        # At once: what is under way does not end, nor does the moment that is granted at an end, before all are told.
+        for line, accept in zip(lines, kinds, strict=True):
+            line.settimeout(30)
+            with line:
+                text = b"".join(iter(lambda line=line: line.recv(65536), b"")).decode()
+            assert "the server is stopping" in text, text
+            if accept == "application/json":
+                assert text.startswith("HTTP/1.1 503")
+            else:
+                assert "event: error" in text and '"status": 503' in text and text.endswith("0\r\n\r\n")
+        going.set()
+        ended = server.end()
+        assert ended.code in (0, -sign) and ended.err.partition("begun\n")[2] in ("", "ended\n"), "nothing went wrong"
+    finally:
+        server.process.kill()
 
 
 @pytest.mark.parametrize("ask", ["search", "do"])
