@@ -55,12 +55,11 @@ def run_in_turn(folder, *commands) -> list[SimpleNamespace]:
     """Run commands one after the other in one fresh process, in which nothing was imported; return what each said."""
     words = json.dumps([*([str(word) for word in command] for command in commands), str(folder)])
     done = subprocess.run([sys.executable, "-W", "error", "-c", FRESH, words], timeout=300)
-    said = [
+    assert done.returncode == 0, [path.read_text("utf-8") for path in sorted(folder.glob("*.err"))]
+    return [
         SimpleNamespace(**{f"std{name}": (folder / f"{number}.{name}").read_text("utf-8") for name in ("out", "err")})
         for number in range(len(commands))
     ]
-    assert done.returncode == 0, said
-    return said
 
 
 def call(capsys, *arguments) -> tuple[int, str, str]:
