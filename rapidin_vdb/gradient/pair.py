@@ -39,14 +39,11 @@ def tell_of_pair(loaded: LoadedModel, *, template: str) -> None:
         else:
             _tell_of_end(settings.get("eos_token"), tokenizer, adapter)
     if template in ("alpaca", "text") and (own or getattr(tokenizer, "chat_template", None)):
-        if getattr(tokenizer, "chat_template", None):
-            there = "and the model's tokenizer has a chat template: if the fine-tuning used that"
-        else:
-            there = "and the adapter's folder has a chat template: if the fine-tuning used that"
+        whose = "the model's tokenizer" if getattr(tokenizer, "chat_template", None) else "the adapter's folder"
         logger.warning(
-            "prompts are written by the template %s, %s, make the database with --template chat, or gradients are of "
-            "other texts than it saw",
-            template, there,
+            "prompts are written by the template %s, and %s has a chat template: if the fine-tuning used that, make "
+            "the database with --template chat, or gradients are of other texts than it saw",
+            template, whose,
         )  # fmt: skip
 
 
