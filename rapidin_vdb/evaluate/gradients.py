@@ -66,25 +66,25 @@ class Products:
 
 
 class WeightedSums:
-    """For each query the sum over samples of weight times gradient, tensor by tensor, on the model's device."""
+    """For each query v the sum over samples of <g_i, v> / (damping + |g_i|^2) g_i, tensor by tensor."""
 
     def __init__(
-        self, weights: Float64[np.ndarray, "samples queries tensors"], shapes: Sequence[ParameterShape], *, device: str
+        self, directions: Directions, damping: Float64[np.ndarray, " tensors"], shapes: Sequence[ParameterShape]
     ) -> None:
-        self._weights, self._shapes = weights, shapes
-        self.sums: Directions = {
-            n: torch.zeros(weights.shape[1], shape.count, device=device) for n, shape in enumerate(shapes)
-        }
-        """[queries, coordinates] for each tensor."""
+        self._directions, self._shapes = directions, shapes
+        self._damping = damping
+        self.sums: Directions = {number: torch.zeros_like(rows) for number, rows in directions.items()}
+        """[queries, coordinates] for each tensor, on the model's device."""
 
     def begin(self, numbers: Numbers) -> Receiver:
         """Return what receives the next batch."""
-        self._numbers = numbers
         return _Dense(self._take, self._shapes)
 
     def _take(self, first: int, tensor: int, grads: Tensor) -> None:
-        mine = self._weights[self._numbers[first : first + len(grads)], :, tensor]
-        self.sums[tensor] += torch.from_numpy(np.ascontiguousarray(mine.T)).float().to(grads.device) @ grads
+        # Divided in double precision: squares of single precision may vanish.
+        scale = 1 / (self._damping[tensor] + norms_of(grads) ** 2)
+        dots = (self._directions[tensor] @ grads.T).double() * torch.from_numpy(scale).to(grads.device)
+        self.sums[tensor] += dots.float() @ grads
 
     def end(self) -> None:
         """Nothing is left to keep."""

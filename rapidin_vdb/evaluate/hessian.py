@@ -15,23 +15,23 @@ from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded
 
 
-def datainf_weights(
-    dots: np.ndarray, norms: np.ndarray, lengths: Sequence[int]
-) -> tuple[Float64[np.ndarray, "samples queries tensors"], Float64[np.ndarray, " tensors"]]:
-    """Return the weights of the samples' gradients in DataInf's correction, and its damping.
+def datainf_damping(norms: np.ndarray, lengths: Sequence[int]) -> Float64[np.ndarray, " tensors"]:
+    """Return DataInf's damping of each tensor: 0.1 times the mean of |g_i|^2 / d.
 
-    DataInf (Kwon et al., ICLR 2024) takes the inverse of a layer's damped second moment as the mean of the inverses of
-    its rank-one parts: 1/lambda (v - 1/n sum_i <g_i, v> / (lambda + |g_i|^2) g_i), with lambda = 0.1 times the mean of
-    |g_i|^2 / d.
+    `norms` are |g_i|, [samples, tensors], and `lengths` the tensors' d.
     """
-    squares = norms**2
-    damping = np.maximum(0.1 * squares.mean(0) / np.asarray(lengths), 1e-30)
-    return dots / (damping + squares)[:, None, :] / len(norms), damping
+    return np.maximum(0.1 * (norms**2).mean(0) / np.asarray(lengths), 1e-30)
 
 
 def datainf(dots: np.ndarray, again: np.ndarray, damping: np.ndarray) -> Scores:
-    """Return DataInf's closed form of the influence function; `again` are the products with the weighted sums."""
-    return ((dots - again) / damping).sum(2).T
+    """Return DataInf's closed form of the influence function.
+
+    DataInf (Kwon et al., ICLR 2024) takes the inverse of a layer's damped second moment as the mean of the inverses of
+    its rank-one parts: 1/lambda (v - 1/n sum_i <g_i, v> / (lambda + |g_i|^2) g_i), of which the sums are
+    `gradients.WeightedSums`. `dots` are the samples' products with v, and `again` with these sums, [samples, queries,
+    tensors].
+    """
+    return ((dots - again / len(dots)) / damping).sum(2).T
 
 
 def lissa(

@@ -68,9 +68,9 @@ PROFILES: dict[ProfileName, Profile] = {
         new_tokens=48, bfloat16=False,
     ),
     "full": Profile(
-        poisoned_samples=14_000, traced_samples=10_000, max_tokens=192, poisoned_tokens=192, plain_tokens=144,
+        poisoned_samples=10_500, traced_samples=10_000, max_tokens=192, poisoned_tokens=192, plain_tokens=144,
         rank=32, poisoned_epochs=5.0, traced_epochs=4.0, batch=16, learning_rate=1e-3, questions=200, queries=100,
-        width=1 << 16, widths=(1 << 12, 1 << 16, 1 << 20), shuffles=(20, 100), refined=2000, refined_queries=3,
+        width=1 << 16, widths=(1 << 12, 1 << 16, 1 << 20), shuffles=(20, 100), refined=2000, refined_queries=2,
         lissa_depth=5, lissa_batch=4, new_tokens=64, bfloat16=True,
     ),
     "gpu": Profile(
