@@ -1,14 +1,14 @@
 """Databases are opened, or made for the training samples of one model."""
 
-import math
 from pathlib import Path
 
+from rapidin_vdb.arguments import above_zero, name_of, one_of, whole
 from rapidin_vdb.corpus import load_template
 from rapidin_vdb.database import Database
 from rapidin_vdb.engine import Engine
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.gradient import fingerprint_of, load_model, tell_of_pair
-from rapidin_vdb.records import LOSSES, DType, ModelSpec, Normalize, Quantization, SketchSpec, Turns
+from rapidin_vdb.records import DType, ModelSpec, Normalize, Quantization, SketchSpec, Turns
 from rapidin_vdb.store import SampleTable
 
 _DEFAULT_SKETCH = SketchSpec()
@@ -26,8 +26,8 @@ def open(path: str | Path) -> Database:
 def init(
     path: str | Path,
     *,
-    model: str,
-    adapter: str | None = None,
+    model: str | Path,
+    adapter: str | Path | None = None,
     quantization: Quantization = "none",
     dtype: DType = "auto",
     width: int = _DEFAULT_SKETCH.width,
@@ -52,18 +52,25 @@ def init(
         ModelError: the model or the adapter is missing, or they do not belong together.
         SpecError: a value that cannot be honoured, such as a width beyond the gradient.
     """
-    for name, value in (("epochs", epochs), ("learning-rate", learning_rate)):
-        if not (math.isfinite(value) and value > 0):
-            raise SpecError(f"--{name} is {value}; wanted a number above 0")
-    if max_tokens < 2:
-        raise SpecError(f"--max-tokens is {max_tokens}; wanted 2 or more")
-    if seed < 0:
-        raise SpecError(f"--seed is {seed}; wanted 0 or more")
-    if turns not in LOSSES:
-        raise SpecError(f"--turns is {turns!r}; wanted {' or '.join(LOSSES)}")
+    epochs, learning_rate = above_zero("epochs", epochs), above_zero("learning-rate", learning_rate)
+    max_tokens, seed = whole("--max-tokens", max_tokens, 2), whole("--seed", seed, 0)
+    width, shuffles = whole("--width", width, 1), whole("--shuffles", shuffles, 0)
+    for option, word, kind in (
+        ("turns", turns, Turns),
+        ("normalize", normalize, Normalize),
+        ("quantization", quantization, Quantization),
+        ("dtype", dtype, DType),
+    ):
+        one_of(option, word, kind)
     SampleTable.check_free(str(path))
     loaded = load_model(
-        ModelSpec(model=model, adapter=adapter, quantization=quantization, dtype=dtype, parameters=parameters),
+        ModelSpec(
+            model=name_of(model) or "",
+            adapter=name_of(adapter),
+            quantization=quantization,
+            dtype=dtype,
+            parameters=parameters,
+        ),
         device=device,
     )
     positions = loaded.learned_positions

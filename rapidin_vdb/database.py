@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.answering import Keeper, answer, nearest, versions_for
+from rapidin_vdb.arguments import name_of, one_of, whole
 from rapidin_vdb.cluster import ClusterKeeper, session_of
 from rapidin_vdb.corpus import paths_of
 from rapidin_vdb.engine import Engine, load_engine
@@ -26,6 +27,8 @@ from rapidin_vdb.roads import choose_road, token_width_for
 from rapidin_vdb.store import SampleTable, TableVersion, undisturbed, undisturbed_each
 from rapidin_vdb.verification import verify
 
+Place = str | Path  # of a model or an adapter: a folder, or its name on the hub
+
 
 class Database(SampleReader):
     """A database of RapidGrads. Make one with `rapidin_vdb.init`, open one with `rapidin_vdb.open`."""
@@ -39,7 +42,7 @@ class Database(SampleReader):
             "token": IndexKeeper(table.place.cache / "token_indexes", cached=table.place.cached),
         }
 
-    def load(self, *, model: str | None = None, adapter: str | None = None, device: str = "auto") -> None:
+    def load(self, *, model: Place | None = None, adapter: Place | None = None, device: str = "auto") -> None:
         """Load the model now; `model` and `adapter` say where they are, if they have moved since `init`.
 
         Raises:
@@ -59,7 +62,7 @@ class Database(SampleReader):
         limit: int | None = None, batch_tokens: int | None = None, device: str = "auto", workers_per_device: int = 1,
         cluster: str | None = None, on_bad_record: OnBadRecord = "stop", on_duplicate: OnDuplicate = "error",
         on_deleted: OnDeleted = "add", token_gradients: bool = False, token_width: int | None = None,
-        dry_run: bool = False, model: str | None = None, adapter: str | None = None, progress: Progress = silent,
+        dry_run: bool = False, model: Place | None = None, adapter: Place | None = None, progress: Progress = silent,
     ) -> IngestReport | IngestEstimate:  # fmt: skip
         """Add the records of some files; samples that are there already are left alone.
 
@@ -79,32 +82,29 @@ class Database(SampleReader):
             raise SpecError("no file to ingest")
         least_one = {"limit": limit, "batch-tokens": batch_tokens, "workers-per-device": workers_per_device}
         for name, value in least_one.items():
-            if value is not None and value < 1:
-                raise SpecError(f"--{name} is {value}; wanted 1 or more")
+            value is None or whole(f"--{name}", value, 1)
+        one_of("on-bad-record", on_bad_record, OnBadRecord)
+        one_of("on-duplicate", on_duplicate, OnDuplicate)
+        one_of("on-deleted", on_deleted, OnDeleted)
         single = token_width_for(self._table, token_width, wanted=token_gradients)
         corpus = Corpus(
             paths=paths_of(files), split=split, source=source, id_field=id_field, limit=limit,
             turns=self.fingerprint.turns,
         )  # fmt: skip
         road, tokens, workers, devices = choose_road(
-            self.fingerprint, place=self.path, device=device,
+            self.fingerprint, place=self.path, device=str(device),
             loaded=partial(self._engine_on, model, adapter, elsewhere=device != "auto"),
             workers_per_device=workers_per_device, batch_tokens=batch_tokens, dry_run=dry_run, cluster=cluster,
-            model=model, adapter=adapter, token_width=single,
+            model=name_of(model), adapter=name_of(adapter), token_width=single,
         )  # fmt: skip
-        options = {
-            "tokenizer": road.tokenizer,
-            "template": road.template,
-            "batch_tokens": tokens,
-            "token_width": single,
-        }
+        options = {"tokenizer": road.tokenizer, "template": road.template, "batch_tokens": tokens}
+        options |= {"token_width": single, "progress": progress}
         options |= {"on_bad_record": on_bad_record, "on_duplicate": on_duplicate, "on_deleted": on_deleted}
-        options["progress"] = progress
         if dry_run:
             return estimate(self._table, corpus, road.compute, workers=workers, devices=devices, **options)
         return ingest(self._table, corpus, road.compute, **options)
 
-    def _engine_on(self, model: str | None, adapter: str | None, device: str, *, elsewhere: bool) -> Engine:
+    def _engine_on(self, model: Place | None, adapter: Place | None, device: str, *, elsewhere: bool) -> Engine:
         """Return the engine; if it may be `elsewhere` than it is loaded, one on this very device."""
         here = self._engine
         if here is None:
@@ -149,7 +149,7 @@ class Database(SampleReader):
         harmful: bool = False,
         both: bool = False,
         level: Level = "sample",
-        focus: str | Sequence[Focus] = (),
+        focus: str | Sequence[Focus] | None = None,
         tokens: bool = False,
         matrix: bool = False,
         refine: int = 0,
@@ -158,8 +158,8 @@ class Database(SampleReader):
         histogram: int = 0,
         index: str | None = None,
         as_of: int | None = None,
-        model: str | None = None,
-        adapter: str | None = None,
+        model: Place | None = None,
+        adapter: Place | None = None,
         device: str = "auto",
         cluster: str | None = None,
         progress: Progress = silent,
@@ -187,7 +187,7 @@ class Database(SampleReader):
         """
         question = Question(
             top_k=top_k, where=where, harmful=harmful, both=both, level=level,
-            focus=(focus,) if isinstance(focus, str) else tuple(focus), tokens=tokens,
+            focus=(focus,) if isinstance(focus, str) else tuple(focus or ()), tokens=tokens,
             matrix=matrix, refine=refine, group_by=group_by, aggregate=aggregate, histogram=histogram,
             index=index, as_of=as_of,
         )  # fmt: skip
@@ -198,7 +198,7 @@ class Database(SampleReader):
         return undisturbed(lambda: list(self.ask(question, asked, cluster=cluster, progress=progress)))()
 
     def prepare(
-        self, question: Question, *, model: str | None = None, adapter: str | None = None, device: str = "auto"
+        self, question: Question, *, model: Place | None = None, adapter: Place | None = None, device: str = "auto"
     ) -> None:
         """See that a question can be answered, and load the model where that is still to be done.
 
@@ -226,7 +226,7 @@ class Database(SampleReader):
         if cluster is None:
             return self._indexes[level]
         if (session := session_of(cluster)) not in self._clusters:
-            self._clusters = {session: ClusterKeeper(self.path, cluster)}
+            self._clusters = {session: ClusterKeeper(self._table.place.address, cluster)}
         return self._clusters[session]
 
     @undisturbed

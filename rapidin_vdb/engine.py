@@ -3,11 +3,13 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from os import PathLike
 from threading import RLock
 from typing import Any, cast
 
 import numpy as np
 
+from rapidin_vdb.arguments import name_of
 from rapidin_vdb.corpus import Record, Template, load_template, sample_from
 from rapidin_vdb.corpus.shapes import asked_fields
 from rapidin_vdb.errors import GradientError, ModelError, SpecError
@@ -115,8 +117,9 @@ def _made(
 
 
 def load_engine(
-    stored: Fingerprint, *, place: str, model: str | None = None, adapter: str | None = None, device: str = "auto"
-) -> Engine:
+    stored: Fingerprint, *, place: str, model: str | PathLike[str] | None = None,
+    adapter: str | PathLike[str] | None = None, device: str = "auto",
+) -> Engine:  # fmt: skip
     """Load the model of a database; `model` and `adapter` say where they are, if they have moved since `init`.
 
     Raises:
@@ -124,8 +127,8 @@ def load_engine(
         FingerprintError: they are not those that the database was made with.
     """
     spec = ModelSpec(
-        model=model or stored.model,
-        adapter=adapter or stored.adapter,
+        model=name_of(model) or stored.model,
+        adapter=name_of(adapter) or stored.adapter,
         quantization=stored.quantization,
         dtype=cast(DType, stored.dtype if stored.dtype in ("float32", "bfloat16", "float16") else "auto"),
         parameters=stored.parameters,

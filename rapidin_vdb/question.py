@@ -1,8 +1,8 @@
 """What may be asked of a database, and what may not be asked together."""
 
 from dataclasses import dataclass
-from typing import get_args
 
+from rapidin_vdb.arguments import one_of, whole
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.focus import check_focus
 from rapidin_vdb.records import Aggregate, Focus, Level
@@ -63,15 +63,10 @@ class Question:
             SpecError: a value out of range, or options that exclude one another.
         """
         for name, least, most, wanted in _WHOLE:
-            value = getattr(self, name)
-            if type(value) is not int or value < least or (most is not None and value > most):
-                raise SpecError(f"{_OPTIONS.get(name, name)} is {value!r}; wanted {wanted}")
-        for name, text, known in (
-            ("--level", self.level, get_args(Level)),
-            ("--aggregate", self.aggregate, get_args(Aggregate)),
-        ):
-            if text not in known:
-                raise SpecError(f"{name} is {text!r}; wanted {' or '.join(known)}")
+            number = whole(_OPTIONS.get(name, name), getattr(self, name), least, most, wanted=wanted)
+            object.__setattr__(self, name, number)  # numpy's become Python's, which JSON knows
+        one_of("level", self.level, Level)
+        one_of("aggregate", self.aggregate, Aggregate)
         if self.as_of is not None and type(self.as_of) is not int:
             raise SpecError(f"--as-of is {self.as_of!r}; wanted the number of a version (see `info --versions`)")
         if self.where is not None and not isinstance(self.where, str):

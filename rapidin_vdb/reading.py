@@ -5,6 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rapidin_vdb.arguments import one_of
 from rapidin_vdb.cleaning import write_cleaned
 from rapidin_vdb.corpus import Restorer, paths_of, plain_record, taken_apart, turns_of
 from rapidin_vdb.errors import SampleNotFoundError, SpecError, UnfitError
@@ -157,6 +158,7 @@ class SampleReader:
             raise SpecError("give one of: --where SQL, --ids FILE, or --absent")
         if not files:
             raise SpecError("no file to clean")
+        one_of("on-unscored", on_unscored, OnUnscored)
         return write_cleaned(
             paths_of(files), Path(out), self._table, where=where, ids=ids_of(ids), absent=absent,
             on_unscored=on_unscored, id_field=id_field,

@@ -10,7 +10,7 @@ from rapidin_vdb.question import Question
     ("changed", "message"),
     [
         ({"top_k": 0}, "--top-k is 0; wanted 1 or more"),
-        ({"top_k": 2.5}, "--top-k is 2.5; wanted 1 or more"),
+        ({"top_k": 2.5}, "--top-k is 2.5; wanted a whole number, 1 or more"),
         ({"top_k": "3"}, "--top-k is '3'"),
         ({"top_k": True}, "--top-k is True"),
         ({"refine": -1}, "--refine is -1; wanted 0 or more"),

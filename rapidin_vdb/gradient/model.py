@@ -103,7 +103,7 @@ def resolve_devices(devices: str) -> list[str]:
     Raises:
         SpecError: one of them is not here.
     """
-    return list(dict.fromkeys(resolve_device(name.strip()) for name in devices.split(",")))
+    return list(dict.fromkeys(resolve_device(name.strip()) for name in str(devices).split(",")))
 
 
 def load_config(name: str) -> Any:

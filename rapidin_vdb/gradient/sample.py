@@ -78,6 +78,7 @@ def stream_gradient(
     for tensor in left_out:
         tensor.requires_grad_(False)
     try:
+        _clear(chosen)
         with checkpointed_layers(loaded.model, hooks=False) if checkpointing else nullcontext(), torch.enable_grad():
             losses = token_losses(loaded, encoded) if among is None else _losses_among(loaded, encoded, among)
             loss = losses.mean()
@@ -90,9 +91,16 @@ def stream_gradient(
     finally:
         for handle in handles:
             handle.remove()
+        _clear(chosen)
         for tensor in left_out:
             tensor.requires_grad_(True)
     return value
+
+
+def _clear(chosen: Sequence[tuple[int, Tensor]]) -> None:
+    """Forget gradients that an interruption left between torch and a hook: the next ones would be added to them."""
+    for _, tensor in chosen:
+        tensor.grad = None
 
 
 def _losses_among(loaded: LoadedModel, encoded: Encoded, batch: Sequence[Encoded]) -> Tensor:

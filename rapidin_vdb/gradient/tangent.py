@@ -9,6 +9,7 @@ their layers' norms, so the second term is scaled sample by sample, which a tang
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from threading import Lock
 from typing import Any
 
 import torch
@@ -25,6 +26,8 @@ from rapidin_vdb.records import Encoded
 
 # A direction has norm 1, and what a layer reads a few at each place: times 2^8, that is far from where float16 ends.
 _LARGEST_SCALE = 8
+# Torch has one level of forward mode for the whole process: two models in two threads would be within each other's.
+_LEVEL = Lock()
 
 TangentRule = Callable[[Any, Tensor, Tensor], Tensor]
 """(module, what it reads, direction of one of its parameters) -> derivative of what it writes in that direction."""
@@ -115,7 +118,7 @@ class TangentPass:
         """
         lowered = _lowered(scales) if self.loaded.dtype == "float16" else None
         scales = scales if lowered is None else scales * lowered.unsqueeze(1)
-        with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), ExitStack() as hooks:
+        with _LEVEL, torch.no_grad(), sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level(), ExitStack() as hooks:
             for module in self._frozen:
                 hooks.enter_context(_linear_in_its_input(module))
             called: set[int] = set()
@@ -146,7 +149,7 @@ def _lowered(scales: Float[Tensor, "batch tensors"]) -> Float[Tensor, " batch"]:
 
 def _load_forward_rules() -> None:
     """Let torch load its forward rules, which it does when first asked, by means that it deprecates itself."""
-    with warnings.catch_warnings(), forward_ad.dual_level():
+    with _LEVEL, warnings.catch_warnings(), forward_ad.dual_level():
         warnings.simplefilter("ignore", DeprecationWarning)
         forward_ad.make_dual(torch.zeros(1), torch.zeros(1))
 

@@ -270,13 +270,21 @@ class Ranking:
     def to_pandas(self) -> Any:
         """Return a pandas.DataFrame, one row a result; needs the extra `[pandas]`.
 
+        Whole numbers that some results have not are of pandas' Int64, for as floating point they would be rounded.
+
         Raises:
             SpecError: pandas is not installed.
         """
         try:
-            return self.to_arrow().to_pandas()
+            import pandas
         except ModuleNotFoundError as error:
             raise SpecError("to_pandas needs the extra [pandas]: pip install 'rapidin-vdb[pandas]'") from error
+        table = self.to_arrow()
+        frame = table.to_pandas()
+        for field, column in zip(table.schema, table.columns, strict=True):
+            if str(field.type) == "int64" and column.null_count:
+                frame[field.name] = column.to_pandas(types_mapper=lambda _: pandas.Int64Dtype())
+        return frame
 
 
 def _without(values: dict[str, Any], optional: tuple[str, ...]) -> dict[str, Any]:

@@ -45,7 +45,7 @@ class Bucket:
             raise TableError(f"{uri}: a name in an object store can have no # here; give another")
         if not rest.strip("/"):
             raise TableError(f"{uri}: wanted a bucket and a folder in it, as {scheme}://bucket/db")
-        self.uri = uri.rstrip("/")
+        self.uri = self.address = uri.rstrip("/")
         self.cache = cache_folder(self.uri)
         self.options, self._store = _way_to(scheme, self.uri)
         # Here, where the libraries are known to be there.

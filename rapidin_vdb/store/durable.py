@@ -25,8 +25,13 @@ class DurableLock(NamedLock):
     def __enter__(self) -> "DurableLock":
         """Wait for it."""
         super().__enter__()
-        if self._lock.lock_counter == 1:
-            self._before.files = _files(self._folder)
+        try:
+            if self._lock.lock_counter == 1:
+                self._before.files = _files(self._folder)
+        except BaseException:
+            # Without an `__enter__` that ends well there is no `__exit__`.
+            super().__exit__()
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:

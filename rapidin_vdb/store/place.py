@@ -43,7 +43,9 @@ class Place(Protocol):
     """Where a database lies; as text, its name."""
 
     uri: str
-    """Its name."""
+    """Its name, as it was given."""
+    address: str
+    """Where it is, whatever the working folder becomes: another process finds it there."""
     lock: Any
     """A context, held while committing by one writer at a time; may be entered again inside."""
     cache: Path
@@ -104,9 +106,11 @@ class Folder:
 
     def __init__(self, path: str) -> None:
         self.uri = path
-        self.cache = Path(path)
+        # Once, and the same for Lance, which knows `~` too: where the working folder is changed, it is another.
+        self._path = self.cache = Path(os.path.expanduser(path)).absolute()  # noqa: PTH111 (which fails for "~nobody")
+        self.address = str(self._path)
         # Held for the moment of a commit only; the system lets go of it when a process dies.
-        self.lock: Any = DurableLock(FileLock(Path(path, LOCK)), f"the database {path}", Path(path))
+        self.lock: Any = DurableLock(FileLock(self._path / LOCK), f"the database {path}", self._path)
         self.options: dict[str, str] = {}
         self._made: Any = None
 
@@ -116,7 +120,7 @@ class Folder:
     @property
     def _connection(self) -> Any:
         if self._made is None:
-            self._made = connected(self.uri, read_consistency_interval=timedelta(0))
+            self._made = connected(self.address, read_consistency_interval=timedelta(0))
         return self._made
 
     def open_table(self, name: str) -> Any:
@@ -130,7 +134,7 @@ class Folder:
     def _check_newest(self, name: str) -> None:
         """Raise a TableError that says what to do where the manifest of a table's newest version is empty."""
         # Names count down: the newest comes first.
-        for path in sorted(Path(self.uri, f"{name}.lance", "_versions").glob("*.manifest"))[:1]:
+        for path in sorted((self._path / f"{name}.lance" / "_versions").glob("*.manifest"))[:1]:
             if path.stat().st_size == 0:
                 raise TableError(
                     f"{path} is empty, as a loss of power in the middle of a commit leaves it; that commit was never "
@@ -143,12 +147,12 @@ class Folder:
 
     def create_table(self, name: str, schema: pa.Schema) -> None:
         """Make a table."""
-        shutil.rmtree(Path(self.uri, f"{name}.lance"), ignore_errors=True)
+        shutil.rmtree(self._path / f"{name}.lance", ignore_errors=True)
         self._connection.create_table(name, schema=schema, storage_options=STABLE)
 
     def dataset(self, name: str) -> Any:
         """Return a table as Lance knows it."""
-        return as_lance(str(Path(self.uri, f"{name}.lance")))
+        return as_lance(str(self._path / f"{name}.lance"))
 
     def remove_old(self, name: str, base: int) -> int:
         """Remove what a table's newest version does not need, and return how many versions that leaves."""
@@ -160,32 +164,31 @@ class Folder:
         """Say whether a table has a committed version."""
         try:
             # Not `glob`, which reads all of a folder that has a file for every commit.
-            with os.scandir(Path(self.uri, f"{name}.lance", "_versions")) as entries:
+            with os.scandir(self._path / f"{name}.lance" / "_versions") as entries:
                 return any(entry.name.endswith(".manifest") for entry in entries)
         except (FileNotFoundError, NotADirectoryError):
             return False
 
     def entries(self) -> set[str] | None:
         """Return the names of what is in the folder."""
-        folder = Path(self.uri)
-        if folder.is_dir():
-            return {path.name for path in folder.iterdir()}
-        return None if folder.is_file() else set()
+        if self._path.is_dir():
+            return {path.name for path in self._path.iterdir()}
+        return None if self._path.is_file() else set()
 
     def prepare(self) -> None:
         """Make the folder."""
-        Path(self.uri).mkdir(parents=True, exist_ok=True)
+        self._path.mkdir(parents=True, exist_ok=True)
 
     def manifest(self, name: str, version: int) -> bytes | None:
         """Return what Lance wrote of a version of a table."""
         try:
-            return Path(self.uri, f"{name}.lance", "_versions", manifest_name(version)).read_bytes()
+            return (self._path / f"{name}.lance" / "_versions" / manifest_name(version)).read_bytes()
         except FileNotFoundError:
             return None  # or no longer: a purge may be going on
 
     def bytes(self) -> int:
         """Return how much all files take."""
-        return size_of(self.uri)
+        return size_of(self.address)
 
 
 def size_of(place: str) -> int:
@@ -214,6 +217,11 @@ def place_of(uri: str) -> Place:
     """
     scheme, separator, rest = uri.partition("://")
     if not separator:
+        lost, slash, rest = uri.partition(":/")
+        if slash and lost in CLOUDS:
+            raise TableError(
+                f"{without_secrets(uri)}: an address loses a slash as a Path; give it as a text, '{lost}://...'"
+            )
         return Folder(uri)
     if scheme == "file":
         return Folder(rest)
