@@ -1,5 +1,6 @@
 """Databases are opened, or made for the training samples of one model."""
 
+import logging
 from pathlib import Path
 
 from rapidin_vdb.arguments import above_zero, name_of, one_of, whole
@@ -11,7 +12,11 @@ from rapidin_vdb.gradient import fingerprint_of, load_model, tell_of_pair
 from rapidin_vdb.records import DType, ModelSpec, Normalize, Quantization, SketchSpec, Turns
 from rapidin_vdb.store import SampleTable
 
+logger = logging.getLogger(__name__)
+
 _DEFAULT_SKETCH = SketchSpec()
+# With so many, neighbours share a bucket as often as others do; with 3, three to ten times as often (docs/log.md).
+_MIXED = 8
 
 
 def open(path: str | Path) -> Database:
@@ -78,6 +83,16 @@ def init(
         raise SpecError(
             f"--max-tokens is {max_tokens}, but this model knows only {positions} positions; give {positions}"
         )
+    if loaded.rotary_limit is not None and max_tokens > loaded.rotary_limit:
+        logger.warning(
+            "beyond %d tokens, this model turns positions by the length of the sample: scores of tokens are not exact "
+            "in samples that are longer", loaded.rotary_limit,
+        )  # fmt: skip
+    if shuffles < _MIXED:
+        logger.warning(
+            "--shuffles %d leaves coordinates beside their neighbours: scores may be further off than their "
+            "score_error says; from %d on they are mixed", shuffles, _MIXED,
+        )  # fmt: skip
     tell_of_pair(loaded, template=template)
     chosen = load_template(template, tokenizer=loaded.tokenizer)
     if turns == "all" and chosen.name != "chat":

@@ -13,7 +13,7 @@ from rapidin_vdb.engine import Engine, load_engine
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.gradient.model import resolve_device
+from rapidin_vdb.gradient.device import resolve_device
 from rapidin_vdb.ingest import ingest
 from rapidin_vdb.intake import Corpus
 from rapidin_vdb.progress import Progress, silent

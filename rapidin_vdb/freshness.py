@@ -115,18 +115,18 @@ class IndexKeeper:
             index = self._residents.at_hand(snapshot, manifests, name)
             if index is None:
                 self._residents.make_room(snapshot, manifests)
-                if self._cached and not manifests:
+                index = self._from_disk(snapshot, manifests, progress)
+                if index is None and self._cached and name is None:
                     index = self._fetched(snapshot, progress)
-                index = index or self._from_disk(snapshot, manifests, progress)
             if index is None:
                 if manifests:
                     logger.info("no built index can serve version %d: reading the table itself", snapshot.version)
                 index = of_table(snapshot, progress)
+            if index.recipe.coarse_width:
+                index = with_what_coarse_finds(self.folder, index)
             # As they are now: an update on disk made a new manifest.
             self._residents.keep(snapshot, index, self._chosen(name))
         self._used(index.recipe.name)
-        if index.recipe.coarse_width:
-            return with_what_coarse_finds(self.folder, index)
         return index
 
     def rebuild(self, newest: Callable[[], TableVersion], damaged: Manifest, *, progress: Progress = silent) -> bool:

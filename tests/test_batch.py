@@ -1,17 +1,19 @@
 """Law 5 of the style: batches change nothing. Every sample's RapidGrad in a batch is plain autograd's on it alone."""
 
 import dataclasses
+import json
 import logging
 import weakref
 
 import numpy as np
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import save_model, tiny_model
 from reference import normalized, sample_gradient, sketched
 
+import rapidin_vdb
 from rapidin_vdb.errors import ModelError
-from rapidin_vdb.gradient import RapidGradMaker, hooks, load_model, repeated
+from rapidin_vdb.gradient import RapidGradMaker, hooks, load_model, rapidgrad, repeated
 from rapidin_vdb.gradient import batch as batch_module
 from rapidin_vdb.gradient import forward as forward_module
 from rapidin_vdb.gradient.batch import BatchedGradients
@@ -56,6 +58,49 @@ def test_the_sample_that_is_compared_is_padded_and_no_stub():
     """Behind one token, gradients of queries and keys are rounding alone."""
     assert to_compare(samples((2, 30, 9, 8, 12))) == 3
     assert to_compare(samples((2, 5, 3))) == 1
+
+
+def test_samples_too_short_to_tell_much_do_not_end_the_checks(models, monkeypatch):
+    """Batches are sorted by length: the first may be of two tokens each, and of one length as all others."""
+    checked = []
+    monkeypatch.setattr(rapidgrad, "check", lambda maker, batch: checked.append(len(batch[0].input_ids)) or True)
+    loaded = load_model(ModelSpec(model=str(models["llama"]), parameters="all"), device="cpu")
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    for length in (4, 12, 12, 30):
+        maker.make_batch(samples((length, length)))
+    assert checked == [4, 12]
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    checked.clear()
+    for _ in range(6):
+        maker.make_batch(samples((4, 4)))
+    assert checked == [4] * 4, "where there are none but such, there is an end to it"
+
+
+def test_angles_of_long_samples_are_not_those_of_short_ones(tmp_path, caplog):
+    """Beyond a limit, longrope takes other factors, of a whole batch."""
+    folder = save_model(tmp_path / "model", "llama")
+    config = json.loads((folder / "config.json").read_text())
+    half = config["hidden_size"] // config["num_attention_heads"] // 2
+    config["max_position_embeddings"] = 64
+    config["rope_parameters"] = {
+        "rope_type": "longrope", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 16,
+        "short_factor": [1.0] * half, "long_factor": [8.0] * half,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    loaded = load_model(ModelSpec(model=str(folder), parameters="all"), device="cpu")
+    assert loaded.rotary_limit == 16
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    batch = samples((12, 16, 17, 30))
+    together = [vector for vector, _ in maker.make_batch(batch)]
+    for sample, vector in zip(batch, together, strict=True):
+        np.testing.assert_allclose(vector, maker.make(sample)[0], atol=1e-5)
+    assert [rapidgrad.apart(batch, limit) for limit in (16, None)] == [[[0, 1], [2, 3]], [[0, 1, 2, 3]]]
+    made = rapidin_vdb.init(tmp_path / "db", model=str(folder), width=64, parameters="all", shuffles=7)
+    assert "beyond 16 tokens, this model turns positions by the length" in caplog.text
+    assert "--shuffles 7 leaves coordinates beside their neighbours" in caplog.text
+    caplog.clear()
+    rapidin_vdb.init(tmp_path / "short", model=str(folder), width=64, parameters="all", max_tokens=16, shuffles=8)
+    assert made.fingerprint.max_tokens == 512 and not caplog.text
 
 
 def test_where_memory_is_short_the_ends_of_samples_are_compared():

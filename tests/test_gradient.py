@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from rapidin_vdb.errors import GradientError, ModelError, SpecError
 from rapidin_vdb.gradient import RapidGradMaker, default_batch_tokens, fingerprint_of, load_model, weight_bytes
-from rapidin_vdb.gradient.rapidgrad import judged
+from rapidin_vdb.gradient.objections import judged
 from rapidin_vdb.gradient.rapidgrad import normalized as scaled_to_one
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 from rapidin_vdb.sketch import BucketMap, draw_shuffle

@@ -10,7 +10,7 @@ from conftest import ARCHITECTURES, tiny_model
 from reference import token_gradients
 from test_batch import _Unused, loaded_from, mixture_of_experts
 
-from rapidin_vdb.gradient import ExactInfluence, RapidGradMaker, load_model, norms_of
+from rapidin_vdb.gradient import ExactInfluence, RapidGradMaker, load_model, norms_of, tangent
 from rapidin_vdb.gradient.tangent import NoTangentError, TangentPass, tangent_rule_for
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 
@@ -280,3 +280,23 @@ def test_a_sample_of_two_tokens_has_no_rounding_beside_longer_ones(models, adapt
     for place, sample in enumerate(batch):  # and all are in their places
         np.testing.assert_allclose(exact.parts[place], influence.exact(direction, [sample]).parts[0], atol=1e-4)
     assert [len(scores) for scores in influence.token_scores(direction, batch, exact)] == [1, 1, 1]
+
+
+@pytest.mark.filterwarnings("ignore")  # bitsandbytes' own
+def test_a_large_bias_of_a_four_bit_layer_takes_no_digits_of_its_tangent():
+    """The layer adds it within its product, in 16 bits: it must not be in what a tangent goes through."""
+    import bitsandbytes
+
+    torch.manual_seed(1)
+    layer = bitsandbytes.nn.Linear4bit(64, 64, bias=True, compute_dtype=torch.bfloat16, quant_type="nf4")
+    layer.bias.data.fill_(100.0)
+    layer = layer.to("cpu").requires_grad_(False)
+    layer(torch.zeros(1, 64, dtype=torch.bfloat16))  # which quantises
+    read, moved = torch.randn(4, 64).bfloat16(), (torch.randn(4, 64) / 64).bfloat16()
+    weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double()
+    with tangent.forward_ad.dual_level(), tangent._linear_in_its_input(layer):
+        wrote = layer(tangent.forward_ad.make_dual(read, moved))
+        primal, found = tangent.forward_ad.unpack_dual(wrote)
+    wanted = moved.double() @ weight.T
+    assert (found.double() - wanted).norm() < 0.02 * wanted.norm()
+    assert layer.bias is not None and (primal.float().mean() - 100).abs() < 2

@@ -8,7 +8,7 @@ from conftest import save_model, write_jsonl
 
 import rapidin_vdb
 from rapidin_vdb.errors import GradientError
-from rapidin_vdb.gradient.rapidgrad import judged
+from rapidin_vdb.gradient.objections import judged
 
 
 @pytest.mark.parametrize(
@@ -18,6 +18,7 @@ from rapidin_vdb.gradient.rapidgrad import judged
         (1.5, math.inf, "the gradient is not finite (loss 1.5); ", ["look at the weights", "--dtype float32"]),
         (1.5, 0.0, "the gradient is zero (loss 1.5); ", ["other --parameters", "--dtype float32"]),
         (1.5, 70000.0, "the RapidGrad reaches 7e+04, beyond half precision (65504); ", ["--normalize layer"]),
+        (1.5, 4e-8, "the RapidGrad reaches only 4e-08, and half precision takes 49% of it; ", ["--normalize layer"]),
         (1.5, 1e-9, "the RapidGrad reaches only 1e-09 and vanishes in half precision; ", ["--normalize layer"]),
     ],
 )
@@ -25,6 +26,15 @@ def test_every_objection_says_what_to_do(loss, entry, begins, mends):
     (found,) = judged(torch.tensor([[entry, 0.0]]), torch.tensor([loss]), ["s"], half=True)
     assert isinstance(found, GradientError) and str(found).startswith(f"sample s: {begins}")
     assert all(mend in str(found) for mend in mends)
+
+
+def test_what_half_precision_takes_is_measured_against_the_whole():
+    """Small entries may vanish beside large ones, and few digits may do."""
+    rows = torch.full((2, 64), 1e-8)
+    rows[:, 0] = torch.tensor([1e-5, 1e-7])
+    kept, lost = judged(rows, torch.ones(2), ["a", "b"], half=True)
+    assert not isinstance(kept, GradientError) and "takes 6" in str(lost)
+    assert all(not isinstance(one, GradientError) for one in judged(rows, torch.ones(2), ["a", "b"], half=False))
 
 
 def test_an_ingest_says_besides_how_to_pass_over_such_samples(tmp_path):

@@ -13,6 +13,7 @@ from conftest import toy_records, write_jsonl
 import rapidin_vdb
 from rapidin_vdb import uncertainty
 from rapidin_vdb.index import Grouping, Searchable
+from rapidin_vdb.recipe import IndexRecipe
 from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.sketch import Sketch
 from rapidin_vdb.uncertainty import PROBES, chance, probes, score_errors, shared_bucket, surveyed
@@ -223,3 +224,14 @@ def test_scores_that_do_not_stand_out_are_told(database, monkeypatch):
     monkeypatch.setattr("rapidin_vdb.ranking.chance", lambda error, samples: 1e9)
     (cut,) = database.query("Say 5", "blue 35 " * 200, top_k=1)
     assert "has no part in the scores; no positive score stands out" in cut.note
+
+
+def test_the_lengths_of_groups_are_asked_for_once_of_a_coarse_index_too(database, monkeypatch):
+    """They go by the index, which stays the same object, with what was measured of it."""
+    recipe = IndexRecipe(name="coarse", coarse_width=32, refine=2)
+    database.index(recipe)
+    asked = []
+    monkeypatch.setattr(uncertainty, "probes", lambda width: asked.append(width) or probes(width))
+    first, again = (database.query(*ASKED[0], group_by="source")[0] for _ in range(2))
+    assert asked == [64] and first.groups == again.groups and len(first.groups) == 2
+    assert first.note == again.note

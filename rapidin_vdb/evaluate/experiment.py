@@ -25,8 +25,8 @@ from rapidin_vdb.evaluate.profiles import Profile
 from rapidin_vdb.evaluate.provenance import Made, provenance
 from rapidin_vdb.focus import focused
 from rapidin_vdb.gradient import LoadedModel, load_model, load_tokenizer
+from rapidin_vdb.gradient.device import resolve_device
 from rapidin_vdb.gradient.generation import generate_batch
-from rapidin_vdb.gradient.model import resolve_device
 from rapidin_vdb.gradient.training import linear_layers, save, with_lora
 from rapidin_vdb.gradient.tuning import Tuning, mean_loss, tune
 from rapidin_vdb.gradient.tuning_state import finished

@@ -1,10 +1,11 @@
 """Models, and the gradients of samples, layer by layer."""
 
+from rapidin_vdb.gradient.device import resolve_devices
 from rapidin_vdb.gradient.fingerprint import fingerprint_of
 from rapidin_vdb.gradient.generation import generate_one
 from rapidin_vdb.gradient.influence import Direction, Exact, ExactInfluence
 from rapidin_vdb.gradient.memory import default_batch_tokens, release_memory, weight_bytes
-from rapidin_vdb.gradient.model import LoadedModel, load_config, load_model, resolve_devices
+from rapidin_vdb.gradient.model import LoadedModel, load_config, load_model
 from rapidin_vdb.gradient.pair import tell_of_pair
 from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
 from rapidin_vdb.gradient.receivers import norms_of

@@ -1,9 +1,10 @@
-"""Whether an error means that a device failed, after which no process goes on that had used it, or is too small."""
+"""Which device is meant, and what an error says of one: it failed, after which no process goes on, or is too small."""
 
 from collections.abc import Iterator
 
 import torch
 
+from rapidin_vdb.errors import SpecError
 from rapidin_vdb.gradient.memory import is_out_of_memory
 
 # What plain errors say of it: those of CUDA's libraries and driver, and Triton's. For those of CUDA's runtime, such as
@@ -12,6 +13,37 @@ _FAILED = ("CUDA error: ", "CUDA driver", "CUDA unknown error", "No CUDA GPUs ar
            "cuDNN error: ", "Triton Error [CUDA]: ")  # fmt: skip
 # What torch says of a file that has no place in the memory.
 _UNMAPPED = "Cannot allocate memory"
+
+
+def resolve_device(device: str) -> str:
+    """Return the device meant by `auto`, or the one named.
+
+    Raises:
+        SpecError: no such device here.
+    """
+    if device == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    try:
+        kind = torch.device(device)
+    except RuntimeError as error:
+        raise SpecError(f"--device {device} is no device; give auto, cpu, cuda or cuda:N") from error
+    if kind.type == "cuda":
+        found = torch.cuda.device_count()
+        if (kind.index or 0) >= found:
+            raise SpecError(f"--device {device}: this machine has {found} CUDA devices; give --device cpu")
+        return f"cuda:{kind.index or 0}"
+    if kind.type != "cpu":
+        raise SpecError(f"--device {device} is not supported; give auto, cpu, cuda or cuda:N")
+    return "cpu"
+
+
+def resolve_devices(devices: str) -> list[str]:
+    """Return the devices of a list such as `cuda:0,cuda:1`, each once.
+
+    Raises:
+        SpecError: one of them is not here.
+    """
+    return list(dict.fromkeys(resolve_device(name.strip()) for name in str(devices).split(",")))
 
 
 def device_failure(error: BaseException) -> str | None:

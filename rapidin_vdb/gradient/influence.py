@@ -113,7 +113,7 @@ class ExactInfluence:
             return [None] * len(places)
 
         whose = f"sample {max(batch, key=lambda sample: len(sample.input_ids)).sample_id}"
-        for places in apart(batch):
+        for places in apart(batch, self._loaded.rotary_limit):
             self._maker.within_memory(partial(in_parts, measured, places), whose)
         parts *= self._maker.scales(norms)
         for sample, row in zip(batch, parts, strict=True):

@@ -12,10 +12,10 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rapidin_vdb.errors import ModelError, SpecError, check_unicode, without_secrets
+from rapidin_vdb.errors import ModelError, check_unicode, without_secrets
 from rapidin_vdb.gradient.adapter import load_adapter
 from rapidin_vdb.gradient.causal import check_causal, check_kind, kind_of
-from rapidin_vdb.gradient.device import device_failure, lacks_memory
+from rapidin_vdb.gradient.device import device_failure, lacks_memory, resolve_device
 from rapidin_vdb.gradient.memory import weight_bytes
 from rapidin_vdb.gradient.parameters import choose_parameters
 from rapidin_vdb.gradient.quiet import quiet_libraries, short
@@ -64,6 +64,18 @@ class LoadedModel:
         return int(known) if others and known else None
 
     @property
+    def rotary_limit(self) -> int | None:
+        """Length in tokens beyond which rotary angles are others, of a whole batch at once; None where they are not."""
+        text = self.model.config.get_text_config()
+        given = getattr(text, "rope_parameters", None) or {}
+        limits = [
+            one.get("original_max_position_embeddings") or text.max_position_embeddings
+            for one in (given, *given.values())  # or one for each type of layer
+            if isinstance(one, dict) and one.get("rope_type") in ("longrope", "dynamic")
+        ]
+        return min(limits, default=None)
+
+    @property
     def shapes(self) -> tuple[ParameterShape, ...]:
         """Names and shapes of theta, in order."""
         return tuple(ParameterShape(name=name, shape=tuple(tensor.shape)) for name, tensor in self.theta.items())
@@ -73,37 +85,6 @@ def _embedding_within(model: Any) -> list[torch.nn.Embedding]:
     """Return the embedding of tokens, with the copies of it that are within an adapter's wrapper."""
     modules = model.get_input_embeddings().modules()
     return [module for module in modules if isinstance(module, torch.nn.Embedding)]
-
-
-def resolve_device(device: str) -> str:
-    """Return the device meant by `auto`, or the one named.
-
-    Raises:
-        SpecError: no such device here.
-    """
-    if device == "auto":
-        return "cuda:0" if torch.cuda.is_available() else "cpu"
-    try:
-        kind = torch.device(device)
-    except RuntimeError as error:
-        raise SpecError(f"--device {device} is no device; give auto, cpu, cuda or cuda:N") from error
-    if kind.type == "cuda":
-        found = torch.cuda.device_count()
-        if (kind.index or 0) >= found:
-            raise SpecError(f"--device {device}: this machine has {found} CUDA devices; give --device cpu")
-        return f"cuda:{kind.index or 0}"
-    if kind.type != "cpu":
-        raise SpecError(f"--device {device} is not supported; give auto, cpu, cuda or cuda:N")
-    return "cpu"
-
-
-def resolve_devices(devices: str) -> list[str]:
-    """Return the devices of a list such as `cuda:0,cuda:1`, each once.
-
-    Raises:
-        SpecError: one of them is not here.
-    """
-    return list(dict.fromkeys(resolve_device(name.strip()) for name in str(devices).split(",")))
 
 
 def load_config(name: str) -> Any:

@@ -34,6 +34,11 @@ def kind_of(batch: Sequence[Encoded]) -> int:
     return 3 if len(lengths) > 1 else min(len(batch), 2)
 
 
+def tells_enough(batch: Sequence[Encoded]) -> bool:
+    """Say whether a batch has a sample in which attention has much to choose from, see `to_compare`."""
+    return max(len(sample.input_ids) for sample in batch) >= _ENOUGH_TOKENS
+
+
 def to_compare(batch: Sequence[Encoded]) -> int:
     """Return the place of the shortest sample that is long enough, else of the longest.
 

@@ -1,7 +1,6 @@
 """From samples to their RapidGrads: gradients, layer-wise normalisation, sketch, half precision."""
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TypeVar
@@ -15,7 +14,8 @@ from rapidin_vdb.errors import GradientError
 from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError
 from rapidin_vdb.gradient.memory import if_it_fits
 from rapidin_vdb.gradient.model import LoadedModel
-from rapidin_vdb.gradient.probe import kind_of
+from rapidin_vdb.gradient.objections import judged
+from rapidin_vdb.gradient.probe import kind_of, tells_enough
 from rapidin_vdb.gradient.receivers import Measuring, Receiver, Sketcher
 from rapidin_vdb.gradient.sample import cut_behind_loss, stream_gradient
 from rapidin_vdb.gradient.self_check import check
@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 # A context of one token, and one that it predicts.
 _STUB_TOKENS = 2
-_CHECKPOINT = "look at the weights, or make the database with --dtype float32"
+_SHORT_CHECKS = 3
 
 
 def normalized(grad: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
@@ -61,6 +61,7 @@ class RapidGradMaker:
         """What folds gradients into RapidGrads; `Sketch.narrowed` shares its map."""
         self._gradients = BatchedGradients(loaded)
         self._checked = 0  # with what kind of batch, see `kind_of`
+        self._short_checks = 0  # so many more, on samples too short to tell much
 
     def save_memory(self) -> bool:
         """Compute layers twice instead of keeping their activations, from now on; return False where that is done."""
@@ -127,7 +128,7 @@ class RapidGradMaker:
         fitting = {id(sample): cut_behind_loss(sample) for sample in batch if max(sample.input_ids) < known}
         made: dict[int, tuple[np.ndarray, float] | GradientError] = {}
         keys, samples = list(fitting), list(fitting.values())
-        for places in apart(samples):
+        for places in apart(samples, self.loaded.rotary_limit):
             part = self._make_fitting([samples[place] for place in places], half, norms)
             made |= zip([keys[place] for place in places], part, strict=True)
         return [
@@ -167,8 +168,10 @@ class RapidGradMaker:
         """Check a batch; where that does not fit the memory, which it takes more of than the batch, fewer samples."""
         compared = if_it_fits(partial(check, self, batch)) if len(batch) > 2 else check(self, batch)
         if compared is not None:
-            if compared:
+            if compared and (self._short_checks >= _SHORT_CHECKS or tells_enough(batch)):
                 self._checked = kind_of(batch)
+            elif compared:
+                self._short_checks += 1  # where all samples are so short, an end must be
             return
         fewer = max(2, len(batch) // 2)
         # From both ends: batches are sorted by length, and padding is to be looked at too.
@@ -223,58 +226,15 @@ class RapidGradMaker:
         return loss
 
 
-def apart(batch: Sequence[Encoded]) -> list[list[int]]:
+def apart(batch: Sequence[Encoded], rotary_limit: int | None = None) -> list[list[int]]:
     """Return the places of the samples of a batch that may go through the model together.
 
     Behind a single token, attention has nothing to choose from: without padding, the gradients of queries and keys are
-    exactly zero, and with it rounding noise, which normalisation would make as long as others.
+    exactly zero, and with it rounding noise, which normalisation would make as long as others. And where a model turns
+    a whole batch by other angles once one sample is longer than a limit, shorter ones must not be among those.
     """
-    parts: tuple[list[int], list[int]] = ([], [])
+    parts: tuple[list[int], list[int], list[int]] = ([], [], [])
     for place, sample in enumerate(batch):
-        parts[len(sample.input_ids) <= _STUB_TOKENS].append(place)
+        length = len(sample.input_ids)
+        parts[1 if length <= _STUB_TOKENS else 2 if rotary_limit and length > rotary_limit else 0].append(place)
     return [part for part in parts if part]
-
-
-def judged(
-    rapidgrads: Float[Tensor, "batch sketch"],
-    losses: Float[Tensor, " batch"],
-    sample_ids: Sequence[str],
-    *,
-    half: bool,
-) -> list[tuple[np.ndarray, float] | GradientError]:
-    """Return RapidGrads, in half precision where asked for, with their losses; an error for each that cannot be stored.
-
-    They are looked at, and rounded, where they are: a GPU does it in no time, and has half as much to send.
-    """
-    vectors = rapidgrads.half() if half else rapidgrads
-    # The largest entry tells it all: what is not finite spreads to it, and rounding keeps it the largest.
-    largest = torch.linalg.vector_norm(rapidgrads, ord=float("inf"), dim=1)
-    facts = torch.stack([losses.float(), largest, largest.to(vectors.dtype).float()], 1).tolist()
-    return [
-        GradientError(f"sample {sample_id}: {objection}") if (objection := _objection(*fact)) else (vector, fact[0])
-        for vector, fact, sample_id in zip(vectors.cpu().numpy(), facts, sample_ids, strict=True)
-    ]
-
-
-def _objection(loss: float, largest: float, rounded: float) -> str | None:
-    """Say what is wrong with a RapidGrad, from its largest entry before and after it was rounded; None for nothing."""
-    if not math.isfinite(loss):
-        return f"the loss is {loss}; {_CHECKPOINT}"
-    if not math.isfinite(largest):
-        return f"the gradient is not finite (loss {loss:.4g}); {_CHECKPOINT}"
-    if largest == 0:
-        return (
-            f"the gradient is zero (loss {loss:.4g}); where those of many samples are, make the database with other "
-            "--parameters, or with --dtype float32"
-        )
-    if not math.isfinite(rounded):
-        return (
-            f"the RapidGrad reaches {largest:.3g}, beyond half precision (65504); "
-            "make the database with --normalize layer"
-        )
-    if rounded == 0:
-        return (
-            f"the RapidGrad reaches only {largest:.3g} and vanishes in half precision; "
-            "make the database with --normalize layer"
-        )
-    return None

@@ -207,9 +207,12 @@ def _linear_in_its_input(module: Any) -> Iterator[None]:
         tangent = waiting.pop()
         if tangent is None:
             return None
-        moved = module.forward(tangent.contiguous())
-        if module.bias is not None:
-            moved = moved - module.bias.to(moved.dtype)
+        # Without the bias, which the layer adds within its product: rounded beside a large one, little is left.
+        bias, module.bias = module.bias, None
+        try:
+            moved = module.forward(tangent.contiguous())
+        finally:
+            module.bias = bias
         return forward_ad.make_dual(wrote, moved.to(wrote.dtype))
 
     handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after, prepend=True)]
