@@ -226,7 +226,7 @@ class Database(SampleReader):
         if cluster is None:
             return self._indexes[level]
         if (session := session_of(cluster)) not in self._clusters:
-            self._clusters = {session: ClusterKeeper(self._table.place.address, cluster)}
+            self._clusters = {session: ClusterKeeper(self._table.place, cluster)}
         return self._clusters[session]
 
     @undisturbed

@@ -7,7 +7,7 @@ from pathlib import Path
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.index import clear_index
 from rapidin_vdb.recipe import IndexRecipe
-from rapidin_vdb.store import cache_limit, cache_root
+from rapidin_vdb.store import cache_limit, cached_indexes
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def note_use(index: Path) -> None:
     except OSError:
         pass  # gone, or not ours: then it is not the least recently used for long
     limit, known = cache_limit(), []
-    for path in (path for kind in ("indexes", "token_indexes") for path in cache_root().glob(f"*/{kind}/*")):
+    for path in cached_indexes():
         try:
             known.append((path.stat().st_mtime, sum(file.stat().st_size for file in path.iterdir()), path))
         except OSError:

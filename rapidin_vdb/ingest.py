@@ -1,5 +1,6 @@
 """Samples become rows: every record is checked before the first gradient is taken, and every commit is whole."""
 
+import logging
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -8,19 +9,23 @@ from rapidin_vdb.batches import Pair
 from rapidin_vdb.compute import Compute
 from rapidin_vdb.corpus import Template, Tokenizer
 from rapidin_vdb.engine import Made
-from rapidin_vdb.errors import CorpusError, GradientError
+from rapidin_vdb.errors import CorpusError, GradientError, TableError
 from rapidin_vdb.intake import Corpus, encoded_windows
 from rapidin_vdb.ledger import Entry, Ledger
-from rapidin_vdb.locks import keeping
+from rapidin_vdb.locks import keeping, wait
 from rapidin_vdb.plan import Plan, make_plan, planned_windows
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, OnBadRecord, OnDeleted, OnDuplicate, Sample
 from rapidin_vdb.results import IngestReport
 from rapidin_vdb.store import Row, SampleTable, Snapshot, TokenRows
 
+logger = logging.getLogger(__name__)
+
 # A commit is made when this much is waiting: seldom enough to be cheap, often enough to lose little.
 _COMMIT_BYTES = 64 << 20
 _COMMIT_SECONDS = 60.0
+# Between two tries of a commit that failed.
+_FIRST_PAUSE, _LONGEST_PAUSE = 1.0, 60.0
 # What a row takes besides its vector while it waits, as Python's objects: its record, each token id, each span.
 _RECORD_BYTES, _ID_BYTES, _SPAN_BYTES = 2048, 36, 120
 
@@ -134,9 +139,11 @@ def _write(
             writer.commit_if_due()
             progress("ingest", done, plan.samples)
             progress("tokens", tokens, max(plan.tokens, tokens))
-    finally:
-        # On an error or Ctrl-C too: what has been computed is not lost.
-        writer.commit()
+    except BaseException:
+        # On Ctrl-C too: what has been computed is not lost.
+        writer.commit(patient=False)
+        raise
+    writer.commit()
     if done < plan.samples:
         raise CorpusError(
             f"{plan.samples - done:,} of {plan.samples:,} samples that were read first were not in the files when they "
@@ -163,6 +170,7 @@ class _Writer:
         self._tokens: list[TokenRows] = []
         self._bytes = 0
         self._since = time.monotonic()
+        self._gave_up = False
 
     def add(self, sample: Sample, encoded: Encoded, made: Made, entry: Entry) -> None:
         if not entry.tokens_only:
@@ -180,11 +188,31 @@ class _Writer:
         if self._bytes >= _COMMIT_BYTES or time.monotonic() - self._since >= _COMMIT_SECONDS:
             self.commit()
 
-    def commit(self) -> None:
-        if self._rows or self._tokens:
-            with keeping(), self._table.committing():
-                self._commit_tokens()
-                self._commit_rows()
+    def commit(self, *, patient: bool = True) -> None:
+        """Commit what waits; where that fails in an object store, again, as long as its patience lasts.
+
+        Raises:
+            TableError: it failed to the last; nothing that waits is tried once more.
+        """
+        until, pause = time.monotonic() + (self._table.place.patience if patient else 0), _FIRST_PAUSE
+        with keeping():
+            while (self._rows or self._tokens) and not self._gave_up:
+                waiting = self._rows, self._replacing, self._tokens
+                done = self.added, self.replaced, self.unchanged, self.kept, self.token_gradients
+                try:
+                    with self._table.committing():
+                        self._commit_tokens()
+                        self._commit_rows()
+                except TableError as error:
+                    if time.monotonic() + pause > until:
+                        self._gave_up = True
+                        raise
+                    # What came to be written all the same is passed over then, as if another had written it.
+                    self._rows, self._replacing, self._tokens = waiting
+                    self.added, self.replaced, self.unchanged, self.kept, self.token_gradients = done
+                    logger.warning("%s; it is tried again", error)
+                    wait(pause)
+                    pause = min(2 * pause, _LONGEST_PAUSE)
         self._bytes = 0
         self._since = time.monotonic()
 

@@ -52,6 +52,14 @@ def still_waiting() -> bool:
     return _STEP.get()(_KEEPING.get())
 
 
+def wait(seconds: float) -> None:
+    """Wait so long; as while a lock is waited for, `while_waiting` may let others in, or end it."""
+    until = time.monotonic() + seconds
+    while (left := until - time.monotonic()) > 0:
+        if not still_waiting():
+            time.sleep(min(_STEP_SECONDS, left))
+
+
 @contextmanager
 def holding(lock: FileLock, what: str) -> Iterator[None]:
     """Hold a lock; where another has it, wait, and after a second say who that is and what is waited for."""

@@ -195,5 +195,5 @@ def test_large_whole_numbers_stay_what_they_are_in_pandas(database, tmp_path):
     records[0]["tweet"] = 1580661436132757507
     database.ingest(write_jsonl(tmp_path / "tweets.jsonl", records))
     frame = database.query(**ASKED, top_k=27)[0].to_pandas().set_index("sample_id")
-    assert frame.loc["toy-050", "tweet"] == 1580661436132757507 and frame["tweet"].isna().sum() == 26
+    assert int(frame.loc["toy-050", "tweet"]) == 1580661436132757507 and frame["tweet"].isna().sum() == 26
     assert str(frame["rank"].dtype) == "int64"

@@ -20,7 +20,7 @@ from conftest import SECRET, toy_records, write_jsonl
 from reference import ids_in
 
 import rapidin_vdb
-from rapidin_vdb.errors import GradientError, PurgedError, SpecError, TableError, UnfitError
+from rapidin_vdb.errors import GradientError, ModelError, PurgedError, SpecError, TableError, UnfitError
 from rapidin_vdb.machine import cores
 
 HAS_RAY = importlib.util.find_spec("ray") is not None
@@ -113,10 +113,10 @@ def pids_of(name: str, cluster) -> list[int]:
 @pytest.fixture
 def at_work(monkeypatch):
     """A progress that acts once, as soon as every worker is at work on something, and not before."""
-    from rapidin_vdb.cluster import making
+    from rapidin_vdb.cluster.crew import Crew
 
-    crews, start = [], making._Crew.__init__
-    monkeypatch.setattr(making._Crew, "__init__", lambda crew, *more: (crews.append(crew), start(crew, *more))[1])
+    crews, start = [], Crew.__init__
+    monkeypatch.setattr(Crew, "__init__", lambda crew, *more: (crews.append(crew), start(crew, *more))[1])
 
     def then(act):
         def progress(stage, done, total):
@@ -415,6 +415,9 @@ def test_layouts_that_cannot_be_are_refused():
         layout_of([{"CPU": 2.0}], device="cuda:1", workers_per_device=1)
 
 
+OF_MEMORY = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
+
+
 class Stand:
     """In Ray's place: actors that do their batches in order, one at a time, and die on some."""
 
@@ -423,9 +426,9 @@ class Stand:
         ObjectLostError = type("ObjectLostError", (Exception,), {})
         OutOfMemoryError = type("OutOfMemoryError", (Exception,), {})
 
-    def __init__(self, draw, deadly, *, of_memory=False):
-        self.draw, self.deadly, self.of_memory = draw, deadly, of_memory
-        self.found, self.queues, self.dead = {}, {}, []
+    def __init__(self, draw, deadly, *, words="dead"):
+        self.draw, self.deadly, self.words = draw, deadly, words
+        self.found, self.queues, self.dead, self.made = {}, {}, [], []
 
     def remote(self, _):
         return SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda _: Handle(self)))
@@ -452,7 +455,7 @@ class Stand:
         return [self.draw.choice(ready)], []
 
     def done(self, actor, batch):
-        return [GradientError(batch[0].sample_id)]
+        return [GradientError(batch[0].sample_id)], []
 
     def get(self, ref):
         if isinstance(self.found[ref], Exception):
@@ -462,29 +465,109 @@ class Stand:
     def kill(self, actor):
         self.dead.append(actor)
         kind = self.draw.choice([self.exceptions.RayActorError, self.exceptions.OutOfMemoryError])
-        words = "dead"
-        if self.of_memory:
-            words = "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR"
         for ref, _ in self.queues.pop(actor, ()):
-            self.found[ref] = kind(words)
+            self.found[ref] = kind(self.words)
 
 
 class Handle:
     def __init__(self, stand):
+        stand.made.append(self)
         self.ready = SimpleNamespace(remote=lambda: stand.task(self, None))
         self.make = SimpleNamespace(remote=lambda batch: stand.task(self, batch))
 
 
-def test_every_batch_is_done_once_whoever_dies(database):
-    """With two batches at a time a worker, whose death is blamed on the one that it was at."""
+def crew_of(stand, database, *, workers=3, device="cpu"):
+    """The crew of a stand for Ray."""
+    from rapidin_vdb.cluster.crew import Crew
     from rapidin_vdb.cluster.layout import Layout
-    from rapidin_vdb.cluster.making import _LIVES, _Crew
     from rapidin_vdb.compute import WorkerSpec
+
+    layout = Layout(workers=workers, device=device, cpus=1.0, gpus=float(device != "cpu"))
+    spec = WorkerSpec(fingerprint=database.fingerprint, place="", model=None, adapter=None, device=device, threads=1)
+    return Crew(stand, spec, layout)
+
+
+def singles(count: int):
+    """Batches of one sample each."""
     from rapidin_vdb.records import Encoded
 
-    layout = Layout(workers=3, device="cpu", cpus=1.0, gpus=0.0)
-    spec = WorkerSpec(fingerprint=database.fingerprint, place="", model=None, adapter=None, device="cpu", threads=1)
-    batches = [[Encoded(sample_id=f"s{number}", input_ids=(1,), offsets=(), truncated=False)] for number in range(40)]
+    return [[Encoded(sample_id=f"s{number}", input_ids=(1,), offsets=(), truncated=False)] for number in range(count)]
+
+
+def ids_of(found) -> list[str]:
+    return sorted(sample.sample_id for batch, _ in found for sample in batch)
+
+
+def test_a_node_that_is_gone_is_no_fault_of_its_batch(database, caplog):
+    """Nodes that are taken back one after the other: the batch goes to the next each time."""
+    lost = [0]
+
+    def deadly(batch):
+        lost[0] += batch[0].sample_id == "s7"
+        return batch[0].sample_id == "s7" and lost[0] <= 8
+
+    gone = "The actor died because its node has died. Node Id: 1"
+    found = list(crew_of(Stand(random.Random(1), deadly, words=gone), database).share(iter(singles(20))))
+    assert ids_of(found) == ids_of([(batch, None) for batch in singles(20)])
+    assert caplog.text.count("a node of the cluster is gone") >= 8 and "workers died" not in caplog.text
+    # But a batch may be the end of a node, too.
+    with pytest.raises(GradientError, match="3 workers died on the 1 samples s7 "):
+        list(
+            crew_of(Stand(random.Random(1), lambda b: b[0].sample_id == "s7", words=gone), database).share(
+                iter(singles(20))
+            )
+        )
+
+
+class Lacking(Stand):
+    """All actors but the first two are on nodes without the model."""
+
+    def done(self, actor, batch):
+        if actor not in self.made[:2]:
+            return ModelError("on the node 10.0.0.3: no model at /models/7b"), []
+        return super().done(actor, batch)
+
+
+def test_a_worker_without_the_model_is_let_go_where_others_have_it(database, caplog):
+    died = []
+
+    def deadly(batch):
+        if batch[0].sample_id in ("s6", "s11") and batch[0].sample_id not in died:
+            died.append(batch[0].sample_id)
+            return len(died) == 1
+        return False
+
+    found = list(crew_of(Lacking(random.Random(2), deadly), database, workers=2).share(iter(singles(20))))
+    assert ids_of(found) == ids_of([(batch, None) for batch in singles(20)])
+    assert "no model at /models/7b; others, which have it, go on without that worker" in caplog.text
+    with pytest.raises(ModelError, match="no model at /models/7b"):
+        list(crew_of(Lacking(random.Random(2), lambda batch: False), database, workers=30).share(iter(singles(2))))
+
+
+def test_what_workers_log_is_said_once(database, caplog):
+    from rapidin_vdb.worker_log import Told
+
+    class Telling(Stand):
+        def done(self, actor, batch):
+            slow = Told("rapidin_vdb.gradient", 30, "gradients one sample at a time, which is slower")
+            return super().done(actor, batch)[0], [slow]
+
+    assert len(list(crew_of(Telling(random.Random(1), lambda batch: False), database).share(iter(singles(5))))) == 5
+    assert caplog.text.count("gradients one sample at a time, which is slower") == 1
+
+
+def test_a_cluster_that_says_nothing_for_long_is_told_of(database, monkeypatch, caplog):
+    monkeypatch.setattr("rapidin_vdb.cluster.crew._SAY_SECONDS", -1.0)
+    assert len(list(crew_of(Stand(random.Random(1), lambda batch: False), database).share(iter(singles(5))))) == 5
+    assert "no batch has come back for 0 s: " in caplog.text and "wait for room on the cluster" in caplog.text
+    assert "(one on the samples s" in caplog.text
+
+
+def test_every_batch_is_done_once_whoever_dies(database):
+    """With two batches at a time a worker, whose death is blamed on the one that it was at."""
+    from rapidin_vdb.cluster.crew import _LIVES
+
+    batches = singles(40)
     for seed in range(100):
         draw = random.Random(seed)
         lives: dict[str, int] = {}
@@ -497,27 +580,22 @@ def test_every_batch_is_done_once_whoever_dies(database):
             return False
 
         stand = Stand(draw, deadly)
-        done = [(batch[0].sample_id, str(made[0])) for batch, made in _Crew(stand, spec, layout).share(iter(batches))]
+        done = [(batch[0].sample_id, str(made[0])) for batch, made in crew_of(stand, database).share(iter(batches))]
         assert sorted(done) == sorted(2 * (batch[0].sample_id,) for batch in batches), seed
         assert stand.dead, "nobody died"
         with pytest.raises(GradientError, match=f"{_LIVES} workers died on the 1 samples s7 "):
-            list(_Crew(Stand(draw, lambda batch: batch[0].sample_id == "s7"), spec, layout).share(iter(batches)))
+            list(crew_of(Stand(draw, lambda batch: batch[0].sample_id == "s7"), database).share(iter(batches)))
 
 
 def test_a_batch_that_takes_more_memory_than_a_node_has_is_tried_in_halves(database, caplog):
     """And so are those that are as large, without a death for each."""
-    from rapidin_vdb.cluster.layout import Layout
-    from rapidin_vdb.cluster.making import _Crew
-    from rapidin_vdb.compute import WorkerSpec
     from rapidin_vdb.records import Encoded
 
-    layout = Layout(workers=2, device="cpu", cpus=1.0, gpus=0.0)
-    spec = WorkerSpec(fingerprint=database.fingerprint, place="", model=None, adapter=None, device="cpu", threads=1)
     samples = [Encoded(sample_id=f"s{n:03}", input_ids=(1,), offsets=(), truncated=False) for n in range(160)]
     batches = [samples[first : first + 16] for first in range(0, 160, 16)]
     for seed in range(30):
-        stand = Stand(random.Random(seed), lambda batch: len(batch) > 1, of_memory=True)
-        found = [batch for batch, _ in _Crew(stand, spec, layout).share(iter(batches))]
+        stand = Stand(random.Random(seed), lambda batch: len(batch) > 1, words=OF_MEMORY)
+        found = [batch for batch, _ in crew_of(stand, database, workers=2).share(iter(batches))]
         assert sorted(sample.sample_id for batch in found for sample in batch) == [s.sample_id for s in samples], seed
         assert max(map(len, found)) == 1
         # Each of ten batches would take 15 actors with it if each had to find out for itself; 6 to 20 in all were seen.
@@ -526,7 +604,7 @@ def test_a_batch_that_takes_more_memory_than_a_node_has_is_tried_in_halves(datab
 
 
 def test_settings_of_a_store_are_told_and_secrets_are_not(monkeypatch):
-    from rapidin_vdb.store import store_settings
+    from rapidin_vdb.store.settings import store_settings
 
     for name in [name for name in os.environ if name.startswith(("AWS_", "AZURE_", "GOOGLE_"))]:
         monkeypatch.delenv(name)
@@ -671,7 +749,7 @@ def test_the_lengths_of_groups_are_asked_for_once_on_a_cluster_too(database, sha
     monkeypatch.setattr(searching, "connect", lambda address: None)
     monkeypatch.setattr(searching, "nodes_of", lambda ray: {"a": 1, "b": 1, "c": 1})
     monkeypatch.setattr(ClusterKeeper, "_start", lambda keeper, part: None)
-    keeper = ClusterKeeper(database.path, "here")
+    keeper = ClusterKeeper(database._table.place, "here")
     monkeypatch.setattr(keeper, "_ask", shards)
     monkeypatch.setattr("rapidin_vdb.database.session_of", lambda address: ("here", "1"))
     database._clusters = {("here", "1"): keeper}

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import encoded
-from test_cluster import Handle, Stand
+from test_cluster import Handle, Stand, crew_of
 
 import rapidin_vdb
 from rapidin_vdb.compute import DeviceError, WorkerSpec, device_error, load_of
@@ -341,21 +341,12 @@ class Cluster(Stand):
         gpu = self.at[actor]
         self.had[gpu] += 1
         if self.had[gpu] > self.good_for.get(gpu, 1000):
-            return DeviceError(f"GPU {gpu} failed (CUDA error: an illegal memory access was encountered)")
+            return DeviceError(f"GPU {gpu} failed (CUDA error: an illegal memory access was encountered)"), []
         return super().done(actor, batch)
 
     def kill(self, actor):
         self.at.pop(actor, None)
         super().kill(actor)
-
-
-def crew(database, cluster, workers):
-    from rapidin_vdb.cluster.layout import Layout
-    from rapidin_vdb.cluster.making import _Crew
-
-    layout = Layout(workers=workers, device="cuda", cpus=1.0, gpus=1.0)
-    spec = WorkerSpec(fingerprint=database.fingerprint, place="", model=None, adapter=None, device="cuda", threads=1)
-    return _Crew(cluster, spec, layout)
 
 
 def test_a_cluster_goes_on_without_gpus_that_keep_failing(database, caplog):
@@ -364,7 +355,9 @@ def test_a_cluster_goes_on_without_gpus_that_keep_failing(database, caplog):
         caplog.clear()
         draw = random.Random(seed)
         cluster = Cluster(draw, 3, {0: draw.randrange(5), 2: draw.randrange(5)})
-        done = [batch[0].sample_id for batch, _ in crew(database, cluster, 3).share(iter(batches))]
+        done = [
+            batch[0].sample_id for batch, _ in crew_of(cluster, database, workers=3, device="cuda").share(iter(batches))
+        ]
         assert sorted(done) == sorted(batch[0].sample_id for batch in batches), seed
         # Whichever of the two an actor gets that is started in another's place.
         assert cluster.actors[1] == 1 and cluster.actors[0] + cluster.actors[2] <= 4, (seed, cluster.actors)
@@ -393,7 +386,9 @@ def test_a_gpu_of_a_cluster_that_fails_now_and_then_is_used_again(database):
     batches = [[encoded(number)] for number in range(80)]
     for seed in range(30):
         cluster = Flaky(random.Random(seed), 2, {})
-        done = [batch[0].sample_id for batch, _ in crew(database, cluster, 2).share(iter(batches))]
+        done = [
+            batch[0].sample_id for batch, _ in crew_of(cluster, database, workers=2, device="cuda").share(iter(batches))
+        ]
         assert sorted(done) == sorted(batch[0].sample_id for batch in batches), seed
         assert cluster.actors == {0: 3, 1: 1} and cluster.had[0] > 7, (seed, cluster.had)
 
@@ -412,7 +407,7 @@ def test_where_all_gpus_of_a_cluster_fail_it_ends(database, gpus):
     for seed in range(30):
         cluster = Cluster(random.Random(seed), gpus, {0: 2, 1: 0})
         with pytest.raises(GradientError, match="|".join(said)):
-            list(crew(database, cluster, gpus).share(iter(batches)))
+            list(crew_of(cluster, database, workers=gpus, device="cuda").share(iter(batches)))
         assert sum(cluster.actors.values()) <= 2 * gpus
 
 

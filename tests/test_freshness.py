@@ -495,6 +495,18 @@ def test_a_far_table_is_read_once_where_no_index_can_be_kept(far, tmp_path, read
     assert read == [None, None, None] and caplog.text.count("No space left on device") == 1
 
 
+def test_a_far_table_is_kept_anew_after_a_purge_elsewhere(far, tmp_path, read):
+    """The version that its index holds is gone: each process would read all of the table for each of its answers."""
+    assert_answers(far)
+    change(far, tmp_path, 0)
+    rapidin_vdb.open(far.path).delete(purge=True)
+    read.clear()
+    for _ in range(2):
+        far._indexes["sample"] = IndexKeeper(far._indexes["sample"].folder, cached=True)  # as in another process
+        assert_answers(far)
+    assert read == [None]
+
+
 @pytest.mark.parametrize("name", [None, "float32"])
 def test_rows_are_let_go_before_others_are_read(database, tmp_path, monkeypatch, name):
     """Two copies of a table might not fit."""

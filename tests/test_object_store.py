@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from datetime import timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import ClassVar
@@ -19,6 +20,8 @@ from test_cli import call
 import rapidin_vdb
 from rapidin_vdb.errors import TableError, TableExistsError, TableNotFoundError
 from rapidin_vdb.locks import while_waiting
+from rapidin_vdb.store.lease import LEASE_SECONDS
+from rapidin_vdb.store.place import place_of
 from rapidin_vdb.store.telling import told
 
 pytest.importorskip("moto.server", reason="moto is not installed: pip install 'rapidin-vdb[dev]'")
@@ -829,9 +832,17 @@ def test_who_may_only_read_has_an_index_without_scalar_ones(bucket, models, adap
     assert len(far._table._table.list_indices()) == 3
 
 
-def test_nothing_is_claimed_of_a_commit_whose_answer_was_lost(bucket, models, adapters, tmp_path, monkeypatch):
+@pytest.mark.parametrize("patience", [0.0, 30.0])
+def test_nothing_is_claimed_of_a_commit_whose_answer_was_lost(
+    bucket, models, adapters, tmp_path, monkeypatch, caplog, patience
+):
+    """It is looked for where there is time to try again, and what it wrote was there already."""
     import lancedb.table
 
+    from rapidin_vdb.store.bucket import Bucket
+
+    monkeypatch.setattr(Bucket, "patience", patience)
+    corpus = write_jsonl(tmp_path / "toy.jsonl", toy_records(4))
     far, real = made(bucket, models, adapters), lancedb.table.LanceTable.add
 
     def add(*arguments, **options):
@@ -839,10 +850,15 @@ def test_nothing_is_claimed_of_a_commit_whose_answer_was_lost(bucket, models, ad
         raise RuntimeError("the connection was closed")
 
     monkeypatch.setattr(lancedb.table.LanceTable, "add", add)
+    if patience:
+        report = far.ingest(corpus)
+        assert (report.added, report.unchanged, far.count()) == (0, 4, 4)
+        assert "the connection was closed; it is tried again" in caplog.text
+        return
     with pytest.raises(
         TableError, match="cannot be written; what was committed before stays: the connection was closed"
     ):
-        far.ingest(write_jsonl(tmp_path / "toy.jsonl", toy_records(4)))
+        far.ingest(corpus)
     assert far.count() == 4
 
 
@@ -863,6 +879,36 @@ def test_credentials_from_files(bucket, monkeypatch, tmp_path, server):
     monkeypatch.setenv("AWS_PROFILE", "far")
     with pytest.raises(TableNotFoundError, match="no database at s3://"):
         rapidin_vdb.open(bucket)
+    place = place_of(bucket)
+    # Nodes of a cluster have no such files.
+    assert place.settings == {"AWS_ENDPOINT_URL_S3": server, "AWS_REGION": "us-east-1"}
+    # Whoever asks AWS's library often gets what lasts: it renews what has less than fifteen minutes left.
+    kept = place._store.credential_provider.ttl - timedelta(minutes=5)
+    assert timedelta(0) < kept < timedelta(minutes=15)
+
+
+def test_a_lease_does_not_wait_for_long(bucket):
+    """One request that hangs must not cost whoever holds it the lease."""
+    place = place_of(bucket)
+    assert place.lock._store.client_options["timeout"] == "5s" and LEASE_SECONDS == 20
+    assert "timeout" not in (place._store.client_options or {})
+
+
+def test_a_database_beside_the_cache_is_none_of_it(monkeypatch, tmp_path, models):
+    """Its indexes are no cached ones, though they lie in the same folder and were not used for long."""
+    from rapidin_vdb.index_cache import note_use
+    from rapidin_vdb.store.cache import cache_folder
+
+    monkeypatch.setenv("RAPIDIN_VDB_CACHE", str(tmp_path))
+    monkeypatch.setenv("RAPIDIN_VDB_CACHE_GIB", str(100 / 2**30))
+    cached = cache_folder("s3://bucket/db") / "indexes" / "cpu"
+    kept = [tmp_path / name / kind / "cpu" for name in ("db1", "of-others") for kind in ("indexes", "token_indexes")]
+    for index in (cached, *kept):
+        index.mkdir(parents=True)
+        (index / "rows").write_bytes(bytes(500))
+        os.utime(index, (1000, 1000))
+    note_use(cached)
+    assert [(index / "rows").exists() for index in (cached, *kept)] == [False, True, True, True, True]
 
 
 def test_the_cache_keeps_to_its_limit(monkeypatch, tmp_path, caplog):

@@ -1,8 +1,11 @@
 """What runs on the nodes of a cluster while RapidGrads are made there."""
 
+import logging
+
 from rapidin_vdb.cluster.connection import told_from_here
 from rapidin_vdb.compute import Batch, BatchMaker, DeviceError, Result, WorkerSpec, device_error, load_of, use_threads
 from rapidin_vdb.errors import RapidInError
+from rapidin_vdb.worker_log import Teller, Told
 
 
 class GradientWorker:
@@ -10,6 +13,9 @@ class GradientWorker:
 
     def __init__(self, spec: WorkerSpec) -> None:
         use_threads(spec.threads)
+        self._told: list[Told] = []
+        # Where the node itself keeps what is logged, nobody looks.
+        logging.getLogger().addHandler(Teller(self._told.append))
         self._spec = spec
         self._maker: BatchMaker | None = None
 
@@ -17,8 +23,14 @@ class GradientWorker:
         """Answer, once it runs."""
         return True
 
-    def make(self, batch: Batch) -> list[Result] | RapidInError | DeviceError:
-        """Return what each sample of a batch is turned into, or why it cannot be here."""
+    def make(self, batch: Batch) -> tuple[list[Result] | RapidInError | DeviceError, list[Told]]:
+        """Return what each sample of a batch is turned into, or why it cannot be here; and what was logged."""
+        answer = self._make(batch)
+        told = [*self._told]
+        del self._told[: len(told)]  # in place: libraries have threads that log
+        return answer, told
+
+    def _make(self, batch: Batch) -> list[Result] | RapidInError | DeviceError:
         try:
             if self._maker is None:
                 self._maker = BatchMaker(load_of(self._spec), token_width=self._spec.token_width)

@@ -93,6 +93,12 @@ def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
     return tuple(getattr(ray.exceptions, name) for name in _LOST if hasattr(ray.exceptions, name))
 
 
+def lost_with_node(ray: Any, error: Exception) -> bool:
+    """Say whether a worker is gone because its node is, as where nodes are taken back: no batch has a part in that."""
+    kind = getattr(ray.exceptions, "NodeDiedError", ())
+    return isinstance(error, kind) or bool(getattr(error, "preempted", False)) or "its node has died" in str(error)
+
+
 def may_lack_memory(ray: Any, error: Exception, attempt: int) -> bool:
     """Say whether a worker is likely to have ended for want of memory: by Ray's own watch, or on one batch once more.
 

@@ -13,7 +13,6 @@ from rapidin_vdb.cluster.connection import (
     connect,
     could_not_begin,
     first_words,
-    from_anywhere,
     lost_errors,
     nodes_of,
     told_from_here,
@@ -24,7 +23,7 @@ from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.index import Held, Ranked, check_top_k
 from rapidin_vdb.machine import cores
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.store import SAMPLES, SampleTable, Share, TableVersion, store_settings
+from rapidin_vdb.store import SAMPLES, Place, SampleTable, Share, TableVersion
 from rapidin_vdb.table_index import held_by
 
 logger = logging.getLogger(__name__)
@@ -128,14 +127,14 @@ class ClusterIndex:
 class ClusterKeeper:
     """Keeps the shares of one database on the nodes of a cluster, and brings them to whatever version is asked for."""
 
-    def __init__(self, uri: str, address: str) -> None:
+    def __init__(self, place: Place, address: str) -> None:
         """Ask for an actor a node.
 
         Raises:
             SpecError: there is no such cluster, or no node in it has CPUs.
         """
         self._ray = connect(address)
-        self._uri = from_anywhere(uri)
+        self._uri, self._settings = place.address, place.settings
         self._parts = max(1, len(nodes_of(self._ray)))
         self._nodes: dict[int, str] = {}
         self._answered: set[int] = set()
@@ -160,7 +159,7 @@ class ClusterKeeper:
         where = NodeAffinitySchedulingStrategy(chosen, soft=False)
         options = {"num_cpus": 0, "scheduling_strategy": where, "max_concurrency": 1}
         worker = self._ray.remote(ShardWorker).options(**options)
-        return worker.remote(self._uri, part, self._parts, store_settings())
+        return worker.remote(self._uri, part, self._parts, self._settings)
 
     def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> ClusterIndex:
         """Return an index of exactly this version of the table.

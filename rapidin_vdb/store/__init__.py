@@ -1,10 +1,9 @@
 """LanceDB tables, their fingerprint, and the filters that may be put to them."""
 
-from rapidin_vdb.store.cache import cache_limit, cache_root
-from rapidin_vdb.store.place import size_of
+from rapidin_vdb.store.cache import cache_limit, cached_indexes
+from rapidin_vdb.store.place import Place, size_of
 from rapidin_vdb.store.rows import ColumnKind, Row, can_hold, merge_kinds, value_kind
 from rapidin_vdb.store.scalar import indexed_columns, make_scalar_index, wrong_lookup
-from rapidin_vdb.store.settings import store_settings
 from rapidin_vdb.store.share import Share
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
 from rapidin_vdb.store.table import SampleTable
@@ -15,6 +14,7 @@ from rapidin_vdb.store.version import TableVersion
 __all__ = [
     "SAMPLES",
     "ColumnKind",
+    "Place",
     "Row",
     "SampleTable",
     "Share",
@@ -24,13 +24,12 @@ __all__ = [
     "TokenSnapshot",
     "TokenTable",
     "cache_limit",
-    "cache_root",
+    "cached_indexes",
     "can_hold",
     "indexed_columns",
     "make_scalar_index",
     "merge_kinds",
     "size_of",
-    "store_settings",
     "token_of",
     "undisturbed",
     "undisturbed_each",

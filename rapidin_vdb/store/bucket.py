@@ -14,7 +14,7 @@ from rapidin_vdb.store.cache import cache_folder
 from rapidin_vdb.store.fence import before_fences, fence, is_half_done
 from rapidin_vdb.store.leftovers import remove_versions, unnamed_files
 from rapidin_vdb.store.place import STABLE, as_lance, connected, manifest_name
-from rapidin_vdb.store.settings import ENDPOINTS, REGIONS, first_of
+from rapidin_vdb.store.settings import ENDPOINTS, REGIONS, first_of, store_settings
 from rapidin_vdb.store.telling import first_line
 
 _LEASE = ".commit.lease"
@@ -27,6 +27,7 @@ class Bucket:
     """A place in an object store."""
 
     cached = True
+    patience = 600.0
 
     def __init__(self, uri: str) -> None:
         """Find the way there; nothing is read yet.
@@ -48,10 +49,13 @@ class Bucket:
         self.uri = self.address = uri.rstrip("/")
         self.cache = cache_folder(self.uri)
         self.options, self._store = _way_to(scheme, self.uri)
+        self.settings = store_settings() | _settings_of(self.options)
         # Here, where the libraries are known to be there.
-        from rapidin_vdb.store.lease import Lease
+        from rapidin_vdb.store.lease import LEASE_SECONDS, Lease
 
-        self.lock: Any = Lease(self._store, _LEASE, place=self.uri, fence=self._fence)
+        # What hangs must not keep a holder from saying in time that it lives.
+        _, hasty = _way_to(scheme, self.uri, timeout=LEASE_SECONDS / 4)
+        self.lock: Any = Lease(hasty, _LEASE, place=self.uri, fence=self._fence)
         self._whole: dict[str, int] = {}  # the last version of each table that is known to be no fence half done
 
     def __str__(self) -> str:
@@ -192,8 +196,8 @@ class Bucket:
         return self.manifest(name, version) is not None
 
 
-def _way_to(scheme: str, uri: str) -> tuple[dict[str, str], Any]:
-    """Return what Lance has to be told, and the store as our own library knows it.
+def _way_to(scheme: str, uri: str, *, timeout: float | None = None) -> tuple[dict[str, str], Any]:
+    """Return what Lance has to be told, and the store as our own library knows it; that gives up after a timeout.
 
     Raises:
         TableError: a library is missing, or the store's options do not make sense.
@@ -208,12 +212,19 @@ def _way_to(scheme: str, uri: str) -> tuple[dict[str, str], Any]:
     if provider is not None:
         ours["credential_provider"] = provider
     client: Any = {"allow_http": True} if "allow_http" in options else {}
+    client |= {} if timeout is None else {"timeout": timedelta(seconds=timeout)}
     retry: Any = {"max_retries": _RETRIES, "retry_timeout": timedelta(seconds=_RETRY_SECONDS)}
     options |= {"client_max_retries": str(_RETRIES), "client_retry_timeout": str(_RETRY_SECONDS)}
     try:
         return options, from_url(uri, client_options=client, retry_config=retry, **ours)
     except (BaseError, ValueError, TypeError) as error:
         raise TableError(f"{uri} cannot be reached: {first_line(error)}") from error
+
+
+def _settings_of(options: dict[str, str]) -> dict[str, str]:
+    """Return what a store's options would be in the environment of another machine, which may have no such files."""
+    found = {ENDPOINTS[0]: options.get("endpoint", ""), REGIONS[0]: options.get("region", "")}
+    return {name: value for name, value in found.items() if value and "@" not in value and "?" not in value}
 
 
 def _of_s3(uri: str) -> tuple[dict[str, str], Any]:
@@ -238,7 +249,9 @@ def _of_s3(uri: str) -> tuple[dict[str, str], Any]:
             region = region or session.region_name
             endpoint = endpoint or session._session.get_scoped_config().get("endpoint_url")
             if "AWS_ACCESS_KEY_ID" not in os.environ and session.get_credentials() is not None:
-                provider = Boto3CredentialProvider(session)
+                # Asked again when less than five minutes are left of this. AWS's library renews what has less than
+                # fifteen, so that none is used that has run out; by default it would be asked every 25.
+                provider = Boto3CredentialProvider(session, ttl=timedelta(minutes=6))
         except BotoCoreError as error:
             raise TableError(f"{uri}: AWS's files cannot be used: {error}") from error
     options = {}

@@ -3,11 +3,13 @@
 import hashlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from rapidin_vdb.errors import SpecError
 
 _DEFAULT_GIB = 50.0
+_NAMED = re.compile("-[0-9a-f]{16}$")
 
 
 def cache_root() -> Path:
@@ -20,6 +22,13 @@ def cache_folder(uri: str) -> Path:
     """Return the folder for one database's indexes."""
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", uri.rpartition("/")[2])[:40]
     return cache_root() / f"{name}-{hashlib.sha256(uri.encode()).hexdigest()[:16]}"
+
+
+def cached_indexes() -> Iterator[Path]:
+    """Yield the folders of all indexes that are cached; no others that may lie in the same folder, as a database."""
+    for place in cache_root().glob("*/*/*"):
+        if place.parent.name in ("indexes", "token_indexes") and _NAMED.search(place.parent.parent.name):
+            yield place
 
 
 def cache_limit() -> int:

@@ -54,6 +54,10 @@ class Place(Protocol):
     """Whether that folder is elsewhere than the database, and may grow to a limit only."""
     options: dict[str, str]
     """What Lance has to be told about the way there."""
+    settings: dict[str, str]
+    """Variables of the environment by which another machine finds it."""
+    patience: float
+    """For how many seconds a commit that failed is tried again."""
 
     def open_table(self, name: str) -> Any:
         """Return the newest version of a table, which stays that; its commit fails where the lock was lost."""
@@ -103,6 +107,7 @@ class Folder:
     """A folder of this machine's file system."""
 
     cached = False
+    patience = 0.0
 
     def __init__(self, path: str) -> None:
         self.uri = path
@@ -112,6 +117,7 @@ class Folder:
         # Held for the moment of a commit only; the system lets go of it when a process dies.
         self.lock: Any = DurableLock(FileLock(self._path / LOCK), f"the database {path}", self._path)
         self.options: dict[str, str] = {}
+        self.settings: dict[str, str] = {}
         self._made: Any = None
 
     def __str__(self) -> str:

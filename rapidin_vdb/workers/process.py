@@ -7,33 +7,23 @@ import signal
 import traceback
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from threading import Lock
 from typing import Any
 
 from rapidin_vdb.compute import BatchMaker, Result, WorkerSpec, device_error, load_of, use_threads
 from rapidin_vdb.errors import RapidInError
+from rapidin_vdb.worker_log import Teller, Told
 
 
 class Loaded:
     """A worker has its model."""
 
 
-@dataclass(frozen=True)
-class Told:
-    """What a worker has logged."""
-
-    name: str
-    level: int
-    message: str
-
-
-class _Line(logging.Handler):
+class _Line:
     """A worker's end of its pipe: what it answers, and what it logs, which the parent knows where to put."""
 
     def __init__(self, pipe: Connection) -> None:
-        super().__init__()
         self._pipe = pipe
         self._alone = Lock()  # libraries have threads that log
 
@@ -41,9 +31,9 @@ class _Line(logging.Handler):
         with self._alone:
             self._pipe.send(told)
 
-    def emit(self, record: logging.LogRecord) -> None:
+    def tell(self, told: Told) -> None:
         with suppress(OSError):  # the parent is gone
-            self.send(Told(record.name, record.levelno, record.getMessage()))
+            self.send(told)
 
 
 def work(pipe: Connection, spec: WorkerSpec, levels: Mapping[str, int]) -> None:
@@ -52,7 +42,7 @@ def work(pipe: Connection, spec: WorkerSpec, levels: Mapping[str, int]) -> None:
     os.environ["OMP_NUM_THREADS"] = str(spec.threads)
     use_threads(spec.threads)
     line = _Line(pipe)
-    logging.getLogger().addHandler(line)
+    logging.getLogger().addHandler(Teller(line.tell))
     for name, level in levels.items():
         logging.getLogger(name).setLevel(level)
     maker = None

@@ -21,7 +21,8 @@ from rapidin_vdb.compute import (
 )
 from rapidin_vdb.errors import GradientError, SpecError
 from rapidin_vdb.records import Fingerprint
-from rapidin_vdb.workers.process import Loaded, Told, work
+from rapidin_vdb.worker_log import Hearer, Told
+from rapidin_vdb.workers.process import Loaded, work
 from rapidin_vdb.workers.threads import threads_each
 
 logger = logging.getLogger(__name__)
@@ -130,7 +131,7 @@ class _Worker:
 
 
 def _share(workers: list[_Worker], batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
-    waiting, told = Waiting(batches), set[Told]()
+    waiting, hearer = Waiting(batches), Hearer()
 
     def give() -> None:
         # To all that have nothing to do: what comes back in halves is for several. Where a device failed, what came
@@ -161,9 +162,7 @@ def _share(workers: list[_Worker], batches: Iterator[Batch]) -> Iterator[tuple[B
                 worker.loaded = True
                 continue
             if isinstance(answer, Told):
-                if answer not in told:  # each of them finds out the same
-                    told.add(answer)
-                    logging.getLogger(answer.name).log(answer.level, "%s", answer.message)
+                hearer.hear([answer])
                 continue
             worker.busy = None
             if isinstance(answer, DeviceError):
