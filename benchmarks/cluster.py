@@ -50,23 +50,23 @@ class Watch:
 
     def listen(self) -> None:
         """Hear of every worker that is asked for, and of every batch that one has done."""
-        from rapidin_vdb.cluster.making import _Crew
+        from rapidin_vdb.cluster.crew import Crew
 
-        start, done = _Crew._start, _Crew._done
+        start, done = Crew._start, Crew._done
 
-        def started(crew: _Crew) -> None:
-            start(crew)
+        def started(crew: Crew, *, doubted: bool = False) -> None:
+            start(crew, doubted=doubted)
             if self.killed is not None:
                 self._later.append([*crew._starting.values()][-1])
 
-        def made(crew: _Crew, ref: object) -> list:
+        def made(crew: Crew, ref: object, waiting: object) -> list:
             actor = crew._busy[ref][0]
-            found = done(crew, ref)
+            found = done(crew, ref, waiting)
             if found and self.batch is None and any(actor is later for later in self._later):
                 self.batch = time.perf_counter() - self.killed
             return found
 
-        _Crew._start, _Crew._done = started, made
+        Crew._start, Crew._done = started, made
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Take a progress."""

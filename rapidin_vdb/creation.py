@@ -83,10 +83,16 @@ def init(
         raise SpecError(
             f"--max-tokens is {max_tokens}, but this model knows only {positions} positions; give {positions}"
         )
+    if loaded.rotary_memory is not None and max_tokens > loaded.rotary_memory:
+        raise SpecError(
+            f"--max-tokens is {max_tokens}, but beyond {loaded.rotary_memory} tokens this model turns positions by the "
+            f"longest sample so far (dynamic), so that gradients would not be those of a sample; give "
+            f"{loaded.rotary_memory}"
+        )
     if loaded.rotary_limit is not None and max_tokens > loaded.rotary_limit:
         logger.warning(
-            "beyond %d tokens, this model turns positions by the length of the sample: scores of tokens are not exact "
-            "in samples that are longer", loaded.rotary_limit,
+            "beyond %d tokens, this model turns positions by the length of the sample: scores and RapidGrads of tokens "
+            "are not exact in samples that are longer", loaded.rotary_limit,
         )  # fmt: skip
     if shuffles < _MIXED:
         logger.warning(

@@ -116,14 +116,13 @@ class IndexKeeper:
             if index is None:
                 self._residents.make_room(snapshot, manifests)
                 index = self._from_disk(snapshot, manifests, progress)
-                if index is None and self._cached and name is None:
-                    index = self._fetched(snapshot, progress)
+                if index is None and self._cached:
+                    index = self._fetched(snapshot, manifests, progress)
             if index is None:
                 if manifests:
                     logger.info("no built index can serve version %d: reading the table itself", snapshot.version)
                 index = of_table(snapshot, progress)
-            if index.recipe.coarse_width:
-                index = with_what_coarse_finds(self.folder, index)
+            index = with_what_coarse_finds(self.folder, index)
             # As they are now: an update on disk made a new manifest.
             self._residents.keep(snapshot, index, self._chosen(name))
         self._used(index.recipe.name)
@@ -179,16 +178,18 @@ class IndexKeeper:
         """Return what is built, and whether it holds this version of the table."""
         return tuple(info_of(manifest, snapshot) for manifest in list_manifests(self.folder))
 
-    def _fetched(self, snapshot: TableVersion, progress: Progress) -> ShardedIndex | None:
+    def _fetched(self, snapshot: TableVersion, kept: list[Manifest], progress: Progress) -> ShardedIndex | None:
         """Build an index of a table that is far away, if it fits the cache, so that it is read once only.
 
-        What cannot be built is tried once for a version: each time, all of the table would come from far away.
+        Not in the place of a newer version's, nor beside one that was chosen. What cannot be built is tried once for a
+        version: each time, all of the table would come from far away.
         """
-        held = held_by(snapshot)
-        if held == self._kept_out:
+        held, recipe = held_by(snapshot), default_recipe()
+        free = all(known.name == recipe.name and known.table_version < held.version for known in kept)
+        if held == self._kept_out or not free:
             return None
         try:
-            return self._built(snapshot, default_recipe(), progress)[1]
+            return self._built(snapshot, recipe, progress)[1]
         except SpecError as error:
             logger.warning("%s", error)
             self._kept_out = held

@@ -17,7 +17,7 @@ from rapidin_vdb.plan import Plan, make_plan, planned_windows
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Encoded, OnBadRecord, OnDeleted, OnDuplicate, Sample
 from rapidin_vdb.results import IngestReport
-from rapidin_vdb.store import Row, SampleTable, Snapshot, TokenRows
+from rapidin_vdb.store import Row, SampleTable, Snapshot, TokenRows, may_pass
 
 logger = logging.getLogger(__name__)
 
@@ -139,11 +139,11 @@ def _write(
             writer.commit_if_due()
             progress("ingest", done, plan.samples)
             progress("tokens", tokens, max(plan.tokens, tokens))
+        writer.commit()
     except BaseException:
         # On Ctrl-C too: what has been computed is not lost.
         writer.commit(patient=False)
         raise
-    writer.commit()
     if done < plan.samples:
         raise CorpusError(
             f"{plan.samples - done:,} of {plan.samples:,} samples that were read first were not in the files when they "
@@ -197,19 +197,20 @@ class _Writer:
         until, pause = time.monotonic() + (self._table.place.patience if patient else 0), _FIRST_PAUSE
         with keeping():
             while (self._rows or self._tokens) and not self._gave_up:
-                waiting = self._rows, self._replacing, self._tokens
-                done = self.added, self.replaced, self.unchanged, self.kept, self.token_gradients
+                waiting = self._rows, self._replacing, self._tokens, self._seen
+                done = self.added, self.replaced, self.unchanged, self.kept
                 try:
                     with self._table.committing():
                         self._commit_tokens()
                         self._commit_rows()
                 except TableError as error:
-                    if time.monotonic() + pause > until:
+                    if time.monotonic() + pause > until or not may_pass(error):
                         self._gave_up = True
                         raise
-                    # What came to be written all the same is passed over then, as if another had written it.
-                    self._rows, self._replacing, self._tokens = waiting
-                    self.added, self.replaced, self.unchanged, self.kept, self.token_gradients = done
+                    # What came to be written all the same is passed over then, as if another had written it: it is
+                    # looked for behind the version that was seen before. (Tokens that were are not counted again.)
+                    self._rows, self._replacing, self._tokens, self._seen = waiting
+                    self.added, self.replaced, self.unchanged, self.kept = done
                     logger.warning("%s; it is tried again", error)
                     wait(pause)
                     pause = min(2 * pause, _LONGEST_PAUSE)

@@ -259,7 +259,9 @@ def much_changed(before: Keys, after: Keys, missing: np.ndarray) -> bool:
 
 
 def with_what_coarse_finds(folder: Path, index: ShardedIndex) -> ShardedIndex:
-    """Warn that an index is not exact; return it with what was measured of it, for the notes of its rankings."""
+    """Warn where an index is not exact; return it with what was measured of it, for the notes of its rankings."""
+    if not index.recipe.coarse_width:
+        return index
     for recall in (known.recall for known in list_manifests(folder) if known.name == index.recipe.name):
         # The same object, where it may be: what is known of an index goes by that.
         index = index if index.recall == recall else replace(index, recall=recall)

@@ -12,7 +12,7 @@ from conftest import save_model, tiny_model
 from reference import normalized, sample_gradient, sketched
 
 import rapidin_vdb
-from rapidin_vdb.errors import ModelError
+from rapidin_vdb.errors import ModelError, SpecError
 from rapidin_vdb.gradient import RapidGradMaker, hooks, load_model, rapidgrad, repeated
 from rapidin_vdb.gradient import batch as batch_module
 from rapidin_vdb.gradient import forward as forward_module
@@ -101,6 +101,10 @@ def test_angles_of_long_samples_are_not_those_of_short_ones(tmp_path, caplog):
     caplog.clear()
     rapidin_vdb.init(tmp_path / "short", model=str(folder), width=64, parameters="all", max_tokens=16, shuffles=8)
     assert made.fingerprint.max_tokens == 512 and not caplog.text
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecError, match="--max-tokens is 65, but beyond 64 tokens this model turns .*; give 64"):
+        rapidin_vdb.init(tmp_path / "dynamic", model=str(folder), width=64, parameters="all", max_tokens=65)
 
 
 def test_where_memory_is_short_the_ends_of_samples_are_compared():

@@ -522,8 +522,10 @@ def test_a_node_that_is_gone_is_no_fault_of_its_batch(database, caplog):
 class Lacking(Stand):
     """All actors but the first two are on nodes without the model."""
 
+    having = 2
+
     def done(self, actor, batch):
-        if actor not in self.made[:2]:
+        if actor not in self.made[: self.having]:
             return ModelError("on the node 10.0.0.3: no model at /models/7b"), []
         return super().done(actor, batch)
 
@@ -539,9 +541,15 @@ def test_a_worker_without_the_model_is_let_go_where_others_have_it(database, cap
 
     found = list(crew_of(Lacking(random.Random(2), deadly), database, workers=2).share(iter(singles(20))))
     assert ids_of(found) == ids_of([(batch, None) for batch in singles(20)])
-    assert "no model at /models/7b; others, which have it, go on without that worker" in caplog.text
+    assert "no model at /models/7b; the others go on without that worker" in caplog.text
+    # Whoever finds out first, before any batch is done.
+    for seed in range(20):
+        found = crew_of(Lacking(random.Random(seed), lambda batch: False), database, workers=6).share(iter(singles(9)))
+        assert ids_of(found) == ids_of([(batch, None) for batch in singles(9)]), seed
+    nobody = Lacking(random.Random(2), lambda batch: False)
+    nobody.having = 0
     with pytest.raises(ModelError, match="no model at /models/7b"):
-        list(crew_of(Lacking(random.Random(2), lambda batch: False), database, workers=30).share(iter(singles(2))))
+        list(crew_of(nobody, database).share(iter(singles(2))))
 
 
 def test_what_workers_log_is_said_once(database, caplog):
@@ -558,7 +566,17 @@ def test_what_workers_log_is_said_once(database, caplog):
 
 def test_a_cluster_that_says_nothing_for_long_is_told_of(database, monkeypatch, caplog):
     monkeypatch.setattr("rapidin_vdb.cluster.crew._SAY_SECONDS", -1.0)
-    assert len(list(crew_of(Stand(random.Random(1), lambda batch: False), database).share(iter(singles(5))))) == 5
+
+    class Slow(Stand):
+        """Which says nothing at every other look."""
+
+        looks = 0
+
+        def wait(self, refs, **options):
+            self.looks += 1
+            return super().wait(refs, **options) if self.looks % 2 else ([], refs)
+
+    assert len(list(crew_of(Slow(random.Random(1), lambda batch: False), database).share(iter(singles(5))))) == 5
     assert "no batch has come back for 0 s: " in caplog.text and "wait for room on the cluster" in caplog.text
     assert "(one on the samples s" in caplog.text
 

@@ -416,6 +416,8 @@ def test_an_actor_tells_errors_of_its_device_and_ours_and_raises_bugs(database, 
     from rapidin_vdb.cluster import actor
 
     spec = WorkerSpec(fingerprint=database.fingerprint, place="", model=None, adapter=None, device="cpu", threads=1)
+    # What it adds to the process that is a worker's own goes with the test.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [*logging.getLogger().handlers])
     worker = actor.GradientWorker(spec)
     engine = object.__new__(Engine)
     monkeypatch.setattr(actor, "load_of", lambda _: engine)
@@ -427,10 +429,12 @@ def test_an_actor_tells_errors_of_its_device_and_ours_and_raises_bugs(database, 
         engine.make = make
         return worker.make([encoded(1)])
 
-    told = raising(torch.AcceleratorError(ILLEGAL))
+    told, lines = raising(torch.AcceleratorError(ILLEGAL))
     assert type(told) is DeviceError and str(told).startswith("on the node "), told
-    assert str(told).endswith(": cpu failed (CUDA error: an illegal memory access was encountered)")
-    ours = raising(GradientError("sample s01 does not fit the memory"))
+    assert str(told).endswith(": cpu failed (CUDA error: an illegal memory access was encountered)") and not lines
+    logging.getLogger("rapidin_vdb").warning("one sample does not fit the memory")
+    ours, lines = raising(GradientError("sample s01 does not fit the memory"))
+    assert [line.message for line in lines] == ["one sample does not fit the memory"]
     assert type(ours) is GradientError and str(ours).startswith("on the node "), ours
     with pytest.raises(ValueError, match="a bug"):
         raising(ValueError("a bug"))

@@ -507,6 +507,23 @@ def test_a_far_table_is_kept_anew_after_a_purge_elsewhere(far, tmp_path, read):
     assert read == [None]
 
 
+def test_what_is_kept_of_a_far_table_stays_when_an_older_version_is_asked_for(far, tmp_path, read):
+    assert_answers(far)
+    older = far.info().table_version
+    far.ingest(write_jsonl(tmp_path / "many.jsonl", toy_records(60, first=100)))
+    assert_answers(far)
+    kept = list_manifests(far._indexes["sample"].folder)
+    assert [known.samples for known in kept] == [84]
+    far.query(*ASKED, as_of=older)
+    assert list_manifests(far._indexes["sample"].folder) == kept
+    # Nor beside an index that was chosen.
+    far.index(IndexRecipe(name="zchosen"))
+    shutil.rmtree(far._indexes["sample"].folder / "cpu")
+    far.ingest(write_jsonl(tmp_path / "more.jsonl", toy_records(80, first=200)))
+    assert_answers(far)
+    assert [known.name for known in list_manifests(far._indexes["sample"].folder)] == ["zchosen"]
+
+
 @pytest.mark.parametrize("name", [None, "float32"])
 def test_rows_are_let_go_before_others_are_read(database, tmp_path, monkeypatch, name):
     """Two copies of a table might not fit."""

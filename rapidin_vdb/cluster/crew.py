@@ -64,17 +64,19 @@ class Crew:
             SpecError: the cluster had no room for any.
         """
         waiting, since = Waiting(batches), time.monotonic()
-        came, say = since, _SAY_SECONDS
+        waited, say = 0.0, _SAY_SECONDS
         while True:
             while self._give(waiting):
                 pass
             if self._given and not self._busy:
                 return  # nobody has anything to do
+            begun = time.monotonic()
             # Of several that are ready Ray names the first: one that has started is not kept waiting by those at work.
             found, _ = self._ray.wait([*self._starting, *self._busy], num_returns=1, timeout=_LOOK_SECONDS)
             now, room = time.monotonic(), _ROOM_SECONDS * (_LONGER if self._worked else 1)
-            if now - came > say:
-                self._say(now - came)
+            waited += now - begun
+            if not found and waited > say:
+                self._say(waited)
                 say *= 2
             if self._busy or found:
                 since = now
@@ -88,7 +90,7 @@ class Crew:
                     self._started(ref)
                     continue
                 for done in self._done(ref, waiting):
-                    came, say = time.monotonic(), _SAY_SECONDS
+                    waited, say = 0.0, _SAY_SECONDS
                     # The next one is on its way before this one is written.
                     self._give(waiting)
                     yield done
@@ -144,7 +146,7 @@ class Crew:
         except self._lost:
             return self._parted(actor, waiting)
         except ModelError as error:
-            if not self._worked or len(self._given) + len(self._starting) < 2:
+            if len(self._given) + len(self._starting) < 2:
                 raise
             self._dismiss(actor, waiting, error)
             return []
@@ -161,8 +163,8 @@ class Crew:
         return answer
 
     def _dismiss(self, actor: Any, waiting: Waiting, error: ModelError) -> None:
-        """Let an actor go that cannot load the model, as on a node that came later and lacks it: others could."""
-        logger.warning("%s; others, which have it, go on without that worker", error)
+        """Let an actor go that cannot load the model, as on a node that lacks it, for as long as there are others."""
+        logger.warning("%s; the others go on without that worker", error)
         self._ray.kill(actor)
         for ref in self._given.pop(actor):
             _, batch, attempt = self._busy.pop(ref)
@@ -187,6 +189,8 @@ class Crew:
                     waiting.back(batch, attempt)
                     continue
                 waiting.back(batch, attempt + 1, too_large=self._bury(actor, batch, attempt, error))
+            except ModelError:
+                waiting.back(batch, attempt)  # whoever comes in its place finds out
         if not (isinstance(blamed, DeviceError) and actor in self._doubted):
             self._start(doubted=isinstance(blamed, DeviceError))
         return done

@@ -228,7 +228,12 @@ class ExactInfluence:
             tangents = self._tangents
 
             def forward(part: list[int]) -> list[Tensor]:
-                return tangents.token_scores([batch[number] for number in part], grads, factors[part])
+                rows = [batch[number] for number in part]
+                found: dict[int, Tensor] = {}
+                for places in apart(rows, self._loaded.rotary_limit):
+                    mine = factors[[part[place] for place in places]]
+                    found |= zip(places, tangents.token_scores([rows[p] for p in places], grads, mine), strict=True)
+                return [found[place] for place in range(len(rows))]
 
             try:
                 scores = in_parts(forward, list(range(len(batch))))

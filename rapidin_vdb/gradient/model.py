@@ -65,13 +65,21 @@ class LoadedModel:
 
     @property
     def rotary_limit(self) -> int | None:
-        """Length in tokens beyond which rotary angles are others, of a whole batch at once; None where they are not."""
+        """Length in tokens beyond which a whole batch is turned by other angles; None where angles are all the same."""
+        return self._rotary("longrope")
+
+    @property
+    def rotary_memory(self) -> int | None:
+        """Length in tokens beyond which angles are those of the longest sample so far; None where they never are."""
+        return self._rotary("dynamic")
+
+    def _rotary(self, kind: str) -> int | None:
         text = self.model.config.get_text_config()
         given = getattr(text, "rope_parameters", None) or {}
         limits = [
             one.get("original_max_position_embeddings") or text.max_position_embeddings
             for one in (given, *given.values())  # or one for each type of layer
-            if isinstance(one, dict) and one.get("rope_type") in ("longrope", "dynamic")
+            if isinstance(one, dict) and one.get("rope_type") == kind
         ]
         return min(limits, default=None)
 

@@ -9,7 +9,7 @@ from jaxtyping import Float64
 
 from rapidin_vdb.batches import cut, padded_tokens
 from rapidin_vdb.errors import GradientError, SpecError
-from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
+from rapidin_vdb.gradient.rapidgrad import RapidGradMaker, apart
 from rapidin_vdb.gradient.receivers import Scaler
 from rapidin_vdb.gradient.sample import cut_behind_loss
 from rapidin_vdb.records import Encoded
@@ -62,7 +62,13 @@ class TokenRapidGradMaker:
     def _rapidgrads(self, part: Sequence[tuple[Encoded, int]], scales: np.ndarray) -> np.ndarray:
         rapidgrads = torch.zeros(len(part), self.width, device=self._maker.loaded.device)
         factors = torch.from_numpy(scales).float().to(rapidgrads.device)
-        self._maker.stream([at_token(*token) for token in part], Scaler(self._sketch, rapidgrads, factors))
+        tokens = [at_token(*token) for token in part]
+        for places in apart(tokens, self._maker.loaded.rotary_limit):
+            alone = len(places) == len(tokens)
+            mine = rapidgrads if alone else torch.zeros(len(places), self.width, device=rapidgrads.device)
+            self._maker.stream([tokens[place] for place in places], Scaler(self._sketch, mine, factors[places]))
+            if not alone:
+                rapidgrads[places] = mine
         return rapidgrads.half().cpu().numpy()
 
 

@@ -7,7 +7,7 @@ from rapidin_vdb.store.scalar import indexed_columns, make_scalar_index, wrong_l
 from rapidin_vdb.store.share import Share
 from rapidin_vdb.store.snapshot import SAMPLES, Snapshot
 from rapidin_vdb.store.table import SampleTable
-from rapidin_vdb.store.telling import undisturbed, undisturbed_each
+from rapidin_vdb.store.telling import may_pass, undisturbed, undisturbed_each
 from rapidin_vdb.store.tokens import TokenRows, TokenSnapshot, TokenTable, token_of
 from rapidin_vdb.store.version import TableVersion
 
@@ -28,6 +28,7 @@ __all__ = [
     "can_hold",
     "indexed_columns",
     "make_scalar_index",
+    "may_pass",
     "merge_kinds",
     "size_of",
     "token_of",

@@ -51,11 +51,10 @@ class Bucket:
         self.options, self._store = _way_to(scheme, self.uri)
         self.settings = store_settings() | _settings_of(self.options)
         # Here, where the libraries are known to be there.
-        from rapidin_vdb.store.lease import LEASE_SECONDS, Lease
+        from rapidin_vdb.store.lease import RENEWAL_SECONDS, Lease
 
-        # What hangs must not keep a holder from saying in time that it lives.
-        _, hasty = _way_to(scheme, self.uri, timeout=LEASE_SECONDS / 4)
-        self.lock: Any = Lease(hasty, _LEASE, place=self.uri, fence=self._fence)
+        _, hasty = _way_to(scheme, self.uri, timeout=RENEWAL_SECONDS)
+        self.lock: Any = Lease(self._store, _LEASE, place=self.uri, fence=self._fence, hasty=hasty)
         self._whole: dict[str, int] = {}  # the last version of each table that is known to be no fence half done
 
     def __str__(self) -> str:

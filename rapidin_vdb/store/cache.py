@@ -26,9 +26,10 @@ def cache_folder(uri: str) -> Path:
 
 def cached_indexes() -> Iterator[Path]:
     """Yield the folders of all indexes that are cached; no others that may lie in the same folder, as a database."""
-    for place in cache_root().glob("*/*/*"):
-        if place.parent.name in ("indexes", "token_indexes") and _NAMED.search(place.parent.parent.name):
-            yield place
+    for kind in ("indexes", "token_indexes"):
+        for folder in cache_root().glob(f"*/{kind}"):
+            if _NAMED.search(folder.parent.name):
+                yield from folder.iterdir()
 
 
 def cache_limit() -> int:

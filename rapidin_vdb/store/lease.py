@@ -23,6 +23,7 @@ from rapidin_vdb.locks import QUIET_SECONDS, still_waiting
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 20.0
+RENEWAL_SECONDS = 5.0
 _UNFINISHED = "nobody, unfinished"
 """Who holds it after an error or an interruption, behind which a commit may still be on its way."""
 PROBE = ".probe-"
@@ -40,14 +41,17 @@ class Lease:
 
     def __init__(
         self, store: Any, name: str, *, place: str, fence: Callable[[Callable[[], bool], bool], bool],
-        seconds: float = LEASE_SECONDS,
+        seconds: float = LEASE_SECONDS, hasty: Any = None,
     ) -> None:  # fmt: skip
         """`store` holds the object `name`; `place` is for messages; `fence` ends what a former holder has begun.
+
+        `hasty` is the same store, for renewals: what hangs there must not keep a holder from saying that it lives.
 
         It is given what says whether the lease is still ours, and whether it was taken over, or let go of; it returns
         whether it came to its end before the lease was lost again.
         """
         self._store, self._name, self._place = store, name, place
+        self._hasty = hasty or store
         self._fence, self._seconds = fence, seconds
         self._threads, self._depth = RLock(), 0
         self._token, self._failed = "", False
@@ -160,12 +164,12 @@ class Lease:
                 self._tag = tag
             return holder == self._token
 
-    def _write(self, holder: str, tag: Tag) -> None:
+    def _write(self, holder: str, tag: Tag, *, hasty: bool = False) -> None:
         # Never twice the same: an entity tag may be a hash of the content.
         content = json.dumps({"holder": holder, "written": uuid4().hex}).encode("ascii")
         with self._changing:
             mode: Any = tag or "create"
-            self._tag = _tag_of(obstore.put(self._store, self._name, content, mode=mode))
+            self._tag = _tag_of(obstore.put(self._hasty if hasty else self._store, self._name, content, mode=mode))
 
     def _renew(self) -> None:
         stop, token = Event(), self._token
@@ -176,7 +180,7 @@ class Lease:
                 try:
                     with self._changing:
                         if not stop.is_set():
-                            self._write(token, self._tag)
+                            self._write(token, self._tag, hasty=True)
                     lost = False
                 except _LOST:
                     lost = True

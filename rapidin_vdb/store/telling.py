@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 
-from rapidin_vdb.errors import OvertakenError, PurgedError, TableError, out_of_handles
+from rapidin_vdb.errors import OvertakenError, PurgedError, TableError, UnfitError, out_of_handles
 from rapidin_vdb.store.columns import check_out
 from rapidin_vdb.store.fingerprint import read_identity
 from rapidin_vdb.store.place import Place
@@ -46,6 +46,16 @@ def told(what: str) -> Iterator[None]:
             raise
         why = first_line(error) if out_of_handles(error) else f"it is damaged: {first_line(error)}"
         raise TableError(f"{what}: {why}") from error
+
+
+def may_pass(error: TableError) -> bool:
+    """Say whether what went wrong may go right a little later: a store or a network that is away, another writer."""
+    if isinstance(error, OvertakenError):
+        return True
+    cause = error.__cause__
+    if cause is None or isinstance(error, UnfitError) or isinstance(cause, pa.ArrowException) or is_panic(cause):
+        return False  # said by our own code, or of what was to be written
+    return not any(sign in str(error) for sign, _ in _ANSWERS if sign != "ExpiredToken")
 
 
 def is_panic(error: BaseException) -> bool:
