@@ -21,7 +21,7 @@ from rapidin_vdb.index import (
     with_recall,
     write_index,
 )
-from rapidin_vdb.index_cache import check_room, fits, note_use
+from rapidin_vdb.index_cache import check_room, fits, may_be_kept, note_use
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.recipe import IndexRecipe, default_recipe
 from rapidin_vdb.results import IndexInfo
@@ -185,8 +185,7 @@ class IndexKeeper:
         version: each time, all of the table would come from far away.
         """
         held, recipe = held_by(snapshot), default_recipe()
-        free = all(known.name == recipe.name and known.table_version < held.version for known in kept)
-        if held == self._kept_out or not free:
+        if held == self._kept_out or not may_be_kept(recipe, snapshot, kept):
             return None
         try:
             return self._built(snapshot, recipe, progress)[1]

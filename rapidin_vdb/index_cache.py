@@ -2,12 +2,13 @@
 
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index import clear_index
+from rapidin_vdb.index import Manifest, clear_index
 from rapidin_vdb.recipe import IndexRecipe
-from rapidin_vdb.store import cache_limit, cached_indexes
+from rapidin_vdb.store import TableVersion, cache_limit, cached_indexes
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,17 @@ def check_room(recipe: IndexRecipe, *, width: int, rows: int) -> None:
             f"indexes together may take {_gib(cache_limit())}: set RAPIDIN_VDB_CACHE_GIB to more, or go without, and "
             "queries read the table itself"
         )
+
+
+def may_be_kept(recipe: IndexRecipe, snapshot: TableVersion, kept: Sequence[Manifest]) -> bool:
+    """Say whether an index of a version may be added to those that are kept: of this recipe alone, and none is newer.
+
+    One of a newer version stays that of whoever asks for that; but not one of a table that was there before.
+    """
+    newer = [known for known in kept if known.table_version > snapshot.version]
+    return all(known.index_recipe == recipe for known in kept) and not any(
+        snapshot.digest_of(known.table_version) == known.table_digest for known in newer
+    )
 
 
 def _size(recipe: IndexRecipe, width: int, rows: int) -> int:

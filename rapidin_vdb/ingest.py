@@ -1,6 +1,7 @@
 """Samples become rows: every record is checked before the first gradient is taken, and every commit is whole."""
 
 import logging
+import math
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -140,9 +141,9 @@ def _write(
             progress("ingest", done, plan.samples)
             progress("tokens", tokens, max(plan.tokens, tokens))
         writer.commit()
-    except BaseException:
+    except BaseException as error:
         # On Ctrl-C too: what has been computed is not lost.
-        writer.commit(patient=False)
+        writer.commit(patient=isinstance(error, Exception))
         raise
     if done < plan.samples:
         raise CorpusError(
@@ -194,7 +195,7 @@ class _Writer:
         Raises:
             TableError: it failed to the last; nothing that waits is tried once more.
         """
-        until, pause = time.monotonic() + (self._table.place.patience if patient else 0), _FIRST_PAUSE
+        until, pause = math.nan, _FIRST_PAUSE
         with keeping():
             while (self._rows or self._tokens) and not self._gave_up:
                 waiting = self._rows, self._replacing, self._tokens, self._seen
@@ -204,6 +205,8 @@ class _Writer:
                         self._commit_tokens()
                         self._commit_rows()
                 except TableError as error:
+                    if math.isnan(until):  # what a lock was waited for is no part of it
+                        until = time.monotonic() + (self._table.place.patience if patient else 0)
                     if time.monotonic() + pause > until or not may_pass(error):
                         self._gave_up = True
                         raise

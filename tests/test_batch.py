@@ -13,7 +13,15 @@ from reference import normalized, sample_gradient, sketched
 
 import rapidin_vdb
 from rapidin_vdb.errors import ModelError, SpecError
-from rapidin_vdb.gradient import RapidGradMaker, hooks, load_model, rapidgrad, repeated
+from rapidin_vdb.gradient import (
+    ExactInfluence,
+    RapidGradMaker,
+    TokenRapidGradMaker,
+    hooks,
+    load_model,
+    rapidgrad,
+    repeated,
+)
 from rapidin_vdb.gradient import batch as batch_module
 from rapidin_vdb.gradient import forward as forward_module
 from rapidin_vdb.gradient.batch import BatchedGradients
@@ -94,6 +102,17 @@ def test_angles_of_long_samples_are_not_those_of_short_ones(tmp_path, caplog):
     together = [vector for vector, _ in maker.make_batch(batch)]
     for sample, vector in zip(batch, together, strict=True):
         np.testing.assert_allclose(vector, maker.make(sample)[0], atol=1e-5)
+    influence, tokens = ExactInfluence(maker), TokenRapidGradMaker(maker, width=32)
+    direction, norms = influence.direction(batch[0]), {}
+    maker.make_batch(batch, norms=norms)
+    exact = influence.exact(direction, batch)
+    scores, vectors = influence.token_scores(direction, batch, exact), tokens.make(batch, norms)
+    for place, sample in enumerate(batch):
+        alone = influence.token_scores(direction, [sample], influence.exact(direction, [sample]))[0]
+        np.testing.assert_allclose(scores[place], alone, atol=1e-4 * np.abs(alone).max())
+        alone = tokens.make([sample], norms)[sample.sample_id]
+        np.testing.assert_allclose(vectors[sample.sample_id], alone, atol=2e-3 * np.abs(alone).max())
+    assert not caplog.text, "nothing is given up"
     assert [rapidgrad.apart(batch, limit) for limit in (16, None)] == [[[0, 1], [2, 3]], [[0, 1, 2, 3]]]
     made = rapidin_vdb.init(tmp_path / "db", model=str(folder), width=64, parameters="all", shuffles=7)
     assert "beyond 16 tokens, this model turns positions by the length" in caplog.text

@@ -510,6 +510,12 @@ def test_a_node_that_is_gone_is_no_fault_of_its_batch(database, caplog):
     found = list(crew_of(Stand(random.Random(1), deadly, words=gone), database).share(iter(singles(20))))
     assert ids_of(found) == ids_of([(batch, None) for batch in singles(20)])
     assert caplog.text.count("a node of the cluster is gone") >= 8 and "workers died" not in caplog.text
+    # Results that lay there are lost with it.
+    caplog.clear()
+    lost[0] = 0
+    words = "All copies of 00ab have been lost due to node failure. Check cluster logs"
+    found = list(crew_of(Stand(random.Random(3), deadly, words=words), database).share(iter(singles(20))))
+    assert ids_of(found) == ids_of([(batch, None) for batch in singles(20)]) and "workers died" not in caplog.text
     # But a batch may be the end of a node, too.
     with pytest.raises(GradientError, match="3 workers died on the 1 samples s7 "):
         list(
@@ -546,6 +552,13 @@ def test_a_worker_without_the_model_is_let_go_where_others_have_it(database, cap
     for seed in range(20):
         found = crew_of(Lacking(random.Random(seed), lambda batch: False), database, workers=6).share(iter(singles(9)))
         assert ids_of(found) == ids_of([(batch, None) for batch in singles(9)]), seed
+    # One that has the model dies, and who takes its place is where it is not, again and again.
+    once = []
+    late = Lacking(random.Random(2), lambda batch: batch[0].sample_id == "s6" and not once and not once.append(1))
+    late.having = 1
+    with pytest.raises(ModelError, match="no model at /models/7b"):
+        list(crew_of(late, database, workers=1).share(iter(singles(20))))
+    assert len(late.made) == 7, "so often"
     nobody = Lacking(random.Random(2), lambda batch: False)
     nobody.having = 0
     with pytest.raises(ModelError, match="no model at /models/7b"):

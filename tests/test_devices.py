@@ -172,7 +172,7 @@ def share(database, monkeypatch):
         multiprocessing, "get_context", lambda _: SimpleNamespace(Pipe=multiprocessing.Pipe, Process=Thread)
     )
     monkeypatch.setattr(signal, "signal", lambda *event: None)
-    monkeypatch.setattr(process._Line, "emit", lambda *_: None)
+    monkeypatch.setattr(process._Line, "tell", lambda *_: None)
     monkeypatch.setattr(logging.getLogger(), "handlers", list(logging.getLogger().handlers))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 

@@ -507,6 +507,33 @@ def test_a_far_table_is_kept_anew_after_a_purge_elsewhere(far, tmp_path, read):
     assert read == [None]
 
 
+def test_what_is_kept_of_a_far_table_is_made_anew_where_it_is_of_another(far, tmp_path, read):
+    """Removed and made anew at the same place, with fewer versions; or damaged."""
+    assert_answers(far)
+    for _ in range(3):
+        far.ingest(write_jsonl(tmp_path / "one.jsonl", toy_records(1, first=300)))
+        far.delete(ids=["toy-300"])
+    assert_answers(far)
+    folder = far._indexes["sample"].folder
+    shutil.rmtree(far.path)
+    again = rapidin_vdb.init(
+        far.path, model=far.fingerprint.model, adapter=far.fingerprint.adapter, width=64, shuffles=3
+    )
+    again.ingest(tmp_path / "toy.jsonl")
+    read.clear()
+    for _ in range(2):
+        again._indexes["sample"] = IndexKeeper(folder, cached=True)
+        assert_answers(again)
+    assert read == [None]
+    (part, *_) = sorted((folder / "cpu").glob("*.npy"))
+    part.write_bytes(bytes(len(part.read_bytes())))
+    read.clear()
+    for _ in range(2):
+        again._indexes["sample"] = IndexKeeper(folder, cached=True)
+        assert_answers(again)
+    assert read == [None]
+
+
 def test_what_is_kept_of_a_far_table_stays_when_an_older_version_is_asked_for(far, tmp_path, read):
     assert_answers(far)
     older = far.info().table_version

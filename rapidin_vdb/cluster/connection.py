@@ -96,7 +96,8 @@ def lost_errors(ray: Any) -> tuple[type[Exception], ...]:
 def lost_with_node(ray: Any, error: Exception) -> bool:
     """Say whether a worker is gone because its node is, as where nodes are taken back: no batch has a part in that."""
     kind = getattr(ray.exceptions, "NodeDiedError", ())
-    return isinstance(error, kind) or bool(getattr(error, "preempted", False)) or "its node has died" in str(error)
+    words = ("its node has died", "due to node failure")
+    return isinstance(error, kind) or getattr(error, "preempted", False) or any(said in str(error) for said in words)
 
 
 def may_lack_memory(ray: Any, error: Exception, attempt: int) -> bool:

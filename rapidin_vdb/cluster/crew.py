@@ -42,9 +42,11 @@ class Crew:
         self._busy: dict[Any, tuple[Any, Batch, int]] = {}
         # Those in the place of one whose GPU failed, most likely on the same, for as long as they have done nothing.
         self._doubted: set[Any] = set()
-        self._failed = 0
+        self._failed = self._refused = 0
         self._worked = False
-        self._nodes = Counter[str]()  # lost with the batch that begins with this sample
+        # Those that have done no batch yet.
+        self._new: set[Any] = set()
+        self._nodes = Counter[str]()  # lost with the batch that begins with this sample; "" with none
         self._hearer = Hearer()
         for _ in range(layout.workers):
             self._start()
@@ -124,6 +126,9 @@ class Crew:
         try:
             self._ray.get(ref)
         except self._lost as error:
+            if self._spared("", error):
+                self._start()
+                return
             self._failed += 1
             if self._failed < _STARTS:
                 self._start()
@@ -137,6 +142,7 @@ class Crew:
             return
         self._failed = 0
         self._given[actor] = []
+        self._new.add(actor)
 
     def _done(self, ref: Any, waiting: Waiting) -> list[tuple[Batch, list[Result]]]:
         """Return what has become of a batch, or of all that an actor had which is lost."""
@@ -146,11 +152,18 @@ class Crew:
         except self._lost:
             return self._parted(actor, waiting)
         except ModelError as error:
-            if len(self._given) + len(self._starting) < 2:
+            # Whoever takes the place of one that had the model may be where it is not.
+            again = self._worked and self._refused < _STARTS
+            if len(self._given) + len(self._starting) < 2 and not again:
                 raise
             self._dismiss(actor, waiting, error)
+            if again:
+                self._refused += 1
+                self._start()
             return []
         self._worked = True
+        self._refused *= actor not in self._new
+        self._new.discard(actor)
         self._given[actor].remove(ref)
         self._doubted.discard(actor)
         return [(self._busy.pop(ref)[1], answer)]
@@ -197,12 +210,17 @@ class Crew:
 
     def _with_node(self, batch: Batch, error: Exception) -> bool:
         """Report a worker that is gone with its node, of which its batch has no part; say whether it is one."""
-        name = batch[0].sample_id
+        if not self._spared(batch[0].sample_id, error):
+            return False
+        logger.warning("a node of the cluster is gone: the %d samples (%s) of its worker go back to the queue, and "
+                       "another is started", len(batch), names_of(batch))  # fmt: skip
+        return True
+
+    def _spared(self, name: str, error: Exception) -> bool:
+        """Say whether a worker is gone with its node, for the first few that are lost with the same batch."""
         if not lost_with_node(self._ray, error) or self._nodes[name] >= _NODES:
             return False
         self._nodes[name] += 1
-        logger.warning("a node of the cluster is gone: the %d samples (%s) of its worker go back to the queue, and "
-                       "another is started", len(batch), names_of(batch))  # fmt: skip
         return True
 
     def _bury(self, actor: Any, batch: Batch, attempt: int, error: Exception) -> bool:

@@ -77,7 +77,7 @@ class LoadedModel:
         text = self.model.config.get_text_config()
         given = getattr(text, "rope_parameters", None) or {}
         limits = [
-            one.get("original_max_position_embeddings") or text.max_position_embeddings
+            (kind == "longrope" and one.get("original_max_position_embeddings")) or text.max_position_embeddings
             for one in (given, *given.values())  # or one for each type of layer
             if isinstance(one, dict) and one.get("rope_type") == kind
         ]

@@ -28,8 +28,11 @@ def cached_indexes() -> Iterator[Path]:
     """Yield the folders of all indexes that are cached; no others that may lie in the same folder, as a database."""
     for kind in ("indexes", "token_indexes"):
         for folder in cache_root().glob(f"*/{kind}"):
-            if _NAMED.search(folder.parent.name):
-                yield from folder.iterdir()
+            try:
+                found = [*folder.iterdir()] if _NAMED.search(folder.parent.name) else []
+            except OSError:
+                continue  # no folder, not ours, or somebody else removes it
+            yield from found
 
 
 def cache_limit() -> int:

@@ -144,10 +144,10 @@ class Lease:
                 return
             self._stop_renewing()
 
-    def _read(self) -> tuple[str, Tag]:
+    def _read(self, *, hasty: bool = False) -> tuple[str, Tag]:
         """Return who holds it, nobody being "", and the tag of what was read."""
         try:
-            found = obstore.get(self._store, self._name)
+            found = obstore.get(self._hasty if hasty else self._store, self._name)
         except (NotFoundError, FileNotFoundError):
             return "", {}
         tag = _tag_of(found.meta)
@@ -159,7 +159,7 @@ class Lease:
     def is_ours(self) -> bool:
         """Say whether this lease holds it, as the store knows it now."""
         with self._changing:
-            holder, tag = self._read()
+            holder, tag = self._read(hasty=True)  # while no renewal can go out
             if holder == self._token:
                 self._tag = tag
             return holder == self._token
