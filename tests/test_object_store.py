@@ -10,6 +10,7 @@ import time
 from datetime import timedelta
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -919,6 +920,23 @@ def test_a_database_beside_the_cache_is_none_of_it(monkeypatch, tmp_path, models
         os.utime(index, (1000, 1000))
     note_use(cached)
     assert [(index / "rows").exists() for index in (cached, *kept)] == [False, True, True, True, True]
+
+
+def test_no_rows_are_taken_for_left_where_something_lies_over_others():
+    """Of a kind of file that nothing here makes, we do not know where it is."""
+    from rapidin_vdb.store.leftovers import unnamed_files
+
+    def dataset(overlays):
+        fragment = SimpleNamespace(
+            data_files=lambda: [SimpleNamespace(path="rows.lance")], metadata=SimpleNamespace(overlays=overlays)
+        )
+        return SimpleNamespace(
+            get_fragments=lambda: [fragment], describe_indices=list, version=3, read_transaction=lambda version: None
+        )
+
+    paths = ["data/rows.lance", "data/other.lance", "_transactions/1.txn"]
+    assert unnamed_files(dataset([]), paths) == paths[1:]
+    assert unnamed_files(dataset(["one"]), paths) == paths[2:]
 
 
 def test_the_cache_keeps_to_its_limit(monkeypatch, tmp_path, caplog):

@@ -39,7 +39,7 @@ def serve(
 
     try:
         from rapidin_vdb.web import serve as answer
-    except ModuleNotFoundError as error:
+    except ImportError as error:  # also of one that is too old
         raise SpecError(f"serve needs the extra [web]: pip install 'rapidin-vdb[web]' ({error})") from error
     answer(
         rapidin_vdb.open(db), host=host, port=port, writable=writable, token=token, served_as=served_as,
