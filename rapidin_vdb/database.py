@@ -149,7 +149,7 @@ class Database(SampleReader):
         harmful: bool = False,
         both: bool = False,
         level: Level = "sample",
-        focus: str | Sequence[Focus] | None = None,
+        focus: str | Sequence[Focus] | None = (),
         tokens: bool = False,
         matrix: bool = False,
         refine: int = 0,
