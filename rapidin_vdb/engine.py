@@ -12,7 +12,7 @@ import numpy as np
 from rapidin_vdb.arguments import name_of
 from rapidin_vdb.corpus import Record, Template, load_template, sample_from
 from rapidin_vdb.corpus.shapes import asked_fields
-from rapidin_vdb.errors import GradientError, ModelError, SpecError
+from rapidin_vdb.errors import GradientError, ModelNotFoundError, SpecError
 from rapidin_vdb.fingerprint import check_fingerprint
 from rapidin_vdb.gradient import (
     ExactInfluence,
@@ -136,10 +136,10 @@ def load_engine(
     with WeightHashes(spec) as hashes:
         try:
             loaded = load_model(spec, device=device)
-        except ModelError as error:
+        except ModelNotFoundError as error:
             there = lacks_memory(error) or device_failure(error) is not None
             if model is None and adapter is None and not there:
-                raise ModelError(
+                raise ModelNotFoundError(
                     f"{error}. If it has moved since init, say where it is: --model FOLDER --adapter FOLDER"
                 ) from error
             raise

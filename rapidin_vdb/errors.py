@@ -47,6 +47,10 @@ class ModelError(RapidInError):
     """A model, adapter or tokenizer cannot be loaded."""
 
 
+class ModelNotFoundError(ModelError):
+    """A model, an adapter or a tokenizer is not where it was looked for, or not all of it is."""
+
+
 class GradientError(RapidInError):
     """A sample gave no gradient, or one that is not finite."""
 

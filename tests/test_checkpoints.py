@@ -10,7 +10,8 @@ import torch
 from conftest import byte_tokenizer, save_model, tiny_model
 from safetensors.torch import load_file, save_file
 
-from rapidin_vdb.errors import ModelError, SpecError
+import rapidin_vdb
+from rapidin_vdb.errors import ModelError, ModelNotFoundError, SpecError
 from rapidin_vdb.gradient import RapidGradMaker, default_batch_tokens, load_model
 from rapidin_vdb.records import Encoded, ModelSpec, SketchSpec
 
@@ -202,3 +203,20 @@ def test_what_is_no_causal_language_model_is_told_as_what_it_is(tmp_path, kind):
     }[kind]
     with pytest.raises(ModelError, match=message):
         load_model(ModelSpec(model=str(tmp_path)), device="cpu")
+
+
+def test_who_has_moved_is_asked_for_and_who_is_refused_is_not(models, adapters, tmp_path):
+    """A database may be older than what refuses its adapter: to say that it has moved would lead nowhere."""
+    model, adapter = (
+        shutil.copytree(kind["llama"], tmp_path / name) for kind, name in ((models, "m"), (adapters, "a"))
+    )
+    rapidin_vdb.init(tmp_path / "db", model=str(model), adapter=str(adapter), width=64)
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"init_lora_weights": "pissa_niter_4"}))
+    with pytest.raises(ModelError, match="began as pissa_niter_4") as caught:
+        rapidin_vdb.open(tmp_path / "db").load()
+    assert "has moved" not in str(caught.value)
+    for gone in (adapter, model / "model.safetensors", model):
+        shutil.move(gone, tmp_path / f"elsewhere-{gone.name}")
+        with pytest.raises(ModelNotFoundError, match="If it has moved since init, say where it is: --model FOLDER"):
+            rapidin_vdb.open(tmp_path / "db").load()

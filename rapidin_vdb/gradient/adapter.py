@@ -8,7 +8,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rapidin_vdb.errors import ModelError
+from rapidin_vdb.errors import ModelError, ModelNotFoundError
 from rapidin_vdb.gradient.memory import is_out_of_memory
 from rapidin_vdb.gradient.quiet import quiet_libraries, short
 
@@ -64,7 +64,9 @@ def load_adapter(model: Any, adapter: str, base: str, device: str) -> Any:
         if is_out_of_memory(error):
             raise ModelError(f"{device} has no memory for the adapter {adapter}: {short(error)}") from error
         if not Path(adapter).is_dir() and isinstance(error, OSError | ValueError) and "find" in str(error).lower():
-            raise ModelError(f"no adapter at {adapter}: neither a folder nor a name that can be reached") from error
+            raise ModelNotFoundError(
+                f"no adapter at {adapter}: neither a folder nor a name that can be reached"
+            ) from error
         raise ModelError(
             f"the adapter {adapter} does not fit the model {base}: {short(error)}. "
             f"Was it made for another model?{_made_for(adapter)}"

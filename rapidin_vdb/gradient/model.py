@@ -12,7 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rapidin_vdb.errors import ModelError, check_unicode, without_secrets
+from rapidin_vdb.errors import ModelError, ModelNotFoundError, check_unicode, without_secrets
 from rapidin_vdb.gradient.adapter import load_adapter
 from rapidin_vdb.gradient.causal import check_causal, check_kind, kind_of
 from rapidin_vdb.gradient.device import device_failure, lacks_memory, resolve_device
@@ -108,7 +108,7 @@ def load_config(name: str) -> Any:
         with quiet_libraries():
             return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"the model {name} cannot be loaded: {short(error)}. {_WANTED}") from error
+        raise ModelNotFoundError(f"the model {name} cannot be loaded: {short(error)}. {_WANTED}") from error
     except StrictDataclassError as error:
         raise ModelError(
             f"the configuration of the model {name} makes no sense to transformers: {short(error).rstrip('.')}. Mend "
@@ -161,9 +161,11 @@ def _check_place(name: str, what: str, file: str) -> None:
                 "a folder of their own"
             )
         if not (path / file).is_file():
-            raise ModelError(f"the {what} folder {name} has no {file}; give the folder that save_pretrained wrote")
+            raise ModelNotFoundError(
+                f"the {what} folder {name} has no {file}; give the folder that save_pretrained wrote"
+            )
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelError(f"no {what} at {without_secrets(name)}: no such folder")
+        raise ModelNotFoundError(f"no {what} at {without_secrets(name)}: no such folder")
 
 
 def _load_base(spec: ModelSpec, device: str) -> Any:
@@ -185,7 +187,8 @@ def _load_base(spec: ModelSpec, device: str) -> Any:
                 **options,
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
-        raise ModelError(_not_loaded(spec, device, error)) from error
+        kind = ModelNotFoundError if isinstance(error, OSError) else ModelError
+        raise kind(_not_loaded(spec, device, error)) from error
     _tell_unused(spec.model, sorted(report.get("unexpected_keys", ())))
     missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
     if missing:

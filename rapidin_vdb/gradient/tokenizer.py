@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from rapidin_vdb.errors import ModelError
+from rapidin_vdb.errors import ModelError, ModelNotFoundError
 from rapidin_vdb.gradient.quiet import quiet_libraries, short
 
 
@@ -19,7 +19,7 @@ def load_tokenizer(name: str) -> Any:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelError(f"no tokenizer can be loaded from {name}: {short(error)}") from error
+        raise ModelNotFoundError(f"no tokenizer can be loaded from {name}: {short(error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer of {name} cannot say where its tokens stand in the text (not a fast tokenizer)"
