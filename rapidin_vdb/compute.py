@@ -12,7 +12,7 @@ from typing import Any
 from rapidin_vdb.batches import padded_tokens
 from rapidin_vdb.corpus import Template, load_template
 from rapidin_vdb.engine import Engine, Made, load_engine
-from rapidin_vdb.errors import GradientError, SpecError
+from rapidin_vdb.errors import GradientError, MemoryTakenError, SpecError
 from rapidin_vdb.gradient import load_config, load_tokenizer, resolve_devices
 from rapidin_vdb.gradient.device import device_failure
 from rapidin_vdb.gradient.memory import if_it_fits
@@ -147,7 +147,7 @@ class BatchMaker:
         """Return what each sample of a batch is turned into, or why it cannot be.
 
         Raises:
-            GradientError: a sample does not fit the memory that is no longer than others before it.
+            MemoryTakenError: a sample does not fit the memory that is no longer than others before it.
         """
         # Short samples make large batches, and their tokens as many RapidGrads again.
         size = 2 * (self._token_width or 0) * sum(sample.response_tokens for sample in batch)
@@ -160,7 +160,7 @@ class BatchMaker:
             return made
         saved = len(batch) > 1 or self._engine.maker.save_memory()
         if not saved and longest <= self._fitted:
-            raise GradientError(
+            raise MemoryTakenError(
                 f"sample {batch[0].sample_id} does not fit the memory, where longer ones did before: something else "
                 "takes it up. What was done before is kept; run it again to go on"
             )

@@ -55,6 +55,10 @@ class GradientError(RapidInError):
     """A sample gave no gradient, or one that is not finite."""
 
 
+class MemoryTakenError(GradientError):
+    """The memory that there was for others like it is taken, by something else; it may be free again."""
+
+
 class TableError(RapidInError):
     """A database cannot be read or written."""
 

@@ -20,6 +20,7 @@ from rapidin_vdb.errors import (
     CorpusError,
     FilterError,
     FingerprintError,
+    MemoryTakenError,
     ModelError,
     OvertakenError,
     PurgedError,
@@ -272,7 +273,7 @@ def test_a_status_says_whose_fault_it_is(tmp_path, served, models, adapters):
     for error, status in (
         (SpecError("x"), 400), (CorpusError("x"), 400), (FilterError("x"), 400), (SampleNotFoundError("x"), 404),
         (ModelError("x"), 500), (TableError("x"), 500), (FingerprintError("x"), 500), (PurgedError("x"), 503),
-        (ScratchError("x"), 507), (BusyError("x"), 503), (LateError(), 504), (OvertakenError("x"), 503),
+        (ScratchError("x"), 507), (BusyError("x"), 503), (LateError(), 504), (OvertakenError("x"), 503), (MemoryTakenError("x"), 503),
         (SampleNotFoundError("no sample 'No space left on device'"), 404),
     ):  # fmt: skip
         assert status_of(error) == status, error

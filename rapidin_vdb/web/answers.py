@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from rapidin_vdb.errors import (
     FilterError,
+    MemoryTakenError,
     ModelError,
     OvertakenError,
     PurgedError,
@@ -36,7 +37,7 @@ STILL_HERE_EVENT = ": still at it\n\n"
 _MOMENT = 0.05
 """Seconds between two looks at a clock that stands still."""
 _STATUSES: tuple[tuple[tuple[type[Exception], ...], int], ...] = (
-    ((BusyError, PurgedError, OvertakenError), 503),
+    ((BusyError, PurgedError, OvertakenError, MemoryTakenError), 503),
     ((LateError,), 504),
     ((CancelledError,), 499),
     ((MovedError,), 409),
