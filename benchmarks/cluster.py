@@ -54,8 +54,8 @@ class Watch:
 
         start, done = Crew._start, Crew._done
 
-        def started(crew: Crew, *, doubted: bool = False) -> None:
-            start(crew, doubted=doubted)
+        def started(crew: Crew, **how: bool) -> None:
+            start(crew, **how)
             if self.killed is not None:
                 self._later.append([*crew._starting.values()][-1])
 

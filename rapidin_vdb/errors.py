@@ -3,7 +3,9 @@
 RapidInError
   CorpusError            a training record cannot be read or encoded
   ModelError             a model, adapter or tokenizer cannot be loaded
+    ModelNotFoundError     it is not where it was looked for, or not all of it
   GradientError          a sample gave no gradient, or one that is not finite
+    MemoryTakenError       the memory that there was before is taken by something else
   TableError             a database cannot be read or written
     TableNotFoundError     no database at this place
     SampleNotFoundError    no sample of that id

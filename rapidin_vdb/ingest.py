@@ -10,7 +10,7 @@ from rapidin_vdb.batches import Pair
 from rapidin_vdb.compute import Compute
 from rapidin_vdb.corpus import Template, Tokenizer
 from rapidin_vdb.engine import Made
-from rapidin_vdb.errors import CorpusError, GradientError, TableError
+from rapidin_vdb.errors import CorpusError, GradientError, RapidInError, TableError
 from rapidin_vdb.intake import Corpus, encoded_windows
 from rapidin_vdb.ledger import Entry, Ledger
 from rapidin_vdb.locks import keeping, wait
@@ -143,7 +143,14 @@ def _write(
         writer.commit()
     except BaseException as error:
         # On Ctrl-C too: what has been computed is not lost.
-        writer.commit(patient=isinstance(error, Exception))
+        try:
+            writer.commit(patient=isinstance(error, Exception))
+        except BaseException as later:
+            if not isinstance(later, Exception):  # in the middle of a pause
+                writer.commit(patient=False)
+            elif isinstance(error, RapidInError) and error is not later:
+                raise TableError(f"{error}; and what was done since the last commit is lost: {later}") from error
+            raise
         raise
     if done < plan.samples:
         raise CorpusError(
@@ -200,12 +207,14 @@ class _Writer:
             while (self._rows or self._tokens) and not self._gave_up:
                 waiting = self._rows, self._replacing, self._tokens, self._seen
                 done = self.added, self.replaced, self.unchanged, self.kept
+                begun = time.monotonic()
                 try:
                     with self._table.committing():
+                        until += time.monotonic() - begun  # what a lock was waited for is no part of it
                         self._commit_tokens()
                         self._commit_rows()
                 except TableError as error:
-                    if math.isnan(until):  # what a lock was waited for is no part of it
+                    if math.isnan(until):
                         until = time.monotonic() + (self._table.place.patience if patient else 0)
                     if time.monotonic() + pause > until or not may_pass(error):
                         self._gave_up = True

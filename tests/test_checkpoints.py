@@ -216,7 +216,7 @@ def test_who_has_moved_is_asked_for_and_who_is_refused_is_not(models, adapters, 
     with pytest.raises(ModelError, match="began as pissa_niter_4") as caught:
         rapidin_vdb.open(tmp_path / "db").load()
     assert "has moved" not in str(caught.value)
-    for gone in (adapter, model / "model.safetensors", model):
+    for gone in (adapter / "adapter_model.safetensors", adapter, model / "model.safetensors", model):
         shutil.move(gone, tmp_path / f"elsewhere-{gone.name}")
         with pytest.raises(ModelNotFoundError, match="If it has moved since init, say where it is: --model FOLDER"):
             rapidin_vdb.open(tmp_path / "db").load()

@@ -88,11 +88,10 @@ def test_what_will_not_pass_is_not_tried_again(database, more, monkeypatch, word
     assert len(calls) == 1
 
 
-def test_an_error_of_something_else_does_not_cost_the_rows_before_it(database, tmp_path, monkeypatch):
-    """The store may be away for the moment that a gradient cannot be had."""
-    monkeypatch.setattr(Folder, "patience", 30.0)
+@pytest.fixture
+def half_bad(database, tmp_path, monkeypatch):
+    """Records of which the last gives no gradient."""
     monkeypatch.setattr("rapidin_vdb.ingest._FIRST_PAUSE", 0.01)
-    calls = failing(monkeypatch, SampleTable, "append", times=2)
     records = [*toy_records(3, first=40), toy_records(1, first=50)[0] | {"output": "a much longer answer, " * 5}]
     make = database._loaded().maker.make_batch
 
@@ -102,9 +101,37 @@ def test_an_error_of_something_else_does_not_cost_the_rows_before_it(database, t
         return make(batch, **options)
 
     monkeypatch.setattr(database._loaded().maker, "make_batch", made)
+    return write_jsonl(tmp_path / "some.jsonl", records)
+
+
+def test_an_error_of_something_else_does_not_cost_the_rows_before_it(database, half_bad, monkeypatch):
+    """The store may be away for the moment that a gradient cannot be had."""
+    monkeypatch.setattr(Folder, "patience", 30.0)
+    calls = failing(monkeypatch, SampleTable, "append", times=2)
     with pytest.raises(GradientError, match="toy-050: the gradient is not finite"):
-        database.ingest(write_jsonl(tmp_path / "some.jsonl", records), batch_tokens=190)
+        database.ingest(half_bad, batch_tokens=190)
     assert len(calls) == 3 and database.count() == 27
+
+
+def test_where_it_does_both_are_told(database, half_bad, monkeypatch):
+    failing(monkeypatch, SampleTable, "append", times=100)
+    both = "toy-050: the gradient is not finite.*; and what was done since the last commit is lost: .*503 SlowDown"
+    with pytest.raises(TableError, match=both):
+        database.ingest(half_bad, batch_tokens=190)
+    assert database.count() == 24
+
+
+def test_an_interruption_of_that_is_no_reason_either(database, half_bad, monkeypatch):
+    monkeypatch.setattr(Folder, "patience", 30.0)
+    failing(monkeypatch, SampleTable, "append", times=1)
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("rapidin_vdb.ingest.wait", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        database.ingest(half_bad, batch_tokens=190)
+    assert database.count() == 27
 
 
 def test_an_answer_that_is_lost_behind_the_commit_doubles_nothing(database, more, monkeypatch):

@@ -7,6 +7,8 @@ import typer
 from rapidin_vdb.cli.options import DB, Device, Moved, MovedAdapter
 from rapidin_vdb.errors import SpecError
 
+_EXTRA = ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn")
+
 
 def serve(
     db: DB,
@@ -40,6 +42,8 @@ def serve(
     try:
         from rapidin_vdb.web import serve as answer
     except ImportError as error:  # also of one that is too old
+        if (error.name or "").partition(".")[0] not in _EXTRA:
+            raise
         raise SpecError(f"serve needs the extra [web]: pip install 'rapidin-vdb[web]' ({error})") from error
     answer(
         rapidin_vdb.open(db), host=host, port=port, writable=writable, token=token, served_as=served_as,

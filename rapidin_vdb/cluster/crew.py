@@ -44,18 +44,20 @@ class Crew:
         self._doubted: set[Any] = set()
         self._failed = self._refused = 0
         self._worked = False
-        # Those that have done no batch yet.
-        self._new: set[Any] = set()
+        # Those in the place of one that is lost.
+        self._instead: set[Any] = set()
         self._nodes = Counter[str]()  # lost with the batch that begins with this sample; "" with none
         self._hearer = Hearer()
         for _ in range(layout.workers):
             self._start()
 
-    def _start(self, *, doubted: bool = False) -> None:
+    def _start(self, *, doubted: bool = False, instead: bool = False) -> None:
         actor = self._ray.remote(GradientWorker).options(**self._layout.options).remote(self._spec)
         self._starting[actor.ready.remote()] = actor
         if doubted:
             self._doubted.add(actor)
+        if instead:
+            self._instead.add(actor)
 
     def share(self, batches: Iterator[Batch]) -> Iterator[tuple[Batch, list[Result]]]:
         """Yield batches with their results, in whatever order they come.
@@ -127,11 +129,11 @@ class Crew:
             self._ray.get(ref)
         except self._lost as error:
             if self._spared("", error):
-                self._start()
+                self._start(doubted=actor in self._doubted, instead=actor in self._instead)
                 return
             self._failed += 1
             if self._failed < _STARTS:
-                self._start()
+                self._start(doubted=actor in self._doubted, instead=actor in self._instead)
             elif self._given:
                 logger.warning(
                     "%d workers died while they started: %s; the other %d go on", self._failed, first_words(error),
@@ -142,7 +144,6 @@ class Crew:
             return
         self._failed = 0
         self._given[actor] = []
-        self._new.add(actor)
 
     def _done(self, ref: Any, waiting: Waiting) -> list[tuple[Batch, list[Result]]]:
         """Return what has become of a batch, or of all that an actor had which is lost."""
@@ -152,18 +153,13 @@ class Crew:
         except self._lost:
             return self._parted(actor, waiting)
         except ModelError as error:
-            # Whoever takes the place of one that had the model may be where it is not.
-            again = self._worked and self._refused < _STARTS
+            # Whoever takes the place of one that had the model may be where it is not; the next need not.
+            again = actor in self._instead and self._refused < _STARTS
             if len(self._given) + len(self._starting) < 2 and not again:
                 raise
-            self._dismiss(actor, waiting, error)
-            if again:
-                self._refused += 1
-                self._start()
+            self._dismiss(actor, waiting, error, again=again)
             return []
         self._worked = True
-        self._refused *= actor not in self._new
-        self._new.discard(actor)
         self._given[actor].remove(ref)
         self._doubted.discard(actor)
         return [(self._busy.pop(ref)[1], answer)]
@@ -175,13 +171,16 @@ class Crew:
             raise answer
         return answer
 
-    def _dismiss(self, actor: Any, waiting: Waiting, error: ModelError) -> None:
-        """Let an actor go that cannot load the model, as on a node that lacks it, for as long as there are others."""
-        logger.warning("%s; the others go on without that worker", error)
+    def _dismiss(self, actor: Any, waiting: Waiting, error: ModelError, *, again: bool) -> None:
+        """Let an actor go that cannot load the model, as on a node that lacks it; ask for another, or for none."""
+        logger.warning("%s; %s", error, "another is asked for" if again else "the others go on without that worker")
         self._ray.kill(actor)
         for ref in self._given.pop(actor):
             _, batch, attempt = self._busy.pop(ref)
             waiting.back(batch, attempt)
+        if again:
+            self._refused += 1
+            self._start(instead=True)
 
     def _parted(self, actor: Any, waiting: Waiting) -> list[tuple[Batch, list[Result]]]:
         """Part with an actor that is lost: return what it has done, and put the rest back into the queue."""
@@ -205,7 +204,8 @@ class Crew:
             except ModelError:
                 waiting.back(batch, attempt)  # whoever comes in its place finds out
         if not (isinstance(blamed, DeviceError) and actor in self._doubted):
-            self._start(doubted=isinstance(blamed, DeviceError))
+            self._refused = 0
+            self._start(doubted=isinstance(blamed, DeviceError), instead=True)
         return done
 
     def _with_node(self, batch: Batch, error: Exception) -> bool:

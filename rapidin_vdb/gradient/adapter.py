@@ -18,11 +18,20 @@ def _refuse_pickle(adapter: str) -> None:
     file = "adapter_model.safetensors"
     if Path(adapter).is_dir():
         there = (Path(adapter) / file).is_file()
+        if not there and not any(Path(adapter).glob("*.bin")):
+            raise ModelNotFoundError(
+                f"the adapter folder {adapter} has no {file}; give the folder that save_pretrained wrote, all of it"
+            )
     else:
         from transformers.utils import cached_file
 
-        cached_file(adapter, "adapter_config.json")  # or it says that there is no such adapter
-        there = cached_file(adapter, file, _raise_exceptions_for_missing_entries=False) is not None
+        try:
+            cached_file(adapter, "adapter_config.json")
+            there = cached_file(adapter, file, _raise_exceptions_for_missing_entries=False) is not None
+        except OSError as error:
+            raise ModelNotFoundError(
+                f"no adapter at {adapter}: neither a folder nor a name that can be reached ({short(error)})"
+            ) from error
     if not there:
         raise ModelError(
             f"the adapter {adapter} has no {file}; pickled weights (.bin) are not loaded, for they can run code: save "
@@ -63,10 +72,6 @@ def load_adapter(model: Any, adapter: str, base: str, device: str) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError, TypeError, MemoryError) as error:
         if is_out_of_memory(error):
             raise ModelError(f"{device} has no memory for the adapter {adapter}: {short(error)}") from error
-        if not Path(adapter).is_dir() and isinstance(error, OSError | ValueError) and "find" in str(error).lower():
-            raise ModelNotFoundError(
-                f"no adapter at {adapter}: neither a folder nor a name that can be reached"
-            ) from error
         raise ModelError(
             f"the adapter {adapter} does not fit the model {base}: {short(error)}. "
             f"Was it made for another model?{_made_for(adapter)}"

@@ -108,7 +108,8 @@ def load_config(name: str) -> Any:
         with quiet_libraries():
             return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise ModelNotFoundError(f"the model {name} cannot be loaded: {short(error)}. {_WANTED}") from error
+        kind = ModelNotFoundError if isinstance(error, OSError) else ModelError
+        raise kind(f"the model {name} cannot be loaded: {short(error)}. {_WANTED}") from error
     except StrictDataclassError as error:
         raise ModelError(
             f"the configuration of the model {name} makes no sense to transformers: {short(error).rstrip('.')}. Mend "

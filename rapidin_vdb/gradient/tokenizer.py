@@ -19,7 +19,8 @@ def load_tokenizer(name: str) -> Any:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise ModelNotFoundError(f"no tokenizer can be loaded from {name}: {short(error)}") from error
+        kind = ModelNotFoundError if isinstance(error, OSError) else ModelError
+        raise kind(f"no tokenizer can be loaded from {name}: {short(error)}") from error
     if not tokenizer.is_fast:
         raise ModelError(
             f"the tokenizer of {name} cannot say where its tokens stand in the text (not a fast tokenizer)"

@@ -16,7 +16,7 @@ def faiss() -> Any:
     except ImportError as error:
         raise SpecError(
             f"FAISS cannot be imported ({error}). On a machine without an NVIDIA GPU: pip install 'rapidin-vdb[cpu]', "
-            "with one: pip install 'rapidin-vdb[gpu]' (not both: they provide the same module)"
+            "with one, and an x86-64: pip install 'rapidin-vdb[gpu]' (not both: they provide the same module)"
         ) from error
     return module
 

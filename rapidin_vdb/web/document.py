@@ -109,7 +109,8 @@ _REFUSALS = {
     415: "The request is not JSON.",
     421: "The host is not served here.",
     500: "The database or the model cannot be read, or something went wrong in the server.",
-    503: "Too many requests are waiting, the server is stopping, or a purge or another writer came between; try again.",
+    503: "Too many requests are waiting, the server is stopping, a purge or another writer came between, or something "
+    "else takes the memory; try again.",
     504: "The request took too long.",
     507: "There is no room on the server's disk.",
 }
