@@ -34,6 +34,17 @@ def failing(monkeypatch, kind, name: str, *, times: int, done_before: bool = Fal
     return calls
 
 
+def interrupted_between(monkeypatch) -> None:
+    """Let the first commit fail, and a Ctrl-C come in the pause behind it."""
+
+    def interrupted(seconds):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Folder, "patience", 30.0)
+    failing(monkeypatch, SampleTable, "append", times=1)
+    monkeypatch.setattr("rapidin_vdb.ingest.wait", interrupted)
+
+
 def contents(database) -> list[str]:
     return sorted(sample.sample_id for sample in database.samples(limit=100)[0])
 
@@ -122,13 +133,7 @@ def test_where_it_does_both_are_told(database, half_bad, monkeypatch):
 
 
 def test_an_interruption_of_that_is_no_reason_either(database, half_bad, monkeypatch):
-    monkeypatch.setattr(Folder, "patience", 30.0)
-    failing(monkeypatch, SampleTable, "append", times=1)
-
-    def interrupted(seconds):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("rapidin_vdb.ingest.wait", interrupted)
+    interrupted_between(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         database.ingest(half_bad, batch_tokens=190)
     assert database.count() == 27
@@ -160,13 +165,7 @@ def test_an_answer_that_is_lost_behind_the_commit_doubles_nothing(database, more
 
 
 def test_an_interruption_between_two_tries_is_no_reason_to_lose_rows(database, more, monkeypatch):
-    monkeypatch.setattr(Folder, "patience", 30.0)
-    failing(monkeypatch, SampleTable, "append", times=1)
-
-    def interrupted(seconds):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("rapidin_vdb.ingest.wait", interrupted)
+    interrupted_between(monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         database.ingest(more)
     assert database.count() == 30 and len(set(contents(database))) == 30
