@@ -82,7 +82,7 @@ class Database(SampleReader):
             raise SpecError("no file to ingest")
         least_one = {"limit": limit, "batch-tokens": batch_tokens, "workers-per-device": workers_per_device}
         for name, value in least_one.items():
-            value is None or whole(f"--{name}", value, 1)
+            whole(f"--{name}", 1 if value is None else value, 1)
         one_of("on-bad-record", on_bad_record, OnBadRecord)
         one_of("on-duplicate", on_duplicate, OnDuplicate)
         one_of("on-deleted", on_deleted, OnDeleted)

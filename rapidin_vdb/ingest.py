@@ -142,15 +142,7 @@ def _write(
             progress("tokens", tokens, max(plan.tokens, tokens))
         writer.commit()
     except BaseException as error:
-        # On Ctrl-C too: what has been computed is not lost.
-        try:
-            writer.commit(patient=isinstance(error, Exception))
-        except BaseException as later:
-            if not isinstance(later, Exception):  # in the middle of a pause
-                writer.commit(patient=False)
-            elif isinstance(error, RapidInError) and error is not later:
-                raise TableError(f"{error}; and what was done since the last commit is lost: {later}") from error
-            raise
+        writer.commit_behind(error)
         raise
     if done < plan.samples:
         raise CorpusError(
@@ -228,6 +220,22 @@ class _Writer:
                     pause = min(2 * pause, _LONGEST_PAUSE)
         self._bytes = 0
         self._since = time.monotonic()
+
+    def commit_behind(self, error: BaseException) -> None:
+        """Commit what waits behind an error, or a Ctrl-C: what has been computed is not lost.
+
+        Raises:
+            TableError: it is; both are told.
+        """
+        try:
+            self.commit(patient=isinstance(error, Exception))
+        except Exception as later:
+            if isinstance(error, RapidInError):
+                raise TableError(f"{error}; and what was done since the last commit is lost: {later}") from error
+            raise
+        except BaseException:  # in the middle of a pause
+            self.commit(patient=False)
+            raise
 
     # Both are emptied first: a Ctrl-C in the middle must not write rows a second time that Lance goes on to write.
 
