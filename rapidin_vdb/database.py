@@ -27,7 +27,7 @@ from rapidin_vdb.roads import choose_road, token_width_for
 from rapidin_vdb.store import SampleTable, TableVersion, undisturbed, undisturbed_each
 from rapidin_vdb.verification import verify
 
-Place = str | Path  # of a model or an adapter: a folder, or its name on the hub
+Moved = str | Path | None  # where a model or an adapter is, if it has moved since `init`
 
 
 class Database(SampleReader):
@@ -42,7 +42,7 @@ class Database(SampleReader):
             "token": IndexKeeper(table.place.cache / "token_indexes", cached=table.place.cached),
         }
 
-    def load(self, *, model: Place | None = None, adapter: Place | None = None, device: str = "auto") -> None:
+    def load(self, *, model: Moved = None, adapter: Moved = None, device: str = "auto") -> None:
         """Load the model now; `model` and `adapter` say where they are, if they have moved since `init`.
 
         Raises:
@@ -62,7 +62,7 @@ class Database(SampleReader):
         limit: int | None = None, batch_tokens: int | None = None, device: str = "auto", workers_per_device: int = 1,
         cluster: str | None = None, on_bad_record: OnBadRecord = "stop", on_duplicate: OnDuplicate = "error",
         on_deleted: OnDeleted = "add", token_gradients: bool = False, token_width: int | None = None,
-        dry_run: bool = False, model: Place | None = None, adapter: Place | None = None, progress: Progress = silent,
+        dry_run: bool = False, model: Moved = None, adapter: Moved = None, progress: Progress = silent,
     ) -> IngestReport | IngestEstimate:  # fmt: skip
         """Add the records of some files; samples that are there already are left alone.
 
@@ -104,7 +104,7 @@ class Database(SampleReader):
             return estimate(self._table, corpus, road.compute, workers=workers, devices=devices, **options)
         return ingest(self._table, corpus, road.compute, **options)
 
-    def _engine_on(self, model: Place | None, adapter: Place | None, device: str, *, elsewhere: bool) -> Engine:
+    def _engine_on(self, model: Moved, adapter: Moved, device: str, *, elsewhere: bool) -> Engine:
         """Return the engine; if it may be `elsewhere` than it is loaded, one on this very device."""
         here = self._engine
         if here is None:
@@ -158,8 +158,8 @@ class Database(SampleReader):
         histogram: int = 0,
         index: str | None = None,
         as_of: int | None = None,
-        model: Place | None = None,
-        adapter: Place | None = None,
+        model: Moved = None,
+        adapter: Moved = None,
         device: str = "auto",
         cluster: str | None = None,
         progress: Progress = silent,
@@ -197,9 +197,7 @@ class Database(SampleReader):
         self.prepare(question, model=model, adapter=adapter, device=device)
         return undisturbed(lambda: list(self.ask(question, asked, cluster=cluster, progress=progress)))()
 
-    def prepare(
-        self, question: Question, *, model: Place | None = None, adapter: Place | None = None, device: str = "auto"
-    ) -> None:
+    def prepare(self, question: Question, *, model: Moved = None, adapter: Moved = None, device: str = "auto") -> None:
         """See that a question can be answered, and load the model where that is still to be done.
 
         Raises:

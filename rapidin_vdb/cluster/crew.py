@@ -129,6 +129,7 @@ class Crew:
             self._ray.get(ref)
         except self._lost as error:
             if self._spared("", error):
+                logger.warning("a node of the cluster is gone, with a worker that had not begun: another is asked for")
                 self._start(doubted=actor in self._doubted, instead=actor in self._instead)
                 return
             self._failed += 1
