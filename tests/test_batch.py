@@ -619,3 +619,28 @@ class Nobody:
     def dense(self, number, first, grads): ...
 
     def rows(self, number, sample, ids, grads): ...
+
+
+def test_tokens_of_a_model_whose_embedding_is_tuned_sum_to_the_sample(models):
+    """Rows of an embedding have the scale of their token too."""
+    loaded = load_model(ModelSpec(model=str(models["llama"]), parameters="all"), device="cpu")
+    maker, norms = RapidGradMaker(loaded, spec=SKETCH, normalize="layer"), {}
+    batch = samples((12, 30, 7))
+    made = maker.make_batch(batch, norms=norms)
+    tokens = TokenRapidGradMaker(maker, width=SKETCH.width).make(batch, norms)
+    for sample, (vector, _) in zip(batch, made, strict=True):
+        total = tokens[sample.sample_id].astype(np.float64).sum(0)
+        np.testing.assert_allclose(total, vector, atol=5e-3 * np.abs(vector).max())
+
+
+def test_a_token_that_the_model_does_not_know_is_an_error_in_its_place(models):
+    loaded = load_model(ModelSpec(model=str(models["llama"]), parameters="all"), device="cpu")
+    maker = RapidGradMaker(loaded, spec=SKETCH, normalize="layer")
+    batch = samples((9, 12, 30, 5))
+    known = loaded.known_tokens
+    batch[1] = dataclasses.replace(batch[1], input_ids=(*batch[1].input_ids[:-1], known))
+    batch[3] = dataclasses.replace(batch[3], input_ids=(*batch[3].input_ids[:-1], known - 1))
+    first, unknown, third, last = maker.make_batch(batch)
+    assert str(unknown) == f"sample s1: token id {known}, but the model knows only {known} tokens"
+    for sample, (vector, _) in ((batch[0], first), (batch[2], third), (batch[3], last)):
+        np.testing.assert_allclose(vector, slow(loaded, sample), atol=1e-4 * np.abs(vector).max())

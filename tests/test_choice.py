@@ -327,3 +327,19 @@ def test_the_same_records_in_another_format_are_what_was_scored(tmp_path, models
     for form in ("csv", "parquet"):
         report = database.clean(written(tmp_path, records, form), out=tmp_path / f"{form}.jsonl", where="true")
         assert (report.left_out, report.changed) == (3, 0)
+
+
+def test_of_what_was_deleted_twice_the_last_text_counts(filled, tmp_path):
+    database, _ = filled
+    database.delete(ids=["toy-001"])
+    changed = [record | {"output": "second"} if record["id"] == "toy-001" else record for record in toy_records(12)]
+    again = write_jsonl(tmp_path / "again.jsonl", changed)
+    assert database.ingest(again).added == 1
+    database.delete(ids=["toy-001"])
+    out = tmp_path / "out.jsonl"
+    report = database.clean(again, out=out, ids=["toy-001", "toy-002"])
+    assert (report.left_out, report.by_id_alone, report.changed) == (2, 0, 0)
+    out.unlink()
+    # The first text is another one's by now.
+    first = write_jsonl(tmp_path / "first.jsonl", toy_records(12))
+    assert refused(database, first, out=out, ids=["toy-001", "toy-002"])[0].startswith("1 record has the id")

@@ -53,7 +53,9 @@ def filled(first, tmp_path):
     return rapidin_vdb.open(tmp_path / "db")
 
 
-def test_lines_stay_byte_for_byte(filled, files, tmp_path):
+@pytest.mark.parametrize("window", [1024, 3])
+def test_lines_stay_byte_for_byte(filled, files, tmp_path, monkeypatch, window):
+    monkeypatch.setattr(cleaning, "_WINDOW", window)
     (path, table, array), lines = files
     out = tmp_path / "out.jsonl"
     report = filled.clean(path, table, array, out=out, ids=["b", "g", "nowhere"])

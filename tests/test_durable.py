@@ -121,3 +121,34 @@ def test_another_database_at_the_same_place_is_not_taken_for_this_one(tmp_path, 
         with pytest.raises(TableError, match="another database was made at .*db meanwhile"):
             change()
     assert second.info().samples == 6
+
+
+def test_an_index_is_on_the_disk_before_the_manifest_that_names_it(tmp_path, synced):
+    """Whole, and what is added to it, and which of its rows are gone."""
+    from rapidin_vdb.freshness import IndexKeeper
+    from rapidin_vdb.recipe import IndexRecipe
+
+    table = SampleTable.create(str(tmp_path / "db"), FINGERPRINT)
+    table.append(seen=0, rows=[row(f"s{number}") for number in range(20)])
+    folder = tmp_path / "indexes"
+    keeper, recipe = IndexKeeper(folder), IndexRecipe(name="cpu", shards_per_device=2)
+
+    def named() -> set[str]:
+        return {str(path) for path in (folder / "cpu").glob("*.npy")}
+
+    before: set[str] = set()
+    for change in (
+        lambda: None,
+        lambda: table.append(seen=table.snapshot().version, rows=[row("more")]),
+        lambda: table.delete_ids(["s3"]),
+    ):
+        change()
+        synced.clear()
+        keeper.build(table.snapshot(), recipe)
+        new = named() - before
+        written = [path for path in synced if path.startswith(str(folder))]
+        assert new and written[-1].endswith(".json"), "the manifest comes last"
+        # The list of what is gone is on the disk by the name that it has in the end.
+        assert new <= set(written[:-1]), (new, written)
+        before = named()
+    assert any(Path(path).name.startswith("gone-") for path in before)

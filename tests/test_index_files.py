@@ -259,19 +259,24 @@ def test_reading_ahead_hands_on_errors_and_stops_when_nobody_waits():
 
 @pytest.mark.parametrize("count", [1, 2, 3, 4, 5, 32, 33, 40])
 @pytest.mark.parametrize("picked", [False, True])
-def test_inner_products_of_half_precision_rows(count, picked):
+@pytest.mark.parametrize("few", [False, True], ids=["one block", "blocks of 7 rows"])
+def test_inner_products_of_half_precision_rows(count, picked, few, monkeypatch):
+    if few:
+        monkeypatch.setattr("rapidin_vdb.index.half._BLOCK_BYTES", 4 * 333 * 7)
     draw = np.random.default_rng(0)
     halves = draw.standard_normal((50, 333)).astype(np.float16)
     halves[3] = 0.0
     halves[4] *= 1e-4  # subnormal
     halves[5, :5] = [65504, -65504, 6e-8, -6e-8, -0.0]
-    picks = np.array([3, 4, 5, 17, 49]) if picked else None
+    picks = np.array([3, 4, 5, 17, 18, 19, 30, 44, 49]) if picked else None
     asked = draw.standard_normal((count, 333)).astype(np.float32)
     wanted = halves if picks is None else halves[picks]
     found = inner_products(halves.view(np.uint16), asked, picks)
     slow = asked.astype(np.float64) @ wanted.astype(np.float64).T
     norms = np.linalg.norm(asked, axis=1)[:, None] * np.linalg.norm(wanted.astype(np.float64), axis=1)
     assert (np.abs(found - slow) <= 1e-6 * norms).all()
+    halves.flags.writeable = False  # as rows of a mapped file are
+    np.testing.assert_array_equal(inner_products(halves.view(np.uint16), asked, picks), found)
     np.testing.assert_allclose(
         exact_inner_products(wanted.view(np.uint16), asked[0].astype(np.float64)), slow[0], rtol=1e-12, atol=1e-12
     )

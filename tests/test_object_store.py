@@ -603,6 +603,48 @@ def test_a_lease_is_held_by_one(bucket):
     assert fenced == [], "the second one fences, and only where the first had not let go"
 
 
+def test_a_renewal_that_fails_loses_no_lease(bucket, monkeypatch):
+    """One that gets no answer is tried again; of one that was refused, it is asked whose the lease is."""
+    import obstore
+    from obstore.exceptions import GenericError, PreconditionError
+
+    held, fenced = lease(bucket)
+    real, outcomes, seen = obstore.put, [], []
+
+    def put(store, name, content, **options):
+        how = outcomes.pop(0) if outcomes else "well"
+        if how == "no answer":
+            seen.append(how)
+            raise GenericError("timed out")
+        made = real(store, name, content, **options)
+        seen.append(how)  # once it is done: what the store refuses is none
+        if how == "answer lost":
+            raise PreconditionError("tried twice, and the first had done it")
+        return made
+
+    monkeypatch.setattr(obstore, "put", put)
+    with held:
+        for how in ("no answer", "answer lost"):
+            seen.clear()
+            outcomes.append(how)
+            time.sleep(1.3)  # twice as long as it may stand still
+            assert seen[0] == how and seen.count("well") >= 2, "it is renewed again"
+            assert held.check()
+    assert fenced == []
+
+
+def test_a_table_is_opened_before_the_lease_is_looked_at(bucket):
+    """Else who lost it in between would commit on top of what a successor wrote."""
+    order = []
+    place = SimpleNamespace(
+        _connection=SimpleNamespace(open_table=lambda name: order.append("open") or SimpleNamespace(version=3)),
+        lock=SimpleNamespace(check=lambda: order.append("check")),
+        _is_whole=lambda name, version: True,
+    )
+    assert type(place_of(bucket)).open_table(place, "samples").version == 3
+    assert order == ["open", "check"]
+
+
 def test_whoever_waits_for_a_lease_can_give_up(bucket):
     (first, _), (second, _) = lease(bucket), lease(bucket)
 

@@ -343,3 +343,19 @@ def test_wide_rows_are_read_in_small_batches(database, tmp_path, monkeypatch):
     database.delete(where="sample_id = 'toy-005'", purge=True)
     assert asked[4:] == [1, 1] and database.count() == 21
     assert database.verify().findings == ()
+
+
+def test_what_a_killed_writer_left_in_the_table_is_gone_too(database):
+    """No version names it, and it is too young for Lance to take it away by itself."""
+    table = Path(database.path) / "samples.lance"
+    left = [
+        table / "data" / "left.lance",
+        table / "_indices" / "left" / "page.lance",
+        table / "_transactions" / "0-x.txn",
+    ]
+    for path in left:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"of an ingest that was killed before its commit")
+    database.delete(ids=["toy-003"], purge=True)
+    assert [path.name for path in left if path.exists()] == []
+    assert database.count() == 23 and not database.verify().findings

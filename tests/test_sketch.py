@@ -10,6 +10,8 @@ from reference import shuffled, sketched
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.sketch import BucketMap, Sketch, draw_shuffle, fold, padded_length
+from rapidin_vdb.sketch.shuffle import draw_packed_signs
+from rapidin_vdb.sketch.sketch import map_bytes
 
 
 def sketch_of(spec: SketchSpec, grad: np.ndarray, cuts: tuple[int, ...] = ()) -> np.ndarray:
@@ -131,12 +133,38 @@ def test_signs_are_balanced_and_independent_of_the_seed_next_door():
         assert abs(negative.mean() - 0.5) < 5 * 0.5 / np.sqrt(count)
 
 
-def test_draws_never_change():
+@pytest.mark.parametrize(
+    ("spec", "count", "wanted"),
+    [
+        (SketchSpec(), 100_000, "be7ba0b482843bb6"),  # 2^17 with its padding, and 2^18: both kinds of length
+        (SketchSpec(), 200_000, "270d7cd1ab0084f0"),
+        (SketchSpec(width=1024, shuffles=100, seed=7), 300_000, "2cf1019c83074cd7"),
+        (SketchSpec(width=64, shuffles=1, seed=1), 1000, "713a03dfc5806488"),
+        (SketchSpec(width=2, shuffles=3, seed=0), 3, "937d994a6539e281"),
+    ],
+)
+def test_draws_never_change(spec, count, wanted):
     """Databases on disk depend on it: if this fails, raise SCHEME instead of changing the number."""
-    made = BucketMap(SketchSpec(), 100_000)
-    digest = hashlib.sha256(made.positions(0, 100_000).numpy().astype("<i8").tobytes())
-    digest.update(made.negative(0, 100_000).numpy().tobytes())
-    assert digest.hexdigest()[:16] == "be7ba0b482843bb6"
+    made = BucketMap(spec, count)
+    digest = hashlib.sha256(made.positions(0, count).numpy().astype("<i8").tobytes())
+    digest.update(made.negative(0, count).numpy().tobytes())
+    assert digest.hexdigest()[:16] == wanted
+
+
+@pytest.mark.parametrize(
+    ("length", "wanted"),
+    [(1 << 30, "de47570048c36e5b"), (1 << 31, "3cd9f683a974c2ee"), (1 << 32, "3cd9f683a974c2ee")],
+)
+def test_draws_of_long_gradients_never_change(length, wanted):
+    """Those of models of billions of parameters, whose maps nobody would compose for a test."""
+    digest = hashlib.sha256()
+    for step in draw_shuffle(SketchSpec(shuffles=2), length):
+        for permutation in (step.row_permutation, step.column_permutation):
+            digest.update(np.asarray(permutation, "<i8").tobytes())
+    assert digest.hexdigest()[:16] == wanted
+    far = (1 << 31) + 5
+    signs = hashlib.sha256(draw_packed_signs(SketchSpec(), far, far + 1000).tobytes())
+    assert signs.hexdigest()[:16] == "f8f2df02d0b9d4c6"
 
 
 @pytest.mark.parametrize("cuts", [(), (7, 900), (1, 2, 3, 999)])
@@ -219,3 +247,11 @@ def test_gradients_are_added_in_parts(monkeypatch):
     monkeypatch.setattr(module, "_ADDED", 64)
     Sketch(spec, [1003]).add(parts, 0, grad)
     torch.testing.assert_close(parts, whole)
+
+
+def test_the_map_takes_half_of_the_free_memory_at_the_most(monkeypatch):
+    spec, lengths = SketchSpec(width=64), [4000]
+    taken = map_bytes(4000, 64)
+    for free, place in ((2 * taken + 2, "device"), (2 * taken - 2, "nowhere")):
+        monkeypatch.setattr("rapidin_vdb.sketch.sketch.free_bytes", lambda device, free=free: free)
+        assert Sketch(spec, lengths).keep == place

@@ -143,6 +143,11 @@ def test_the_lengths_of_groups_are_asked_for_once(fingerprint):
     group_sums(index, queries, 1 - groups, fingerprint)
     group_sums(index, queries, groups[:8], fingerprint)
     assert index.asked == [2, PROBES, 2, 2, PROBES, 2, PROBES]
+    # Of other rows they are others, though these go to the same groups.
+    firsts, lasts = (
+        uncertainty._key(np.arange(start, start + 4), np.array([0, 1, 0, 1]), np.array([2, 2])) for start in (0, 5)
+    )
+    assert firsts != lasts
     alone = group_sums(index, queries, np.arange(9), fingerprint)
     known = score_errors(queries, fingerprint)[:, None]
     np.testing.assert_allclose(alone[1] ** 2, known**2 + (shared_bucket(416, 64) ** 0.5 * 1.5 * alone[0]) ** 2)

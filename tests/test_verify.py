@@ -16,6 +16,7 @@ from reference import ids_in
 import rapidin_vdb
 from rapidin_vdb.errors import RapidInError, TableError, UnreadableIndexError
 from rapidin_vdb.recipe import IndexRecipe
+from rapidin_vdb.store.checksum import row_checksum, with_fields
 from rapidin_vdb.store.fingerprint import read_fingerprint, write_fingerprint
 
 ASKED = ("Say 5", "blue 35")
@@ -92,6 +93,21 @@ def test_what_is_wrong_with_a_sample_is_told(database, columns, wanted):
     rewrite(database, **columns)
     found = findings(database)
     assert len(found) == len(wanted) and all(one.startswith(other) for one, other in zip(found, wanted, strict=True))
+
+
+@pytest.mark.parametrize("column", ["input_ids", "token_offsets"])
+def test_a_changed_list_is_told_too(database, column):
+    """From these, exact scores and those of tokens are taken."""
+    table = database._table._table
+    row = table.search().where("sample_id = 'toy-003'").to_arrow()
+    place, (old,) = row.schema.get_field_index(column), row[column].to_pylist()
+    # Within the text still: what else looks at them finds nothing.
+    other = pa.array([[*old[:-2], old[-1], old[-1]]], row.schema.field(place).type)
+    assert other.to_pylist() != [old]
+    table.merge_insert("sample_id").when_matched_update_all().execute(
+        row.set_column(place, row.schema.field(place), other)
+    )
+    assert "toy-003: its row is not what was written" in findings(database)
 
 
 def test_columns_that_come_later_or_are_widened_change_no_checksum(database, tmp_path):
@@ -426,3 +442,11 @@ def test_an_index_that_cannot_be_read_now_is_told_and_stays(database, monkeypatc
         assert again.query(*ASKED, top_k=3)[0].results == right, "from the table"
     assert {path.name: path.stat().st_mtime_ns for path in place.iterdir()} == before
     assert rapidin_vdb.open(database.path).verify().findings == ()
+
+
+def test_checksums_never_change():
+    """`verify` would call every row of every database wrong; a new kind of checksum needs a mark of its own."""
+    vector = np.array([1.5, -2.0, 0.0, 6e-8], np.float16)
+    assert row_checksum(["a", None, "é\n", True, 17, 0.1], [[1, 5, 6], [0, 1, 1, 3], []], vector) == 1282463904
+    fields = {"Stars": 3, "lang": "日本", "ok": True, "x": None, "share": 0.25, "big": 2**60 + 1}
+    assert with_fields(12345, fields) == 7962116794024472633

@@ -255,8 +255,13 @@ def _products(
     """Return inner products, with sums in single precision."""
     if rows.device.type == "cpu":  # which knows no such product
         return asked.float() @ rows.float().T
+    return _added(asked, rows, partial(torch.mm, out_dtype=torch.float32))
+
+
+def _added(asked: Tensor, rows: Tensor, product: Callable[[Tensor, Tensor], Tensor]) -> Float32[Tensor, "queries rows"]:
+    """Return inner products, added up from those of pieces."""
     total = torch.zeros(len(asked), len(rows), device=rows.device)
     for first in range(0, rows.shape[1], _PIECE):
         piece = slice(first, first + _PIECE)
-        total += torch.mm(asked[:, piece], rows[:, piece].T, out_dtype=torch.float32)
+        total += product(asked[:, piece], rows[:, piece].T)
     return total
