@@ -46,10 +46,6 @@ class Choice:
     id_field: str
     """Which field of records holds the id."""
 
-    def look(self, names: Iterator[str]) -> dict[str, Entry]:
-        """Return what is known of some ids."""
-        return self.ledger.look(names)
-
     def verdict(self, record: Record, name: str, known: Entry) -> Verdict:
         """Say what a record of an id is."""
         if self.absent == (known.there is not None):

@@ -92,7 +92,7 @@ def write_cleaned(
         tally = _Tally(missing=wanted)
         records = _named(paths, id_field)
         while window := list(islice(records, _WINDOW)):
-            known = choice.look(one.name for one in window if isinstance(one.name, str))
+            known = choice.ledger.look(one.name for one in window if isinstance(one.name, str))
             for one in window:
                 if isinstance(one.name, str):
                     (some[0] if len(some[0]) < _LOOKED_UP else some[1]).append(one.name)

@@ -18,6 +18,7 @@ from rapidin_vdb.index import (
     load_index,
     manifest_of,
     measured_recall,
+    readable_manifest,
     with_recall,
     write_index,
 )
@@ -198,9 +199,6 @@ class IndexKeeper:
         if self._cached:
             note_use(self.folder / name)
 
-    def _manifest(self, name: str) -> Manifest | None:
-        return next((known for known in list_manifests(self.folder) if known.name == name), None)
-
     def _chosen(self, name: str | None) -> list[Manifest]:
         manifests = list_manifests(self.folder)
         if name is not None and name not in [manifest.name for manifest in manifests]:
@@ -214,7 +212,7 @@ class IndexKeeper:
         try:
             return load_index(self.folder, manifest)
         except SpecError:
-            return load_index(self.folder, self._manifest(manifest.name) or manifest)
+            return load_index(self.folder, readable_manifest(self.folder, manifest.name) or manifest)
 
     def _from_disk(self, snapshot: TableVersion, manifests: list[Manifest], progress: Progress) -> ShardedIndex | None:
         # One that holds this version first; and what is asked for exactly is not answered by a coarse one.
@@ -226,7 +224,7 @@ class IndexKeeper:
                     index = self._loaded(manifest, snapshot, progress)
                 except SpecError as error:
                     # Damaged, or replaced by somebody else while it was read.
-                    again = self._manifest(manifest.name)
+                    again = readable_manifest(self.folder, manifest.name)
                     if again is None or again == manifest:
                         logger.warning("%s", error)
                         break
@@ -264,7 +262,7 @@ class IndexKeeper:
         except UnreadableIndexError:
             raise  # it may be sound
         except SpecError as error:
-            again = self._manifest(manifest.name)
+            again = readable_manifest(self.folder, manifest.name)
             # Whoever held the lock may have brought it to this version, or on the way to it.
             if again is not None and again != manifest and again.index_recipe == manifest.index_recipe:
                 return self._sound(again, snapshot, progress=progress)

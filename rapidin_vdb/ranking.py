@@ -11,7 +11,6 @@ from rapidin_vdb.question import Question
 from rapidin_vdb.records import Scalar
 from rapidin_vdb.results import GroupInfluence, Histogram, RankedSample, Ranking, Seconds, StoredSample
 from rapidin_vdb.store import Snapshot
-from rapidin_vdb.store.fingerprint import read_identity
 from rapidin_vdb.table_index import coarse_note
 from rapidin_vdb.uncertainty import chance, score_errors, surveyed
 
@@ -60,15 +59,10 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
             score_error=said[number],
             note=_note(sketched, number, missed, [end[number] for end in scored], said[number], searched, question),
             table_version=snapshot.version,
-            identity=identity_of(snapshot),
+            identity=snapshot.identity,
         )
         for number, query_id in enumerate(sketched.query_ids)
     ]
-
-
-def identity_of(snapshot: Snapshot) -> str:
-    """Return what tells the database of a version from others."""
-    return read_identity(snapshot.schema.metadata, place=snapshot.place.uri)
 
 
 def _note(

@@ -18,9 +18,9 @@ from rapidin_vdb.index import (
     TableSource,
     Texts,
     empty_index,
-    list_manifests,
     load_keys,
     make_shard,
+    readable_manifest,
 )
 from rapidin_vdb.machine import free_bytes
 from rapidin_vdb.progress import Progress
@@ -262,9 +262,10 @@ def with_what_coarse_finds(folder: Path, index: ShardedIndex) -> ShardedIndex:
     """Warn where an index is not exact; return it with what was measured of it, for the notes of its rankings."""
     if not index.recipe.coarse_width:
         return index
-    for recall in (known.recall for known in list_manifests(folder) if known.name == index.recipe.name):
+    manifest = readable_manifest(folder, index.recipe.name)
+    if manifest is not None:
         # The same object, where it may be: what is known of an index goes by that.
-        index = index if index.recall == recall else replace(index, recall=recall)
+        index = index if index.recall == manifest.recall else replace(index, recall=manifest.recall)
         logger.warning("%s", _measured(index, ("recall", "recall_harmful")))
     return index
 

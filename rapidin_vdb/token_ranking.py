@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from rapidin_vdb.index import Searchable, narrowed, survey
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
-from rapidin_vdb.ranking import cut_note, ends_of, identity_of, seconds_of
+from rapidin_vdb.ranking import cut_note, ends_of, seconds_of
 from rapidin_vdb.results import RankedToken, Ranking, StoredSample
 from rapidin_vdb.store import Snapshot, TokenSnapshot, token_of
 from rapidin_vdb.table_index import coarse_note
@@ -49,7 +49,7 @@ def rank_tokens(
             without_tokens=len(matching) - having,
             note="; ".join(filter(None, (cut_note(sketched, number), missed, missing))) or None,
             table_version=snapshot.version,
-            identity=identity_of(snapshot),
+            identity=snapshot.identity,
         )
         for number, query_id in enumerate(sketched.query_ids)
     ]

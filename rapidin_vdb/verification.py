@@ -10,7 +10,15 @@ import numpy as np
 
 from rapidin_vdb.errors import PurgedError, RapidInError, SpecError, TableError, UnreadableIndexError
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.index import MANIFEST, Manifest, index_folders, list_manifests, manifest_of, verify_rows
+from rapidin_vdb.index import (
+    MANIFEST,
+    Manifest,
+    index_folders,
+    list_manifests,
+    manifest_of,
+    readable_manifest,
+    verify_rows,
+)
 from rapidin_vdb.ledger import Names, Numbers
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.results import Finding, VerifyReport
@@ -37,9 +45,8 @@ def verify(
     """Read all of a database, and say what is wrong; what is only a cache is mended.
 
     Tables are read row by row: ids that stand twice, vectors that are not finite or zero, offsets outside their text,
-    rows that are not what was written, tokens without their sample. Filters are answered from scalar indices and
-    without. Built indexes are read and compared with their checksums. What is damaged of these is made anew; where
-    that fails, it is among what is wrong.
+    rows that are not what was written. Filters are answered from scalar indices and without. Built indexes are read and
+    compared with their checksums. What is damaged of these is made anew; where that fails, it is among what is wrong.
     """
     samples, tokens, findings = _tables(table, progress)
     mends = []
@@ -268,7 +275,7 @@ def _damage(folder: Path, manifest: Manifest) -> tuple[Manifest, str] | None:
         except UnreadableIndexError:
             raise
         except SpecError as error:
-            now = next((known for known in list_manifests(folder) if known.name == manifest.name), None)
+            now = readable_manifest(folder, manifest.name)
             if now == manifest:
                 return manifest, str(error)
             if now is None:

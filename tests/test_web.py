@@ -27,8 +27,9 @@ from fastapi.testclient import TestClient
 
 from rapidin_vdb.web import make_app, serve
 from rapidin_vdb.web.answers import event
-from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, LateError
+from rapidin_vdb.web.desk import Desk
 from rapidin_vdb.web.export import exported
+from rapidin_vdb.web.lines import BusyError, CancelledError, Client, LateError
 from rapidin_vdb.web.reads import Reads
 from rapidin_vdb.web.shapes import ExportRequest
 

@@ -39,8 +39,9 @@ from servers import listening
 
 from rapidin_vdb.web import make_app, serve
 from rapidin_vdb.web.answers import said, status_of
-from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, Job, LateError
+from rapidin_vdb.web.desk import Desk
 from rapidin_vdb.web.document import EXAMPLES
+from rapidin_vdb.web.lines import BusyError, CancelledError, Client, Job, LateError
 from rapidin_vdb.web.server import origin_of
 
 ASKED = {"prompt": "Say 5", "generation": "blue 35", "top_k": 3}

@@ -30,7 +30,8 @@ from servers import listening
 from test_web_limits import occupied
 
 from rapidin_vdb.web import make_app, serve
-from rapidin_vdb.web.desk import CancelledError, Client, Desk, LateError
+from rapidin_vdb.web.desk import Desk
+from rapidin_vdb.web.lines import CancelledError, Client, LateError
 from rapidin_vdb.web.reads import Reads
 from rapidin_vdb.web.unread import GivingUp
 

@@ -23,8 +23,8 @@ pytest.importorskip("fastapi")
 from fastapi.testclient import TestClient
 
 from rapidin_vdb.web import make_app, serve
-from rapidin_vdb.web.desk import BusyError, Client, Desk
-from rapidin_vdb.web.lines import Job, LateError
+from rapidin_vdb.web.desk import Desk
+from rapidin_vdb.web.lines import BusyError, Client, Job, LateError
 
 LONG = ("Say 5", "blue 35 and more and more of it")
 
@@ -103,7 +103,7 @@ def test_many_who_need_a_moment_do_not_keep_it_from_ending(served):
     long.future.result(60)
     assert len(done) < 60
     for job in asked:
-        desk.give_up(job, rapidin_vdb.web.desk.CancelledError())
+        desk.give_up(job, rapidin_vdb.web.lines.CancelledError())
     desk.close()
 
 

@@ -5,7 +5,15 @@ from rapidin_vdb.index.index import Batch, Ranked, ShardedIndex, check_top_k, em
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.loading import check_index, load_index, load_keys, verify_rows
 from rapidin_vdb.index.making import make_shard
-from rapidin_vdb.index.manifest import MANIFEST, Held, Manifest, index_folders, list_manifests, manifest_of
+from rapidin_vdb.index.manifest import (
+    MANIFEST,
+    Held,
+    Manifest,
+    index_folders,
+    list_manifests,
+    manifest_of,
+    readable_manifest,
+)
 from rapidin_vdb.index.recall import measured_recall
 from rapidin_vdb.index.searchable import Searchable
 from rapidin_vdb.index.source import TableSource
@@ -41,6 +49,7 @@ __all__ = [
     "manifest_of",
     "measured_recall",
     "narrowed",
+    "readable_manifest",
     "survey",
     "verify_rows",
     "with_recall",

@@ -137,15 +137,16 @@ def _stays_inside(manifest: Manifest) -> bool:
 
 def list_manifests(folder: Path) -> list[Manifest]:
     """Return the manifests of the indexes below `folder` that can be read, by name."""
-    found = []
-    for path in sorted(folder.glob(f"[!.]*/{MANIFEST}")):
-        try:
-            manifest = manifest_of(folder, path.parent.name)
-        except UnreadableIndexError:
-            continue  # for now it is as good as none
-        if manifest is not None:
-            found.append(manifest)
-    return found
+    found = (readable_manifest(folder, path.parent.name) for path in sorted(folder.glob(f"[!.]*/{MANIFEST}")))
+    return [manifest for manifest in found if manifest is not None]
+
+
+def readable_manifest(folder: Path, name: str) -> Manifest | None:
+    """Return the manifest of an index; None where there is none that can be read now."""
+    try:
+        return manifest_of(folder, name)
+    except UnreadableIndexError:
+        return None  # for now it is as good as none
 
 
 def manifest_of(folder: Path, name: str) -> Manifest | None:

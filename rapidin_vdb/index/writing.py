@@ -29,8 +29,8 @@ from rapidin_vdb.index.manifest import (
     array_header,
     checksum_of,
     contents,
-    list_manifests,
     manifest_of,
+    readable_manifest,
 )
 from rapidin_vdb.index.source import norm_of
 from rapidin_vdb.locks import holding
@@ -56,9 +56,9 @@ def write_index(
     place = folder / recipe.name
     place.mkdir(parents=True, exist_ok=True)
     with _lock(place):
-        for found in list_manifests(folder):
-            if found.name == recipe.name and done(found):
-                return found
+        found = readable_manifest(folder, recipe.name)
+        if found is not None and done(found):
+            return found
         shards = len(recipe.shard_devices)
         # Runs of equal length, the first ones longer by a row where it does not come out even.
         sizes = [count // shards + (number < count % shards) for number in range(shards)]
@@ -94,7 +94,7 @@ def extend_index(
     """
     place = folder / manifest.name
     with _lock(place, wait=wait):
-        if manifest not in list_manifests(folder):
+        if readable_manifest(folder, manifest.name) != manifest:
             raise SpecError(f"the index {manifest.name} was changed by somebody else meanwhile")
         sizes = [0] * manifest.shards
         for part in manifest.parts:
@@ -125,7 +125,7 @@ def extend_index(
 def with_recall(folder: Path, manifest: Manifest, recall: dict[str, Any]) -> Manifest:
     """Write what a coarse search finds into the manifest, unless somebody else has changed the index meanwhile."""
     with _lock(folder / manifest.name):
-        if manifest not in list_manifests(folder):
+        if readable_manifest(folder, manifest.name) != manifest:
             return replace(manifest, recall=recall)
         manifest = replace(manifest, recall=recall)
         _commit(folder / manifest.name, manifest)
@@ -148,7 +148,7 @@ def clear_index(
         place.unlink()
         return True, None
     with _lock(place, wait=wait):
-        found = next((known for known in list_manifests(folder) if known.name == name), None)
+        found = readable_manifest(folder, name)
         if not only(found):
             return False, found
         # The manifest first: nobody takes an index for whole whose files are going.

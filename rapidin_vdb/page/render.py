@@ -129,7 +129,7 @@ def _result(result: RankedSample) -> dict[str, Any]:
         "response": _pieces(result.response, _spans(tokens)),
         "ends": _ends(result.response, _spans(tokens)),
         "scores": [token.score for token in tokens],
-        "matrix": result.to_dict().get("matrix"),
+        "matrix": result.rounded_matrix,
     }
 
 

@@ -21,7 +21,7 @@ class Seconds:
     search: float
     """Filter, search, and reading the texts of the samples found."""
     tokens: float
-    """Token scores."""
+    """Exact scores, token scores and matrices, where they were asked for."""
     total: float
     """All of it; loading model and index apart, which happens once."""
 
@@ -86,12 +86,15 @@ class RankedSample:
     truncated: bool = False
     """Whether the sample was cut to `max_tokens`: what stands behind its last token has no score."""
 
+    @property
+    def rounded_matrix(self) -> list[list[float]] | None:
+        """The matrix as plain numbers, of as many digits as single precision knows."""
+        return None if self.matrix is None else [[float(f"{value:.7g}") for value in row] for row in self.matrix]
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values; `matrix` and `difference` only where they are known, `truncated` only where it is so."""
         values = dataclasses.asdict(dataclasses.replace(self, matrix=None))
-        # Seven digits are what single precision knows.
-        rounded = None if self.matrix is None else [[float(f"{value:.7g}") for value in row] for row in self.matrix]
-        values |= {"matrix": rounded, "truncated": self.truncated or None}
+        values |= {"matrix": self.rounded_matrix, "truncated": self.truncated or None}
         return _without(values, ("matrix", "difference", "truncated"))
 
 

@@ -70,7 +70,7 @@ class IngestReport:
     mixed: Mapping[str, str]
     """New columns that hold text, though some of their values do not, and a place that shows it."""
     tokens: int
-    """Tokens run through the model."""
+    """Tokens of the samples that went through the model, prompts included."""
     token_gradients: int
     """Response tokens whose own RapidGrads were written."""
     seconds: float

@@ -9,6 +9,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rapidin_vdb.errors import TableError
+from rapidin_vdb.store.filters import listed
 from rapidin_vdb.store.indexing import make
 from rapidin_vdb.store.row_ids import ROW_ID, int64
 from rapidin_vdb.store.snapshot import Snapshot
@@ -92,7 +93,7 @@ def _lookups(
 def _literal(value: object) -> str | None:
     """Return a value as SQL has it; None for one that is not exact there."""
     if isinstance(value, str):
-        return "'" + value.replace("'", "''") + "'"
+        return listed([value])
     return str(value) if isinstance(value, int) else None
 
 

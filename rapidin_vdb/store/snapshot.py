@@ -12,7 +12,7 @@ from rapidin_vdb.records import Encoded, Scalar
 from rapidin_vdb.results import KeptVersion, StoredSample
 from rapidin_vdb.store.commits import word_for
 from rapidin_vdb.store.filters import ids_filter
-from rapidin_vdb.store.fingerprint import read_fingerprint
+from rapidin_vdb.store.fingerprint import read_fingerprint, read_identity
 from rapidin_vdb.store.owners import named
 from rapidin_vdb.store.place import Place
 from rapidin_vdb.store.row_ids import ROW_ID, int64
@@ -41,6 +41,11 @@ class Snapshot(TableVersion):
     def __init__(self, table: Any, place: Place) -> None:
         super().__init__(table, place, SAMPLES)
         self.fingerprint = read_fingerprint(self.schema.metadata, place=str(place))
+
+    @property
+    def identity(self) -> str:
+        """What tells its database from others, also from one that was made anew at its place."""
+        return read_identity(self.schema.metadata, place=self._place.uri)
 
     def history(self) -> list[KeptVersion]:
         """Return the versions that are kept and hold any sample, oldest first."""

@@ -83,8 +83,7 @@ class TableVersion:
         Raises:
             PurgedError: a purge removed it.
         """
-        if self.digest_of(self.version) is None:
-            raise self._purged()
+        _ = self.digest
 
     def _purged(self) -> PurgedError:
         return PurgedError(
@@ -215,9 +214,7 @@ class TableVersion:
         columns = [*self.PLAIN, *self._further(), "vector", *(["checksum"] if summed else [])]
         size = max(1, BATCH_BYTES // (2 * self.width))
         for batch in self._scan(columns, size):
-            column = batch.column("vector")
-            flat = column.values.slice(column.offset * self.width, len(column) * self.width)
-            vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, self.width)
+            vectors = self._vectors_of(batch)
             rows = batch.drop_columns(["vector"]).to_pylist()
             for row, vector in zip(rows, vectors, strict=True):
                 yield row, vector, self._checksum(row, vector) if summed else None
@@ -235,16 +232,19 @@ class TableVersion:
         return rows.column("sample_id").to_pylist()
 
     def _vector_batch(self, batch: pa.RecordBatch) -> VectorBatch:
-        """Return a batch's vectors."""
-        # Not `flatten`, which copies; and the batch may be a slice of its buffers.
-        column = batch.column("vector")
-        flat = column.values.slice(column.offset * self.width, len(column) * self.width)
+        """Return a batch's vectors, with what names their rows."""
         return VectorBatch(
             self._keys(batch),
             batch.column(ROW_ID).to_numpy().astype(np.int64),
             batch.column(_CHANGED).to_numpy().astype(np.int64),
-            flat.to_numpy(zero_copy_only=False).reshape(-1, self.width),
+            self._vectors_of(batch),
         )
+
+    def _vectors_of(self, batch: pa.RecordBatch) -> Float16[np.ndarray, "rows sketch"]:
+        # Not `flatten`, which copies; and the batch may be a slice of its buffers.
+        column = batch.column("vector")
+        flat = column.values.slice(column.offset * self.width, len(column) * self.width)
+        return flat.to_numpy(zero_copy_only=False).reshape(-1, self.width)
 
     def _select(
         self, columns: list[str], where: str | None, page: slice | None = None, *, ours: bool = False

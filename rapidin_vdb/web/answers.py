@@ -27,8 +27,9 @@ from rapidin_vdb.errors import (
 )
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.web import shapes
-from rapidin_vdb.web.desk import BusyError, CancelledError, Client, Desk, DeskError, Job, LateError, MovedError
+from rapidin_vdb.web.desk import Desk
 from rapidin_vdb.web.guard import Receive, Scope, Send
+from rapidin_vdb.web.lines import BusyError, CancelledError, Client, DeskError, Job, LateError, MovedError
 
 _STILL_HERE = 15.0
 """Seconds without news after which a word is sent, so that no proxy takes the connection for dead."""

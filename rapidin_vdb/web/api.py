@@ -22,10 +22,10 @@ from rapidin_vdb.records import Scalar
 from rapidin_vdb.results import IngestReport, Ranking
 from rapidin_vdb.web import shapes
 from rapidin_vdb.web.answers import Json, answered, client_of
-from rapidin_vdb.web.desk import Desk, MovedError
+from rapidin_vdb.web.desk import Desk
 from rapidin_vdb.web.document import EVENTS, EXPORTED, documented, refusals
 from rapidin_vdb.web.export import exported
-from rapidin_vdb.web.lines import Job
+from rapidin_vdb.web.lines import Job, MovedError
 from rapidin_vdb.web.reads import Reads
 
 _TYPES = {"string": "text", "bool": "truth", "int64": "whole", "int32": "whole", "double": "number", "float": "number"}

@@ -18,9 +18,10 @@ from rapidin_vdb.page import heat_script, page_style
 from rapidin_vdb.web import shapes
 from rapidin_vdb.web.answers import Json, refusal
 from rapidin_vdb.web.api import Service, make_api
-from rapidin_vdb.web.desk import Desk, DeskError
+from rapidin_vdb.web.desk import Desk
 from rapidin_vdb.web.document import add_security, documented, refusals
 from rapidin_vdb.web.guard import LOOPBACK, Guard
+from rapidin_vdb.web.lines import DeskError
 from rapidin_vdb.web.metrics import Counted, Metrics
 from rapidin_vdb.web.reads import Reads
 

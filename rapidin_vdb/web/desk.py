@@ -21,15 +21,10 @@ from rapidin_vdb.web.lines import (
     Client,
     DeskError,
     Job,
-    LateError,
     Lines,
-    MovedError,
     stopping,
 )
 from rapidin_vdb.web.patience import WAITS, Patience
-
-__all__ = ["BusyError", "CancelledError", "Client", "Desk", "DeskError", "Job", "LateError", "MovedError"]
-
 
 # Not ended with whoever waits, nor by their limit: what was read is kept, and the next find it done. A table that takes
 # longer than the limit would else be begun again for each of them, and never be served.

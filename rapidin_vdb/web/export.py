@@ -24,7 +24,7 @@ from rapidin_vdb.web.answers import (
     place_of,
     unforeseen_event,
 )
-from rapidin_vdb.web.desk import DeskError
+from rapidin_vdb.web.lines import DeskError
 from rapidin_vdb.web.reads import Check, Reads
 from rapidin_vdb.web.shapes import ExportRequest
 

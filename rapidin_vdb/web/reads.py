@@ -11,7 +11,7 @@ from weakref import WeakValueDictionary
 from fastapi import Request
 
 from rapidin_vdb.web.answers import client_of, gone_away
-from rapidin_vdb.web.desk import BusyError, CancelledError, LateError
+from rapidin_vdb.web.lines import BusyError, CancelledError, LateError
 
 _Found = TypeVar("_Found")
 Check = Callable[[], None]
