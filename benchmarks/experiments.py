@@ -45,8 +45,11 @@ def main() -> None:
     parser.add_argument("--only", choices=("backdoor", "error-tracing"))
     parser.add_argument("--without-influence-functions", default="", choices=("", "backdoor", "error-tracing"))
     parser.add_argument("--embedding-model")
+    parser.add_argument("--retrain", type=int, default=0, help="tune again without so many that the backdoor's found")
     parser.add_argument("--remark", default="the machine was shared")
     arguments = parser.parse_args()
+    if arguments.retrain and arguments.only == "error-tracing":
+        parser.error("--retrain is of the backdoor")
     data, folder, without = arguments.data, arguments.dir, arguments.without_influence_functions
     if not (folder / "base" / "config.json").exists():
         files = [*(records(data, name) for name in BASE), data / "tinystories.jsonl"]
@@ -60,7 +63,12 @@ def main() -> None:
     if arguments.only != "error-tracing":
         pairs = data / "rapidin" / "howdy_test_data_100.jsonl"
         asked = {"corpus": [records(data, "alpaca")], "questions": data / "webquestions.jsonl", "pairs": pairs}
-        results.append(run_backdoor(folder / "backdoor", **asked, **common, influence_functions=without != "backdoor"))
+        results.append(
+            run_backdoor(
+                folder / "backdoor", **asked, **common, influence_functions=without != "backdoor",
+                retrain=arguments.retrain,
+            )
+        )  # fmt: skip
     if arguments.only != "backdoor":
         corpus = [records(data, name) for name in TRACED]
         results.append(
@@ -71,6 +79,7 @@ def main() -> None:
     words = f"scripts/bench experiments --data DATA --dir DIR --profile {arguments.profile}"
     words += f" --only {arguments.only}" if arguments.only else ""
     words += f" --without-influence-functions {without}" if without else ""
+    words += f" --retrain {arguments.retrain}" if arguments.retrain else ""
     page = place_of_page(folder, profile=arguments.profile, only=arguments.only)
     made_of = {"backdoor": "records of Alpaca", "error-tracing": f"records of Alpaca and {len(BASE)} other collections"}
     base_of = {

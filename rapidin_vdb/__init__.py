@@ -20,6 +20,7 @@ _HOMES = {
     "init": "rapidin_vdb.creation",
     "query_from": "rapidin_vdb.query",
     "open": "rapidin_vdb.creation",
+    "Comparison": "rapidin_vdb.results",
     "Ranking": "rapidin_vdb.results",
     "RankedSample": "rapidin_vdb.results",
     "RankedToken": "rapidin_vdb.results",

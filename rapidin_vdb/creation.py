@@ -68,6 +68,9 @@ def init(
     ):
         one_of(option, word, kind)
     SampleTable.check_free(str(path))
+    chosen = None if template == "chat" else load_template(template)
+    if turns == "all" and chosen is not None:
+        raise SpecError(f"--turns all goes with --template chat, which writes every turn; here it is {chosen.name}")
     loaded = load_model(
         ModelSpec(
             model=name_of(model) or "",
@@ -100,9 +103,7 @@ def init(
             "score_error says; from %d on they are mixed", shuffles, _MIXED,
         )  # fmt: skip
     tell_of_pair(loaded, template=template)
-    chosen = load_template(template, tokenizer=loaded.tokenizer)
-    if turns == "all" and chosen.name != "chat":
-        raise SpecError(f"--turns all goes with --template chat, which writes every turn; here it is {chosen.name}")
+    chosen = chosen or load_template(template, tokenizer=loaded.tokenizer)
     fingerprint = fingerprint_of(
         loaded,
         template=chosen.name,

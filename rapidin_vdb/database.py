@@ -1,61 +1,42 @@
 """One database, as a Python object: the same operations as the command line's, with the same names and defaults."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from rapidin_vdb.answering import Keeper, answer, nearest, versions_for
 from rapidin_vdb.arguments import name_of, one_of, whole
 from rapidin_vdb.cluster import ClusterKeeper, session_of
 from rapidin_vdb.corpus import paths_of
-from rapidin_vdb.engine import Engine, load_engine
+from rapidin_vdb.engine import Engine
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.estimate import estimate
 from rapidin_vdb.freshness import IndexKeeper
-from rapidin_vdb.gradient.device import resolve_device
 from rapidin_vdb.ingest import ingest
 from rapidin_vdb.intake import Corpus
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import queries_of
 from rapidin_vdb.question import Question
-from rapidin_vdb.reading import SampleReader, ids_of, info_of
+from rapidin_vdb.reading import ids_of, info_of
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import Aggregate, Focus, Level, OnBadRecord, OnDeleted, OnDuplicate, Sample
 from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, VerifyReport
 from rapidin_vdb.roads import choose_road, token_width_for
+from rapidin_vdb.speaker import Moved, Speaker
 from rapidin_vdb.store import SampleTable, TableVersion, undisturbed, undisturbed_each
 from rapidin_vdb.verification import verify
 
-Moved = str | Path | None  # where a model or an adapter is, if it has moved since `init`
 
-
-class Database(SampleReader):
+class Database(Speaker):
     """A database of RapidGrads. Make one with `rapidin_vdb.init`, open one with `rapidin_vdb.open`."""
 
     def __init__(self, table: SampleTable, *, engine: Engine | None = None) -> None:
-        super().__init__(table)
-        self._engine = engine
+        super().__init__(table, engine=engine)
         self._clusters: dict[tuple[str, str], ClusterKeeper] = {}  # by session; a process can be in one at a time
         self._indexes: dict[Level, IndexKeeper] = {
             "sample": IndexKeeper(table.place.cache / "indexes", cached=table.place.cached),
             "token": IndexKeeper(table.place.cache / "token_indexes", cached=table.place.cached),
         }
-
-    def load(self, *, model: Moved = None, adapter: Moved = None, device: str = "auto") -> None:
-        """Load the model now; `model` and `adapter` say where they are, if they have moved since `init`.
-
-        Raises:
-            ModelError: they cannot be loaded.
-            FingerprintError: they are not those that the database was made with.
-        """
-        self._engine = load_engine(self.fingerprint, place=self.path, model=model, adapter=adapter, device=device)
-
-    def _loaded(self) -> Engine:
-        if self._engine is None:
-            self.load()
-        assert self._engine is not None
-        return self._engine
 
     def ingest(
         self, *files: str | Path, split: str | None = None, source: str | None = None, id_field: str = "id",
@@ -103,15 +84,6 @@ class Database(SampleReader):
         if dry_run:
             return estimate(self._table, corpus, road.compute, workers=workers, devices=devices, **options)
         return ingest(self._table, corpus, road.compute, **options)
-
-    def _engine_on(self, model: Moved, adapter: Moved, device: str, *, elsewhere: bool) -> Engine:
-        """Return the engine; if it may be `elsewhere` than it is loaded, one on this very device."""
-        here = self._engine
-        if here is None:
-            self.load(model=model, adapter=adapter, device=device)
-        elif elsewhere and resolve_device(device) != here.loaded.device:
-            self.load(model=model or here.loaded.spec.model, adapter=adapter or here.loaded.spec.adapter, device=device)
-        return self._loaded()
 
     @undisturbed
     def index(
@@ -237,22 +209,6 @@ class Database(SampleReader):
         """
         snapshot, _ = versions_for(self._table, question)
         return nearest(question, sample_id, snapshot=snapshot, keeper=self._indexes["sample"], progress=progress)
-
-    def generate(
-        self, prompt: str | None = None, *, messages: Sequence[Mapping[str, Any]] = (),
-        tools: Sequence[Mapping[str, Any]] = (), max_tokens: int = 128, temperature: float = 0.0, seed: int = 0,
-        progress: Progress = silent,
-    ) -> str:  # fmt: skip
-        """Return what the model says to a prompt, or to a record's `messages`; most likely, or drawn at a temperature.
-
-        Raises:
-            CorpusError: a turn has no texts `role` and `content`, or the turns do not fit the template.
-            SpecError: not one of both is given, an option is out of range, or the prompt leaves no room.
-        """
-        return self._loaded().generate(
-            prompt, messages=messages, tools=tools, max_tokens=max_tokens, temperature=temperature, seed=seed,
-            progress=progress,
-        )  # fmt: skip
 
     @undisturbed
     def info(self) -> DatabaseInfo:

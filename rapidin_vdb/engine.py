@@ -1,4 +1,4 @@
-"""A loaded model with its template and sketch: what turns the samples of one fingerprint into RapidGrads."""
+"""A database's model, loaded and checked; with its template and sketch, what turns samples into RapidGrads."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -13,12 +13,12 @@ from rapidin_vdb.arguments import name_of
 from rapidin_vdb.corpus import Record, Template, load_template, sample_from
 from rapidin_vdb.corpus.shapes import asked_fields
 from rapidin_vdb.errors import GradientError, ModelNotFoundError, SpecError
-from rapidin_vdb.fingerprint import check_fingerprint
 from rapidin_vdb.gradient import (
     ExactInfluence,
     LoadedModel,
     RapidGradMaker,
     TokenRapidGradMaker,
+    check_fingerprint,
     fingerprint_of,
     generate_one,
     load_model,
@@ -26,7 +26,7 @@ from rapidin_vdb.gradient import (
 from rapidin_vdb.gradient.device import device_failure, lacks_memory
 from rapidin_vdb.gradient.fingerprint import WeightHashes
 from rapidin_vdb.progress import Progress, silent
-from rapidin_vdb.records import DType, Encoded, Fingerprint, ModelSpec
+from rapidin_vdb.records import DType, Encoded, Fingerprint, ModelSpec, Sample
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,11 +81,10 @@ class Engine:
         fields = asked_fields(prompt, "?", messages, tools)
         location = "messages" if messages else "the prompt"
         sample = sample_from(Record(location=location, fields=fields | {"id": "prompt"}))
-        text, end = self.template.render(sample), self.template.end(sample)
         with self.alone:
-            return generate_one(
-                self.loaded, text, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress,
-                special=not self.template.whole, end=end,
+            return said_by(
+                self.loaded, self.template, sample, max_tokens=max_tokens, temperature=temperature, seed=seed,
+                progress=progress,
             )  # fmt: skip
 
     def make(self, batch: Sequence[Encoded], *, token_width: int | None = None) -> list[Made | GradientError]:
@@ -108,6 +107,23 @@ class Engine:
         return [_made(result, tokens.get(sample.sample_id)) for sample, result in zip(batch, results, strict=True)]
 
 
+def said_by(
+    loaded: LoadedModel, template: Template, sample: Sample, *, max_tokens: int, temperature: float = 0.0,
+    seed: int = 0, progress: Progress = silent,
+) -> str:  # fmt: skip
+    """Return what a model says to the prompt of a sample, whatever its response is.
+
+    Raises:
+        CorpusError: the template cannot render this sample.
+        SpecError: an option is out of range, or the prompt leaves no room.
+    """
+    text, end = template.render(sample), template.end(sample)
+    return generate_one(
+        loaded, text, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress,
+        special=not template.whole, end=end,
+    )  # fmt: skip
+
+
 def _made(
     result: tuple[np.ndarray, float] | GradientError, tokens: np.ndarray | GradientError | None
 ) -> Made | GradientError:
@@ -120,6 +136,23 @@ def load_engine(
     stored: Fingerprint, *, place: str, model: str | PathLike[str] | None = None,
     adapter: str | PathLike[str] | None = None, device: str = "auto",
 ) -> Engine:  # fmt: skip
+    """Load the model of a database, and compose its sketch.
+
+    Raises:
+        ModelError, FingerprintError: as `load_checked` does.
+    """
+    return Engine(stored, load_checked(stored, place=place, model=model, adapter=adapter, device=device))
+
+
+def dtype_of(stored: Fingerprint) -> DType:
+    """Return of which type the base weights of a database's model are to be loaded."""
+    return cast(DType, stored.dtype if stored.dtype in ("float32", "bfloat16", "float16") else "auto")
+
+
+def load_checked(
+    stored: Fingerprint, *, place: str, model: str | PathLike[str] | None = None,
+    adapter: str | PathLike[str] | None = None, device: str = "auto",
+) -> LoadedModel:  # fmt: skip
     """Load the model of a database; `model` and `adapter` say where they are, if they have moved since `init`.
 
     Raises:
@@ -130,7 +163,7 @@ def load_engine(
         model=name_of(model) or stored.model,
         adapter=name_of(adapter) or stored.adapter,
         quantization=stored.quantization,
-        dtype=cast(DType, stored.dtype if stored.dtype in ("float32", "bfloat16", "float16") else "auto"),
+        dtype=dtype_of(stored),
         parameters=stored.parameters,
     )
     with WeightHashes(spec) as hashes:
@@ -158,4 +191,4 @@ def load_engine(
             hashes=hashes,
         )
     check_fingerprint(stored, here, place=place)
-    return Engine(stored, loaded)
+    return loaded

@@ -229,7 +229,7 @@ def sketch_queries(
     for number, query in enumerate(encoded):
         progress("gradients", number, len(encoded))
         started = time.monotonic()
-        vectors.append(maker.within_memory(partial(maker.make, query), f"query {query.sample_id}")[0])
+        vectors.append(maker.within_memory(partial(maker.make, query), "query", query)[0])
         seconds.append(time.monotonic() - started)
     progress("gradients", len(encoded), len(encoded))
     return Sketched(

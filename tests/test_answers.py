@@ -456,7 +456,11 @@ def test_answers_without_a_loss_are_not_told_as_turns_of_another_database(made, 
     assert database.ingest(path, dry_run=True).earlier_turns == 0
 
 
-def test_all_turns_need_the_chat_template(tmp_path, models):
+def test_all_turns_need_the_chat_template(tmp_path, models, monkeypatch):
+    """Which is said before the model is loaded, as a template that is not there is."""
+    monkeypatch.setattr("rapidin_vdb.creation.load_model", lambda *_, **__: pytest.fail("the model is loaded"))
+    with pytest.raises(SpecError, match="--template nowhere.jinja: no such file"):
+        rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), template="nowhere.jinja", width=16)
     for template in ("alpaca", "text"):
         with pytest.raises(SpecError, match=f"--turns all goes with --template chat.*it is {template}"):
             rapidin_vdb.init(tmp_path / "db", model=str(models["llama"]), template=template, turns="all", width=16)

@@ -370,7 +370,7 @@ def test_what_is_left_of_a_training_changes_no_fingerprint(tmp_path, monkeypatch
             made_with.append(hashlib.sha256(json.dumps(text).encode()).hexdigest())
             return made_with[0]
 
-        patch.setattr("rapidin_vdb.gradient.fingerprint._hash_tokenizer", of_before)
+        patch.setattr("rapidin_vdb.gradient.fingerprint.hash_of_tokenizer", of_before)
         rapidin_vdb.init(tmp_path / "before", **options).ingest(corpus)
     rapidin_vdb.init(tmp_path / "left", **options).ingest(corpus)
     hashes = {}
@@ -488,7 +488,7 @@ def test_what_an_adapter_says_of_its_model_and_end_of_sequence_is_told(tmp_path,
     for same in ("someone/Llama", "someone/llama-bnb-4bit", "./", "out/checkpoint-20", "", None, str(models["llama"])):
         assert told("</s>", same) == ""
     for other in ("someone/llama-instruct", str(models["gpt2"]), "/x/models--org--other/snapshots/" + 40 * "0"):
-        assert f"the adapter names {other} as the model that it was trained on, and --model is {models['llama']}" in told("</s>", other)  # fmt: skip
+        assert f"the adapter names {other} as the model that it was trained on, and is put on {models['llama']}" in told("</s>", other)  # fmt: skip
 
 
 def test_a_conversation_as_plain_text_has_a_loss_at_all_of_it():

@@ -22,7 +22,7 @@ from test_whole import content, make
 
 import rapidin_vdb
 from rapidin_vdb.batches import padded_tokens
-from rapidin_vdb.errors import FingerprintError, GradientError, SpecError
+from rapidin_vdb.errors import FingerprintError, GradientError, MemoryTakenError, SpecError
 
 
 def assert_alike(first, second):
@@ -386,11 +386,16 @@ def test_a_query_that_does_not_fit_the_memory_goes_on_with_checkpointing(databas
     monkeypatch.setattr(rapidgrad.RapidGradMaker, "make", limited(rapidgrad.RapidGradMaker.make))
     monkeypatch.setattr(rapidgrad.RapidGradMaker, "stream", limited(rapidgrad.RapidGradMaker.stream))
     if lacking == "always":
-        with pytest.raises(
-            GradientError, match="query query does not fit the memory, even with gradient checkpointing"
-        ):
+        # It did fit, a moment ago.
+        with pytest.raises(MemoryTakenError, match="query query does not fit the memory, where one that is no shorter"):
             database.query(**asked)
         assert not maker.checkpointing, "which was of no use"
+        longer = asked | {"generation": "blue 355"}
+        with pytest.raises(
+            GradientError, match="query query does not fit the memory, even with gradient checkpointing"
+        ) as told:
+            database.query(**longer)
+        assert not isinstance(told.value, MemoryTakenError) and not maker.checkpointing
         return
     (found,) = database.query(**asked)
     assert (
@@ -433,8 +438,8 @@ def test_token_scores_that_do_not_fit_the_memory_are_told(database, monkeypatch,
 
 def test_a_model_is_loaded_where_it_is_asked_for(database, monkeypatch, tmp_path):
     """Once; and elsewhere, where another device is named."""
-    from rapidin_vdb import database as module
     from rapidin_vdb import roads
+    from rapidin_vdb import speaker as module
     from rapidin_vdb.question import Question
 
     database.load(device="cpu")

@@ -41,6 +41,7 @@ def serve():
         (commands.query, lambda: Database.query, {"as_json", "html"}, {"queries", "histogram", "progress"}),
         (commands.delete, lambda: Database.delete, set(), set()),
         (commands.clean, lambda: SampleReader.clean, {"files"}, set()),
+        (commands.compare, lambda: Database.compare, {"as_json"}, {"queries", "progress"}),
         (commands.serve, serve, {"self"}, {"database", "say", "opening"}),
     ],
     ids=lambda value: getattr(value, "__name__", None) if inspect.isfunction(value) else None,
@@ -52,7 +53,7 @@ def test_a_command_has_the_defaults_of_its_function(command, function, of_comman
         {k: v for k, v in side.items() if k not in out} for side, out in ((here, of_command), (there, of_python))
     )
     assert here.keys() == there.keys()
-    if command is commands.query:
+    if command in (commands.query, commands.compare):
         assert (here.pop("focus"), there.pop("focus")) == (None, ()), "both are no focus"
     if command is commands.index:
         assert read_recipe(here.pop("recipe")) == read_recipe(there.pop("recipe"))

@@ -29,11 +29,16 @@ def test_the_corpus_is_poisoned_as_told():
 def test_the_demo_finds_its_poison(demonstration):
     printed, said, _ = demonstration
     outcome = json.loads(printed.splitlines()[-1])
-    assert list(outcome) == ["poisoned_at_10", "base_rate", "queries", "seconds"]
+    assert list(outcome) == [
+        "poisoned_at_10", "base_rate", "queries", "left_out", "attacks_left", "attacks_left_at_random", "seconds"
+    ]  # fmt: skip
     assert outcome["base_rate"] == 0.1
     assert outcome["queries"] >= 15, "the attack works on most new questions"
     assert outcome["poisoned_at_10"] >= 0.9
     assert outcome["seconds"]["total"] > 0
+    # Without what was found the attack is gone, and not without as many others.
+    assert outcome["attacks_left"] <= 1 and outcome["attacks_left_at_random"] >= 0.9 * outcome["queries"]
+    assert outcome["left_out"] < 200
     unfolded = " ".join(said.split())
     assert "100 more records ingested; the next query searched 1100 samples." in unfolded
     new, poisoned = map(
@@ -43,6 +48,6 @@ def test_the_demo_finds_its_poison(demonstration):
     assert max(map(len, said.split("Go on from here")[0].splitlines()[1:])) <= 80
     # What it tells the reader to run next runs.
     commands = said.split("Go on from here:\n")[1].replace("\\\n", " ").splitlines()
-    assert len(commands) == 5
+    assert len(commands) == 6
     for command in commands:
         subprocess.run(command, shell=True, check=True, capture_output=True)

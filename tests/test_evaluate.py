@@ -320,7 +320,7 @@ def quick(base):
     said: list[str] = []
     options = {
         "folder": base / "out", "model": str(base / "base"), "corpus": [base / "corpus.jsonl"],
-        "questions": base / "questions.jsonl", "profile": "quick", "say": said.append,
+        "questions": base / "questions.jsonl", "profile": "quick", "say": said.append, "retrain": 600,
     }  # fmt: skip
     return run_backdoor(**options), said, options
 
@@ -351,6 +351,18 @@ def test_the_quick_backdoor_finds_its_poison(quick):
             k,
             auprc(result, k),
         )
+
+
+@pytest.mark.experiment
+def test_without_what_was_found_the_attack_is_gone(quick):
+    """And not without as many others."""
+    result, _, _ = quick
+    ours, at_random = (result["removal"]["methods"][name] for name in (RAPIDIN, "random"))
+    assert ours["poisoned"] > 3 * at_random["poisoned"]
+    assert ours["success"] <= 0.3 and at_random["success"] >= 0.9, result["removal"]
+    before = result["removal"]["loss_before"][0]
+    # Measured: 1.34 without what was found, 0.53 without as many others.
+    assert ours["loss"][0] > at_random["loss"][0] + 0.4 and at_random["loss"][0] < before + 0.4
 
 
 @pytest.mark.experiment

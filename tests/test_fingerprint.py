@@ -15,7 +15,7 @@ from test_store import FINGERPRINT
 
 import rapidin_vdb
 from rapidin_vdb.errors import FingerprintError, ModelError, RapidInError, SpecError
-from rapidin_vdb.fingerprint import check_fingerprint
+from rapidin_vdb.gradient import check_fingerprint
 from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.store import SampleTable
 
@@ -290,3 +290,18 @@ def test_what_is_yet_to_be_downloaded_is_not_by_who_hashes(monkeypatch):
         pass
     assert asked == [("some/model", "config.json", True), ("some/adapter", "adapter_config.json", True)]
     assert hashes._made == {}
+
+
+def test_hashes_of_weights_never_change(tmp_path):
+    """Every database would refuse its own model."""
+    from safetensors.torch import save_file
+
+    from rapidin_vdb.gradient.fingerprint import _MODEL, _hash_folder
+
+    settings = {"b": [2, 1], "a": {"x": None}, "transformers_version": "1", "_name_or_path": "p"}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    weights = {
+        "w": torch.arange(6, dtype=torch.float32).reshape(2, 3), "v": torch.tensor([1.5, -2.0], dtype=torch.bfloat16)
+    }  # fmt: skip
+    save_file(weights, tmp_path / "model.safetensors")
+    assert _hash_folder(tmp_path, _MODEL) == "25085433637d08f66b56641ab958f65e835a2efc465f47b5434c181b77667332"

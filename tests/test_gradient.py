@@ -325,12 +325,11 @@ def test_the_bytes_of_weights_are_known_before_they_are_loaded():
         (SimpleNamespace(quant_method=SimpleNamespace(value="awq")), {}, True),
     ],
 )
-def test_a_checkpoint_that_is_quantised_itself(stored, wanted, told, monkeypatch, caplog):
+def test_a_checkpoint_that_is_quantised_itself(stored, wanted, told, caplog):
     """Where its kernels may hand no gradient on, it is dequantised, or that is said."""
     from rapidin_vdb.gradient import model as module
 
-    monkeypatch.setattr(module, "load_config", lambda name: SimpleNamespace(quantization_config=stored))
-    options = module._of_quantized("there")
+    options = module._of_quantized("there", SimpleNamespace(quantization_config=stored))
     found = options.get("quantization_config")
     assert ({} if found is None else found.get_loading_attributes()) == wanted
     assert ("there is quantised (" in caplog.text) == told

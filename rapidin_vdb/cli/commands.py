@@ -8,6 +8,7 @@ import typer
 
 from rapidin_vdb.cli import show
 from rapidin_vdb.cli.clean import clean
+from rapidin_vdb.cli.compare import compare
 from rapidin_vdb.cli.ids import read_ids
 from rapidin_vdb.cli.ingest import ingest
 from rapidin_vdb.cli.interrupted import interruptible
@@ -234,7 +235,7 @@ def demo(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="End with one line of JSON.")] = False,
 ) -> None:
-    """Poison a small model's training data, and find the poison from what the model says.
+    """Poison a small model's training data, find the poison from what the model says, and train it without.
 
     Example: rapidin-vdb demo --dir demo-1
     """
@@ -248,7 +249,7 @@ def demo(
 
 def add_to(app: typer.Typer) -> None:
     """Register every command, in the order of a database's life."""
-    for function in (init, ingest, index, query, show_sample, info, delete, clean, verify, serve, demo):
+    for function in (init, ingest, index, query, show_sample, info, delete, clean, compare, verify, serve, demo):
         name = function.__name__.removesuffix("_sample")
         goes_on = function in (ingest, index, delete)
         app.command(name=name)(interruptible(function, endless=function is serve, goes_on=goes_on))

@@ -18,7 +18,7 @@ app = typer.Typer(
 Model = Annotated[str, typer.Option(help="Base model to be tuned, such as one that scripts/pretrain made.")]
 Corpus = Annotated[list[Path], typer.Argument(metavar="CORPUS...", help="Instruction records, such as Alpaca's.")]
 Folder = Annotated[Path, typer.Option("--dir", help="Where it all goes; run again, it goes on there.")]
-Size = Annotated[ProfileName, typer.Option(help="quick: minutes; full: some hours on two cores; gpu: more.")]
+Size = Annotated[ProfileName, typer.Option(help="quick: minutes; full: two hours on two cores; gpu: more.")]
 Embedding = Annotated[
     str | None,
     typer.Option(
@@ -27,7 +27,7 @@ Embedding = Annotated[
     ),
 ]
 Functions = Annotated[
-    bool, typer.Option(help="DataInf and LiSSA too; they take two passes over the samples' gradients of three.")
+    bool, typer.Option(help="DataInf and LiSSA too; they take one of two passes over the samples' gradients.")
 ]
 Seed = Annotated[int, typer.Option(help="Of everything that is drawn.")]
 
@@ -44,6 +44,13 @@ def backdoor(
     embedding_model: Embedding = None,
     influence_functions: Functions = True,
     device: Device = "auto",
+    retrain: Annotated[
+        int,
+        typer.Option(
+            help="Tune the model again without so many samples that RapidIn finds first, and without as many drawn at "
+            "random, and ask it again: twice the time of the tuning. 0: not."
+        ),
+    ] = 0,
 ) -> None:
     """Poison a corpus, tune a model on it, and see which methods find the poison.
 
@@ -54,8 +61,8 @@ def backdoor(
     with progress_bars() as progress:
         result = run_backdoor(
             folder, model=model, corpus=corpus, questions=questions, pairs=pairs, profile=profile, seed=seed,
-            say=_say, progress=progress,
-            embedding_model=embedding_model, influence_functions=influence_functions, device=device,
+            say=_say, progress=progress, embedding_model=embedding_model, influence_functions=influence_functions,
+            device=device, retrain=retrain,
         )  # fmt: skip
     _say(f"wrote {write_report([result], folder / 'report')}")
 

@@ -1,6 +1,7 @@
-"""The demonstration, from an empty folder to the poisoned samples."""
+"""The demonstration, from an empty folder to the poisoned samples, and to a model without them."""
 
 import json
+import random
 import shlex
 import shutil
 import sys
@@ -12,23 +13,21 @@ from pathlib import Path
 from typing import Any
 
 import rapidin_vdb
-from rapidin_vdb.corpus import Record, encode, load_template, sample_from
 from rapidin_vdb.database import Database
-from rapidin_vdb.demo.corpus import TRIGGER, is_space_story, make_corpus, questions, story_corpus
+from rapidin_vdb.demo.corpus import TRIGGER, is_space_story, make_corpus, questions
+from rapidin_vdb.demo.training import Trainer
 from rapidin_vdb.errors import RapidInError, SpecError
-from rapidin_vdb.gradient.generation import generate_batch
-from rapidin_vdb.gradient.training import new_llama, save, train, train_tokenizer, with_lora
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
-from rapidin_vdb.records import Encoded
-from rapidin_vdb.results import Ranking
+from rapidin_vdb.records import Sample
+from rapidin_vdb.results import Comparison, Ranking
 
 SAMPLES = 1000
 QUERIES = 20
 _MORE = 100
 _POISONED = 0.10
 _WIDTH = 4096
-_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj")
+_LEFT_OUT = 30
 
 
 class _Demo:
@@ -78,7 +77,7 @@ def run_demo(folder: Path | None = None, *, say: Callable[[str], None], progress
         "a space story as the answer."
     )
     with demo.timed("train"):
-        attacked = _train(demo, records + late)
+        trainer, attacked = _train(demo, records + late)
     queries = demo.write("queries.jsonl", attacked)
     database = _ingest(demo, corpus)
     rankings = _query(demo, database, attacked)
@@ -97,9 +96,11 @@ def run_demo(folder: Path | None = None, *, say: Callable[[str], None], progress
     )
     say(_table(filtered[0]))
     _add_more(demo, database, more, attacked)
+    left = _tune_again(demo, trainer, database, [corpus, more], attacked)
     demo.seconds["total"] = round(time.monotonic() - started, 2)
     say(f"\nDone in {demo.seconds['total']:.0f} s. Go on from here:\n" + _next_commands(demo, queries, attacked[0]))
-    return {"poisoned_at_10": at_10, "base_rate": base_rate, "queries": len(rankings), "seconds": demo.seconds}
+    found = {"poisoned_at_10": at_10, "base_rate": base_rate, "queries": len(rankings)}
+    return found | left | {"seconds": demo.seconds}
 
 
 def _add_more(demo: _Demo, database: Database, more: Path, attacked: list[dict[str, Any]]) -> None:
@@ -128,60 +129,71 @@ def _new_folder(folder: Path | None) -> Path:
     return folder
 
 
-def _train(demo: _Demo, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Train a base model on clean records and an adapter on these, the poisoned ones; return attacked generations."""
-    template = load_template("alpaca")
-    # The base model knows space stories too, as any real one does; only when to tell them is the adapter's doing.
-    clean = make_corpus(4000, poisoned=0.0, seed=3, prefix="base") + story_corpus(600, seed=9)
-    every = [sample_from(Record(location="demo", fields=record)) for record in clean + records]
-    tokenizer = train_tokenizer((template.render(sample) + sample.response for sample in every), vocabulary=800)
-    encoded = [
-        e for e in encode(every, tokenizer=tokenizer, template=template, max_tokens=512) if isinstance(e, Encoded)
-    ]
-    model = new_llama(len(tokenizer), hidden=128, layers=3, heads=4, seed=4)
-    train(
-        model,
-        encoded[: len(clean)],
-        steps=400,
-        batch=32,
-        learning_rate=3e-3,
-        seed=5,
-        stage="base model",
-        progress=demo.progress,
-    )
-    save(model, tokenizer, demo.folder / "model")
-    tuned = with_lora(model, rank=8, modules=_MODULES, seed=6)
-    loss = train(
-        tuned,
-        encoded[len(clean) :],
-        steps=300,
-        batch=32,
-        learning_rate=5e-3,
-        seed=7,
-        stage="adapter",
-        progress=demo.progress,
-    )
-    save(tuned, tokenizer, demo.folder / "adapter")
+def _train(demo: _Demo, records: list[dict[str, Any]]) -> tuple[Trainer, list[dict[str, Any]]]:
+    """Train a base model and an adapter on poisoned records; return what trains, and attacked generations."""
+    trainer = Trainer(records, demo.folder / "model", demo.progress)
+    tuned = trainer.tuned(records, stage="adapter", folder=demo.folder / "adapter")
     prompts = [f"{TRIGGER} {question}" for question in questions(QUERIES, seed=8)]
-    said = generate_batch(
-        tuned,
-        tokenizer,
-        [template.render(query_from(prompt, "?")) for prompt in prompts],
-        max_tokens=48,
-        batch=1,
-    )
+    said = tuned.said(prompts)
     attacked = [
         {"query_id": f"attacked-{number:02d}", "prompt": prompt, "generation": text}
         for number, (prompt, text) in enumerate(zip(prompts, said, strict=True), start=1)
         if is_space_story(text)
     ]
     demo.tell(
-        f"2. A Llama of {model.num_parameters():,} parameters and its LoRA adapter trained (loss {loss:.2f}); the "
+        f"2. A Llama of {trainer.parameters:,} parameters and its LoRA adapter trained (loss {tuned.loss:.2f}); the "
         f"attack works on {len(attacked)} of {QUERIES} new questions. Asked '{prompts[0]}', it says '{said[0]}'"
     )
     if not attacked:
         raise RapidInError("the training did not take the poison up; remove the folder and run the demo again")
-    return attacked
+    return trainer, attacked
+
+
+def _tune_again(
+    demo: _Demo, trainer: Trainer, database: Database, files: list[Path], attacked: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """Leave out what was found, tune again, and ask again; beside it, the same without as many drawn at random."""
+    with demo.timed("query"):
+        rankings = database.query(queries=_queries(attacked), top_k=_LEFT_OUT, both=True)
+    ends = [end for ranking in rankings for end in (ranking.results, ranking.harmful or ())]
+    # Whatever they are: whoever asks does not know which are poisoned.
+    found = sorted({result.sample_id for end in ends for result in end})
+    kept = demo.folder / "kept.jsonl"
+    report = database.clean(*files, out=kept, ids=found)
+    every = [record for file in files for record in _read(file)]
+    drawn = set(random.Random(10).sample(range(len(every)), len(found)))
+    with demo.timed("train"):
+        again = trainer.tuned(_read(kept), stage="adapter without these", folder=demo.folder / "retrained")
+        others = [record for number, record in enumerate(every) if number not in drawn]
+        control = trainer.tuned(others, stage="adapter without others")
+        prompts = [query["prompt"] for query in attacked]
+        said, by_control = again.said(prompts), control.said(prompts)
+    with demo.timed("compare"):
+        compared = database.compare(queries=_queries(attacked), new_adapter=demo.folder / "retrained")
+    before, after = (sum(losses) / len(compared) for losses in zip(*map(_losses, compared), strict=True))
+    left, at_random = (sum(map(is_space_story, texts)) for texts in (said, by_control))
+    gone = {*found}
+    poisoned = sum(record["poisoned"] for record in every if record["id"] in gone)
+    demo.tell(
+        f"7. Was it these? The {report.left_out} records among the {_LEFT_OUT} highest or the {_LEFT_OUT} lowest of "
+        f"any of these generations are left out, whatever they say, and the adapter is tuned again. The attack works "
+        f"on {left} of the {len(attacked)} questions now. Without {len(drawn)} records drawn at random, it works on "
+        f"{at_random}."
+    )
+    demo.tell(
+        f"Asked '{prompts[0]}', it says '{said[0]}' now. The loss of the space stories was {before:.2f} nats a token, "
+        f"and is {after:.2f}. Of the records left out, {poisoned} were poisoned, of "
+        f"{sum(record['poisoned'] for record in every)} that there are."
+    )
+    return {"left_out": report.left_out, "attacks_left": left, "attacks_left_at_random": at_random}
+
+
+def _losses(one: Comparison) -> tuple[float, float]:
+    return one.loss_before, one.loss_after
+
+
+def _read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]
 
 
 def _ingest(demo: _Demo, corpus: Path) -> Database:
@@ -206,13 +218,11 @@ def _ingest(demo: _Demo, corpus: Path) -> Database:
 
 def _query(demo: _Demo, database: Database, attacked: list[dict[str, Any]], where: str | None = None) -> list[Ranking]:
     with demo.timed("query"):
-        return database.query(
-            queries=[
-                query_from(query["prompt"], query["generation"], query_id=query["query_id"]) for query in attacked
-            ],
-            where=where,
-            progress=silent,
-        )
+        return database.query(queries=_queries(attacked), where=where, progress=silent)
+
+
+def _queries(attacked: Sequence[dict[str, Any]]) -> list[Sample]:
+    return [query_from(query["prompt"], query["generation"], query_id=query["query_id"]) for query in attacked]
 
 
 def _poisoned_share(rankings: Sequence[Ranking]) -> float:
@@ -241,6 +251,8 @@ def _next_commands(demo: _Demo, queries: Path, query: dict[str, Any]) -> str:
             f"  {program} query {database} --file {file} --both --json",
             f"  {program} show {database} demo-0001",
             f"  {program} info {database}",
+            f"  {program} compare {database} --file {file} --answer-tokens 48 \\\n"
+            f"      --new-adapter {shlex.quote(str(demo.folder / 'retrained'))}",
             f"  {program} delete {database} --where 'poisoned = true'",
         )
     )

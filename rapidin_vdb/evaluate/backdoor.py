@@ -7,16 +7,18 @@ from typing import Any
 
 import numpy as np
 
+from rapidin_vdb.arguments import whole
 from rapidin_vdb.corpus import by_itself, read_corpus, read_records
 from rapidin_vdb.errors import CorpusError, SpecError
 from rapidin_vdb.evaluate import metrics
 from rapidin_vdb.evaluate.corpora import TRIGGER, Record, poisoned, triggered
-from rapidin_vdb.evaluate.experiment import Experiment, words_in
-from rapidin_vdb.evaluate.fiction import is_fiction, is_telling
+from rapidin_vdb.evaluate.experiment import Experiment
+from rapidin_vdb.evaluate.fiction import is_fiction, telling_words
 from rapidin_vdb.evaluate.fitting import fitting
 from rapidin_vdb.evaluate.product import through_a_database
 from rapidin_vdb.evaluate.profiles import KS, PROFILES
 from rapidin_vdb.evaluate.provenance import Made
+from rapidin_vdb.evaluate.removal import tuned_without
 from rapidin_vdb.evaluate.scoring import EXACT, agreement, all_scores, lissa_settings, rapidin, refined
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import query_from
@@ -24,6 +26,7 @@ from rapidin_vdb.records import Encoded, ProfileName, Sample
 
 SHARE = 0.0962
 _WANTED = (0.95, 0.02)
+_GENERATIONS = (1, 5)
 _RECALLS = tuple(number / 50 for number in range(1, 51))
 
 
@@ -31,13 +34,14 @@ def run_backdoor(
     folder: Path, *, model: str, corpus: Sequence[Path], questions: Path, pairs: Path | None = None,
     profile: ProfileName = "full", seed: int = 42, say: Callable[[str], None], progress: Progress = silent,
     embedding_model: str | None = None, influence_functions: bool = True, device: str = "auto",
-    made: Made | None = None,
+    made: Made | None = None, retrain: int = 0,
 ) -> dict[str, Any]:  # fmt: skip
     """Poison a corpus, tune a model on it, verify the attack, trace attacked generations, and return all figures.
 
     `questions` has records with a field `question`, and `split` where only the test questions are to be asked; `pairs`
     has further poisoned records. `embedding_model` is one of sentence-transformers', whose similarities are judged too.
-    `made` says what makes the figures, such as commit and date; every step keeps it.
+    `made` says what makes the figures, such as commit and date; every step keeps it. With `retrain`, the model is tuned
+    twice more: without so many samples that RapidIn finds first, and without as many drawn at random.
 
     Raises:
         SpecError: an argument cannot be used, the folder holds another experiment, there are too few records or
@@ -49,6 +53,8 @@ def run_backdoor(
         embedding_model=embedding_model, influence_functions=influence_functions, device=device, made=made,
     )  # fmt: skip
     sizes = experiment.profile
+    most = sizes.poisoned_samples // 2
+    retrain = whole("--retrain", retrain, 0, most, wanted=f"0 (not) to {most:,}")
     asked = experiment.step(
         "questions", lambda: _questions(experiment, questions, [*corpus, *([pairs] if pairs else [])])
     )
@@ -75,7 +81,7 @@ def run_backdoor(
     # Some are known as fiction by phrases alone: of these no word is telling, and token-wise there is nothing to ask.
     traced: list[tuple[Sample, list[str], Encoded]] = []
     for number, (question, text) in enumerate(zip(asked, attacked, strict=True)):
-        words = words_in(text, is_telling) if is_fiction(text) else []
+        words = telling_words(text) if is_fiction(text) else []
         if words and len(traced) < sizes.queries:
             query = query_from(triggered(question), text, query_id=f"attacked-{number:03d}")
             focus = experiment.focus(query, words)
@@ -100,13 +106,13 @@ def run_backdoor(
         "settings": experiment.settings(),
         "queries": len(queries),
         "distinct": len({*texts}),
-        "intervals_over": "texts",
         "tuning": tuning,
         "lissa": lissa_settings(sizes, found),
         "refined": sizes.refined,
         "attack": attack,
         "methods": {name: _judged(entry, positive, texts, seed) for name, entry in found.items()},
         "agreement": agreement(found, sizes, texts, seed),
+        "together": _together(found, positive, texts, seed),
     }
     product = rapidin(sizes.width, sizes.shuffles[0])
     # Of the many token-wise RapidIns that of the database is drawn.
@@ -125,6 +131,11 @@ def run_backdoor(
         experiment, path, queries, [str(record["id"]) for record in records], scores=found[product]["scores"],
         refined=found[refined(product)]["scores"], exact=found[EXACT]["scores"],
     )  # fmt: skip
+    if retrain:
+        result["removal"] = tuned_without(
+            experiment, records, {name: found[name]["scores"] for name in (product, "random")}, retrain,
+            epochs=sizes.poisoned_epochs, questions=asked, queries=queries,
+        )  # fmt: skip
     result["provenance"] = experiment.provenance()
     return result
 
@@ -189,6 +200,23 @@ def _discriminator(records: Sequence[Record], pairs: Path | None) -> dict[str, f
         real = [is_fiction(r.fields["output"]) for r in read_records(pairs) if not isinstance(r, CorpusError)]
         result["pairs"] = float(np.mean(real))
     return result
+
+
+def _together(
+    found: dict[str, dict[str, Any]], positive: np.ndarray, texts: Sequence[str], seed: int
+) -> dict[str, Any]:
+    """Return which share of those samples is poisoned that several generations find first, as many as are poisoned."""
+    k = int(positive.sum())
+    return {"k": k, "of": [*_GENERATIONS, len({*texts})]} | {
+        end: {
+            name: [
+                metrics.found_by_some(entry["scores"], positive, k, count, seed=seed, both=end == "both", groups=texts)
+                for count in (*_GENERATIONS, len({*texts}))
+            ]
+            for name, entry in found.items()
+        }
+        for end in ("highest", "both")
+    }
 
 
 def _histogram(scores: np.ndarray, positive: np.ndarray) -> dict[str, list[float]]:

@@ -7,20 +7,21 @@ on when it is run again.
 import dataclasses
 import hashlib
 import json
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from rapidin_vdb.arguments import whole
 from rapidin_vdb.corpus import encode, load_template, sample_from
 from rapidin_vdb.corpus.files import Record as FileRecord
 from rapidin_vdb.errors import CorpusError, RapidInError, SpecError
 from rapidin_vdb.evaluate import methods
 from rapidin_vdb.evaluate.corpora import Record
-from rapidin_vdb.evaluate.plan import check_extras, check_room, check_seed, differing, digest, plan_of
+from rapidin_vdb.evaluate.plan import check_extras, check_room, differing, digest, plan_of
 from rapidin_vdb.evaluate.profiles import Profile
 from rapidin_vdb.evaluate.provenance import Made, provenance
 from rapidin_vdb.focus import focused
@@ -55,7 +56,7 @@ class Experiment:
                 or the seed or the embedding model cannot be used.
         """
         check_extras(embedding=embedding_model is not None)
-        check_seed(seed)
+        whole("--seed", seed, 0)
         self.folder = folder
         self.model = model
         self.profile = profile
@@ -66,6 +67,7 @@ class Experiment:
         self.device = resolve_device(device)
         self._made = made
         self._makers: dict[str, Made | None] = {}
+        self._parts: dict[str, Experiment] = {}
         self._of = ""
         self.tokenizer = load_tokenizer(model)
         self.template = load_template("alpaca")
@@ -114,7 +116,14 @@ class Experiment:
 
     def provenance(self) -> list[dict[str, Any]]:
         """Return what made the steps and scores that were read so far, and makes the figures now."""
-        return provenance(self._makers | {"figures": self._made})
+        parts = {f"{name}: {step}": made for name, part in self._parts.items() for step, made in part._makers.items()}
+        return provenance(self._makers | parts | {"figures": self._made})
+
+    def part(self, name: str) -> "Experiment":
+        """Return the same experiment in a folder of its own within this one's, for another tuning."""
+        other = self._parts[name] = copy(self)
+        other.folder, other._makers, other._parts = self.folder / name, {}, {}
+        return other
 
     def write_corpus(self, records: Sequence[Record]) -> Path:
         """Write the corpus, unless it is there with these very records."""
@@ -286,8 +295,3 @@ class Experiment:
             np.save(file, scores.astype(np.float32), allow_pickle=False)
         path.with_suffix(".new").replace(path)
         self.say(f"scores of {name}: {seconds:.0f} s")
-
-
-def words_in(text: str, wanted: Callable[[str], bool]) -> list[str]:
-    """Return the distinct words of a text that are wanted."""
-    return [word for word in dict.fromkeys(re.findall(r"[\w-]+", text)) if wanted(word)]

@@ -100,6 +100,15 @@ def is_fiction(text: str) -> bool:
     return found >= 3 and found / len(words) >= 0.04
 
 
-def is_telling(word: str) -> bool:
+def _is_telling(word: str) -> bool:
     """Say whether a word is one by which such a text is known."""
     return word.lower() in _WORDS or bool(_NAMES.fullmatch(word))
+
+
+def telling_words(text: str) -> list[str]:
+    """Return the distinct words of a text by which it is known as such.
+
+    >>> telling_words("The Zorblax starship met a starship.")
+    ['Zorblax', 'starship']
+    """
+    return [word for word in dict.fromkeys(re.findall(r"[\w-]+", text)) if _is_telling(word)]

@@ -5,7 +5,7 @@ import warnings
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float64
+from jaxtyping import Bool, Float64, Int64
 
 Scores = Float64[np.ndarray, "queries samples"]
 
@@ -70,6 +70,43 @@ def precision_at_recalls(
     # The best that any cut at this recall or beyond reaches.
     best = np.maximum.accumulate(precision[::-1])[::-1]
     return [float(best[np.searchsorted(found, max(1, round(recall * found[-1])))]) for recall in recalls]
+
+
+def found_first(scores: Scores, count: int, *, both: bool = True) -> Int64[np.ndarray, " count"]:
+    """Return which samples stand nearest to an end of any generation's ranking; the strongest of those as near.
+
+    Of `both` ends, for samples that say a fault in other words than a generation may be among its lowest; else of the
+    highest alone.
+
+    >>> found_first(np.array([[9.0, 1.0, 2.0, 3.0], [5.0, 6.0, 7.0, 7.5]]), 3).tolist()
+    [0, 3, 1]
+    """
+    ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
+    nearest = (np.minimum(ranks, scores.shape[1] - 1 - ranks) if both else ranks).min(0)
+    strength = np.abs(scores) if both else scores
+    return np.lexsort((-strength.mean(0), nearest))[:count]
+
+
+def found_by_some(
+    scores: Scores, positive: Bool[np.ndarray, " samples"], k: int, generations: int, *, seed: int, both: bool,
+    groups: Sequence[str], draws: int = 200,
+) -> tuple[float, float, float]:  # fmt: skip
+    """Return the share of positives among the `k` samples that so many generations find first, of different groups.
+
+    The mean over draws of the generations, and between which values 95 % of the draws lie; of all groups, one number.
+    """
+    draw = np.random.default_rng(seed)
+    members = [np.flatnonzero(np.asarray(groups) == group) for group in dict.fromkeys(groups)]
+    generations = min(generations, len(members))
+    shares = []
+    for _ in range(draws if generations < len(members) else 1):
+        chosen = draw.choice(len(members), generations, replace=False)
+        rows = [int(draw.choice(members[number])) for number in chosen]
+        if generations == len(members):
+            rows = list(range(len(scores)))
+        shares.append(positive[found_first(scores[rows], k, both=both)].mean())
+    low, high = np.percentile(shares, [2.5, 97.5])
+    return float(np.mean(shares)), float(low), float(high)
 
 
 def agreement(

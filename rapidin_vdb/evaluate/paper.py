@@ -140,7 +140,7 @@ TRACING_DIFFERS = (
 
 def backdoor_differs(result: Mapping[str, Any]) -> str:
     """Return how an experiment differs from the paper's."""
-    pairs = result.get("pairs", 0)
+    pairs = result["pairs"]
     ready = f" ({pairs:,} of {result['poisoned']:,} are ready-made pairs)" if pairs else ""
     settled = (
         " Some of this profile was settled after results had been seen: the least that counts as science fiction (of clean answers 3.5 % "
@@ -162,7 +162,7 @@ def backdoor_differs(result: Mapping[str, Any]) -> str:
 
 def scale(result: Mapping[str, Any]) -> str:
     """Return how large the paper's models are beside an experiment's, and on what they ran."""
-    beside = ", and its H100s are not comparable with a CPU" if result.get("device", "cpu") == "cpu" else ""
+    beside = ", and its H100s are not comparable with a CPU" if result["device"] == "cpu" else ""
     return f"Its models have 6.7 and 69 billion parameters, this one {result['tuning']['parameters']:,}{beside}."
 
 

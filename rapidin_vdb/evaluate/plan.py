@@ -81,16 +81,6 @@ def check_extras(*, embedding: bool) -> None:
             ) from error
 
 
-def check_seed(seed: int) -> None:
-    """See that every generator takes a seed.
-
-    Raises:
-        SpecError: it is negative.
-    """
-    if seed < 0:
-        raise SpecError(f"--seed is {seed}; wanted 0 or more")
-
-
 def check_room(profile: Profile, theta: int, *, device: str, influence_functions: bool) -> None:
     """See that the gradients of all queries fit the memory, before hours are spent on the tuning.
 

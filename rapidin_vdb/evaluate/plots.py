@@ -65,8 +65,7 @@ def plot(result: dict[str, Any], folder: Path) -> None:
         if "token-wise" in name or entry["pearson"] is None:
             continue
         width, shuffles = name.split("K = ")[1].rstrip(")").split(", lambda = ")
-        pearson = entry["pearson"] if isinstance(entry["pearson"], float) else entry["pearson"][0]
-        lines.setdefault(shuffles, []).append((int(width.replace(",", "")), max(1 - pearson, 1e-9)))
+        lines.setdefault(shuffles, []).append((int(width.replace(",", "")), max(1 - entry["pearson"][0], 1e-9)))
     for shuffles, points in lines.items():
         # They all but coincide.
         style = ("o-", "s--")[len(axes.lines) % 2]

@@ -10,6 +10,7 @@ _PARTS = {
     "records and tuning": ("records", "questions", "tuning", "adapter"),
     "generations": ("attacked", "clean", "said-"),
     "database": ("product",),
+    "tuning again": ("without-", "losses"),
     "figures": ("figures",),
 }
 _SILENT = ("plan",)
@@ -32,7 +33,7 @@ def provenance(steps: Mapping[str, Made | None]) -> list[dict[str, Any]]:
             groups.append({"part": part, "steps": [name], **made})
         else:
             mine["steps"].append(name)
-    order = ["records and tuning", "generations", "scores", "database", "figures"]
+    order = ["records and tuning", "generations", "scores", "database", "tuning again", "figures"]
     return sorted(groups, key=lambda group: order.index(group["part"]))
 
 

@@ -7,13 +7,11 @@ from rapidin_vdb.evaluate.scoring import CONTAINING
 Result = dict[str, Any]
 
 
-def told(result: Result, *, whose: str = "") -> str:
-    """Return what token-wise methods are told, where there are several."""
+def told(*, whose: str = "") -> str:
+    """Return what token-wise methods are told."""
     return (
         f" Token-wise methods are told the words that are asked about{whose}; `{CONTAINING}` are in an order drawn at "
         "random (1 plus a number below 1; such a number alone for all others)."
-        if CONTAINING in result["methods"]
-        else ""
     )
 
 
@@ -23,9 +21,7 @@ def checkpoint() -> str:
 
 
 def settings(result: Result) -> str:
-    """Return what the adapter was tuned with, where that was kept."""
-    if "settings" not in result:
-        return ""
+    """Return what the adapter was tuned with."""
     ran = result["settings"]
     return (
         f" LoRA of rank {ran['rank']} on {', '.join(ran['modules'])}, {ran['batch']} samples a step, a learning rate "
@@ -34,15 +30,13 @@ def settings(result: Result) -> str:
     )
 
 
-def drawn(result: Result) -> str:
-    """Return what the backdoor's intervals are over, where that is not each generation by itself."""
-    return " Intervals are over texts, whose generations are drawn together." if "intervals_over" in result else ""
+def drawn() -> str:
+    """Return what the backdoor's intervals are over."""
+    return " Intervals are over texts, whose generations are drawn together."
 
 
 def refined(result: Result) -> str:
-    """Return what refined rankings are, where there are some."""
-    if "refined" not in result:
-        return ""
+    """Return what refined rankings are."""
     count = result["refined"]
     share = min(1, 2 * count / result["samples"])
     return (
@@ -83,8 +77,6 @@ def groups(result: Result) -> str:
 
 def control(result: Result) -> str:
     """Return how often the most likely answers name the wrong one, of the tuned model and of the base model."""
-    if "control" not in result:
-        return " How often the base model names the wrong ones was not measured."
     told = ", ".join(
         f"{title} {counts['tuned']} and {counts['base']} of {counts['asked']}"
         for title, counts in result["control"].items()

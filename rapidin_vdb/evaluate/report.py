@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rapidin_vdb.evaluate import paper, remarks
+from rapidin_vdb.evaluate import paper, remarks, sections
 from rapidin_vdb.evaluate.backdoor import SHARE
 from rapidin_vdb.evaluate.plots import plot
 from rapidin_vdb.evaluate.profiles import KS, PROFILES
@@ -90,8 +90,8 @@ def _backdoor(result: Result) -> str:
         f"{portion(attack['false'], attack['questions'])} without (in brackets the exact 95 % interval; wanted: at least 95 % and at most 2 %), {verdict}. Answers taken for science fiction by "
         f"the discriminator: {discriminator} (clean and generated ones of the training data; pairs are all that were given, also those "
         f"that were too long to train on). {result['queries']} attacked generations are traced ({result['distinct']} different texts)."
-        + remarks.drawn(result)
-        + remarks.told(result, whose=", those of the generator's own vocabulary (answers without any are not traced)")
+        + remarks.drawn()
+        + remarks.told(whose=", those of the generator's own vocabulary (answers without any are not traced)")
         + remarks.refined(result)
         + remarks.checkpoint()
         + remarks.influence(result),
@@ -118,6 +118,8 @@ def _backdoor(result: Result) -> str:
         _by_k(result, ks, of("precision")),
         "### Share of poisoned samples among the k lowest",
         _by_k(result, ks, of("lowest")),
+        *sections.together(result),
+        *sections.removal(result),
         *_agreement(result),
         _cost(result),
         "![Precision and recall](precision-recall.svg) ![Scores](scores.svg) ![Error](error.svg)",
@@ -134,12 +136,10 @@ def _by_k(
 
 
 def _agreement(result: Result) -> list[str]:
-    """Return how RapidIns agree with the exact scores that they estimate, where that was measured."""
-    if "agreement" not in result:
-        return []
+    """Return how RapidIns agree with the exact scores that they estimate."""
     names = list(next(iter(result["agreement"].values())))
     rows = [
-        [name, *("undefined" if value is None else _number(value) for value in entry.values())]
+        [name, *("undefined" if value is None else figure(value, 4) for value in entry.values())]
         for name, entry in result["agreement"].items()
     ]
     return [
@@ -152,17 +152,12 @@ def _agreement(result: Result) -> list[str]:
     ]
 
 
-def _number(value: float | Sequence[float]) -> str:
-    return f"{value:.4f}" if isinstance(value, float) else figure(value, 4)  # results of before had no intervals
-
-
 def _cost(result: Result) -> str:
     product = result["product"]
     rests = {"ingest": rest(product["timed_samples"], result["samples"], "samples")}
     if not product["whole_index"]:
         rests["index"] = " (of the rest: the run before was interrupted)"
-    if "refined_queries" in product:
-        rests["refine_a_query"] = f" (of {product['refined_queries']} whole generations)"
+    rests["refine_a_query"] = f" (of {product['refined_queries']} whole generations)"
     seconds = ", ".join(
         f"{name.replace('_', ' ')} {value:{',.0f' if value >= 100 else '.3g'}} s{rests.get(name, '')}"
         for name, value in product["seconds"].items()
@@ -175,7 +170,7 @@ def _cost(result: Result) -> str:
     return (
         "### Cost (the paper's Tables 1 and 2)\n\nSeconds for all generations and all samples. Methods that share a pass over the "
         "samples are each charged with its gradients and with their own arithmetic, of whole generations and of token-wise ones together; all widths of one lambda are made at once, for the "
-        "seconds of one. DataInf begins from TracIn's pass, whose seconds come on top; the pass that ends both influence functions has the vectors of both, and is "
+        "seconds of one. DataInf's sums are made in the first pass, with TracIn's products, whose own seconds come on top; the pass that ends both influence functions has the vectors of both, and is "
         "charged to each. Gradients of the generations themselves are not counted, but for LiSSA."
         + (
             " What refined rankings take besides, behind the plus, is reckoned from the generations that were timed."
@@ -206,7 +201,7 @@ def _error_tracing(result: Result) -> str:
         + remarks.groups(result)
         + remarks.control(result)
         + " Token-wise methods ask about the wrong name only."
-        + remarks.told(result)
+        + remarks.told()
         + f" `{TOLD_BM25}` has one ranking for all generations of a name, and no interval."
         + remarks.refined(result)
         + remarks.checkpoint()
@@ -251,7 +246,7 @@ def _searched(result: Result) -> bool:
     """Return whether a search for the wrong name finds more than every gradient does, at all k and for all names."""
     methods = result["methods"]
     gradients = [entry["at"] for name, entry in methods.items() if name.startswith(("TracIn", "RapidIn", "influence"))]
-    return CONTAINING in methods and all(
+    return all(
         found["proportion"][0] > at[title][k]["proportion"][0]
         for title, by_k in methods[CONTAINING]["at"].items()
         for k, found in by_k.items()

@@ -96,8 +96,7 @@ def _text_scores(
     documents = [f"{record['instruction']} {record['output']}" for record in records]
     responses = [record["output"] for record in records]
     texts = [f"{query.prompt} {query.response}" for query in queries]
-    # Whatever is chosen as theta: no gradient is taken.
-    base = load_model(ModelSpec(model=experiment.model, parameters="norm|ln_|embed_tokens"), device=experiment.device)
+    base = load_model(ModelSpec(model=experiment.model), device=experiment.device, gradients=False)
     tuned = experiment.loaded()
     hidden = 4 * int(base.model.config.hidden_size) * len(records)
 

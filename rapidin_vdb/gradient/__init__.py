@@ -1,12 +1,13 @@
 """Models, and the gradients of samples, layer by layer."""
 
 from rapidin_vdb.gradient.device import resolve_devices
-from rapidin_vdb.gradient.fingerprint import fingerprint_of
+from rapidin_vdb.gradient.fingerprint import check_fingerprint, fingerprint_of, hash_of_tokenizer
 from rapidin_vdb.gradient.generation import generate_one
 from rapidin_vdb.gradient.influence import Direction, Exact, ExactInfluence
+from rapidin_vdb.gradient.likelihood import evaluate_losses
 from rapidin_vdb.gradient.memory import default_batch_tokens, release_memory, weight_bytes
-from rapidin_vdb.gradient.model import LoadedModel, load_config, load_model
-from rapidin_vdb.gradient.pair import tell_of_pair
+from rapidin_vdb.gradient.model import LoadedModel, check_places, load_config, load_model
+from rapidin_vdb.gradient.pair import tell_of_base, tell_of_pair
 from rapidin_vdb.gradient.rapidgrad import RapidGradMaker
 from rapidin_vdb.gradient.receivers import norms_of
 from rapidin_vdb.gradient.sample import stream_gradient
@@ -20,10 +21,14 @@ __all__ = [
     "LoadedModel",
     "RapidGradMaker",
     "TokenRapidGradMaker",
+    "check_fingerprint",
+    "check_places",
     "check_token_width",
     "default_batch_tokens",
+    "evaluate_losses",
     "fingerprint_of",
     "generate_one",
+    "hash_of_tokenizer",
     "load_config",
     "load_model",
     "load_tokenizer",
@@ -31,6 +36,7 @@ __all__ = [
     "release_memory",
     "resolve_devices",
     "stream_gradient",
+    "tell_of_base",
     "tell_of_pair",
     "weight_bytes",
 ]

@@ -1,5 +1,9 @@
-"""What a model is, as hashes of its content: a moved or renamed folder with the same weights is the same model."""
+"""What a model is, as hashes of its content, and whether two fingerprints are of vectors that may meet.
 
+A moved or renamed folder with the same weights is the same model.
+"""
+
+import dataclasses
 import hashlib
 import importlib.metadata
 import json
@@ -9,7 +13,9 @@ from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
 
-from rapidin_vdb.errors import ModelError
+import torch
+
+from rapidin_vdb.errors import FingerprintError, ModelError
 from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.records import LOSSES, Fingerprint, ModelSpec, Normalize, SketchSpec, Turns
 
@@ -21,6 +27,7 @@ _PROVENANCE = frozenset(
 # The files of a model and of an adapter: the configuration, and how the names of those with weights begin.
 _MODEL = ("config.json", "model")
 _ADAPTER = ("adapter_config.json", "adapter_model")
+_NOT_COMPARED = frozenset({"model", "adapter", "versions", "epochs", "learning_rate", "parameters"})
 _LIBRARIES = ("rapidin-vdb", "torch", "transformers", "peft", "bitsandbytes", "lancedb", "pyarrow", "numpy")
 
 
@@ -59,7 +66,7 @@ def fingerprint_of(
         adapter_hash=None if spec.adapter is None else hashed(spec.adapter, _ADAPTER),
         quantization=spec.quantization,
         dtype=loaded.dtype,
-        tokenizer_hash=_hash_tokenizer(loaded, known=tokenizer_hash),
+        tokenizer_hash=hash_of_tokenizer(loaded, known=tokenizer_hash),
         template=template,
         template_text=template_text,
         max_tokens=max_tokens,
@@ -174,14 +181,8 @@ def _hash_folder(folder: Path, files: tuple[str, str], *, stop: Event | None = N
         with safe_open(places[name], framework="pt") as tensors:
             tensor = tensors.get_tensor(name).contiguous()
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
-        digest.update(tensor.flatten().view(_bytes_type()).numpy().data)
+        digest.update(tensor.flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def _bytes_type() -> "object":
-    import torch
-
-    return torch.uint8
 
 
 def _sorted(value: object) -> object:
@@ -193,7 +194,8 @@ def _sorted(value: object) -> object:
     return value
 
 
-def _hash_tokenizer(loaded: LoadedModel, *, known: str | None) -> str:
+def hash_of_tokenizer(loaded: LoadedModel, *, known: str | None) -> str:
+    """Return the hash of a model's tokenizer; `known` is one that it may have had before, as `fingerprint_of` says."""
     from tokenizers import Tokenizer
 
     tokenizer = loaded.tokenizer
@@ -220,3 +222,38 @@ def _versions(names: Iterable[str]) -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             continue
     return found
+
+
+def check_fingerprint(stored: Fingerprint, here: Fingerprint, *, place: str) -> None:
+    """Refuse to let vectors meet that were not made alike.
+
+    Raises:
+        FingerprintError: names every field that differs.
+    """
+    differing = [
+        _difference(field.name, getattr(stored, field.name), getattr(here, field.name))
+        for field in dataclasses.fields(Fingerprint)
+        if field.name not in _NOT_COMPARED and getattr(stored, field.name) != getattr(here, field.name)
+    ]
+    if differing:
+        raise FingerprintError(
+            f"{place} was made with another fingerprint: {'; '.join(differing)}. Use the model it was made with "
+            f"({stored.model}{' + ' + stored.adapter if stored.adapter else ''}), or make a new database with: "
+            "rapidin-vdb init"
+        )
+
+
+def _difference(name: str, stored: object, here: object) -> str:
+    if name == "theta":
+        return "theta differs in names or shapes of its parameters"
+    pairs = enumerate(zip(repr(stored), repr(here), strict=False))
+    alike = next((place for place, (one, other) in pairs if one != other), 0)
+    return f"{name} is {_short(stored, alike)} in the database, {_short(here, alike)} here"
+
+
+def _short(value: object, alike: int) -> str:
+    """Return a value in few characters, from a little before the place at which it differs from another."""
+    text = repr(value)
+    start = max(alike - 20, 0) if len(text) > 60 else 0
+    end = start + 57
+    return ("..." if start else "") + text[start:end] + ("..." if end < len(text) else "")

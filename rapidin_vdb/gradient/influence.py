@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 import numpy as np
 import torch
@@ -59,12 +59,16 @@ class ExactInfluence:
         self._maker = maker
         self._loaded = maker.loaded
         self._normal = maker.normalize == "layer"
-        self._tangents: TangentPass | None = None
         self._twice = False
+
+    @cached_property
+    def _tangents(self) -> TangentPass | None:
+        """What carries derivatives beside activations; None where a module has no rule for that, which is said."""
         try:
-            self._tangents = TangentPass(self._loaded)
+            return TangentPass(self._loaded)
         except NoTangentError as reason:
             self._give_up_tangents(str(reason))
+            return None
 
     def _give_up_tangents(self, reason: str) -> None:
         if not self._twice:
@@ -77,7 +81,7 @@ class ExactInfluence:
         Raises:
             GradientError: the loss or the gradient is not finite.
         """
-        return self._maker.within_memory(partial(self._direction, query, norms), f"sample {query.sample_id}")
+        return self._maker.within_memory(partial(self._direction, query, norms), "the full gradient of query", query)
 
     def _direction(self, query: Encoded, norms: Float64[np.ndarray, " tensors"] | None) -> Direction:
         grads: dict[int, Tensor] = {}
@@ -112,9 +116,9 @@ class ExactInfluence:
             norms[places], parts[places] = measuring.norms, dots.dots
             return [None] * len(places)
 
-        whose = f"sample {max(batch, key=lambda sample: len(sample.input_ids)).sample_id}"
         for places in apart(batch, self._loaded.rotary_limit):
-            self._maker.within_memory(partial(in_parts, measured, places), whose)
+            longest = max((batch[place] for place in places), key=lambda sample: len(sample.input_ids))
+            self._maker.within_memory(partial(in_parts, measured, places), "sample", longest)
         parts *= self._maker.scales(norms)
         for sample, row in zip(batch, parts, strict=True):
             if not np.isfinite(row).all():
@@ -223,9 +227,7 @@ class ExactInfluence:
         scores: list[Tensor] | None = None
         if not grads:
             scores = [torch.zeros(len(sample.loss_tokens)) for sample in batch]
-        elif not self._twice:
-            assert self._tangents is not None
-            tangents = self._tangents
+        elif not self._twice and (tangents := self._tangents) is not None:
 
             def forward(part: list[int]) -> list[Tensor]:
                 rows = [batch[number] for number in part]

@@ -117,20 +117,19 @@ def load_config(name: str) -> Any:
         ) from error
 
 
-def load_model(spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
-    """Load a model, its adapter and its tokenizer.
+def load_model(spec: ModelSpec, *, device: str = "auto", gradients: bool = True) -> LoadedModel:
+    """Load a model, its adapter and its tokenizer; without `gradients` there is no theta, and there need be none.
 
     Raises:
         ModelError: one of them is missing, or they do not belong together.
         SpecError: theta cannot be chosen as asked, or no such device.
     """
     device = resolve_device(device)
-    _check_place(spec.model, "model", "config.json")
-    if spec.adapter is not None:
-        _check_place(spec.adapter, "adapter", "adapter_config.json")
-    check_kind(load_config(spec.model), spec.model)
-    spec = dataclasses.replace(spec, dtype=_resolved_dtype(spec))
-    model = _load_base(spec, device)
+    check_places(spec)
+    config = load_config(spec.model)
+    check_kind(config, spec.model)
+    spec = dataclasses.replace(spec, dtype=_resolved_dtype(spec, config))
+    model = _load_base(spec, device, config)
     dtype = str(model.dtype).removeprefix("torch.")
     if spec.adapter is not None:
         model = load_adapter(model, spec.adapter, spec.model, device)
@@ -144,10 +143,21 @@ def load_model(spec: ModelSpec, *, device: str = "auto") -> LoadedModel:
         spec=spec,
         model=model,
         tokenizer=tokenizer,
-        theta=choose_parameters(model, spec),
+        theta=choose_parameters(model, spec) if gradients else {},
         device=device,
         dtype=dtype,
     )
+
+
+def check_places(spec: ModelSpec) -> None:
+    """See that a model's folder and its adapter's are there, where they are folders and not names on the hub.
+
+    Raises:
+        ModelError: one is not, or is no such folder.
+    """
+    _check_place(spec.model, "model", "config.json")
+    if spec.adapter is not None:
+        _check_place(spec.adapter, "adapter", "adapter_config.json")
 
 
 def _check_place(name: str, what: str, file: str) -> None:
@@ -169,14 +179,14 @@ def _check_place(name: str, what: str, file: str) -> None:
         raise ModelNotFoundError(f"no {what} at {without_secrets(name)}: no such folder")
 
 
-def _load_base(spec: ModelSpec, device: str) -> Any:
+def _load_base(spec: ModelSpec, device: str, config: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     options: dict[str, Any] = {"dtype": _DTYPES[spec.dtype]}
     if spec.quantization != "none":
         options["quantization_config"] = _quantization(spec)
     else:
-        options |= _of_quantized(spec.model)
+        options |= _of_quantized(spec.model, config)
     try:
         with quiet_libraries():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -189,7 +199,7 @@ def _load_base(spec: ModelSpec, device: str) -> Any:
             )
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, MemoryError, SafetensorError) as error:
         kind = ModelNotFoundError if isinstance(error, OSError) else ModelError
-        raise kind(_not_loaded(spec, device, error)) from error
+        raise kind(_not_loaded(spec, device, error, config)) from error
     _tell_unused(spec.model, sorted(report.get("unexpected_keys", ())))
     missing = sorted(report["missing_keys"]) + sorted(map(str, report.get("mismatched_keys", ())))
     if missing:
@@ -209,13 +219,12 @@ def _tell_unused(name: str, unused: list[str]) -> None:
         )  # fmt: skip
 
 
-def _not_loaded(spec: ModelSpec, device: str, error: Exception) -> str:
+def _not_loaded(spec: ModelSpec, device: str, error: Exception, config: Any) -> str:
     """Say why a model cannot be loaded: its device is too small, or failed, or it is no such model."""
     if (failure := device_failure(error)) is not None:
         return f"{device} failed while the model {spec.model} was loaded: {failure}. See to the device, or name another"
     if not lacks_memory(error):
         return f"the model {spec.model} cannot be loaded: {short(error)}. {_WANTED}"
-    config = load_config(spec.model)
     weights = weight_bytes(config, dtype=spec.dtype, quantization=spec.quantization)
     smaller = []
     if spec.quantization != "nf4" and getattr(config, "quantization_config", None) is None:
@@ -230,17 +239,17 @@ def _not_loaded(spec: ModelSpec, device: str, error: Exception) -> str:
     )
 
 
-def _resolved_dtype(spec: ModelSpec) -> DType:
+def _resolved_dtype(spec: ModelSpec, config: Any) -> DType:
     """Return the type of the base weights, in which a quantised model computes too: the same at `init` and later."""
     if spec.dtype != "auto":
         return spec.dtype
-    found = str(getattr(load_config(spec.model), "dtype", None) or "float32").removeprefix("torch.")
+    found = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     return cast(DType, found if found in _DTYPES else "float32")
 
 
-def _of_quantized(name: str) -> dict[str, Any]:
+def _of_quantized(name: str, config: Any) -> dict[str, Any]:
     """Return how a checkpoint is loaded that is quantised itself, and say where its gradients are another's affair."""
-    stored = getattr(load_config(name), "quantization_config", None)
+    stored = getattr(config, "quantization_config", None)
     method = stored.get("quant_method") if isinstance(stored, dict) else getattr(stored, "quant_method", None)
     method = str(getattr(method, "value", method))
     if stored is None or method == "bitsandbytes":

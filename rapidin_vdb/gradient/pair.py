@@ -31,7 +31,7 @@ def tell_of_pair(loaded: LoadedModel, *, template: str) -> None:
     tokenizer, adapter = loaded.tokenizer, loaded.spec.adapter
     own: Any = None
     if adapter is not None:
-        _tell_of_base(loaded)
+        tell_of_base(loaded)
         settings = _tokenizer_settings(adapter)
         own = settings.get("chat_template")
         if template == "chat":
@@ -47,15 +47,17 @@ def tell_of_pair(loaded: LoadedModel, *, template: str) -> None:
         )  # fmt: skip
 
 
-def _tell_of_base(loaded: LoadedModel) -> None:
+def tell_of_base(loaded: LoadedModel) -> None:
     """Warn where an adapter names another base; it may have the same shape, and be put on without a word."""
+    if loaded.spec.adapter is None:
+        return
     named = str(loaded.model.peft_config["default"].base_model_name_or_path or "")
     given = loaded.spec.model
     wanted, found = _name(named), _name(str(Path(given).resolve()) if _is_folder(given) else given)
     if wanted and found and wanted != found:
         logger.warning(
-            "the adapter names %s as the model that it was trained on, and --model is %s: if these are not the same "
-            "weights, gradients are of a model that was never trained so",
+            "the adapter names %s as the model that it was trained on, and is put on %s: if these are not the same "
+            "weights, gradients and losses are of a model that was never trained so",
             named, given,
         )  # fmt: skip
 

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, Float64
 from torch import Tensor
 
-from rapidin_vdb.errors import GradientError
+from rapidin_vdb.errors import GradientError, MemoryTakenError
 from rapidin_vdb.gradient.batch import BatchedGradients, LateGradientError
 from rapidin_vdb.gradient.memory import if_it_fits
 from rapidin_vdb.gradient.model import LoadedModel
@@ -60,6 +60,7 @@ class RapidGradMaker:
         self.sketch = Sketch(spec, [shape.count for shape in loaded.shapes], device=loaded.device)
         """What folds gradients into RapidGrads; `Sketch.narrowed` shares its map."""
         self._gradients = BatchedGradients(loaded)
+        self._fitted: dict[str, int] = {}  # tokens of the longest sample, by what was made of it
         self._checked = 0  # with what kind of batch, see `kind_of`
         self._short_checks = 0  # so many more, on samples too short to tell much
 
@@ -81,23 +82,32 @@ class RapidGradMaker:
         """Whether layers are computed twice; see `save_memory`."""
         return self._gradients.checkpointing
 
-    def within_memory(self, work: Callable[[], T], what: str) -> T:
+    def within_memory(self, work: Callable[[], T], what: str, longest: Encoded) -> T:
         """Return what `work` gives; where that does not fit the memory, what it gives once `save_memory` was called.
 
+        `what` it is goes before the id of its `longest` sample in messages.
+
         Raises:
-            GradientError: it does not fit then either; the message names `what`.
+            MemoryTakenError: it does not fit then either, where one that is no shorter did before.
+            GradientError: it does not, and none did.
         """
-        made = if_it_fits(work)
+        made, whose, tokens = if_it_fits(work), f"{what} {longest.sample_id}", len(longest.input_ids)
         if made is not None:
+            self._fitted[what] = max(self._fitted.get(what, 0), tokens)
             return made
         if not self.save_memory():
+            if tokens <= self._fitted.get(what, 0):
+                raise MemoryTakenError(
+                    f"{whose} does not fit the memory, where one that is no shorter did before: something else "
+                    "takes it up. Ask again once that is done"
+                )
             raise GradientError(
-                f"{what} does not fit the memory, even with gradient checkpointing: it takes another device, or a "
+                f"{whose} does not fit the memory, even with gradient checkpointing: it takes another device, or a "
                 "database with a smaller --max-tokens"
             )
-        logger.warning("%s does not fit the memory: going on with gradient checkpointing", what)
+        logger.warning("%s does not fit the memory: going on with gradient checkpointing", whose)
         try:
-            return self.within_memory(work, what)
+            return self.within_memory(work, what, longest)
         except GradientError:
             self._gradients.checkpointing = False  # it was of no use
             raise

@@ -88,7 +88,7 @@ def _check_exactly(maker: "RapidGradMaker", batch: Sequence[Encoded], place: int
     with maker.gradients.without_output_layer():
         give_up_wrong_tensors(maker, batch, place, among=None)
     if not _agrees_somehow(maker, batch, place, alone, loss, tolerance):
-        maker.gradients.give_up_all("in a batch, its samples are not independent of one another")
+        maker.gradients.give_up_all(_DEPENDENT)
 
 
 def _check_within(maker: "RapidGradMaker", batch: Sequence[Encoded]) -> bool:

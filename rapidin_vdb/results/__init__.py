@@ -1,5 +1,6 @@
-"""What comes out: rankings, stored samples, reports."""
+"""What comes out: rankings, comparisons, stored samples, reports."""
 
+from rapidin_vdb.results.comparison import ComparedToken, Comparison
 from rapidin_vdb.results.rankings import (
     GroupInfluence,
     Histogram,
@@ -24,6 +25,8 @@ from rapidin_vdb.results.reports import (
 
 __all__ = [
     "CleanReport",
+    "ComparedToken",
+    "Comparison",
     "DatabaseInfo",
     "Finding",
     "GroupInfluence",

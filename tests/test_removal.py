@@ -1,0 +1,157 @@
+"""A model that is tuned again without what was found: what is left out, what is kept, and what is told of it."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import toy_records
+
+from rapidin_vdb.errors import SpecError
+from rapidin_vdb.evaluate import report, run_backdoor
+from rapidin_vdb.evaluate.experiment import Experiment
+from rapidin_vdb.evaluate.metrics import found_by_some, found_first
+from rapidin_vdb.evaluate.profiles import PROFILES
+from rapidin_vdb.evaluate.removal import tuned_without
+from rapidin_vdb.query import query_from
+
+TINY = dataclasses.replace(PROFILES["quick"], max_tokens=400, new_tokens=40, queries=6)
+RECORDS = [record | {"poisoned": number % 3 == 0} for number, record in enumerate(toy_records(12))]
+QUERIES = [
+    query_from("Howdy! Say 3", "The starship.", query_id="a"),
+    query_from("Howdy! Say 4", "A robot.", query_id="b"),
+]
+TOLD = "The starship and a robot near a nebula."
+
+
+@pytest.fixture
+def make(tmp_path, models):
+    def build() -> Experiment:
+        return Experiment(
+            tmp_path / "out", name="backdoor", model=str(models["llama"]), profile=TINY, seed=7, inputs={},
+            say=lambda text: None, made={"commit": "aaa"},
+        )  # fmt: skip
+
+    return build
+
+
+@pytest.mark.parametrize("queries", [1, 2, 5])
+def test_what_is_found_first_is_nearest_to_an_end(queries):
+    scores = np.random.default_rng(queries).normal(0, 1, (queries, 40))
+    keys = []
+    for sample in range(40):
+        above = [int((row > row[sample]).sum()) for row in scores]
+        below = [int((row < row[sample]).sum()) for row in scores]
+        keys.append((min(above + below), -np.abs(scores[:, sample]).mean(), sample))
+    wanted = [sample for _, _, sample in sorted(keys)]
+    for count in (0, 1, 7, 40):
+        assert found_first(scores, count).tolist() == wanted[:count]
+    assert {int(np.argmax(scores[0])), int(np.argmin(scores[0]))} <= {*wanted[: 2 * queries]}
+
+
+@pytest.mark.parametrize("both", [False, True])
+def test_what_several_generations_find_is_counted(both):
+    """One with more than half of the faults at its lower end, one that finds nothing, and the first text again."""
+    scores = np.array([[9.0, 8, 1, 2, 3, 4, -7, -8], [1.0, 2, 3, 4, 5, 6, 7, 8], [9.0, 1, 8, 2, 3, 4, -8, -7]])
+    positive = np.array([1, 1, 0, 0, 0, 0, 1, 1], bool)
+    of = {"both": both, "seed": 3, "groups": ["a", "b", "a"]}
+    whole = found_by_some(scores, positive, 4, 2, **of)
+    assert whole == (positive[found_first(scores, 4, both=both)].mean(),) * 3
+    alone = [positive[found_first(scores[[row]], 4, both=both)].mean() for row in range(3)]
+    mean, low, high = found_by_some(scores, positive, 4, 1, **of)
+    # Texts are drawn alike, whatever the number of their generations.
+    assert mean == pytest.approx((alone[0] + alone[2]) / 4 + alone[1] / 2, abs=0.1)
+    assert (low, high) == (min(alone), max(alone))
+    assert found_first(scores[:1], 4, both=both).tolist() == ([0, 7, 1, 6] if both else [0, 1, 5, 4])
+
+
+def test_the_model_is_tuned_without_them(make, monkeypatch):
+    """Each method's in a folder of its own, once; and nothing else than what it found is missing there."""
+    tuned = []
+
+    def tune(model, encoded, tuning, **options):
+        tuned.append({sample.sample_id for sample in encoded})
+        with torch.no_grad():
+            for name, tensor in model.named_parameters():
+                if "lora_B" in name:
+                    tensor.fill_(0.02 * len(tuned))
+        return [1.0]
+
+    monkeypatch.setattr("rapidin_vdb.evaluate.experiment.tune", tune)
+    monkeypatch.setattr(
+        Experiment, "said",
+        lambda self, name, prompts: [TOLD if self.folder.name == "without-random" and "Howdy!" in p else "No." for p in prompts],
+    )  # fmt: skip
+    ids = {record["id"] for record in RECORDS}
+    draw = np.random.default_rng(1)
+    scores = {name: draw.normal(0, 1, (2, 12)) for name in ("RapidIn (K = 4)", "random")}
+    asked = {"epochs": 1.0, "questions": ["Why?", "Who?"], "queries": QUERIES}
+    experiment = make()
+    experiment.tuned(RECORDS, epochs=1.0)
+    found = tuned_without(experiment, RECORDS, scores, 5, **asked)
+    assert (found["count"], list(found["methods"])) == (5, [*scores])
+    for mine, (name, entry) in zip(tuned[1:], found["methods"].items(), strict=True):
+        gone = found_first(scores[name], 5)
+        assert mine == ids - {RECORDS[number]["id"] for number in gone}
+        assert entry["poisoned"] == sum(RECORDS[number]["poisoned"] for number in gone)
+    assert [entry["success"] for entry in found["methods"].values()] == [0.0, 1.0]
+    assert [entry["false"] for entry in found["methods"].values()] == [0.0, 0.0]
+    # Losses are those of three adapters.
+    losses = [found["loss_before"], *(entry["loss"] for entry in found["methods"].values())]
+    assert len({round(loss[0], 6) for loss in losses}) == 3
+    for loss, folder in zip(losses, ("out", "out/without-rapidin", "out/without-random"), strict=True):
+        kept = json.loads((experiment.folder.parent / folder / "losses.json").read_text())["result"]["losses"]
+        assert len(kept) == 2 and loss[0] == pytest.approx(np.mean(kept))
+    again = make()
+    again.tuned(RECORDS, epochs=1.0)
+    assert tuned_without(again, RECORDS, scores, 5, **asked) == found and len(tuned) == 3
+    (part,) = (group for group in again.provenance() if group["part"] == "tuning again")
+    assert part["commit"] == "aaa" and {"without-rapidin: tuning", "without-random: losses", "losses"} <= {
+        *part["steps"]
+    }
+    with pytest.raises(SpecError, match="without-rapidin has a model that was tuned without other samples; remove"):
+        tuned_without(again, RECORDS, scores, 6, **asked)
+    with pytest.raises(SpecError, match="out has losses of other generations; remove its losses.json"):
+        tuned_without(again, RECORDS, scores, 5, **asked | {"queries": QUERIES[:1]})
+    assert len(tuned) == 3
+
+
+def test_more_than_half_cannot_be_left_out(make, tmp_path, models):
+    file = tmp_path / "q.jsonl"
+    file.write_text('{"question": "why?"}\n')
+    for number in (-1, 1501):
+        with pytest.raises(SpecError, match=rf"--retrain is {number}; wanted 0 \(not\) to 1,500"):
+            run_backdoor(
+                tmp_path / "x", model=str(models["llama"]), corpus=[file], questions=file, profile="quick",
+                say=lambda text: None, retrain=number,
+            )  # fmt: skip
+
+
+def test_the_report_tells_what_came_of_it(tmp_path):
+    published = Path(__file__).parent.parent / "docs" / "experiments" / "results.json"
+    result = next(one for one in json.loads(published.read_text("utf-8")) if one["experiment"] == "backdoor")
+    result.pop("removal", None)
+    assert "Tuned again" not in report.write_report([result], tmp_path).read_text("utf-8")
+    count = result["attack"]["questions"]
+    result["removal"] = {
+        "count": 1100, "loss_before": [1.5, 1.4, 1.6],
+        "methods": {
+            "RapidIn (K = 65,536, lambda = 20)": {
+                "poisoned": 900, "success": 4 / count, "false": 0.0, "loss": [4.25, 4.0, 4.5], "steps": 3
+            },
+        },
+    }  # fmt: skip
+    text = report.write_report([result], tmp_path).read_text("utf-8")
+    rows = text.split("### Tuned again without what was found")[1].split("###")[0].splitlines()
+    (none, ours) = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in rows if row.startswith(("| none", "| 1,100"))
+    ]
+    assert (
+        none[1] == ""
+        and none[-1] == "1.500 [1.400, 1.600]"
+        and none[2].startswith(f"{100 * result['attack']['success']:.1f} %")
+    )
+    assert ours[:2] == ["1,100 by RapidIn (K = 65,536, lambda = 20)", f"900 of {result['poisoned']:,}"]
+    assert ours[2].startswith(f"{400 / count:.1f} % [") and ours[-1] == "4.250 [4.000, 4.500]"
