@@ -14,8 +14,8 @@ from conftest import toy_records, write_jsonl
 from rapidin_vdb.corpus import load_template
 from rapidin_vdb.errors import RapidInError, SpecError
 from rapidin_vdb.evaluate import backdoor, error_tracing, gradients, hessian, run_backdoor, write_report
-from rapidin_vdb.evaluate.experiment import Experiment, words_in
-from rapidin_vdb.evaluate.fiction import is_fiction, is_telling
+from rapidin_vdb.evaluate.experiment import Experiment
+from rapidin_vdb.evaluate.fiction import is_fiction, telling_words
 from rapidin_vdb.evaluate.fitting import fitting
 from rapidin_vdb.evaluate.profiles import PROFILES
 from rapidin_vdb.gradient import RapidGradMaker, load_model, load_tokenizer
@@ -275,7 +275,7 @@ def test_who_names_the_wrong_one_is_counted_for_the_base_model_too(make, monkeyp
 def test_generations_that_no_word_tells_are_no_queries(make, monkeypatch):
     """Those known by phrases alone, which token-wise methods could not be asked about."""
     text = "A space pirate and a star captain, at the event horizon."
-    assert is_fiction(text) and words_in(text, is_telling) == []
+    assert is_fiction(text) and telling_words(text) == []
     asked = [f"Why {n}?" for n in range(60)]
     seen = {}
 
@@ -407,7 +407,7 @@ def test_the_published_page_is_what_its_figures_give(tmp_path):
     text = write_report(published(), tmp_path).read_text("utf-8")
     assert text == (folder / "report.md").read_text("utf-8")
     assert (tmp_path / "results.json").read_text("utf-8") == (folder / "results.json").read_text("utf-8")
-    assert text.count("Made with ") == 2 and "commit 7c2e1dd" in text and "commit 1174e26" in text
+    assert text.count("Made with ") == 2 and "commit 788722c" in text and "commit 7c2e1dd" in text
 
 
 def test_the_readme_quotes_the_published_figures():
@@ -435,6 +435,25 @@ def test_the_readme_quotes_the_published_figures():
     assert f"At 500 and 1,000 it is {' and '.join(lost)} below that of exact" in readme
     refined = methods[f"{ours}, refined"]["at"]
     assert max(abs(exact[k]["auprc"][0] - refined[k]["auprc"][0]) for k in exact) < 0.001
+
+
+def test_the_readme_quotes_what_several_generations_find():
+    names = {
+        "BM25 of question": ("highest", "BM25"), "embeddings": ("highest", "embedding (mean hidden state of the base model)"),
+        "hidden states": ("highest", "hidden state (of the tuned model)"),
+        "RapidIn (K = 65,536, lambda = 20), the highest": ("highest", "RapidIn (K = 65,536, lambda = 20)"),
+        "RapidIn (K = 65,536, lambda = 20), both": ("both", "RapidIn (K = 65,536, lambda = 20)"),
+        "TracIn with layer": ("both", "TracIn + LN"),
+    }  # fmt: skip
+    together = published()[0]["together"]
+    readme = (Path(__file__).parent.parent / "README.md").read_text("utf-8")
+    head, *rows = readme.split("share of poisoned samples among the 1,010 found first")[1].split("\n\n")[0].splitlines()
+    assert (together["k"], together["of"]) == (1010, [1, 5, 33]) and "by all, 33 different texts" in head
+    assert len(rows) == 1 + len(names)
+    for row, (prefix, (end, name)) in zip(rows[1:], names.items(), strict=True):
+        label, *told = (cell.strip() for cell in row.strip("|").split("|"))
+        assert label.startswith(prefix)
+        assert told == [f"{mean:.3f}" for mean, _, _ in together[end][name]], label
 
 
 def test_the_readme_quotes_the_published_figures_of_error_tracing_too():
