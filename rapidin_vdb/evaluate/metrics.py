@@ -95,15 +95,14 @@ def found_by_some(
 
     The mean over draws of the generations, and between which values 95 % of the draws lie; of all groups, one number.
     """
-    draw = np.random.default_rng(seed)
     members = [np.flatnonzero(np.asarray(groups) == group) for group in dict.fromkeys(groups)]
-    generations = min(generations, len(members))
-    shares = []
-    for _ in range(draws if generations < len(members) else 1):
+    if generations >= len(members):
+        share = float(positive[found_first(scores, k, both=both)].mean())
+        return share, share, share
+    draw, shares = np.random.default_rng(seed), []
+    for _ in range(draws):
         chosen = draw.choice(len(members), generations, replace=False)
         rows = [int(draw.choice(members[number])) for number in chosen]
-        if generations == len(members):
-            rows = list(range(len(scores)))
         shares.append(positive[found_first(scores[rows], k, both=both)].mean())
     low, high = np.percentile(shares, [2.5, 97.5])
     return float(np.mean(shares)), float(low), float(high)
