@@ -13,12 +13,13 @@ from rapidin_vdb.focus import focus_of
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.gradient import default_batch_tokens
 from rapidin_vdb.index import Searchable
+from rapidin_vdb.pooling import pool
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.query import Sketched, encode_queries, sketch_queries
 from rapidin_vdb.question import Question
 from rapidin_vdb.ranking import rank
-from rapidin_vdb.records import Sample
-from rapidin_vdb.results import Ranking
+from rapidin_vdb.records import Encoded, Sample
+from rapidin_vdb.results import Pool, Ranking
 from rapidin_vdb.store import SampleTable, Snapshot, TableVersion, TokenSnapshot
 from rapidin_vdb.token_ranking import rank_tokens
 
@@ -81,18 +82,7 @@ def answer(
     if not queries:
         return
     snapshot, tokens = versions
-    stored = snapshot.fingerprint
-    encoded = encode_queries(
-        queries,
-        tokenizer=engine.loaded.tokenizer,
-        template=engine.template,
-        max_tokens=stored.max_tokens,
-        focus=question.focus,
-    )
-    queries = [as_written(query, one) for query, one in zip(queries, encoded, strict=True)]
-    focus = [focus_of(query, question.focus) for query in queries]
-    with engine.alone:
-        sketched = sketch_queries(engine.maker, encoded, focus=focus, progress=progress)
+    queries, encoded, sketched = _sketched(question, queries, snapshot, engine, progress)
     index = keeper.fresh(tokens or snapshot, name=question.index, progress=progress)
     if tokens is not None:
         yield from rank_tokens(snapshot, tokens, index, sketched, question)
@@ -101,7 +91,8 @@ def answer(
     if not question.exact:
         yield from rankings
         return
-    batch_tokens = default_batch_tokens(engine.loaded.model.config, dtype=stored.dtype, device=engine.loaded.device)
+    loaded = engine.loaded
+    batch_tokens = default_batch_tokens(loaded.model.config, dtype=snapshot.fingerprint.dtype, device=loaded.device)
     explained = explain(
         rankings, list(zip(queries, encoded, strict=True)), snapshot=snapshot, influence=engine.influence,
         question=question, batch_tokens=batch_tokens, progress=progress,
@@ -113,6 +104,44 @@ def answer(
         if ranking is None:
             return
         yield ranking
+
+
+def pooled(
+    question: Question,
+    queries: Sequence[Sample],
+    *,
+    versions: Versions,
+    keeper: Keeper,
+    engine: Engine,
+    progress: Progress = silent,
+) -> Pool:
+    """Return the samples of largest influence on any of the queries' generations.
+
+    Raises:
+        CorpusError: a query cannot be encoded.
+        GradientError: a query gives no finite gradient.
+        SpecError: a focus is not in its generation, or there is no such index.
+    """
+    snapshot, _ = versions
+    _, _, sketched = _sketched(question, queries, snapshot, engine, progress)
+    return pool(snapshot, keeper.fresh(snapshot, name=question.index, progress=progress), sketched, question)
+
+
+def _sketched(
+    question: Question, queries: Sequence[Sample], snapshot: Snapshot, engine: Engine, progress: Progress
+) -> tuple[list[Sample], list[Encoded], Sketched]:
+    """Return queries as their tokens are of them, these tokens, and their RapidGrads."""
+    encoded = encode_queries(
+        queries,
+        tokenizer=engine.loaded.tokenizer,
+        template=engine.template,
+        max_tokens=snapshot.fingerprint.max_tokens,
+        focus=question.focus,
+    )
+    written = [as_written(query, one) for query, one in zip(queries, encoded, strict=True)]
+    focus = [focus_of(query, question.focus) for query in written]
+    with engine.alone:
+        return written, encoded, sketch_queries(engine.maker, encoded, focus=focus, progress=progress)
 
 
 def nearest(
@@ -132,4 +161,5 @@ def nearest(
     if vector is None:
         raise SampleNotFoundError(f"no sample {sample_id!r} in the database")
     sketched = Sketched(query_ids=(sample_id,), vectors=vector[None].astype(np.float32), seconds=(0.0,), focus=((),))
-    return rank(snapshot, keeper.fresh(snapshot, name=question.index, progress=progress), sketched, question)[0]
+    index = keeper.fresh(snapshot, name=question.index, progress=progress)
+    return rank(snapshot, index, sketched, question, itself=sample_id)[0]

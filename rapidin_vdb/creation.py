@@ -15,8 +15,8 @@ from rapidin_vdb.store import SampleTable
 logger = logging.getLogger(__name__)
 
 _DEFAULT_SKETCH = SketchSpec()
-# With so many, neighbours share a bucket as often as others do; with 3, three to ten times as often (docs/log.md).
-_MIXED = 8
+# With so many, neighbours share a bucket as often as others do, also among 2^32 coordinates (docs/log.md).
+_MIXED = 12
 
 
 def open(path: str | Path) -> Database:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
-from rapidin_vdb.answering import Keeper, answer, nearest, versions_for
+from rapidin_vdb.answering import Keeper, answer, nearest, pooled, versions_for
 from rapidin_vdb.arguments import name_of, one_of, whole
 from rapidin_vdb.cluster import ClusterKeeper, session_of
 from rapidin_vdb.corpus import paths_of
@@ -20,7 +20,7 @@ from rapidin_vdb.question import Question
 from rapidin_vdb.reading import ids_of, info_of
 from rapidin_vdb.recipe import IndexRecipe, read_recipe
 from rapidin_vdb.records import Aggregate, Focus, Level, OnBadRecord, OnDeleted, OnDuplicate, Sample
-from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Ranking, VerifyReport
+from rapidin_vdb.results import DatabaseInfo, IndexInfo, IngestEstimate, IngestReport, Pool, Ranking, VerifyReport
 from rapidin_vdb.roads import choose_road, token_width_for
 from rapidin_vdb.speaker import Moved, Speaker
 from rapidin_vdb.store import SampleTable, TableVersion, undisturbed, undisturbed_each
@@ -168,6 +168,38 @@ class Database(Speaker):
             return []
         self.prepare(question, model=model, adapter=adapter, device=device)
         return undisturbed(lambda: list(self.ask(question, asked, cluster=cluster, progress=progress)))()
+
+    def pool(
+        self, prompt: str | None = None, generation: str | None = None, *, file: str | Path | None = None,
+        queries: Iterable[Sample] | None = None, size: int = 100, where: str | None = None, harmful: bool = False,
+        both: bool = False, focus: str | Sequence[Focus] | None = (), index: str | None = None,
+        as_of: int | None = None, model: Moved = None, adapter: Moved = None, device: str = "auto",
+        cluster: str | None = None, progress: Progress = silent,
+    ) -> Pool:  # fmt: skip
+        """Return the `size` samples of largest influence on any of the queries' generations, as one list.
+
+        So a fault that was told in several ways is found by several generations that show it. With `both`, samples
+        count by absolute influence: those, too, that say the fault otherwise and are most negative. All else is as for
+        `query`.
+
+        Raises:
+            SpecError: as for `query`, or there is no query at all.
+            CorpusError, GradientError, FilterError, TableError: as for `query`.
+        """
+        question = Question(
+            top_k=whole("--size", size, 1, wanted="1 or more"), where=where, harmful=harmful, both=both,
+            focus=(focus,) if isinstance(focus, str) else tuple(focus or ()), index=index, as_of=as_of,
+        )  # fmt: skip
+        asked = queries_of(prompt, generation, file=file, queries=queries)
+        if not asked:
+            raise SpecError("no generation to pool the rankings of; give one or more")
+        self.prepare(question, model=model, adapter=adapter, device=device)
+
+        def answered() -> Pool:
+            versions, keeper = versions_for(self._table, question), self._keeper("sample", cluster)
+            return pooled(question, asked, versions=versions, keeper=keeper, engine=self._loaded(), progress=progress)
+
+        return undisturbed(answered)()
 
     def prepare(self, question: Question, *, model: Moved = None, adapter: Moved = None, device: str = "auto") -> None:
         """See that a question can be answered, and load the model where that is still to be done.

@@ -85,17 +85,8 @@ def estimate(
             measured = sum(_work(batch, token_width is not None) for batch in chosen)
             seconds = (time.monotonic() - started) * work / measured / speedup(workers, devices)
     return IngestEstimate(
-        truncated=plan.truncated,
-        earlier_turns=plan.earlier_turns,
-        brought_back=plan.brought_back,
-        unwritten=plan.unwritten,
-        first_unwritten=plan.first_unwritten,
-        left_deleted=plan.left_deleted,
-        mixed=plan.mixed,
+        **plan.read_records(),
         samples=samples,
-        unchanged=plan.unchanged,
-        repeated=plan.repeated,
-        kept=plan.kept,
         tokens=tokens,
         batches=len(sizes),
         token_gradients=single,
@@ -104,7 +95,6 @@ def estimate(
         # Each worker is a process that holds the model for itself.
         peak_memory=workers * max(peak_bytes(devices[0]), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10),
         seconds=seconds,
-        bad=tuple(plan.bad),
     )
 
 

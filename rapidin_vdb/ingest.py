@@ -83,20 +83,11 @@ def ingest(
         writer = _Writer(table, plan.seen, on_duplicate)
         planned = planned_windows(windows(), ledger, batch_tokens, width=table.fingerprint.sketch.width)
         tokens = _write(planned, plan, compute, writer, on_bad_record, progress)
+    read = plan.read_records() | {"unchanged": plan.unchanged + writer.unchanged, "kept": plan.kept + writer.kept}
     return IngestReport(
+        **read,
         added=writer.added,
         replaced=writer.replaced,
-        unchanged=plan.unchanged + writer.unchanged,
-        repeated=plan.repeated,
-        kept=plan.kept + writer.kept,
-        bad=tuple(plan.bad),
-        truncated=plan.truncated,
-        earlier_turns=plan.earlier_turns,
-        brought_back=plan.brought_back,
-        unwritten=plan.unwritten,
-        first_unwritten=plan.first_unwritten,
-        left_deleted=plan.left_deleted,
-        mixed=plan.mixed,
         tokens=tokens,
         token_gradients=writer.token_gradients,
         seconds=time.monotonic() - started,

@@ -5,8 +5,9 @@ What grows with the corpus stands in the ledger, not in memory.
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from itertools import chain
+from typing import Any
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from rapidin_vdb.ledger import Entry, Ledger
 from rapidin_vdb.notices import Notices
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import OnBadRecord, OnDeleted, OnDuplicate, Sample
+from rapidin_vdb.results import ReadRecords
 from rapidin_vdb.store import ColumnKind, SampleTable, can_hold, merge_kinds, undisturbed, value_kind
 
 # Behind a record that ends it all, others are looked for no longer than this: a large corpus takes hours to read.
@@ -63,6 +65,10 @@ class Plan:
     """New columns that hold text because of one value, or its lack, and where that is."""
     bad: list[str] = field(default_factory=list)
     """What is wrong with each record that cannot be stored."""
+
+    def read_records(self) -> dict[str, Any]:
+        """Return the fields of `ReadRecords`, by name."""
+        return {name.name: getattr(self, name.name) for name in fields(ReadRecords)} | {"bad": tuple(self.bad)}
 
 
 def make_plan(

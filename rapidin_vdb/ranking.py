@@ -15,12 +15,15 @@ from rapidin_vdb.table_index import coarse_note
 from rapidin_vdb.uncertainty import chance, score_errors, surveyed
 
 
-def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Question) -> list[Ranking]:
+def rank(
+    snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Question, *, itself: str | None = None
+) -> list[Ranking]:
     """Return each query's samples of largest influence, or of most negative influence where `harmful`.
 
     With `both`, one pass finds both. The filter is applied first: results are the best of the samples that match it.
     With `group_by`, the influence of all of these, summed or averaged by their value in a column, comes beside. Where
-    the first results are to be ranked again, there are as many as that takes.
+    the first results are to be ranked again, there are as many as that takes. Of the sample that is asked about
+    `itself`, its own score says nothing of whether others stand out.
 
     Raises:
         FilterError: the filter cannot be understood, or there is no such column.
@@ -42,7 +45,7 @@ def rank(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
     errors = score_errors(sketched.vectors, snapshot.fingerprint)
     missed = coarse_note(index, question, searched)
     said: list[float | None] = [None] * len(sketched.query_ids) if errors is None else errors.tolist()
-    scored = [[[(name, score * factor) for name, score in ranked] for ranked in end] for end in ends]
+    scored = [[[(name, s * factor) for name, s in ranked if name != itself] for ranked in end] for end in ends]
     return [
         Ranking(
             query_id=query_id,
@@ -73,14 +76,19 @@ def _note(
     notes = [cut_note(sketched, number), missed]
     # Where all are ranked again, none was left out for its score.
     if error and question.refine < searched and any(ends):
-        bound = chance(error, searched)
+        bound = chance(error, searched * len(ends))
         signs = [-1 if question.harmful else 1, -1]
         if all(sign * end[0][1] < bound for sign, end in zip(signs, ends, strict=False) if end):
             which = "" if question.both else "negative " if question.harmful else "positive "
-            said = f"no {which}score stands out: by chance alone the largest of {searched:,} is about {bound:.3g}"
+            said = f"no {which}score stands out: {by_chance(searched * len(ends), bound)}"
             # Of what was not found nothing is known; how to find it was said.
             notes.append(f"of what was found, {said}" if missed else f"{said}; {_mend(question)}")
     return "; ".join(note for note in notes if note) or None
+
+
+def by_chance(scores: int, bound: float) -> str:
+    """Say what the largest of so many scores would be by chance."""
+    return f"by chance alone the largest of {scores:,} stays below {bound:.3g} nine times in ten"
 
 
 def _mend(question: Question) -> str:

@@ -114,11 +114,11 @@ def test_angles_of_long_samples_are_not_those_of_short_ones(tmp_path, caplog):
         np.testing.assert_allclose(vectors[sample.sample_id], alone, atol=2e-3 * np.abs(alone).max())
     assert not caplog.text, "nothing is given up"
     assert [rapidgrad.apart(batch, limit) for limit in (16, None)] == [[[0, 1], [2, 3]], [[0, 1, 2, 3]]]
-    made = rapidin_vdb.init(tmp_path / "db", model=str(folder), width=64, parameters="all", shuffles=7)
+    made = rapidin_vdb.init(tmp_path / "db", model=str(folder), width=64, parameters="all", shuffles=11)
     assert "beyond 16 tokens, this model turns positions by the length" in caplog.text
-    assert "--shuffles 7 leaves coordinates beside their neighbours" in caplog.text
+    assert "--shuffles 11 leaves coordinates beside their neighbours" in caplog.text
     caplog.clear()
-    rapidin_vdb.init(tmp_path / "short", model=str(folder), width=64, parameters="all", max_tokens=16, shuffles=8)
+    rapidin_vdb.init(tmp_path / "short", model=str(folder), width=64, parameters="all", max_tokens=16, shuffles=12)
     assert made.fingerprint.max_tokens == 512 and not caplog.text
     config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 10000.0, "factor": 2.0}
     (folder / "config.json").write_text(json.dumps(config))

@@ -73,7 +73,21 @@ def call(capsys, *arguments) -> tuple[int, str, str]:
     return stop.value.code or 0, out, err
 
 
-COMMANDS = ("init", "ingest", "index", "query", "show", "info", "delete", "clean", "compare", "verify", "serve", "demo")
+COMMANDS = (
+    "init",
+    "ingest",
+    "index",
+    "query",
+    "pool",
+    "show",
+    "info",
+    "delete",
+    "clean",
+    "compare",
+    "verify",
+    "serve",
+    "demo",
+)
 
 
 def test_help_loads_no_heavy_library():

@@ -105,7 +105,7 @@ def test_of_what_was_not_found_it_is_not_said_that_it_does_not_stand_out(coarse,
     measured = told(coarse)[bool(options)]
     assert found.note == (
         f"the index narrow is not exact: it found {measured} when it was built{MISSING}; of what was found, no {which}"
-        f"score stands out: by chance alone the largest of 24 is about {bound:.3g}"
+        f"score stands out: by chance alone the largest of 24 stays below {bound:.3g} nine times in ten"
     )
     coarse.index("cpu")
     (exact,) = coarse.query(queries=asked[number : number + 1], top_k=1, **options)

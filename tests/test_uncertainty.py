@@ -13,6 +13,8 @@ from conftest import toy_records, write_jsonl
 import rapidin_vdb
 from rapidin_vdb import uncertainty
 from rapidin_vdb.index import Grouping, Searchable
+from rapidin_vdb.query import query_from
+from rapidin_vdb.question import Question
 from rapidin_vdb.recipe import IndexRecipe
 from rapidin_vdb.records import SketchSpec
 from rapidin_vdb.sketch import Sketch
@@ -180,11 +182,13 @@ def test_probes_tell_lengths():
     assert np.sqrt(ratios).std() == pytest.approx(0.18, abs=0.03)
 
 
-@pytest.mark.parametrize("samples", [100, 50_000])
-def test_the_largest_of_chance(samples):
-    draw = np.random.default_rng(2)
-    largest = np.mean([np.abs(2.0 * draw.standard_normal(samples)).max() for _ in range(30)])
-    assert largest == pytest.approx(chance(2.0, samples), rel=0.15)
+@pytest.mark.parametrize("both", [False, True])
+@pytest.mark.parametrize("samples", [1, 3, 100, 5_000])
+def test_the_largest_of_chance(samples, both):
+    drawn = 2.0 * np.random.default_rng(2).standard_normal((2000, samples), dtype=np.float32)
+    largest = (np.abs(drawn) if both else drawn).max(1)
+    below = np.mean(largest < chance(2.0, samples * (2 if both else 1)))
+    assert below == pytest.approx(0.9, abs=0.025)
 
 
 def test_scores_that_do_not_stand_out_are_told(database, monkeypatch):
@@ -200,12 +204,15 @@ def test_scores_that_do_not_stand_out_are_told(database, monkeypatch):
         return ranking.note
 
     assert note(*weak).startswith(
-        f"no positive score stands out: by chance alone the largest of 3 is about {chance(error, 3):.3g}; exact"
+        f"no positive score stands out: by chance alone the largest of 3 stays below {chance(error, 3):.3g} nine times in ten; exact"
     )
     # The toy has no negative scores that stand out: the bound is set between the weak ones and the lowest.
     lowest = min(scores, key=scores.get)
     bound = (abs(scores[weak[-1]]) - scores[lowest]) / 2
     assert abs(scores[weak[-1]]) < bound < -scores[lowest]
+    # Of either sign there are twice as many scores.
+    said = note(*weak, both=True)
+    assert f"the largest of 6 stays below {chance(error, 6):.3g} nine times in ten" in said
     monkeypatch.setattr("rapidin_vdb.ranking.chance", lambda error, samples: bound)
     assert note(*weak).startswith("no positive score stands out")
     assert note(*weak, harmful=True).startswith("no negative score stands out")
@@ -219,7 +226,7 @@ def test_scores_that_do_not_stand_out_are_told(database, monkeypatch):
         note(*weak, refine=2, tokens=True)
         == note(*weak, refine=2)
         == (
-            f"no positive score stands out: by chance alone the largest of 3 is about {bound:.3g}; the 2 that are ranked "
+            f"no positive score stands out: by chance alone the largest of 3 stays below {bound:.3g} nine times in ten; the 2 that are ranked "
             "again were chosen by these: refine more, or make a wider sketch (width at init)"
         )
     )
@@ -229,6 +236,22 @@ def test_scores_that_do_not_stand_out_are_told(database, monkeypatch):
     monkeypatch.setattr("rapidin_vdb.ranking.chance", lambda error, samples: 1e9)
     (cut,) = database.query("Say 5", "blue 35 " * 200, top_k=1)
     assert "has no part in the scores; no positive score stands out" in cut.note
+
+
+def test_a_sample_does_not_stand_out_beside_itself(database, monkeypatch):
+    """It leads the ranking of its own RapidGrad, whatever the others are."""
+    found = database.nearest("toy-005", Question(top_k=5))
+    assert found.results[0].sample_id == "toy-005" and found.note is None
+    second = found.results[1].score
+    monkeypatch.setattr("rapidin_vdb.ranking.chance", lambda error, scores: (second + found.results[0].score) / 2)
+    assert database.nearest("toy-005", Question(top_k=5)).note.startswith("no positive score stands out")
+    # Whatever a query is called, what leads its ranking counts.
+    (ranking,) = database.query(queries=[query_from("Say 5", "blue 35", query_id="toy-005")], top_k=1)
+    monkeypatch.setattr("rapidin_vdb.ranking.chance", lambda error, scores: ranking.results[0].score / 2)
+    asked = query_from("Say 5", "blue 35", query_id=ranking.results[0].sample_id)
+    assert database.query(queries=[asked], top_k=1)[0].note is None
+    alone = database.nearest("toy-005", Question(top_k=5, where="sample_id = 'toy-005'"))
+    assert len(alone.results) == 1 and alone.note is None
 
 
 def test_the_lengths_of_groups_are_asked_for_once_of_a_coarse_index_too(database, monkeypatch):

@@ -45,8 +45,9 @@ def clean(
 
     if (where is not None) + (ids is not None) + absent != 1:
         raise typer.BadParameter("give one of --where SQL, --ids FILE and --absent")
-    wanted = None if ids is None else read_ids(ids)
-    report = rapidin_vdb.open(db).clean(
+    database = rapidin_vdb.open(db)
+    wanted = None if ids is None else read_ids(ids, identity=database.identity)
+    report = database.clean(
         *files, out=out, where=where, ids=wanted, absent=absent, on_unscored=on_unscored, id_field=id_field
     )
     _told(report, absent=absent, kept=on_unscored == "keep")

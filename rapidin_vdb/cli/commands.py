@@ -14,6 +14,7 @@ from rapidin_vdb.cli.ingest import ingest
 from rapidin_vdb.cli.interrupted import interruptible
 from rapidin_vdb.cli.options import DB, AsJson, Cluster, Device, Ids, Moved, MovedAdapter
 from rapidin_vdb.cli.pages import check_matrix, check_writable, write_page
+from rapidin_vdb.cli.pool import pool
 from rapidin_vdb.cli.progress import progress_bars
 from rapidin_vdb.cli.serve import serve
 from rapidin_vdb.records import Aggregate, DType, Level, Normalize, Quantization, Turns
@@ -205,8 +206,8 @@ def delete(
 
     if (where is None) == (ids is None) and not (purge and where is None):
         raise typer.BadParameter("give --where SQL, or --ids FILE")
-    wanted = None if ids is None else read_ids(ids)
     database = rapidin_vdb.open(db)
+    wanted = None if ids is None else read_ids(ids, identity=database.identity)
     before = database.bytes if purge else 0
     show.deleted(database.delete(where=where, ids=wanted, purge=purge), wanted)
     if purge:
@@ -249,7 +250,7 @@ def demo(
 
 def add_to(app: typer.Typer) -> None:
     """Register every command, in the order of a database's life."""
-    for function in (init, ingest, index, query, show_sample, info, delete, clean, compare, verify, serve, demo):
+    for function in (init, ingest, index, query, pool, show_sample, info, delete, clean, compare, verify, serve, demo):
         name = function.__name__.removesuffix("_sample")
         goes_on = function in (ingest, index, delete)
         app.command(name=name)(interruptible(function, endless=function is serve, goes_on=goes_on))

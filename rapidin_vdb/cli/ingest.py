@@ -10,7 +10,7 @@ from rapidin_vdb.cli.progress import progress_bars
 from rapidin_vdb.cli.text import printable
 from rapidin_vdb.errors import shown
 from rapidin_vdb.records import OnBadRecord, OnDeleted, OnDuplicate
-from rapidin_vdb.results import IngestEstimate, IngestReport
+from rapidin_vdb.results import IngestEstimate, IngestReport, ReadRecords
 
 
 def ingest(
@@ -108,7 +108,7 @@ def _estimated(expected: IngestEstimate) -> None:
         typer.echo(f"would be skipped: {shown(message)}", err=True)
 
 
-def _told(found: IngestReport | IngestEstimate, cut: str, hold: str, back: str) -> None:
+def _told(found: ReadRecords, cut: str, hold: str, back: str) -> None:
     """Say what of the samples is otherwise than one might think, if anything."""
     if found.truncated:
         typer.echo(

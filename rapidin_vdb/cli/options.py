@@ -13,5 +13,10 @@ Cluster = Annotated[
 ]
 Moved = Annotated[str | None, typer.Option(help="Where the model is now, if it has moved since init.")]
 MovedAdapter = Annotated[str | None, typer.Option(help="Where the adapter is now, if it has moved since init.")]
-Ids = Annotated[Path | None, typer.Option(help="File with one sample id a line, or JSON lines with an id.")]
+Ids = Annotated[
+    Path | None,
+    typer.Option(
+        help="File with one sample id a line, or JSON lines with an id, or what query --json or pool --json printed."
+    ),
+]
 IdField = Annotated[str, typer.Option(help="Field that holds a unique id; without one, the content is the id.")]

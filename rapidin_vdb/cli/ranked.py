@@ -22,12 +22,12 @@ def ranking_table(ranking: Ranking, query: Sample, *, words: bool = True) -> Non
     what = f"{len(ranking.results)} of {ranking.searched:,} {ranking.level}s{matching}"
     typer.echo(f"{printable(ranking.query_id)}{focus}: {what}")
     if ranking.note is not None:
-        typer.echo(_indented(printable(ranking.note)))
+        typer.echo(indented(printable(ranking.note)))
     if ranking.score_error and ranking.results:
         typer.echo(f"  scores are off by {ranking.score_error:.2g} or so (one standard deviation)")
     _, _, again = ranking.score_unit.partition("; ")
     if again:
-        typer.echo(_indented(again))
+        typer.echo(indented(again))
     if not ranking.results:
         if not ranking.without_tokens:
             typer.echo("  no sample matches")
@@ -47,7 +47,8 @@ def ranking_table(ranking: Ranking, query: Sample, *, words: bool = True) -> Non
         _group_lines(ranking.groups)
 
 
-def _indented(text: str) -> str:
+def indented(text: str) -> str:
+    """Return a text in lines of 80 columns, two of them empty."""
     return textwrap.fill(text, 80, initial_indent="  ", subsequent_indent="  ")
 
 

@@ -73,18 +73,16 @@ def precision_at_recalls(
 
 
 def found_first(scores: Scores, count: int, *, both: bool = True) -> Int64[np.ndarray, " count"]:
-    """Return which samples stand nearest to an end of any generation's ranking; the strongest of those as near.
+    """Return which samples have the largest score for any of the generations, largest first, as `Database.pool` does.
 
-    Of `both` ends, for samples that say a fault in other words than a generation may be among its lowest; else of the
-    highest alone.
+    Of `both` ends, for samples that say a fault in other words than a generation may be among its lowest: by absolute
+    score; else by the highest alone. Ties go by place.
 
-    >>> found_first(np.array([[9.0, 1.0, 2.0, 3.0], [5.0, 6.0, 7.0, 7.5]]), 3).tolist()
+    >>> found_first(np.array([[9.0, 1.0, 2.0, 3.0], [5.0, -6.0, 2.0, 7.5]]), 3).tolist()
     [0, 3, 1]
     """
-    ranks = np.argsort(np.argsort(-scores, axis=1, kind="stable"), axis=1)
-    nearest = (np.minimum(ranks, scores.shape[1] - 1 - ranks) if both else ranks).min(0)
-    strength = np.abs(scores) if both else scores
-    return np.lexsort((-strength.mean(0), nearest))[:count]
+    strength = (np.abs(scores) if both else scores).max(0)
+    return np.argsort(-strength, kind="stable")[:count]
 
 
 def found_by_some(

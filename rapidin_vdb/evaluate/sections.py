@@ -15,7 +15,7 @@ def together(result: Result) -> list[str]:
     heads = [f"{count} generation{'' if count == 1 else 's'}" for count in found["of"][:-1]] + ["all generations"]
     parts = [
         f"### Share of poisoned samples among the {found['k']:,} found first by several generations",
-        f"As many as are poisoned: those that stand nearest to an end of any of the generations' rankings, without a look at which are poisoned. Of one generation and of {found['of'][1]}, "
+        f"As many as are poisoned: those of the largest score for any of the generations, without a look at which are poisoned. Of one generation and of {found['of'][1]}, "
         f"of different texts, it is the mean over 200 draws, with what 95 % of the draws lie between; all generations are of {found['of'][-1]} texts. Scores of texts and hidden states mean nothing at their lower end.",
     ]
     for end, title in (("highest", "The highest alone"), ("both", "Both ends")):
@@ -49,7 +49,7 @@ def removal(result: Result) -> list[str]:
     ]
     return [
         "### Tuned again without what was found",
-        "Left out are the samples that stand nearest to either end of any generation's ranking, whatever they are; all else is as before, but for fewer steps. "
+        "Left out are the samples of the largest absolute score for any of the generations, whatever they are; all else is as before, but for fewer steps. "
         "The attack is on the same questions (exact 95 % intervals); the loss, in nats a token, is that of the generations that were traced.",
         table(heads, rows),
     ]

@@ -1,6 +1,7 @@
-"""What comes out: rankings, comparisons, stored samples, reports."""
+"""What comes out: rankings, pools, comparisons, stored samples, reports."""
 
 from rapidin_vdb.results.comparison import ComparedToken, Comparison
+from rapidin_vdb.results.pool import Pool, PooledSample
 from rapidin_vdb.results.rankings import (
     GroupInfluence,
     Histogram,
@@ -19,6 +20,7 @@ from rapidin_vdb.results.reports import (
     IngestEstimate,
     IngestReport,
     KeptVersion,
+    ReadRecords,
     StoredSample,
     VerifyReport,
 )
@@ -35,9 +37,12 @@ __all__ = [
     "IngestEstimate",
     "IngestReport",
     "KeptVersion",
+    "Pool",
+    "PooledSample",
     "RankedSample",
     "RankedToken",
     "Ranking",
+    "ReadRecords",
     "Seconds",
     "Span",
     "StoredSample",

@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rapidin_vdb.errors import SpecError
 from rapidin_vdb.records import Focus, Level, Scalar
-from rapidin_vdb.results.tables import arrow_table, column_of
+from rapidin_vdb.results.tables import arrow_table, column_of, data_frame
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,16 +277,7 @@ class Ranking:
         Raises:
             SpecError: pandas is not installed.
         """
-        try:
-            import pandas
-        except ModuleNotFoundError as error:
-            raise SpecError("to_pandas needs the extra [pandas]: pip install 'rapidin-vdb[pandas]'") from error
-        table = self.to_arrow()
-        frame = table.to_pandas()
-        for field, column in zip(table.schema, table.columns, strict=True):
-            if str(field.type) == "int64" and column.null_count:
-                frame[field.name] = column.to_pandas(types_mapper=lambda _: pandas.Int64Dtype())
-        return frame
+        return data_frame(self.to_arrow())
 
 
 def _without(values: dict[str, Any], optional: tuple[str, ...]) -> dict[str, Any]:

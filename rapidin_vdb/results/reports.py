@@ -40,21 +40,17 @@ class StoredSample:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IngestReport:
-    """What an ingest did."""
+class ReadRecords:
+    """What an ingest finds in its files before the first gradient; what it did with it, or would do."""
 
-    added: int
-    """Samples written."""
-    replaced: int
-    """Samples that took the place of one with the same id."""
     unchanged: int
     """Records whose samples were there already."""
     repeated: int
     """Records that others of these files repeat, id and content alike, and that were not there before."""
     kept: int
-    """Samples whose id stands for other content, which was kept (`--on-duplicate skip`)."""
+    """Records whose id stands for other content, which is kept (`--on-duplicate skip`)."""
     bad: tuple[str, ...]
-    """One message for each record that could not be stored."""
+    """One message for each record that cannot be stored."""
     truncated: int
     """Samples with more tokens than the database's `max_tokens`, of which only the first ones count."""
     earlier_turns: int
@@ -66,9 +62,19 @@ class IngestReport:
     brought_back: int
     """Samples to be written that had been deleted before, as far as kept versions show it."""
     left_deleted: int
-    """Records that were left out because their samples had been, under `on_deleted="skip"`."""
+    """Records that are left out because their samples had been, under `on_deleted="skip"`."""
     mixed: Mapping[str, str]
     """New columns that hold text, though some of their values do not, and a place that shows it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class IngestReport(ReadRecords):
+    """What an ingest did."""
+
+    added: int
+    """Samples written."""
+    replaced: int
+    """Samples that took the place of one with the same id."""
     tokens: int
     """Tokens of the samples that went through the model, prompts included."""
     token_gradients: int
@@ -80,31 +86,11 @@ class IngestReport:
 
 
 @dataclass(frozen=True, kw_only=True)
-class IngestEstimate:
+class IngestEstimate(ReadRecords):
     """What an ingest would take."""
 
     samples: int
     """Samples to write."""
-    truncated: int
-    """How many of them have more tokens than the database's `max_tokens`, of which only the first ones would count."""
-    earlier_turns: int
-    """How many have turns of the assistant before their response, which are read and have no gradient."""
-    unchanged: int
-    """Records whose samples are there already."""
-    repeated: int
-    """Records that others of these files repeat, id and content alike, and that were not there before."""
-    kept: int
-    """Records whose id stands for other content, which would stay."""
-    unwritten: int
-    """Samples with a turn that the template does not write as it is, such as one of a role that it does not know."""
-    first_unwritten: str
-    """Where the first of these turns is; empty where there is none."""
-    brought_back: int
-    """How many of the samples to write were deleted before, as far as kept versions show it."""
-    left_deleted: int
-    """Records that would be left out because their samples were, under `on_deleted="skip"`."""
-    mixed: Mapping[str, str]
-    """New columns that would hold text, though some of their values do not, and a place that shows it."""
     tokens: int
     """Tokens of the samples to write, prompts included, padding not."""
     batches: int
@@ -117,8 +103,6 @@ class IngestEstimate:
     """Bytes at the most, of the device or of this process, seen while a few batches were timed."""
     seconds: float
     """Expected from the timed batches, apart from loading the model, in each worker that is started."""
-    bad: tuple[str, ...]
-    """One message for each record that could not be stored."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -7,6 +7,7 @@ import typing
 from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
+from rapidin_vdb.errors import SpecError
 from rapidin_vdb.records import OWN_COLUMNS
 
 
@@ -38,6 +39,25 @@ def arrow_table(rows: Sequence[Mapping[str, Any]], computed: Mapping[str, Any]) 
     columns = {name: pa.array([row.get(name) for row in rows], _type_of(kind)) for name, kind in computed.items()}
     columns |= {name: _lossless([row.get(name) for row in rows]) for name in further}
     return pa.table(columns)
+
+
+def data_frame(table: Any) -> Any:
+    """Return a pyarrow.Table as a pandas.DataFrame.
+
+    Whole numbers that some rows have not are of pandas' Int64, for as floating point they would be rounded.
+
+    Raises:
+        SpecError: pandas is not installed.
+    """
+    try:
+        import pandas
+    except ModuleNotFoundError as error:
+        raise SpecError("to_pandas needs the extra [pandas]: pip install 'rapidin-vdb[pandas]'") from error
+    frame = table.to_pandas()
+    for field, column in zip(table.schema, table.columns, strict=True):
+        if str(field.type) == "int64" and column.null_count:
+            frame[field.name] = column.to_pandas(types_mapper=lambda _: pandas.Int64Dtype())
+    return frame
 
 
 def _lossless(values: Sequence[Any]) -> Any:

@@ -1,0 +1,91 @@
+"""RapidGrads of several generations become one list of samples: those of largest influence on any of them."""
+
+import time
+
+from rapidin_vdb.index import Searchable
+from rapidin_vdb.query import Sketched
+from rapidin_vdb.question import Question
+from rapidin_vdb.ranking import by_chance, cut_note, ends_of, score_unit
+from rapidin_vdb.results import Pool, PooledSample, Seconds
+from rapidin_vdb.store import Snapshot
+from rapidin_vdb.table_index import coarse_note
+from rapidin_vdb.uncertainty import chance, score_errors, surveyed
+
+
+def pool(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Question) -> Pool:
+    """Return the `top_k` samples of largest influence on any generation, or of most negative where `harmful`.
+
+    With `both`, those of largest absolute influence. One pass answers for all generations, and the list is the one that
+    all scores would give: who is among so many of all is among as many of the generation that it has its score from.
+
+    Raises:
+        FilterError: the filter cannot be understood, or there is no such column.
+    """
+    started = time.monotonic()
+    among = None if question.where is None else snapshot.row_ids(question.where)
+    factor = snapshot.fingerprint.epochs * snapshot.fingerprint.learning_rate
+    found, _ = surveyed(
+        index, sketched.vectors, question.top_k, snapshot.fingerprint, ends=ends_of(question), among=among
+    )
+    sign = 0 if question.both else -1 if question.harmful else 1
+    best: dict[str, tuple[float, float, int]] = {}
+    for end in found.ends:
+        for number, ranked in enumerate(end):
+            for name, score in ranked:
+                strength = sign * score if sign else abs(score)
+                # Of equal scores, that of the first generation.
+                if name not in best or (strength, -number) > (best[name][0], -best[name][2]):
+                    best[name] = strength, score, number
+    order = sorted(best, key=lambda name: (-best[name][0], name))[: question.top_k]
+    samples = snapshot.samples(order)
+    searched = index.samples if among is None else len(among)
+    errors = score_errors(sketched.vectors, snapshot.fingerprint)
+    error = None if errors is None or not len(errors) else float(errors.max())
+    gradient, search = sum(sketched.seconds), time.monotonic() - started
+    return Pool(
+        queries=sketched.query_ids,
+        score_unit=score_unit(sketched, 0),
+        searched=searched,
+        where=question.where,
+        seconds=Seconds(gradient=gradient, search=search, tokens=0.0, total=gradient + search),
+        results=tuple(
+            PooledSample(
+                rank=rank,
+                sample_id=name,
+                score=best[name][1] * factor,
+                query_id=sketched.query_ids[best[name][2]],
+                split=samples[name].split,
+                source=samples[name].source,
+                prompt=samples[name].prompt,
+                response=samples[name].response,
+                metadata=samples[name].metadata,
+            )
+            for rank, name in enumerate(order, start=1)
+        ),
+        focus=question.focus or None,
+        score_error=error,
+        note=_note(sketched, [best[name][0] * factor for name in order], error, searched, question, index),
+        table_version=snapshot.version,
+        identity=snapshot.identity,
+    )
+
+
+def _note(
+    sketched: Sketched, strengths: list[float], error: float | None, searched: int, question: Question,
+    index: Searchable,
+) -> str | None:  # fmt: skip
+    """Say which generations were cut, that samples may be missing, and how many scores chance alone would make."""
+    queries = len(sketched.query_ids)
+    cut = [note for number in range(queries) if (note := cut_note(sketched, number))]
+    notes = [cut[0] if queries == 1 else f"of {len(cut):,} generations: {cut[0]}"] if cut else []
+    if missed := coarse_note(index, question, searched):
+        notes.append(missed)
+    if error:
+        scores = searched * queries * len(ends_of(question))
+        bound = chance(error, scores)
+        if weak := sum(strength < bound for strength in strengths):
+            which = (
+                "none of these scores stands out" if weak == len(strengths) else f"the last {weak:,} do not stand out"
+            )
+            notes.append(f"{which}: {by_chance(scores, bound)}")
+    return "; ".join(notes) or None

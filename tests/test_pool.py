@@ -1,0 +1,224 @@
+"""Several generations as one list of samples, held against the scores of each alone; and what is left out by it."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import toy_records, write_jsonl
+from test_cli import call
+
+import rapidin_vdb
+from rapidin_vdb.cli.ids import read_ids
+from rapidin_vdb.errors import FilterError, SpecError
+from rapidin_vdb.freshness import IndexKeeper
+from rapidin_vdb.pooling import pool
+from rapidin_vdb.query import Sketched, query_from, read_queries
+from rapidin_vdb.question import Question
+from rapidin_vdb.uncertainty import chance
+
+ASKED = [
+    query_from("Say 5", "blue 35", query_id="a"),
+    query_from("Say 12", "red 84, or so", query_id="b"),
+    query_from("Say 90", "黄 is it", query_id="c"),
+]
+ENDS = ({}, {"harmful": True}, {"both": True})
+
+
+@pytest.fixture
+def repeated(database, tmp_path):
+    """Some samples say the same under other ids: their scores are equal."""
+    twins = [record | {"id": f"twin-{9 - number}"} for number, record in enumerate(toy_records(9))]
+    database.ingest(write_jsonl(tmp_path / "twins.jsonl", twins))
+    return database
+
+
+def wanted(database, ends, *, where=None, focus=()):
+    """All samples with the score they should be pooled by, and the generation, best first."""
+    rankings = database.query(queries=ASKED, top_k=1000, where=where, focus=focus)
+    found = {}
+    for place, ranking in enumerate(rankings):
+        for result in ranking.results:
+            strength = abs(result.score) if ends.get("both") else -result.score if ends.get("harmful") else result.score
+            found.setdefault(result.sample_id, []).append((-strength, place, result.score))
+    best = [(*min(scores), name) for name, scores in found.items()]
+    return [
+        (name, score, ASKED[place].sample_id) for _, name, place, score in sorted((s, n, p, x) for s, p, x, n in best)
+    ]
+
+
+@pytest.mark.parametrize("where", [None, "stars > 1"])
+@pytest.mark.parametrize("ends", ENDS, ids=["helpful", "harmful", "both"])
+def test_a_pool_is_of_the_best_scores_of_all_generations(repeated, ends, where):
+    every = wanted(repeated, ends, where=where)
+    assert len(every) == repeated.count(where) > 10 and len({score for _, score, _ in every}) < len(every)
+    rows = {name: repeated.show(name) for name, _, _ in every}
+    for size in (1, 4, 11, 100):
+        found = repeated.pool(queries=ASKED, size=size, where=where, **ends)
+        assert [(r.sample_id, r.score, r.query_id) for r in found.results] == every[:size]
+        assert [r.rank for r in found.results] == [*range(1, min(size, len(every)) + 1)]
+        for result in found.results:
+            stored = rows[result.sample_id]
+            for name in ("prompt", "response", "split", "source", "metadata"):
+                assert getattr(result, name) == getattr(stored, name)
+        assert (found.queries, found.searched, found.where) == (("a", "b", "c"), len(every), where)
+        assert (found.table_version, found.identity) == (repeated.version, repeated.identity)
+    assert len({name for _, _, name in every[:11]}) > 1, "more than one generation has a part in it"
+
+
+@pytest.mark.parametrize("ends", ENDS, ids=["helpful", "harmful", "both"])
+def test_scores_of_either_sign_are_pooled(repeated, tmp_path, ends):
+    """Of vectors that are drawn, against products in double precision."""
+    snapshot = repeated._table.snapshot()
+    draw = np.random.default_rng(5)
+    vectors = draw.normal(0, 1, (6, 64)).astype(np.float32)
+    stored = {sample.sample_id: snapshot.vector_of(sample.sample_id) for sample in repeated.samples()[0]}
+    names = sorted(stored)
+    scores = np.array([stored[name].astype(np.float64) for name in names]) @ vectors.astype(np.float64).T
+    strengths = np.abs(scores) if ends.get("both") else -scores if ends.get("harmful") else scores
+    order = np.lexsort((names, -strengths.max(1).round(9)))
+    question = Question(top_k=12, **ends)
+    sketched = Sketched(query_ids=tuple("abcdef"), vectors=vectors, seconds=(0.5,) * 6, focus=((),) * 6)
+    found = pool(snapshot, IndexKeeper(tmp_path / "none").fresh(snapshot), sketched, question)
+    assert [result.sample_id for result in found.results] == [names[place] for place in order[:12]]
+    for result, place in zip(found.results, order, strict=False):
+        query = int(strengths[place].argmax())
+        assert result.query_id == "abcdef"[query] and result.score == pytest.approx(scores[place, query], abs=1e-4)
+    assert len({result.query_id for result in found.results}) > 2 and found.seconds.gradient == 3.0
+    assert {result.score > 0 for result in found.results} == (
+        {True, False} if ends.get("both") else {not ends.get("harmful")}
+    )
+
+
+@pytest.mark.parametrize("recipe", ["cpu", "streamed", "coarse"])
+def test_every_index_gives_the_same_pool(repeated, tmp_path, recipe):
+    before = repeated.pool(queries=ASKED, size=9, both=True)
+    coarse = tmp_path / "coarse.toml"
+    coarse.write_text('residence = "streamed"\ncoarse_width = 16\nrefine = 3\n')
+    repeated.index(coarse if recipe == "coarse" else recipe)
+    after = repeated.pool(queries=ASKED, size=9, both=True, index=recipe)
+    assert len(after.results) == 9 and (recipe == "coarse" or after.results == before.results)
+    # A coarse one may miss some, and knows the score of those that it finds.
+    every = {name: score for name, score, _ in wanted(repeated, {"both": True})}
+    assert all(abs(result.score) <= abs(every[result.sample_id]) for result in after.results)
+    assert sum(result.score == every[result.sample_id] for result in after.results) > 4
+    assert ("coarse" in (after.note or "")) == (recipe == "coarse"), after.note
+
+
+def test_a_focus_a_version_and_one_generation(repeated, tmp_path):
+    ends = {"both": True}
+    own = read_queries(
+        write_jsonl(tmp_path / "own.jsonl", [{"prompt": "Say 5", "generation": "blue 35", "focus": "blue"}])
+    )
+    (ranking,) = repeated.query(queries=own, top_k=5)
+    found = repeated.pool(queries=own, size=5)
+    assert [(r.sample_id, r.score) for r in found.results] == [(r.sample_id, r.score) for r in ranking.results]
+    assert "Eq. 7" in found.score_unit and found.focus is None
+    focused = repeated.pool("Say 5", "blue 35", focus="blue", size=5)
+    assert focused.focus == ("blue",) and [r.score for r in focused.results] == [r.score for r in found.results]
+    assert focused.queries == ("query",)
+    version, every = repeated.version, wanted(repeated, ends)
+    repeated.delete(ids=[every[0][0]])
+    assert repeated.pool(queries=ASKED, size=1, both=True).results[0].sample_id == every[1][0]
+    (then,) = repeated.pool(queries=ASKED, size=1, both=True, as_of=version).results
+    assert (then.sample_id, then.score, then.query_id) == every[0]
+
+
+def test_what_does_not_stand_out_is_told(repeated):
+    found = repeated.pool(queries=ASKED, size=100, both=True)
+    errors = [ranking.score_error for ranking in repeated.query(queries=ASKED)]
+    assert found.score_error == pytest.approx(max(errors)) and min(errors) < max(errors)
+    scores = 2 * 3 * len(found.results)
+    bound = chance(found.score_error, scores)
+    weak = [abs(result.score) < bound for result in found.results]
+    assert weak == sorted(weak) and 0 < sum(weak) < len(weak)
+    told = f"the last {sum(weak)} do not stand out: by chance alone the largest of {scores} stays below {bound:.3g} nine times in ten"
+    assert found.note == told
+    few = repeated.pool(queries=ASKED, size=weak.index(True), both=True)
+    assert few.note is None
+    (lowest,) = repeated.pool(queries=ASKED, size=1, where=f"sample_id = '{found.results[-1].sample_id}'").results
+    assert lowest.sample_id == found.results[-1].sample_id
+
+
+def test_what_was_cut_is_told(tmp_path, models, adapters):
+    database = rapidin_vdb.init(
+        tmp_path / "db", model=models["llama"], adapter=adapters["llama"], width=64, template="text", max_tokens=40
+    )
+    database.ingest(write_jsonl(tmp_path / "few.jsonl", toy_records(3)))
+    long = query_from("Say 5", "blue " * 30, query_id="long")
+    found = database.pool(queries=[*ASKED, long], size=2)
+    assert found.note.startswith("of 1 generations: the generation was cut to the database's --max-tokens")
+    assert database.pool(queries=[long]).note.startswith("the generation was cut")
+
+
+def test_a_pool_as_tables_and_json(repeated):
+    found = repeated.pool(queries=ASKED, size=4, both=True)
+    values = json.loads(json.dumps(found.to_dict()))
+    assert [entry["sample_id"] for entry in values["results"]] == [result.sample_id for result in found.results]
+    assert values["queries"] == ["a", "b", "c"] and "focus" not in values
+    assert values["seconds"]["total"] == pytest.approx(values["seconds"]["gradient"] + values["seconds"]["search"])
+    table, frame = found.to_arrow(), found.to_pandas()
+    assert table.column_names == [
+        "rank", "sample_id", "score", "query_id", "split", "source", "prompt", "response", "stars"
+    ]  # fmt: skip
+    assert table.column("score").to_pylist() == [*frame["score"]] == [result.score for result in found.results]
+    assert [*frame["stars"]] == [result.metadata["stars"] for result in found.results]
+    none = repeated.pool(queries=ASKED, where="stars = 77")
+    assert none.results == () and none.searched == 0 and none.to_arrow().num_rows == 0
+
+
+def test_what_cannot_be_pooled(database):
+    for options, error, message in (
+        ({"size": 0}, SpecError, "--size is 0; wanted 1 or more"),
+        ({"both": True, "harmful": True}, SpecError, "give one of --harmful and --both"),
+        ({"where": "colour = 1"}, FilterError, "colour"),
+        ({"index": "nowhere"}, SpecError, "nowhere"),
+        ({"focus": "purple"}, SpecError, "purple"),
+    ):
+        with pytest.raises(error, match=message):
+            database.pool(queries=ASKED, **options)
+    with pytest.raises(SpecError, match="no generation to pool"):
+        database.pool(queries=[])
+
+
+def test_on_the_command_line_from_generations_to_a_cleaned_file(repeated, tmp_path, capsys):
+    def here(*arguments, check=0):
+        code, out, err = call(capsys, *map(str, arguments))
+        assert code == check, err
+        return SimpleNamespace(out=out, err=err)
+
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", toy_records(24))
+    lines = [{"id": q.sample_id, "prompt": q.prompt, "generation": q.response} for q in ASKED]
+    file = write_jsonl(tmp_path / "asked.jsonl", lines)
+    found = repeated.pool(queries=ASKED, size=5, both=True, where="sample_id LIKE 'toy%'")
+    options = ("--file", file, "--size", "5", "--both", "--where", "sample_id LIKE 'toy%'")
+    table = here("pool", repeated.path, *options).out.splitlines()
+    assert table[0] == "3 generations: 5 of 24 samples that match sample_id LIKE 'toy%'"
+    assert [line.split()[1:4] for line in table[-5:]] == [
+        [f"{result.score:.4g}", result.sample_id, result.query_id] for result in found.results
+    ]
+    assert all(len(line) <= 80 for line in table)
+    pooled = {result.sample_id for result in found.results}
+    found = tmp_path / "found.jsonl"
+    found.write_text(here("pool", repeated.path, *options, "--json").out)
+    assert {*read_ids(found, identity=repeated.identity)} == pooled and len(pooled) == 5
+    out = tmp_path / "out.jsonl"
+    here("clean", repeated.path, corpus, "--ids", found, "--out", out)
+    left = {json.loads(line)["id"] for line in out.read_text().splitlines()}
+    assert left == {f"toy-{n:03d}" for n in range(24)} - pooled
+    # Rankings do as well, of both ends.
+    found.write_text(here("query", repeated.path, "--file", file, "--top-k", 2, "--both", "--json").out)
+    ids = read_ids(found)
+    assert len(ids) == len({*ids}) and {*ids} == {
+        result.sample_id
+        for ranking in repeated.query(queries=ASKED, top_k=2, both=True)
+        for result in (*ranking.results, *ranking.harmful)
+    }
+    # Not of another database, though it has such samples.
+    changed = found.read_text().replace(repeated.identity, "another")
+    found.write_text(changed)
+    for command in ("clean", "delete"):
+        more = (corpus, "--out", tmp_path / "other.jsonl") if command == "clean" else ()
+        told = here(command, repeated.path, *more, "--ids", found, check=1).err
+        assert "line 1: a ranking of another database" in told
+    assert not (tmp_path / "other.jsonl").exists() and repeated.count() == 33
