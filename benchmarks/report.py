@@ -139,7 +139,7 @@ By the batch (the 33.7M Llama, all parameters, 64 samples of 128 tokens, width 6
 
 ## Time against lambda, K and D
 
-Batches of 16 x 128 tokens; the map is composed at `init` (and when a database is opened), so lambda costs nothing afterwards.
+Batches of 16 x 128 tokens; the map is composed when a model is loaded, and kept where memory has room for it, so that lambda costs nothing afterwards.
 
 {scaling}
 """

@@ -80,9 +80,9 @@ scripts/test --slow`, with `RAPIDIN_KILLS` as a line says; not all lines are of 
 ## What is not deterministic
 
 The same command on the same machine with as many threads gives the same RapidGrads and scores to the last bit. In other batches
-(`--batch-tokens`, more workers, less memory) or with other numbers of threads sums are rounded otherwise. `tests/test_numbers.py` holds, of a model in single precision, RapidGrads of other batches and threads to 2 parts in 1,000 of an
-entry plus 2 of the largest, and scores with other numbers of threads to 1 in 10,000. In 16 bits, batches may differ by 0.1 (bfloat16) or 0.02 (float16) of a RapidGrad's length before the
-check of the first batch refuses them. On GPUs, where atomic additions come in any order, nothing was measured.
+(`--batch-tokens`, more workers, less memory) or with other numbers of threads sums are rounded otherwise. `tests/test_numbers.py` holds, of a model in single precision, RapidGrads of other batches to 2 parts in 1,000 of an
+entry plus 2 of the largest, and scores with other numbers of threads to 1 in 10,000. In 16 bits, a sample may differ from itself alone by 0.1 (bfloat16) or 0.02 (float16) of a RapidGrad's
+length, or by three times what rounding was measured to do to it, if that is more, and by half at most, before the check of the first batch refuses its rule. On GPUs, where atomic additions come in any order, nothing was measured.
 {_load()}""",
         "utf-8",
     )

@@ -1,6 +1,8 @@
 """Rows of a table on their way into an index; the table itself as one, where none is built; and those in memory."""
 
+import gc
 import logging
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -129,8 +131,15 @@ class Residents:
             self.newest = resident
 
     def let_go(self) -> None:
-        """Let go of all."""
+        """Let go of all, also of what a cycle of references keeps.
+
+        LanceDB ends a read by an exception that refers to itself. From Python 3.12 on its traceback has a hold of all
+        who called, and of what they had at hand: of an index as large as the table.
+        """
+        indexes = [weakref.ref(resident.index) for resident in (self.newest, self.older) if resident is not None]
         self.newest = self.older = None
+        if any(index() is not None for index in indexes):
+            gc.collect()
 
     def _is_older(self, snapshot: TableVersion) -> bool:
         return self.newest is not None and snapshot.version < self.newest.held.version

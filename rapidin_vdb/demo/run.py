@@ -27,7 +27,7 @@ QUERIES = 20
 _MORE = 100
 _POISONED = 0.10
 _WIDTH = 4096
-_LEFT_OUT = 30
+_LEFT_OUT = 120
 
 
 class _Demo:
@@ -154,10 +154,9 @@ def _tune_again(
 ) -> dict[str, Any]:
     """Leave out what was found, tune again, and ask again; beside it, the same without as many drawn at random."""
     with demo.timed("query"):
-        rankings = database.query(queries=_queries(attacked), top_k=_LEFT_OUT, both=True)
-    ends = [end for ranking in rankings for end in (ranking.results, ranking.harmful or ())]
+        pool = database.pool(queries=_queries(attacked), size=_LEFT_OUT, both=True)
     # Whatever they are: whoever asks does not know which are poisoned.
-    found = sorted({result.sample_id for end in ends for result in end})
+    found = [result.sample_id for result in pool.results]
     kept = demo.folder / "kept.jsonl"
     report = database.clean(*files, out=kept, ids=found)
     every = [record for file in files for record in _read(file)]
@@ -175,10 +174,9 @@ def _tune_again(
     gone = {*found}
     poisoned = sum(record["poisoned"] for record in every if record["id"] in gone)
     demo.tell(
-        f"7. Was it these? The {report.left_out} records among the {_LEFT_OUT} highest or the {_LEFT_OUT} lowest of "
-        f"any of these generations are left out, whatever they say, and the adapter is tuned again. The attack works "
-        f"on {left} of the {len(attacked)} questions now. Without {len(drawn)} records drawn at random, it works on "
-        f"{at_random}."
+        f"7. Was it these? The {report.left_out} records of largest influence, either way, on any of these "
+        f"generations are left out, whatever they say, and the adapter is tuned again. The attack works on {left} of "
+        f"the {len(attacked)} questions now. Without {len(drawn)} records drawn at random, it works on {at_random}."
     )
     demo.tell(
         f"Asked '{prompts[0]}', it says '{said[0]}' now. The loss of the space stories was {before:.2f} nats a token, "
@@ -249,6 +247,7 @@ def _next_commands(demo: _Demo, queries: Path, query: dict[str, Any]) -> str:
             f"  {program} query {database} --prompt {shlex.quote(query['prompt'])} \\\n"
             f"      --generation {shlex.quote(query['generation'])}",
             f"  {program} query {database} --file {file} --both --json",
+            f"  {program} pool {database} --file {file} --both --size {_LEFT_OUT}",
             f"  {program} show {database} demo-0001",
             f"  {program} info {database}",
             f"  {program} compare {database} --file {file} --answer-tokens 48 \\\n"

@@ -30,7 +30,7 @@ def write_report(results: Sequence[Result], folder: Path) -> Path:
     parts = [
         "# Experiments",
         "Figures of methods are means over generations with their 95 % bootstrap intervals in brackets. One model, one seed and one draw of each sketch (smaller K are folded from the largest): "
-        "what another training run, or another draw, would change is not in the intervals.",
+        "what another training run, or another draw, would change is not in the intervals. One without width says that no generation differed, not that none ever would.",
     ]
     for result in results:
         if result["experiment"] == "backdoor":

@@ -208,7 +208,7 @@ class Ranking:
     note: str | None = None
     """What the ranking leaves out, or may have missed, in words, and what to do about it."""
     table_version: int | None = None
-    """Which version of the table of samples it is of; `as_of` repeats it, as long as that is kept."""
+    """Which version of the table of samples it is of; `as_of` repeats one of samples, as long as that is kept."""
     identity: str | None = None
     """What tells the database from others, also from one made anew at its place. Each is of one model and adapter."""
 

@@ -60,7 +60,7 @@ class ReadRecords:
     first_unwritten: str
     """Where the first of these turns is; empty where there is none."""
     brought_back: int
-    """Samples to be written that had been deleted before, as far as kept versions show it."""
+    """Samples to be written that had been deleted before, by the last 32 deletions among the last 512 versions kept."""
     left_deleted: int
     """Records that are left out because their samples had been, under `on_deleted="skip"`."""
     mixed: Mapping[str, str]
@@ -80,7 +80,7 @@ class IngestReport(ReadRecords):
     token_gradients: int
     """Response tokens whose own RapidGrads were written."""
     seconds: float
-    """Loading the model apart."""
+    """In one process, loading the model apart; several load theirs meanwhile."""
     table_version: int
     """The table's version afterwards."""
 
@@ -145,15 +145,15 @@ class DatabaseInfo:
     normalize: str
     """`layer` or `none`."""
     model: str
-    """As given at `init`."""
+    """As given at `init`; of a folder, its whole path then."""
     adapter: str | None
-    """As given at `init`."""
+    """Likewise."""
     table_version: int
     """Grows with every commit."""
     indexes: tuple[IndexInfo, ...]
     """The built indexes."""
     bytes: int
-    """Size on disk, indexes included."""
+    """Size on disk, indexes included that lie beside the tables; those of an object store lie on this machine."""
     token_gradients: int
     """Response tokens that have RapidGrads of their own."""
     token_width: int | None

@@ -259,11 +259,11 @@ class Info(_Shape):
     shuffles: int
     seed: int
     normalize: str = Field(description="layer or none")
-    model: str = Field(description="As given when the database was made.")
+    model: str = Field(description="As given when the database was made; of a folder, its path.")
     adapter: str | None
     table_version: int = Field(description="Grows with every commit.")
     indexes: list[IndexInfo] = Field(description="The built indexes.")
-    bytes: int = Field(description="Size on disk, indexes included.")
+    bytes: int = Field(description="Size on disk, with indexes beside the tables.")
     token_gradients: int | None = Field(default=None, description="Tokens that have RapidGrads, where there are any.")
     token_width: int | None = Field(default=None, description="Length of those.")
     writable: bool = Field(description="Whether records may be added.")
