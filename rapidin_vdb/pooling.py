@@ -2,6 +2,8 @@
 
 import time
 
+import numpy as np
+
 from rapidin_vdb.index import Searchable
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
@@ -15,7 +17,8 @@ from rapidin_vdb.uncertainty import chance, score_errors, surveyed
 def pool(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Question) -> Pool:
     """Return the `top_k` samples of largest influence on any generation, or of most negative where `harmful`.
 
-    With `both`, those of largest absolute influence. One pass answers for all generations, and the list is the one that
+    With `both`, those of largest absolute influence. Where layers are not normalised, it is compared relative to the
+    length of the generation's gradient. One pass answers for all generations, and the list is the one that
     all scores would give: who is among so many of all is among as many of the generation that it has its score from.
 
     Raises:
@@ -28,11 +31,12 @@ def pool(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
         index, sketched.vectors, question.top_k, snapshot.fingerprint, ends=ends_of(question), among=among
     )
     sign = 0 if question.both else -1 if question.harmful else 1
+    lengths = _lengths(sketched, snapshot)
     best: dict[str, tuple[float, float, int]] = {}
     for end in found.ends:
         for number, ranked in enumerate(end):
             for name, score in ranked:
-                strength = sign * score if sign else abs(score)
+                strength = (sign * score if sign else abs(score)) / lengths[number]
                 # Of equal scores, that of the first generation.
                 if name not in best or (strength, -number) > (best[name][0], -best[name][2]):
                     best[name] = strength, score, number
@@ -68,6 +72,17 @@ def pool(snapshot: Snapshot, index: Searchable, sketched: Sketched, question: Qu
         table_version=snapshot.version,
         identity=snapshot.identity,
     )
+
+
+def _lengths(sketched: Sketched, snapshot: Snapshot) -> list[float]:
+    """Return by what scores are divided to be compared across generations.
+
+    Where layers are normalised, all of their gradients are as long. Else the longest, that of the loss least expected,
+    would have all places.
+    """
+    if snapshot.fingerprint.normalize == "layer":
+        return [1.0] * len(sketched.query_ids)
+    return [float(np.linalg.norm(vector.astype(np.float64))) or 1.0 for vector in sketched.vectors]
 
 
 def _note(

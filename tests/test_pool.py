@@ -90,6 +90,39 @@ def test_scores_of_either_sign_are_pooled(repeated, tmp_path, ends):
     )
 
 
+@pytest.mark.parametrize("normalize", ["layer", "none"])
+def test_long_gradients_do_not_have_all_places(tmp_path, models, adapters, normalize):
+    """Where layers are normalised, all are as long, and scores are compared as they are."""
+    database = rapidin_vdb.init(
+        tmp_path / "db",
+        model=models["llama"],
+        adapter=adapters["llama"],
+        width=64,
+        template="text",
+        normalize=normalize,
+    )
+    database.ingest(write_jsonl(tmp_path / "some.jsonl", toy_records(9)))
+    snapshot = database._table.snapshot()
+    vectors = np.random.default_rng(3).normal(0, 1, (3, 64)).astype(np.float32)
+
+    def pooled(*factors):
+        scaled = Sketched(
+            query_ids=("a", "b", "c"), vectors=vectors * np.array(factors, np.float32)[:, None], seconds=(0.0,) * 3,
+            focus=((),) * 3,
+        )  # fmt: skip
+        index = IndexKeeper(tmp_path / "none").fresh(snapshot)
+        return pool(snapshot, index, scaled, Question(top_k=9, both=True)).results
+
+    plain, scaled = pooled(1, 1, 1), pooled(1, 1000, 1)
+    assert len({result.query_id for result in plain}) > 1
+    if normalize == "layer":
+        assert {result.query_id for result in scaled} == {"b"}
+    else:
+        assert [(r.sample_id, r.query_id) for r in scaled] == [(r.sample_id, r.query_id) for r in plain]
+        for one, other in zip(scaled, plain, strict=True):
+            assert one.score == pytest.approx(other.score * (1000 if one.query_id == "b" else 1), rel=1e-5)
+
+
 @pytest.mark.parametrize("recipe", ["cpu", "streamed", "coarse"])
 def test_every_index_gives_the_same_pool(repeated, tmp_path, recipe):
     before = repeated.pool(queries=ASKED, size=9, both=True)

@@ -11,6 +11,7 @@ from conftest import toy_records
 
 from rapidin_vdb.errors import SpecError
 from rapidin_vdb.evaluate import report, run_backdoor
+from rapidin_vdb.evaluate.backdoor import _comparable
 from rapidin_vdb.evaluate.experiment import Experiment
 from rapidin_vdb.evaluate.metrics import found_by_some, found_first
 from rapidin_vdb.evaluate.profiles import PROFILES
@@ -55,12 +56,29 @@ def test_what_several_generations_find_is_counted(both):
     of = {"both": both, "seed": 3, "groups": ["a"] * 9 + ["b"]}
     whole = found_by_some(scores, positive, 4, 2, **of)
     assert whole == (positive[found_first(scores, 4, both=both)].mean(),) * 3
-    assert found_first(scores[:1], 4, both=both).tolist() == ([0, 7, 1, 6] if both else [0, 1, 5, 4])
+    assert found_first(scores[:1], 4, both=both).tolist() == ([0, 1, 7, 6] if both else [0, 1, 5, 4])
     alone = [positive[found_first(scores[[row]], 4, both=both)].mean() for row in (0, 9)]
     assert alone == ([1.0, 0.25] if both else [0.5, 0.0])
     mean, low, high = found_by_some(scores, positive, 4, 1, **of)
     # Texts are drawn alike, however often each was said.
     assert mean == pytest.approx(sum(alone) / 2, abs=0.1) and (high, low) == tuple(alone)
+
+
+def test_scores_of_another_scale_for_each_generation_are_compared_fairly():
+    scores = np.random.default_rng(4).normal(0, 1, (3, 50))
+    for name in ("RapidIn (K = 4)", "TracIn + LN", "TracIn + LN, token-wise", "RapidIn (K = 4), token-wise"):
+        assert _comparable(name, scores) is scores, "they are as they are"
+    other = scores * [[1], [100], [3]] + [[5], [0], [-7]]
+    for name in ("TracIn", "BM25", "influence function (DataInf)", "hidden state (of the tuned model)"):
+        made = _comparable(name, other)
+        assert made.mean(1) == pytest.approx(0) and made.std(1) == pytest.approx(1)
+        assert np.corrcoef(made[1], scores[1])[0, 1] == pytest.approx(1)
+    # Places from the end: the first and the last are as far from the middle.
+    places = np.array([[4.0, 3.0, 2.0, 1.0]])
+    assert _comparable("RapidIn (K = 4), refined", places)[0] == pytest.approx(
+        [1.3416, 0.4472, -0.4472, -1.3416], abs=1e-4
+    )
+    assert (_comparable("BM25", np.ones((2, 3))) == 0).all()
 
 
 def test_the_model_is_tuned_without_them(make, monkeypatch):

@@ -210,13 +210,27 @@ def _together(
     return {"k": k, "of": [*_GENERATIONS, len({*texts})]} | {
         end: {
             name: [
-                metrics.found_by_some(entry["scores"], positive, k, count, seed=seed, both=end == "both", groups=texts)
+                metrics.found_by_some(
+                    _comparable(name, entry["scores"]), positive, k, count, seed=seed, both=end == "both", groups=texts
+                )
                 for count in (*_GENERATIONS, len({*texts}))
             ]
             for name, entry in found.items()
         }
         for end in ("highest", "both")
     }
+
+
+def _comparable(name: str, scores: np.ndarray) -> np.ndarray:
+    """Return scores of several generations such that they may be compared with one another.
+
+    With normalised layers they are so as they are. Others are of another scale for each generation, or places, and are
+    standardised within each.
+    """
+    if name.startswith((EXACT, "RapidIn")) and not name.endswith("refined"):
+        return scores
+    spread = scores.std(1, keepdims=True)
+    return (scores - scores.mean(1, keepdims=True)) / np.where(spread > 0, spread, 1)
 
 
 def _histogram(scores: np.ndarray, positive: np.ndarray) -> dict[str, list[float]]:

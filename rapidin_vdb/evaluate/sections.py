@@ -15,7 +15,7 @@ def together(result: Result) -> list[str]:
     heads = [f"{count} generation{'' if count == 1 else 's'}" for count in found["of"][:-1]] + ["all generations"]
     parts = [
         f"### Share of poisoned samples among the {found['k']:,} found first by several generations",
-        f"As many as are poisoned: those of the largest score for any of the generations, without a look at which are poisoned. Of one generation and of {found['of'][1]}, "
+        f"As many as are poisoned: those of the largest score for any of the generations (in the second table, either way), without a look at which are poisoned. Scores of methods that do not normalise layers are standardised within each generation first. Of one generation and of {found['of'][1]}, "
         f"of different texts, it is the mean over 200 draws, with what 95 % of the draws lie between; all generations are of {found['of'][-1]} texts. Scores of texts and hidden states mean nothing at their lower end.",
     ]
     for end, title in (("highest", "The highest alone"), ("both", "Both ends")):

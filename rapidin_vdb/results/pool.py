@@ -57,7 +57,10 @@ class Pool:
     seconds: Seconds
     """Where the time went, for all generations."""
     results: tuple[PooledSample, ...]
-    """Largest first: most positive, or most negative, or of either sign by absolute value."""
+    """Largest first: most positive, or most negative, or of either sign by absolute value.
+
+    Where layers are not normalised, relative to the length of the generation's gradient.
+    """
     focus: tuple[Focus, ...] | None = None
     """The texts, or spans of code points, that alone were asked about of generations without a focus of their own."""
     score_error: float | None = None
