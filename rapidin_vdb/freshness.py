@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from threading import Lock
 
+from rapidin_vdb.coarse_notes import with_what_coarse_finds
 from rapidin_vdb.errors import SpecError, UnreadableIndexError
 from rapidin_vdb.index import (
     Held,
@@ -37,7 +38,6 @@ from rapidin_vdb.table_index import (
     holds,
     info_of,
     of_table,
-    with_what_coarse_finds,
 )
 
 logger = logging.getLogger(__name__)

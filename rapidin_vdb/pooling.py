@@ -4,13 +4,13 @@ import time
 
 import numpy as np
 
+from rapidin_vdb.coarse_notes import coarse_note
 from rapidin_vdb.index import Searchable
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
 from rapidin_vdb.ranking import by_chance, cut_note, ends_of, score_unit
 from rapidin_vdb.results import Pool, PooledSample, Seconds
 from rapidin_vdb.store import Snapshot
-from rapidin_vdb.table_index import coarse_note
 from rapidin_vdb.uncertainty import chance, score_errors, surveyed
 
 

@@ -5,13 +5,13 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from rapidin_vdb.coarse_notes import coarse_note
 from rapidin_vdb.index import End, Grouping, Searchable
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
 from rapidin_vdb.records import Scalar
 from rapidin_vdb.results import GroupInfluence, Histogram, RankedSample, Ranking, Seconds, StoredSample
 from rapidin_vdb.store import Snapshot
-from rapidin_vdb.table_index import coarse_note
 from rapidin_vdb.uncertainty import chance, score_errors, surveyed
 
 

@@ -3,13 +3,13 @@
 import time
 from collections.abc import Mapping, Sequence
 
+from rapidin_vdb.coarse_notes import coarse_note
 from rapidin_vdb.index import Searchable, narrowed, survey
 from rapidin_vdb.query import Sketched
 from rapidin_vdb.question import Question
 from rapidin_vdb.ranking import cut_note, ends_of, seconds_of
 from rapidin_vdb.results import RankedToken, Ranking, StoredSample
 from rapidin_vdb.store import Snapshot, TokenSnapshot, token_of
-from rapidin_vdb.table_index import coarse_note
 
 _UNIT = "epochs * learning_rate * inner product of a token's RapidGrad with the generation's (Eq. {})"
 

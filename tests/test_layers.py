@@ -10,7 +10,7 @@ import pytest
 PACKAGE = Path(__file__).parent.parent / "rapidin_vdb"
 LAYERS = {
     "errors": 0, "arguments": 1, "compiled": 0, "matmul": 0, "machine": 0, "intrinsics": 1, "ledger": 1, "records": 1, "recipe": 1, "progress": 1, "batches": 2, "locks": 1, "results": 2, "corpus": 2, "sketch": 2, "gradient": 3, "store": 3,
-    "pieces": 1, "page": 3, "question": 3, "focus": 2, "index": 3, "engine": 4, "table_index": 4, "index_cache": 4, "freshness": 5, "query": 4, "uncertainty": 4, "ranking": 5, "token_ranking": 6, "explanation": 5, "pooling": 6, "answering": 7, "verification": 6,
+    "pieces": 1, "page": 3, "question": 3, "focus": 2, "index": 3, "engine": 4, "table_index": 4, "coarse_notes": 4, "index_cache": 4, "freshness": 5, "query": 4, "uncertainty": 4, "ranking": 5, "token_ranking": 6, "explanation": 5, "pooling": 6, "answering": 7, "verification": 6,
     "compute": 5, "worker_log": 1, "workers": 6, "intake": 3, "notices": 4, "plan": 5, "ingest": 6, "cluster": 6, "roads": 7, "estimate": 7, "database": 8, "creation": 9, "demo": 10, "evaluate": 9, "comparison": 5, "reading": 6, "speaker": 7, "choice": 4, "cleaning": 5, "new_file": 1, "web": 10, "cli": 11, "__init__": 12, "__main__": 13,
 }  # fmt: skip
 HOMES = {
