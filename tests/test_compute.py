@@ -364,6 +364,22 @@ def test_a_sample_that_fits_no_memory_is_named(narrow, database, tmp_path):
     assert isinstance(made.make([encoded(0, length=31)])[0], GradientError)
 
 
+def test_what_stands_behind_a_focus_was_never_computed(database, monkeypatch):
+    """So that a longer query is not told that something else takes the memory up, which it waits for in vain."""
+    from rapidin_vdb.gradient import rapidgrad
+
+    def lacking(*arguments, **options):
+        raise RuntimeError("CUDA error: out of memory")
+
+    database.query("Say 5", "blue and a good deal more behind it", focus="blue")
+    monkeypatch.setattr(rapidgrad.RapidGradMaker, "make", lacking)
+    with pytest.raises(GradientError, match="query query does not fit the memory, even with gradient") as told:
+        database.query("Say 5", "blue and a good deal")
+    assert not isinstance(told.value, MemoryTakenError)
+    with pytest.raises(MemoryTakenError, match="where one that is no shorter did before"):
+        database.query("Say 5", "blue and a good deal", focus="blue")
+
+
 @pytest.mark.parametrize("lacking", ["forward", "always"])
 def test_a_query_that_does_not_fit_the_memory_goes_on_with_checkpointing(database, monkeypatch, caplog, lacking):
     """Its sketch, its full gradient, and those of the samples found; or it is said that nothing helps."""

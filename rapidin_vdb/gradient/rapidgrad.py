@@ -91,7 +91,8 @@ class RapidGradMaker:
             MemoryTakenError: it does not fit then either, where one that is no shorter did before.
             GradientError: it does not, and none did.
         """
-        made, whose, tokens = if_it_fits(work), f"{what} {longest.sample_id}", len(longest.input_ids)
+        made, whose = if_it_fits(work), f"{what} {longest.sample_id}"
+        tokens = len(cut_behind_loss(longest).input_ids)  # what stands behind them was never computed
         if made is not None:
             self._fitted[what] = max(self._fitted.get(what, 0), tokens)
             return made
