@@ -4,6 +4,7 @@ import math
 import operator
 import os
 from os import PathLike
+from pathlib import Path
 from typing import Any, get_args
 
 from rapidin_vdb.errors import SpecError
@@ -61,3 +62,16 @@ def name_of(place: str | PathLike[str] | None) -> str | None:
     if place is not None and not isinstance(place, str | PathLike):
         raise SpecError(f"a model or an adapter is of type {type(place).__name__}; wanted its name, or its folder")
     return None if place is None else os.fspath(place)
+
+
+def place_of(place: str | PathLike[str] | None) -> str | None:
+    """Return the name of a model or an adapter; of a folder that is here, its whole path.
+
+    That stays right wherever this process goes; and a name that is not here may be one on the Hugging Face hub.
+
+    Raises:
+        SpecError: it is neither a name nor a folder.
+    """
+    name = name_of(place)
+    # An empty name would be the folder that we are in.
+    return str(Path(name).absolute()) if name and Path(name).is_dir() else name

@@ -3,7 +3,7 @@
 import logging
 from pathlib import Path
 
-from rapidin_vdb.arguments import above_zero, name_of, one_of, whole
+from rapidin_vdb.arguments import above_zero, one_of, place_of, whole
 from rapidin_vdb.corpus import load_template
 from rapidin_vdb.database import Database
 from rapidin_vdb.engine import Engine
@@ -73,8 +73,8 @@ def init(
         raise SpecError(f"--turns all goes with --template chat, which writes every turn; here it is {chosen.name}")
     loaded = load_model(
         ModelSpec(
-            model=name_of(model) or "",
-            adapter=name_of(adapter),
+            model=place_of(model) or "",
+            adapter=place_of(adapter),
             quantization=quantization,
             dtype=dtype,
             parameters=parameters,

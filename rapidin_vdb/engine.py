@@ -9,7 +9,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from rapidin_vdb.arguments import name_of
+from rapidin_vdb.arguments import place_of
 from rapidin_vdb.corpus import Record, Template, load_template, sample_from
 from rapidin_vdb.corpus.shapes import asked_fields
 from rapidin_vdb.errors import GradientError, ModelNotFoundError, SpecError
@@ -160,8 +160,8 @@ def load_checked(
         FingerprintError: they are not those that the database was made with.
     """
     spec = ModelSpec(
-        model=name_of(model) or stored.model,
-        adapter=name_of(adapter) or stored.adapter,
+        model=place_of(model) or stored.model,
+        adapter=place_of(adapter) or stored.adapter,
         quantization=stored.quantization,
         dtype=dtype_of(stored),
         parameters=stored.parameters,
