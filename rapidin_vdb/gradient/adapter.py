@@ -39,25 +39,44 @@ def _refuse_pickle(adapter: str) -> None:
         )
 
 
+def check_adapter(adapter: str) -> Any:
+    """Return the configuration of an adapter that can be loaded, as far as its weights are not read.
+
+    Raises:
+        ModelError: there is no such adapter, it cannot be repeated or is of another kind, or its weights are pickled.
+    """
+    _refuse_pickle(adapter)
+    with quiet_libraries():  # the import too: bitsandbytes says at import what it does without
+        from peft import PeftConfig
+
+        try:
+            config = PeftConfig.from_pretrained(adapter)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ModelError(
+                f"the configuration of the adapter {adapter} cannot be read: {short(error)}; save it again, or copy it "
+                "anew"
+            ) from error
+    if config.is_prompt_learning:
+        raise ModelError(
+            f"the adapter {adapter} learns a prompt ({config.peft_type.value}), which takes places before a "
+            "sample's own tokens; wanted one that changes the model's layers, such as LoRA"
+        )
+    _refuse_unrepeatable(config, adapter)
+    return config
+
+
 def load_adapter(model: Any, adapter: str, base: str, device: str) -> Any:
     """Return a model with an adapter on it, whose weights are read onto a device; `base` is the model's name.
 
     Raises:
         ModelError: there is no such adapter, it does not fit the model or the memory, or its weights are pickled.
     """
+    config = check_adapter(adapter)
     try:
-        _refuse_pickle(adapter)
-        with quiet_libraries():  # the imports too: bitsandbytes says at import what it does without
-            from peft import PeftConfig, PeftModel, get_peft_model_state_dict
+        with quiet_libraries():
+            from peft import PeftModel, get_peft_model_state_dict
             from peft.utils import load_peft_weights
 
-            config = PeftConfig.from_pretrained(adapter)
-            if config.is_prompt_learning:
-                raise ModelError(
-                    f"the adapter {adapter} learns a prompt ({config.peft_type.value}), which takes places before a "
-                    "sample's own tokens; wanted one that changes the model's layers, such as LoRA"
-                )
-            _refuse_unrepeatable(config, adapter)
             weights = load_peft_weights(adapter, device="cpu", use_safetensors=True)
             _check_vocabulary(model, config, weights, adapter=adapter, base=base)
             # Else PEFT reads it onto the first GPU, wherever the model is.

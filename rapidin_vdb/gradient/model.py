@@ -4,7 +4,6 @@ import dataclasses
 import logging
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -12,12 +11,13 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 
-from rapidin_vdb.errors import ModelError, ModelNotFoundError, check_unicode, without_secrets
-from rapidin_vdb.gradient.adapter import load_adapter
+from rapidin_vdb.errors import ModelError, ModelNotFoundError
+from rapidin_vdb.gradient.adapter import check_adapter, load_adapter
 from rapidin_vdb.gradient.causal import check_causal, check_kind, kind_of
 from rapidin_vdb.gradient.device import device_failure, lacks_memory, resolve_device
 from rapidin_vdb.gradient.memory import weight_bytes
 from rapidin_vdb.gradient.parameters import choose_parameters
+from rapidin_vdb.gradient.places import check_place, check_places, check_weights
 from rapidin_vdb.gradient.quiet import quiet_libraries, short
 from rapidin_vdb.gradient.tokenizer import load_tokenizer
 from rapidin_vdb.records import DType, ModelSpec, ParameterShape
@@ -103,7 +103,7 @@ def load_config(name: str) -> Any:
     """
     from transformers import AutoConfig
 
-    _check_place(name, "model", "config.json")
+    check_place(name, "model", "config.json")
     try:
         with quiet_libraries():
             return AutoConfig.from_pretrained(name, trust_remote_code=False)
@@ -117,6 +117,21 @@ def load_config(name: str) -> Any:
         ) from error
 
 
+def check_loadable(spec: ModelSpec) -> Any:
+    """Return a model's configuration, once it and its adapter can be loaded, as far as their weights are not read.
+
+    Raises:
+        ModelError: one of them is missing, is of a kind that is not loaded here, or makes no sense.
+    """
+    check_places(spec)
+    config = load_config(spec.model)
+    check_kind(config, spec.model)
+    check_weights(spec.model)
+    if spec.adapter is not None:
+        check_adapter(spec.adapter)
+    return config
+
+
 def load_model(spec: ModelSpec, *, device: str = "auto", gradients: bool = True) -> LoadedModel:
     """Load a model, its adapter and its tokenizer; without `gradients` there is no theta, and there need be none.
 
@@ -125,9 +140,7 @@ def load_model(spec: ModelSpec, *, device: str = "auto", gradients: bool = True)
         SpecError: theta cannot be chosen as asked, or no such device.
     """
     device = resolve_device(device)
-    check_places(spec)
-    config = load_config(spec.model)
-    check_kind(config, spec.model)
+    config = check_loadable(spec)
     spec = dataclasses.replace(spec, dtype=_resolved_dtype(spec, config))
     model = _load_base(spec, device, config)
     dtype = str(model.dtype).removeprefix("torch.")
@@ -147,36 +160,6 @@ def load_model(spec: ModelSpec, *, device: str = "auto", gradients: bool = True)
         device=device,
         dtype=dtype,
     )
-
-
-def check_places(spec: ModelSpec) -> None:
-    """See that a model's folder and its adapter's are there, where they are folders and not names on the hub.
-
-    Raises:
-        ModelError: one is not, or is no such folder.
-    """
-    _check_place(spec.model, "model", "config.json")
-    if spec.adapter is not None:
-        _check_place(spec.adapter, "adapter", "adapter_config.json")
-
-
-def _check_place(name: str, what: str, file: str) -> None:
-    """Find a mistyped folder before anything looks for it on the hub."""
-    check_unicode(name, f"the name of the {what}")
-    path = Path(name)
-    if path.is_dir():
-        if what == "model" and (path / "adapter_config.json").is_file():
-            raise ModelError(
-                f"the model folder {name} holds an adapter (adapter_config.json), which would be put on it "
-                "unasked. Give it as --adapter, and the model that it is for as --model; merged weights need "
-                "a folder of their own"
-            )
-        if not (path / file).is_file():
-            raise ModelNotFoundError(
-                f"the {what} folder {name} has no {file}; give the folder that save_pretrained wrote"
-            )
-    elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
-        raise ModelNotFoundError(f"no {what} at {without_secrets(name)}: no such folder")
 
 
 def _load_base(spec: ModelSpec, device: str, config: Any) -> Any:
