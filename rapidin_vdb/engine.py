@@ -17,11 +17,13 @@ from rapidin_vdb.gradient import (
     ExactInfluence,
     LoadedModel,
     RapidGradMaker,
+    Said,
     TokenRapidGradMaker,
     check_fingerprint,
     fingerprint_of,
     generate_one,
     load_model,
+    prompt_ids,
 )
 from rapidin_vdb.gradient.device import device_failure, lacks_memory
 from rapidin_vdb.gradient.fingerprint import WeightHashes
@@ -85,7 +87,7 @@ class Engine:
             return said_by(
                 self.loaded, self.template, sample, max_tokens=max_tokens, temperature=temperature, seed=seed,
                 progress=progress,
-            )  # fmt: skip
+            ).text  # fmt: skip
 
     def make(self, batch: Sequence[Encoded], *, token_width: int | None = None) -> list[Made | GradientError]:
         """Return what each sample of a batch is turned into, or why it cannot be.
@@ -110,7 +112,7 @@ class Engine:
 def said_by(
     loaded: LoadedModel, template: Template, sample: Sample, *, max_tokens: int, temperature: float = 0.0,
     seed: int = 0, progress: Progress = silent,
-) -> str:  # fmt: skip
+) -> Said:  # fmt: skip
     """Return what a model says to the prompt of a sample, whatever its response is.
 
     Raises:
@@ -122,6 +124,16 @@ def said_by(
         loaded, text, max_tokens=max_tokens, temperature=temperature, seed=seed, progress=progress,
         special=not template.whole, end=end,
     )  # fmt: skip
+
+
+def check_room(template: Template, sample: Sample, *, tokenizer: Any, config: Any) -> None:
+    """See, without the model, that one of that configuration has room behind the prompt of a sample.
+
+    Raises:
+        CorpusError: the template cannot render this sample.
+        SpecError: the prompt has no tokens, or leaves no room.
+    """
+    prompt_ids(tokenizer, template.render(sample), config, special=not template.whole)
 
 
 def _made(

@@ -2,11 +2,12 @@
 
 import gc
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.arguments import whole
-from rapidin_vdb.comparison import Judged, compare, judge, load_other, other_model
+from rapidin_vdb.comparison import Judged, check_other, compare, judge, load_other, other_model
 from rapidin_vdb.corpus import load_template
 from rapidin_vdb.engine import Engine, load_checked, load_engine
 from rapidin_vdb.focus import check_focus
@@ -80,27 +81,35 @@ class Speaker(SampleReader):
         That is `new_adapter` on the database's base model, or `new_model`, or both; of the same tokenizer, and loaded
         in the same type. Queries and `focus` are as for `query`. With `answer_tokens`, the new model answers each
         prompt, too, by its most likely tokens; not where there is none, or where several turns follow it. One model is
-        in memory at a time, unless the database's was loaded before. `model`, `adapter` and `device` are as for `load`.
+        in memory at a time, unless the database's was loaded before. `model`, `adapter` and `device` are as for
+        `query`: where the model is loaded on that device already, a new adapter is put on that one's base.
 
         Raises:
             CorpusError: a query cannot be read or encoded.
-            ModelError: a model cannot be loaded, gives losses that are not finite, or has another tokenizer.
+            ModelError: a model cannot be loaded, gives losses that are not finite, or has a tokenizer that makes other
+                tokens of a query.
             FingerprintError: the database's model is not the one that it was made with.
-            GradientError: a query does not fit the memory.
-            SpecError: no model to compare with is given, no query or several kinds of query, or an option is out of
-                range.
+            GradientError: a query, or an answer, does not fit the memory.
+            SpecError: no model to compare with is given, no query or several kinds of query, an option is out of range,
+                or a prompt leaves no room for an answer.
         """
         answer_tokens = whole("--answer-tokens", answer_tokens, 0, 4096, wanted="0 (none) to 4096")
         wanted = (focus,) if isinstance(focus, str) else tuple(focus or ())
         check_focus(wanted)
         stored = self.fingerprint
-        if self._engine is not None:  # both are to be computed alike
-            model = model or self._engine.loaded.spec.model
-            device = self._engine.loaded.device if device == "auto" else device
+        here = None if self._engine is None else self._engine.loaded
+        if here is not None:  # both are to be computed alike, and of one base
+            device = here.device if device == "auto" else resolve_device(device)
+            model = here.spec.model if model is None or device == here.device else model
         spec = other_model(stored, model=model, new_model=new_model, new_adapter=new_adapter)
         asked = queries_of(prompt, generation, file=file, queries=queries)
         if not asked:
             return []
+        with nullcontext() if self._engine is None else self._engine.alone:
+            check_other(
+                stored, spec, asked, model=model, adapter=adapter, tokenizer=None if here is None else here.tokenizer,
+                focus=wanted, answers=answer_tokens > 0,
+            )  # fmt: skip
         before = self._judged(asked, wanted, model, adapter, device, progress)
         loaded = load_other(stored, spec, device=device)
         return compare(before, loaded, answer_tokens=answer_tokens, progress=progress)

@@ -306,7 +306,7 @@ def test_generation_ends_where_an_answer_does(monkeypatch):
         )
     )
     assert asked["ends"] == [2, tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    assert said == tokenizer.decode([40, 41])
+    assert (said.text, said.cut) == (tokenizer.decode([40, 41]), False)
 
 
 def test_another_template_than_the_tokenizer_s_is_told(tmp_path, models, caplog):
@@ -361,12 +361,8 @@ def test_what_is_left_of_a_training_changes_no_fingerprint(tmp_path, monkeypatch
     with monkeypatch.context() as patch:
         made_with = []
 
-        def of_before(loaded, *, known):
-            text = [
-                loaded.tokenizer.backend_tokenizer.to_str(),
-                loaded.tokenizer.eos_token_id,
-                loaded.tokenizer.bos_token_id,
-            ]
+        def of_before(tokenizer, *, known):
+            text = [tokenizer.backend_tokenizer.to_str(), tokenizer.eos_token_id, tokenizer.bos_token_id]
             made_with.append(hashlib.sha256(json.dumps(text).encode()).hexdigest())
             return made_with[0]
 

@@ -4,6 +4,8 @@ import gc
 import json
 import shutil
 import sys
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -131,6 +133,49 @@ def test_the_new_model_answers(database, models, adapters, retrained, tmp_path):
     assert [one.answer for one in others] != [database.generate(one.prompt, max_tokens=7) for one in asked]
     (alone,) = again.compare(None, "all of it is generation", new_adapter=retrained, answer_tokens=7)
     assert alone.prompt is None and alone.answer is None, "there is nothing to answer"
+    assert not alone.answer_cut and "answer_cut" not in alone.to_dict()
+
+
+@pytest.mark.parametrize("ends", [False, True])
+def test_an_answer_that_was_cut_is_said_to_be(models, adapters, retrained, tmp_path, monkeypatch, ends):
+    """And one that the model ended is not, even with the last token that it might have."""
+    made = rapidin_vdb.init(tmp_path / "db", model=models["llama"], adapter=adapters["llama"], width=64)
+    (end,) = byte_tokenizer().convert_tokens_to_ids(["</s>"])
+    tokens = [40, 41, end if ends else 42]
+
+    def generate(model, input_ids, **options):
+        return torch.cat([input_ids, torch.tensor([tokens])], 1)
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", generate)
+    (one,) = made.compare(*QUERIES[0], new_adapter=retrained, answer_tokens=3)
+    assert one.answer == byte_tokenizer().decode(tokens[: 2 if ends else 3])
+    assert (one.answer_cut, one.to_dict().get("answer_cut")) == ((False, None) if ends else (True, True))
+
+
+def test_a_prompt_without_room_for_an_answer_is_found_before_a_model_is_loaded(
+    models, adapters, retrained, tmp_path, monkeypatch
+):
+    made = rapidin_vdb.init(tmp_path / "db", model=models["llama"], adapter=adapters["llama"], width=64, max_tokens=600)
+    asked = [query_from("x" * length, "blue", query_id=f"of {length}") for length in (9, 400)]
+    assert len(made.compare(queries=asked, new_adapter=retrained)) == 2, "the generation alone fits"
+    monkeypatch.setattr(speaker, "judge", lambda *_, **__: pytest.fail("a model judges"))
+    with pytest.raises(
+        SpecError,
+        match="^query of 400 cannot be answered: the prompt has [0-9]+ tokens, and the model knows 512 positions; "
+        "shorten it, ask without this query, or leave out --answer-tokens$",
+    ):
+        made.compare(queries=asked, new_adapter=retrained, answer_tokens=5)
+
+
+def test_an_answer_that_does_not_fit_the_memory_is_said_to(database, retrained, monkeypatch):
+    def generate(model, **options):
+        raise torch.OutOfMemoryError("out of memory")
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.generate", generate)
+    with pytest.raises(
+        GradientError, match="^the answer to 0 does not fit the memory beside the model: it takes fewer"
+    ):
+        database.compare(queries=queries(), new_adapter=retrained, answer_tokens=5)
 
 
 def test_where_the_model_is_needs_to_be_said_once(
@@ -154,6 +199,98 @@ def test_where_the_model_is_needs_to_be_said_once(
     (one,) = again.compare(*QUERIES[0], new_adapter=retrained)
     assert one.loss_after == pytest.approx(slow_losses(models["llama"], retrained, *QUERIES[0]).mean(), rel=2e-5)
     assert devices == ["cpu"]
+
+
+def test_the_loaded_model_is_the_base_of_a_new_adapter(database, retrained, tmp_path):
+    """Of both sides: another place is not looked at, as `query` looks at none."""
+    (wanted,) = database.compare(*QUERIES[0], new_adapter=retrained)
+    other = save_model(tmp_path / "other", "llama", seed=7)
+    for device in ("auto", "cpu"):
+        (one,) = database.compare(*QUERIES[0], new_adapter=retrained, model=other, device=device)
+        assert one == wanted
+    (bare,) = database.compare(*QUERIES[0], new_model=other, new_adapter=retrained)
+    assert abs(bare.loss_after - wanted.loss_after) > 1e-3, "it is another"
+
+
+@pytest.mark.parametrize("how", ["init", "load"])
+def test_a_folder_stays_where_it_is_when_the_process_goes_elsewhere(
+    pristine_database, models, adapters, retrained, tmp_path, monkeypatch, how
+):
+    for name, place in (("model", models["llama"]), ("adapter", adapters["llama"])):
+        shutil.copytree(place, tmp_path / "here" / name)
+    (tmp_path / "there").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    if how == "init":
+        made = rapidin_vdb.init(tmp_path / "db", model="model", adapter="adapter", width=64)
+    else:
+        made = rapidin_vdb.open(pristine_database / "db")
+        made.load(model="./model", adapter="adapter")
+    monkeypatch.chdir(tmp_path / "there")
+    (one,) = made.compare(*QUERIES[0], new_adapter=retrained)
+    assert one.loss_after == pytest.approx(slow_losses(models["llama"], retrained, *QUERIES[0]).mean(), rel=2e-5)
+    spec = made._engine.loaded.spec
+    assert [spec.model, spec.adapter] == [str(tmp_path / "here" / name) for name in ("model", "adapter")]
+
+
+def test_batches_of_both_models_are_the_same(database, adapters, monkeypatch):
+    """However much memory is free for the other: the same weights have the same losses, to the last bit."""
+    room = iter([4096, 130])
+    monkeypatch.setattr(likelihood, "default_batch_tokens", lambda *_, **__: next(room))
+    original, sizes = likelihood.batch_losses, []
+
+    def noted(loaded, batch, **options):
+        sizes.append(len(batch))
+        made = original(loaded, batch, **options)
+        made.losses.add_(len(batch) * 1e-6)  # what rounding would do
+        return made
+
+    monkeypatch.setattr(likelihood, "batch_losses", noted)
+    found = database.compare(queries=queries(), new_adapter=adapters["llama"])
+    assert sizes == [3, 3] and [one.change for one in found] == [0.0] * 3
+
+
+def test_the_new_model_is_of_the_type_of_the_databases(models, adapters, tmp_path):
+    made = rapidin_vdb.init(
+        tmp_path / "db", model=models["llama"], adapter=adapters["llama"], width=64, dtype="bfloat16"
+    )
+    (one,) = made.compare(*QUERIES[0], new_adapter=adapters["llama"])
+    assert one.change == 0, "the same weights, rounded alike"
+
+
+def test_weights_that_are_kept_otherwise_are_told_of(database, models, retrained, tmp_path, caplog):
+    import transformers
+
+    def kept(name, **options):
+        network = transformers.AutoModelForCausalLM.from_pretrained(models["llama"], **options)
+        network.save_pretrained(tmp_path / name)
+        byte_tokenizer().save_pretrained(tmp_path / name)
+        return tmp_path / name
+
+    four = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    places = {"float32": kept("same"), "bfloat16": kept("half", dtype=torch.bfloat16)}
+    places["4 bits"] = kept("four", quantization_config=four)
+    said = {}
+    for name, place in places.items():
+        caplog.clear()
+        database.compare(*QUERIES[0], new_model=place)
+        said[name] = [text for text in caplog.messages if "are kept in" in text]
+    assert said.pop("float32") == []
+    for name, (text,) in said.items():
+        assert f"the weights of {places[name]} are kept in {name}" in text
+        assert "and those of the database's model in float32: a part of what differs may be their rounding" in text
+    of_four = rapidin_vdb.init(tmp_path / "of four", model=places["4 bits"], adapter=retrained, width=64)
+    for place, told_of in ((places["4 bits"], False), (places["float32"], True)):
+        caplog.clear()
+        of_four.compare(*QUERIES[0], new_model=place, new_adapter=retrained)
+        assert ("are kept in float32, and those of the database's model in 4 bits (nf4)" in caplog.text) == told_of
+
+
+def test_an_adapter_of_another_base_is_told_of(database, retrained, tmp_path, caplog):
+    adapter = shutil.copytree(retrained, tmp_path / "adapter")
+    config = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "someone/other"}))
+    database.compare(*QUERIES[0], new_adapter=adapter)
+    assert "the adapter names someone/other as the model that it was trained on, and is put on" in caplog.text
 
 
 def test_a_generation_that_is_cut_is_said_to_be(models, adapters, retrained, tmp_path, capsys):
@@ -212,6 +349,43 @@ def test_one_model_is_in_memory_at_a_time(database, retrained, monkeypatch):
     assert found == [before, before] and before > 0
 
 
+def test_the_databases_model_is_gone_before_the_other_is_loaded(database, retrained, monkeypatch):
+    """Though its modules know each other, so that nobody but the collector takes them away."""
+    again, gone = rapidin_vdb.open(database.path), []
+    first, second = speaker.load_checked, speaker.load_other
+
+    def loaded(*given, **options):
+        made = first(*given, **options)
+        gone.append(weakref.ref(made.model))
+        return made
+
+    def other(*given, **options):
+        gone.append(gone[0]() is None)
+        return second(*given, **options)
+
+    monkeypatch.setattr(speaker, "load_checked", loaded)
+    monkeypatch.setattr(speaker, "load_other", other)
+    gc.disable()  # it comes when it likes
+    try:
+        again.compare(*QUERIES[0], new_adapter=retrained)
+    finally:
+        gc.enable()
+    assert gone[1] is True
+
+
+def test_nobody_else_uses_the_loaded_model_meanwhile(database, retrained, monkeypatch):
+    free, original = [], speaker.judge
+
+    def judged(*given, **options):
+        with ThreadPoolExecutor(1) as pool:
+            free.append(pool.submit(database._engine.alone.acquire, blocking=False).result())
+        return original(*given, **options)
+
+    monkeypatch.setattr(speaker, "judge", judged)
+    database.compare(*QUERIES[0], new_adapter=retrained)
+    assert free == [False]
+
+
 def test_what_does_not_fit_the_memory_is_halved(database, retrained, monkeypatch, caplog):
     (wanted,) = database.compare(*QUERIES[1], new_adapter=retrained)
     original, sizes, most = likelihood.batch_losses, [], 1
@@ -233,7 +407,19 @@ def test_what_does_not_fit_the_memory_is_halved(database, retrained, monkeypatch
         database.compare(queries=queries()[:1], new_adapter=retrained)
 
 
-def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(database, retrained, tmp_path, monkeypatch):
+def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(
+    database, models, retrained, tmp_path, monkeypatch
+):
+    def without(place, pattern):
+        place = shutil.copytree(place, tmp_path / f"{place.name} without {pattern.strip('*')}")
+        for file in place.glob(pattern):
+            file.unlink()
+        return place
+
+    broken = shutil.copytree(retrained, tmp_path / "broken")
+    (broken / "adapter_config.json").write_text("{")
+    (tmp_path / "demo" / "retrained").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
     again = rapidin_vdb.open(database.path)
     monkeypatch.setattr(speaker, "load_checked", lambda *_, **__: pytest.fail("a model is loaded"))
     asked = dict(zip(("prompt", "generation"), QUERIES[0], strict=True))
@@ -241,7 +427,24 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(database, 
         ({}, SpecError, "give what was trained anew: --new-adapter FOLDER, or --new-model FOLDER, or both"),
         ({"new_adapter": tmp_path}, ModelError, "has no adapter_config.json"),
         ({"new_adapter": "./nowhere"}, ModelError, "no adapter at ./nowhere: no such folder"),
-        ({"new_model": retrained}, ModelError, "holds an adapter"),
+        (
+            {"new_model": retrained},
+            ModelError,
+            r"holds an adapter \(adapter_config.json\), and is given as a model. Give it as --new-adapter, which is put",
+        ),
+        ({"new_model": without(models["llama"], "config.json")}, ModelError, "has no config.json"),
+        ({"new_model": without(models["llama"], "model.safetensors")}, ModelError, "has no model.safetensors"),
+        ({"new_model": without(models["llama"], "tokenizer*")}, ModelError, "without a tokenizer|no tokenizer can be"),
+        ({"new_adapter": without(retrained, "adapter_model.safetensors")}, ModelError, "no adapter_model.safetensors"),
+        ({"new_adapter": broken}, ModelError, "the configuration of the adapter .*broken cannot be read"),
+        ({"new_adapter": "demo/retraind"}, ModelError, "no adapter at demo/retraind: no such folder in demo, which is"),
+        (
+            {"new_model": "demo/retraind"},
+            ModelError,
+            "no model at demo/retraind: no such folder in demo, which is here",
+        ),
+        ({"new_adapter": retrained, "model": tmp_path}, ModelError, "has no config.json"),
+        ({"new_model": models["llama"], "adapter": tmp_path}, ModelError, "has no adapter_config.json"),
         (
             {"new_adapter": retrained, "answer_tokens": -1},
             SpecError,
@@ -257,13 +460,23 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(database, 
     assert again.compare(queries=[], new_adapter=retrained) == []
 
 
-def test_what_is_no_model_for_these_tokens_is_refused(database, models, adapters, retrained, tmp_path):
+def test_what_is_no_model_for_these_tokens_is_refused(database, models, adapters, retrained, tmp_path, monkeypatch):
     other = save_model(tmp_path / "other", "llama")
     tokenizer = byte_tokenizer()
     tokenizer.add_tokens(["blue"])
     tokenizer.save_pretrained(other)
-    with pytest.raises(ModelError, match="has another tokenizer than the database's .*losses of other tokens"):
-        database.compare(*QUERIES[0], new_model=other)
+    asked = [queries()[place] for place in (2, 0)]  # the word stands in the second alone
+    (one,) = database.compare(queries=asked[:1], new_model=other)
+    assert one.loss_after == pytest.approx(slow_losses(other, None, *QUERIES[2]).mean(), rel=2e-5)
+    again = rapidin_vdb.open(database.path)
+    monkeypatch.setattr(speaker, "judge", lambda *_, **__: pytest.fail("a model judges"))
+    for one in (database, again):
+        with pytest.raises(
+            ModelError,
+            match="has another tokenizer than the database's .* makes other tokens of query 0: losses of other tokens",
+        ):
+            one.compare(queries=asked, new_model=other)
+    monkeypatch.undo()
     with pytest.raises(FingerprintError, match="adapter_hash is"):
         rapidin_vdb.open(database.path).compare(*QUERIES[0], new_adapter=retrained, adapter=retrained)
     from safetensors.torch import load_file, save_file
@@ -282,6 +495,19 @@ def test_a_token_beyond_the_model_is_said(database):
     sample = encoded(1)
     with pytest.raises(ModelError, match=r"s01: token id 259, but the model .* knows only 259 tokens"):
         likelihood.evaluate_losses(loaded, [replace(sample, input_ids=(*sample.input_ids[:-1], 259))])
+
+
+def test_a_model_of_fewer_positions_is_said_to_know_them_not(models, adapters, tmp_path):
+    """An embedding of positions ends where it ends; on a GPU, that ends the process's work there."""
+    made = rapidin_vdb.init(tmp_path / "db", model=models["gpt2"], adapter=adapters["gpt2"], width=64)
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sizes = {"vocab_size": 259, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 200}
+    GPT2LMHeadModel(GPT2Config(**sizes)).save_pretrained(tmp_path / "short")
+    byte_tokenizer().save_pretrained(tmp_path / "short")
+    assert len(made.compare(*QUERIES[0], new_model=tmp_path / "short")) == 1
+    with pytest.raises(ModelError, match=r"query has [0-9]+ tokens, and the model .*short knows only 200 positions"):
+        made.compare("Say 5", "x" * 100, new_model=tmp_path / "short")
 
 
 def told(capsys, *arguments) -> tuple[int, str, str]:
@@ -306,12 +532,13 @@ def test_the_command_prints_a_table_or_lines_of_json(database, adapters, retrain
     code, out, err = told(capsys, *asked, "--json")
     values = [json.loads(line) for line in out.splitlines()]
     assert [list(value) for value in values] == [
-        ["query_id", "prompt", "generation", "loss_before", "loss_after", "tokens"]
+        ["query_id", "prompt", "generation", "loss_before", "loss_after", "change", "tokens"]
     ] * 3
     assert list(values[0]["tokens"][0]) == ["text", "start", "end", "loss_before", "loss_after"]
     assert [float(line.split()[1]) for line in lines[::2]] == [
         pytest.approx(value["loss_before"], abs=6e-4) for value in values
     ]
+    assert all(value["change"] == value["loss_after"] - value["loss_before"] for value in values)
     less = sum(value["loss_after"] > value["loss_before"] for value in values)
     before, after = (np.mean([value[side] for value in values]) for side in ("loss_before", "loss_after"))
     unfolded = " ".join(err.split())

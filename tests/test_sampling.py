@@ -75,7 +75,7 @@ def test_one_prompt_is_drawn_as_one_of_many():
     said = {}
     for temperature in (0.0, 0.5, 2.0):
         for seed in range(5):
-            said[temperature, seed] = generate_one(loaded, "x", max_tokens=20, temperature=temperature, seed=seed)
+            said[temperature, seed] = generate_one(loaded, "x", max_tokens=20, temperature=temperature, seed=seed).text
             (one,) = generate_batch(
                 loaded.model, loaded.tokenizer, ["x"], max_tokens=20, temperature=temperature, seed=seed
             )

@@ -99,7 +99,9 @@ def test_many_prompts_at_once_are_continued_like_one(options):
         model.generation_config.repetition_penalty = penalty
         assert generate_batch(model, tokenizer, prompts, max_tokens=12, batch=3) == wanted
         model.generation_config.repetition_penalty = penalty
-        assert [generate_one(loaded, prompt, max_tokens=12, temperature=0.0, seed=0) for prompt in prompts] == wanted
+        assert [
+            generate_one(loaded, prompt, max_tokens=12, temperature=0.0, seed=0).text for prompt in prompts
+        ] == wanted
 
 
 def test_a_prompt_of_no_tokens_is_refused():

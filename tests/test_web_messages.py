@@ -84,7 +84,7 @@ def test_the_model_answers_after_several_turns(made, client):
     text = made._engine.loaded.tokenizer.apply_chat_template(before, tokenize=False, add_generation_prompt=True)
     raw = rapidin_vdb.gradient.generate_one(
         made._engine.loaded, text, max_tokens=12, temperature=0.0, seed=0, special=False, end="<pad>"
-    )
+    ).text
     assert found["generation"] == raw != made.generate("And snow?", max_tokens=12)
     single = answer(messages=said("user: And snow?")).json()
     assert single["generation"] == answer(prompt="And snow?").json()["generation"]
@@ -450,5 +450,5 @@ def test_tools_and_calls_before_a_generation(tmp_path):
     text = tokenizer.apply_chat_template(before, tools=tools, tokenize=False, add_generation_prompt=True)
     raw = rapidin_vdb.gradient.generate_one(
         made._engine.loaded, text, max_tokens=9, temperature=0.0, seed=0, special=False, end="<|im_end|>"
-    )
+    ).text
     assert raw == made.generate(messages=before, tools=tools, max_tokens=9)

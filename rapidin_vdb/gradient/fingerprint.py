@@ -12,6 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from threading import Event, Thread
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -66,7 +67,7 @@ def fingerprint_of(
         adapter_hash=None if spec.adapter is None else hashed(spec.adapter, _ADAPTER),
         quantization=spec.quantization,
         dtype=loaded.dtype,
-        tokenizer_hash=hash_of_tokenizer(loaded, known=tokenizer_hash),
+        tokenizer_hash=hash_of_tokenizer(loaded.tokenizer, known=tokenizer_hash),
         template=template,
         template_text=template_text,
         max_tokens=max_tokens,
@@ -194,11 +195,10 @@ def _sorted(value: object) -> object:
     return value
 
 
-def hash_of_tokenizer(loaded: LoadedModel, *, known: str | None) -> str:
-    """Return the hash of a model's tokenizer; `known` is one that it may have had before, as `fingerprint_of` says."""
+def hash_of_tokenizer(tokenizer: Any, *, known: str | None) -> str:
+    """Return the hash of a tokenizer; `known` is one that it may have had before, as `fingerprint_of` says."""
     from tokenizers import Tokenizer
 
-    tokenizer = loaded.tokenizer
     backend = tokenizer.backend_tokenizer
 
     def digest(state: str) -> str:

@@ -1,6 +1,7 @@
 """What a model says to a prompt: most likely token by token, or drawn."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,11 +11,21 @@ from rapidin_vdb.gradient.model import LoadedModel
 from rapidin_vdb.progress import Progress, silent
 
 
+@dataclass(frozen=True, kw_only=True)
+class Said:
+    """What a model says to a prompt."""
+
+    text: str
+    """It, without what ends it."""
+    cut: bool
+    """Whether it was ended by the number of tokens that it may have, and not by the model."""
+
+
 @torch.no_grad()
 def generate_one(
     loaded: LoadedModel, prompt: str, *, max_tokens: int, temperature: float, seed: int, progress: Progress = silent,
     special: bool = True, end: str = "",
-) -> str:  # fmt: skip
+) -> Said:  # fmt: skip
     """Return the continuation of a prompt that is written in its template; at temperature 0 the most likely one.
 
     It ends with the end-of-sequence token, or with the last token of `end`. Without `special`, the tokenizer adds none
@@ -30,18 +41,28 @@ def generate_one(
     if temperature != 0 and not 0.01 <= temperature <= 10:
         raise SpecError(f"temperature is {temperature}; wanted 0 (most likely), or 0.01 to 10")
     model, tokenizer = loaded.model, loaded.tokenizer
-    ids = _prompt_ids(tokenizer, prompt, special=special)
+    ids = prompt_ids(tokenizer, prompt, model.config, special=special)
     room = getattr(model.config, "max_position_embeddings", None)
-    if room is not None:
-        if len(ids) >= room:
-            raise SpecError(f"the prompt has {len(ids)} tokens, and the model knows {room} positions; shorten it")
-        max_tokens = min(max_tokens, room - len(ids))
+    max_tokens = max_tokens if room is None else min(max_tokens, room - len(ids))
     heard = _Heard(progress, len(ids), max_tokens)
-    (text,) = _continued(
+    (said,) = _continued(
         model, tokenizer, [ids], max_tokens=max_tokens, temperature=temperature, seed=seed, end=end,
         stopping_criteria=[heard],
     )  # fmt: skip
-    return text
+    return said
+
+
+def prompt_ids(tokenizer: Any, prompt: str, config: Any, *, special: bool = True) -> list[int]:
+    """Return the tokens of a prompt that is written in its template, which leave a model of that configuration room.
+
+    Raises:
+        SpecError: there are none, or as many as the model knows positions.
+    """
+    ids = _prompt_ids(tokenizer, prompt, special=special)
+    room = getattr(config, "max_position_embeddings", None)
+    if room is not None and len(ids) >= room:
+        raise SpecError(f"the prompt has {len(ids)} tokens, and the model knows {room} positions; shorten it")
+    return ids
 
 
 def _prompt_ids(tokenizer: Any, prompt: str, *, special: bool = True) -> list[int]:
@@ -63,7 +84,7 @@ def _prompt_ids(tokenizer: Any, prompt: str, *, special: bool = True) -> list[in
 def _continued(
     model: Any, tokenizer: Any, prompts: Sequence[Sequence[int]], *, max_tokens: int, temperature: float, seed: int,
     end: str = "", **options: Any,
-) -> list[str]:  # fmt: skip
+) -> list[Said]:  # fmt: skip
     """Return the continuations of some prompts' tokens, all at once; what the model's folder says does not count."""
     from transformers import GenerationConfig
 
@@ -94,11 +115,11 @@ def _continued(
             **drawn,
             **options,
         )
-    said = [
-        row[: next((place for place, token in enumerate(row) if token in ends), None)]
-        for row in out[:, longest:].tolist()
-    ]
-    return [tokenizer.decode(row, skip_special_tokens=True) for row in said]
+    found = []
+    for row in out[:, longest:].tolist():
+        stop = next((place for place, token in enumerate(row) if token in ends), None)
+        found.append(Said(text=tokenizer.decode(row[:stop], skip_special_tokens=True), cut=stop is None))
+    return found
 
 
 class _Heard:
@@ -134,6 +155,6 @@ def generate_batch(
             model, tokenizer, [encoded[number] for number in part], max_tokens=max_tokens, temperature=temperature,
             seed=seed + first,
         )  # fmt: skip
-        for number, text in zip(part, said, strict=True):
-            texts[number] = text
+        for number, answer in zip(part, said, strict=True):
+            texts[number] = answer.text
     return texts

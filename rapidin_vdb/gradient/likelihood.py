@@ -18,12 +18,14 @@ from rapidin_vdb.records import Encoded
 
 
 def evaluate_losses(
-    loaded: LoadedModel, samples: Sequence[Encoded], *, stage: str = "losses", progress: Progress = silent
-) -> list[np.ndarray]:
+    loaded: LoadedModel, samples: Sequence[Encoded], *, batch_tokens: int | None = None, stage: str = "losses",
+    progress: Progress = silent,
+) -> list[np.ndarray]:  # fmt: skip
     """Return the cross-entropy at each token that carries a loss, in nats, float32 [tokens] for each sample.
 
-    The mean of a sample's is the loss whose gradient a database is made of; but for int8 products, it does not depend
-    on the batch that the sample is in.
+    The mean of a sample's is the loss whose gradient a database is made of. It does not depend on the batch that the
+    sample is in, but for rounding, which int8 products make a good deal of: with the same `batch_tokens`, padding
+    included, and room for them, batches are the same. By default these follow free memory.
 
     Raises:
         ModelError: the model knows less tokens or positions than there are, or gives a loss that is not finite.
@@ -42,7 +44,7 @@ def evaluate_losses(
                 f"{sample.sample_id}: token id {max(sample.input_ids)}, but the model {loaded.spec.model} knows only "
                 f"{known} tokens; give the one whose tokenizer wrote it"
             )
-    tokens = default_batch_tokens(loaded.model.config, dtype=loaded.dtype, device=loaded.device)
+    tokens = batch_tokens or batch_tokens_for(loaded)
     found: dict[int, np.ndarray] = {}
     for batch in cut(range(len(samples)), lambda place: len(samples[place].input_ids), tokens=tokens):
         progress(stage, len(found), len(samples))
@@ -51,6 +53,11 @@ def evaluate_losses(
             found |= zip(places, in_parts(partial(_losses, loaded), [samples[place] for place in places]), strict=True)
     progress(stage, len(samples), len(samples))
     return [found[place] for place in range(len(samples))]
+
+
+def batch_tokens_for(loaded: LoadedModel) -> int:
+    """Return how many tokens a batch can have in the memory that is free beside a model."""
+    return default_batch_tokens(loaded.model.config, dtype=loaded.dtype, device=loaded.device)
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from rapidin_vdb.errors import ModelError
-from rapidin_vdb.gradient.model import LoadedModel
+from rapidin_vdb.gradient.model import LoadedModel, load_config
 from rapidin_vdb.gradient.quiet import short
 
 logger = logging.getLogger(__name__)
@@ -59,6 +59,33 @@ def tell_of_base(loaded: LoadedModel) -> None:
             "the adapter names %s as the model that it was trained on, and is put on %s: if these are not the same "
             "weights, gradients and losses are of a model that was never trained so",
             named, given,
+        )  # fmt: skip
+
+
+def weights_of(loaded: LoadedModel) -> str:
+    """Return in words how a model's weights are kept: their type in its files and here, or how they are quantised."""
+    stored = getattr(loaded.inner.config, "quantization_config", None)
+    settings = stored if isinstance(stored, dict) else stored.to_dict() if stored is not None else {}
+    if settings.get("load_in_4bit"):
+        computed = str(settings.get("bnb_4bit_compute_dtype") or "float32").removeprefix("torch.")
+        twice = ", their scales in 8" if settings.get("bnb_4bit_use_double_quant") else ""
+        return f"4 bits ({settings.get('bnb_4bit_quant_type')}{twice}), computed in {computed}"
+    if settings.get("load_in_8bit"):
+        return f"8 bits, computed in {loaded.dtype}"
+    if settings:
+        return f"quantised ({settings.get('quant_method')}), computed in {loaded.dtype}"
+    kept = str(getattr(load_config(loaded.spec.model), "dtype", None) or loaded.dtype).removeprefix("torch.")
+    return kept if kept == loaded.dtype else f"{kept}, computed in {loaded.dtype}"
+
+
+def tell_of_weights(loaded: LoadedModel, *, before: str) -> None:
+    """Warn where a model's weights are kept otherwise than those of a database's model, which are kept as `before`."""
+    here = weights_of(loaded)
+    if here != before:
+        logger.warning(
+            "the weights of %s are kept in %s, and those of the database's model in %s: a part of what differs may be "
+            "their rounding, and not what was trained. Give a model whose weights are kept alike, or the adapter alone",
+            loaded.spec.model, here, before,
         )  # fmt: skip
 
 

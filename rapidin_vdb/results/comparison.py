@@ -37,19 +37,21 @@ class Comparison:
     """Mean cross-entropy over the generation's tokens for the database's model, in nats."""
     loss_after: float
     """The same for the other model: higher where the generation is less likely by now."""
+    change: float = dataclasses.field(init=False)
+    """By how much the mean loss grew, in nats a token."""
     tokens: tuple[ComparedToken, ...]
     """The tokens that these are the means of: all, or those of the focus."""
     focus: tuple[Focus, ...] | None = None
     """The texts, or spans of code points, of the generation whose tokens alone were looked at."""
     answer: str | None = None
     """What the other model says to the prompt by now, where that was asked for."""
+    answer_cut: bool = False
+    """Whether the answer was cut to the tokens that it may have, and the model had not ended it."""
     truncated: bool = False
     """Whether the generation was cut to the database's `max_tokens`: what stands behind that was not looked at."""
 
-    @property
-    def change(self) -> float:
-        """By how much the mean loss grew, in nats a token."""
-        return self.loss_after - self.loss_before
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "change", self.loss_after - self.loss_before)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the JSON object that `compare --json` prints; what was not asked for is left out."""
