@@ -65,13 +65,14 @@ class Choice:
 
 @contextmanager
 def choose(
-    table: SampleTable, *, where: str | None, ids: Sequence[str] | None, absent: bool, id_field: str
-) -> Iterator[Choice]:
-    """Note which samples are to be left out: those that match a filter, of some ids, or not in the database.
+    table: SampleTable, *, where: str | None, ids: Sequence[str] | None, absent: bool, random: int | None, seed: int,
+    id_field: str,
+) -> Iterator[Choice]:  # fmt: skip
+    """Note which samples are to be left out: those that match a filter, of some ids, not there, or so many at random.
 
     Raises:
         FilterError: the filter cannot be understood.
-        SpecError: there is no such sample.
+        SpecError: there is no such sample, or there are not so many.
     """
     if ids is not None and not ids:
         raise SpecError("--ids names no sample, so that nothing would be left out; nothing was written")
@@ -81,6 +82,8 @@ def choose(
             known = _note_there(table, ledger, contents)
         elif where is not None:
             known = _note_matching(table, ledger, contents, where)
+        elif random is not None:
+            known = _note_drawn(table, ledger, contents, random, seed)
         else:
             known = _note_named(table, ledger, contents, [name for name in ids or () if is_unicode(name)])
         yield Choice(
@@ -124,6 +127,31 @@ def _note_named(table: SampleTable, ledger: Ledger, contents: Contents, ids: Seq
             gone = [name for name in gone if name not in said]
             if not gone:
                 break
+    return _all_is_kept(snapshot)
+
+
+@undisturbed
+def _note_drawn(table: SampleTable, ledger: Ledger, contents: Contents, count: int, seed: int) -> bool:
+    snapshot = table.snapshot()
+    contents.clear()
+    ledger.begin(snapshot.each_content())
+    total = ledger.there()
+    if count > total:
+        raise SpecError(
+            f"--random is {count:,}, and {table.uri} has {total:,} samples; wanted at most so many: as many as the "
+            "removal left out that this is to be compared with"
+        )
+    # Raw words of a bit generator: they, unlike what numpy draws from them, are the same for ever, on every machine.
+    keys = np.random.Philox(np.random.SeedSequence(seed)).random_raw(total)
+    places = iter(np.sort(np.argsort(keys, kind="stable")[:count]).tolist())
+    place, names = next(places), list[str]()
+    for number, name in enumerate(ledger.each_there()):
+        if number == place:
+            names.append(name)
+            place = next(places, None)
+    drawn = {name: known.there or "" for name, known in ledger.look(names).items()}
+    ledger.begin(drawn.items())
+    _add(contents, snapshot, drawn)
     return _all_is_kept(snapshot)
 
 

@@ -62,13 +62,15 @@ class _Tally:
 
 def write_cleaned(
     paths: Sequence[Path], out: Path, table: SampleTable, *, where: str | None = None, ids: Sequence[str] | None = None,
-    absent: bool = False, on_unscored: OnUnscored = "stop", id_field: str = "id",
+    absent: bool = False, random: int | None = None, seed: int = 1, on_unscored: OnUnscored = "stop",
+    id_field: str = "id",
 ) -> CleanReport:  # fmt: skip
     """Write the records of some files, in order, without those of some samples, and say what was done.
 
-    They are the samples that match a filter, those of some ids, or all that are not in the database. Lines of JSON
-    stay as they are, byte for byte, and rows of Arrow tables on their way into Parquet; records of other formats become
-    lines of JSON. A record that cannot be one of a sample is kept where all but some are, and where it is a line.
+    They are the samples that match a filter, those of some ids, all that are not in the database, or so many that are
+    drawn from it at random. Lines of JSON stay as they are, byte for byte, and rows of Arrow tables on their way into
+    Parquet; records of other formats become lines of JSON. A record that cannot be one of a sample is kept where all
+    but some are, and where it is a line.
 
     Records that would be left out though they were never scored (with the id of a sample, and another prompt or
     response; with `absent`, of no sample that was ever there) end it, are kept, or are left out, by `on_unscored`.
@@ -76,16 +78,17 @@ def write_cleaned(
     Raises:
         CorpusError: a file cannot be read; nothing is written.
         FilterError: the filter cannot be understood; nothing is written.
-        SpecError: there is no such sample, the files are of other ids than the database, some of their records were
-            never scored, or `out` is there already, is of another format, cannot be written, or cannot hold a value;
-            nothing is written. Or somebody else has made `out` meanwhile: what was written is kept beside it.
+        SpecError: there is no such sample, or there are not so many; the files are of other ids than the database, some
+            of their records were never scored, or `out` is there already, is of another format, cannot be written, or
+            cannot hold a value; nothing is written. Or somebody else has made `out` meanwhile: what was written is kept
+            beside it.
     """
     _check_format(out)
     some = list[str](), deque[str](maxlen=_LOOKED_UP)
     with (
         closing(Names()) as seen,
         new_file(out) as file,
-        choose(table, where=where, ids=ids, absent=absent, id_field=id_field) as choice,
+        choose(table, where=where, ids=ids, absent=absent, random=random, seed=seed, id_field=id_field) as choice,
         closing(ParquetCopy(paths, file) if out.suffix.lower() == ".parquet" else LineCopy(file.write)) as copy,
     ):
         wanted = choice.ledger.there() + len(choice.impossible)

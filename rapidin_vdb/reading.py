@@ -5,7 +5,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rapidin_vdb.arguments import one_of
+from rapidin_vdb.arguments import one_of, whole
 from rapidin_vdb.cleaning import write_cleaned
 from rapidin_vdb.corpus import Restorer, paths_of, plain_record, taken_apart, turns_of
 from rapidin_vdb.errors import SampleNotFoundError, SpecError, UnfitError
@@ -135,13 +135,17 @@ class SampleReader:
 
     def clean(
         self, *files: str | Path, out: str | Path, where: str | None = None, ids: Sequence[str] | None = None,
-        absent: bool = False, on_unscored: OnUnscored = "stop", id_field: str = "id",
+        absent: bool = False, random: int | None = None, seed: int = 1, on_unscored: OnUnscored = "stop",
+        id_field: str = "id",
     ) -> CleanReport:  # fmt: skip
         """Write the records of some files to a new one, without those of some samples, and say what was done.
 
         They are the samples that match a filter, or those of some ids, as for `delete`; or all that are not in the
-        database (any more), if `absent`. Lines of JSON stay byte for byte, and other formats become such lines; but
-        Parquet files and saved datasets stay what they are where `out` ends with `.parquet`.
+        database (any more), if `absent`; or so many as `random` says, drawn from the newest version, all alike and none
+        twice: what a removal is compared with. The same samples and `seed` give the same draw on every machine.
+
+        Lines of JSON stay byte for byte, and other formats become such lines; but Parquet files and saved datasets stay
+        what they are where `out` ends with `.parquet`.
 
         What would be left out though it was never scored ends it before anything is written; by `on_unscored` it is
         kept, or left out. That is a record with the id of a sample, and another prompt or response; and, if `absent`,
@@ -150,18 +154,19 @@ class SampleReader:
         Raises:
             CorpusError: a file cannot be read; nothing is written.
             FilterError: the filter cannot be understood; nothing is written.
-            SpecError: not one of the three is given, none of the samples is there, records were never scored, a value
-                cannot be written, `out` cannot be a new file, or nothing is found in files that do not seem to be the
-                database's; nothing is written.
+            SpecError: not one of the four is given, none of the samples is there, or not so many are, records were
+                never scored, a value cannot be written, `out` cannot be a new file, or nothing is found in files that
+                do not seem to be the database's; nothing is written.
         """
-        if (where is not None) + (ids is not None) + absent != 1:
-            raise SpecError("give one of: --where SQL, --ids FILE, or --absent")
+        if (where is not None) + (ids is not None) + absent + (random is not None) != 1:
+            raise SpecError("give one of: --where SQL, --ids FILE, --absent, or --random N")
         if not files:
             raise SpecError("no file to clean")
         one_of("on-unscored", on_unscored, OnUnscored)
+        random, seed = None if random is None else whole("--random", random, 1), whole("--seed", seed, 0)
         return write_cleaned(
             paths_of(files), Path(out), self._table, where=where, ids=ids_of(ids), absent=absent,
-            on_unscored=on_unscored, id_field=id_field,
+            random=random, seed=seed, on_unscored=on_unscored, id_field=id_field,
         )  # fmt: skip
 
     @undisturbed

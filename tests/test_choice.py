@@ -343,3 +343,67 @@ def test_of_what_was_deleted_twice_the_last_text_counts(filled, tmp_path):
     # The first text is another one's by now.
     first = write_jsonl(tmp_path / "first.jsonl", toy_records(12))
     assert refused(database, first, out=out, ids=["toy-001", "toy-002"])[0].startswith("1 record has the id")
+
+
+def test_so_many_are_left_out_at_random(filled, tmp_path):
+    """The same with the same seed, on any machine; others with another; and all alike."""
+    database, path = filled
+    names = [record["id"] for record in toy_records(12)]
+
+    def gone(count, *files, **options) -> list[str]:
+        out = tmp_path / "out.jsonl"
+        report = database.clean(*(files or (path,)), out=out, random=count, **options)
+        assert (report.left_out, report.not_found, report.unscored) == (count, 0, ())
+        kept = ids_in(out)
+        out.unlink()
+        assert kept == [name for name in names if name in {*kept}], "in order"
+        return [name for name in names if name not in {*kept}]
+
+    assert gone(4) == gone(4, seed=1) == ["toy-000", "toy-001", "toy-002", "toy-011"]
+    assert gone(4, seed=2) == ["toy-004", "toy-006", "toy-008", "toy-009"]
+    assert gone(12) == names
+    # Not the rows' order counts, but that of the ids.
+    again = rapidin_vdb.init(tmp_path / "again", model=database.fingerprint.model, **NARROW)
+    again.ingest(write_jsonl(tmp_path / "backwards.jsonl", toy_records(12)[::-1]))
+    database = again
+    assert gone(4) == ["toy-000", "toy-001", "toy-002", "toy-011"]
+    drawn = [name for seed in range(40) for name in gone(3, seed=seed)]
+    counts = [drawn.count(name) for name in names]
+    assert min(counts) >= 3 and max(counts) <= 20 and sum(counts) == 120, "each some 10 times"
+
+
+def test_what_is_drawn_is_of_the_newest_version(filled, tmp_path):
+    database, path = filled
+    out = tmp_path / "out.jsonl"
+    database.delete(ids=["toy-002", "toy-005"])
+    assert database.clean(path, out=out, random=10).left_out == 10
+    assert ids_in(out) == ["toy-002", "toy-005"], "what was deleted stays"
+    out.unlink()
+    (told,) = refused(database, path, out=out, random=11)
+    assert told == (
+        f"--random is 11, and {database.path} has 10 samples; wanted at most so many: as many as the removal left out "
+        "that this is to be compared with"
+    )
+    assert refused(database, path, out=out, random=0) == ("--random is 0; wanted 1 or more",)
+    assert refused(database, path, out=out, random=1, seed=-1) == ("--seed is -1; wanted 0 or more",)
+    for others in ({"ids": ["toy-001"]}, {"where": "true"}, {"absent": True}):
+        (told,) = refused(database, path, out=out, random=1, **others)
+        assert told == "give one of: --where SQL, --ids FILE, --absent, or --random N"
+    # What was never scored is not thrown away in silence.
+    records = [record | {"output": "mended"} for record in toy_records(12)]
+    mended = write_jsonl(tmp_path / "mended.jsonl", records)
+    assert "3 records have the id of a sample that is to be left out" in refused(database, mended, out=out, random=3)[0]
+    assert database.clean(mended, out=out, random=3, on_unscored="leave-out").left_out == 3
+
+
+def test_a_control_is_made_from_a_shell(filled, tmp_path):
+    database, path = filled
+    out = tmp_path / "out.jsonl"
+    asked = ["clean", database.path, str(path), "--out", str(out), "--random", "4"]
+    done = CliRunner().invoke(app, [*asked, "--seed", "2"])
+    assert done.exit_code == 0 and "8 records written to" in done.stderr and "4 left out" in done.stderr
+    assert {"toy-000", "toy-001", "toy-002"} < {*ids_in(out)} and "toy-004" not in ids_in(out)
+    refused = CliRunner().invoke(app, [*asked, "--absent"])
+    assert refused.exit_code == 2 and "give one of --where SQL, --ids FILE, --absent and --random N" in " ".join(
+        refused.stderr.replace("│", " ").split()
+    )

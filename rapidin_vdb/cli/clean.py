@@ -27,6 +27,13 @@ def clean(
     absent: Annotated[
         bool, typer.Option("--absent", help="Leave out what is not in the database, as what was deleted.")
     ] = False,
+    random: Annotated[
+        int | None,
+        typer.Option(
+            help="Leave out so many samples, drawn from all in the database: what a removal is compared with."
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the draw of --random: the same seed draws the same samples.")] = 1,
     on_unscored: Annotated[
         OnUnscored,
         typer.Option(
@@ -43,13 +50,14 @@ def clean(
     """
     import rapidin_vdb
 
-    if (where is not None) + (ids is not None) + absent != 1:
-        raise typer.BadParameter("give one of --where SQL, --ids FILE and --absent")
+    if (where is not None) + (ids is not None) + absent + (random is not None) != 1:
+        raise typer.BadParameter("give one of --where SQL, --ids FILE, --absent and --random N")
     database = rapidin_vdb.open(db)
     wanted = None if ids is None else read_ids(ids, identity=database.identity)
     report = database.clean(
-        *files, out=out, where=where, ids=wanted, absent=absent, on_unscored=on_unscored, id_field=id_field
-    )
+        *files, out=out, where=where, ids=wanted, absent=absent, random=random, seed=seed, on_unscored=on_unscored,
+        id_field=id_field,
+    )  # fmt: skip
     _told(report, absent=absent, kept=on_unscored == "keep")
 
 
