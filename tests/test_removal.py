@@ -10,7 +10,7 @@ import torch
 from conftest import toy_records
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.evaluate import report, run_backdoor
+from rapidin_vdb.evaluate import report, run_backdoor, sections
 from rapidin_vdb.evaluate.backdoor import _comparable
 from rapidin_vdb.evaluate.experiment import Experiment
 from rapidin_vdb.evaluate.metrics import found_by_some, found_first
@@ -169,3 +169,24 @@ def test_the_report_tells_what_came_of_it(tmp_path):
     )
     assert ours[:2] == ["1,100 by RapidIn (K = 65,536, lambda = 20)", f"900 of {result['poisoned']:,}"]
     assert ours[2].startswith(f"{400 / count:.1f} % [") and ours[-1] == "4.250 [4.000, 4.500]"
+
+
+@pytest.mark.parametrize(
+    ("texts", "columns", "told"),
+    [
+        (1, [], "All generations are of one text. Scores"),
+        (3, ["1 generation"], "Of one generation, it is the mean over 200 draws, with what 95 % of the draws lie between; all generations are of 3 texts."),
+        (5, ["1 generation"], "Of one generation, it is the mean over 200 draws, with what 95 % of the draws lie between; all generations are of 5 texts."),
+        (6, ["1 generation", "5 generations"], "Of one generation and of 5, of different texts, it is the mean over 200 draws, with what 95 % of the draws lie between; all generations are of 6 texts."),
+    ],
+)  # fmt: skip
+def test_only_what_was_drawn_is_said_to_be(texts, columns, told):
+    """Of as many different texts as there are, there is one choice: a column of draws would be no draws."""
+    rows = {"RapidIn": [(0.25, 0.125, 0.5), (0.75, 0.625, 1.0), (0.875, 0.875, 0.875)]}
+    found = {"k": 4, "of": [1, 5, texts], "highest": rows, "both": rows}
+    _, how, *tables = sections.together({"together": found})
+    assert told in how and how.count("draws") == (2 if columns else 0)
+    head, _, row = tables[1].splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (head, row)]
+    assert cells[0] == ["method", *columns, "all generations"]
+    assert [cell[:5] for cell in cells[1][1:]] == [*["0.250", "0.750"][: len(columns)], "0.875"]

@@ -12,16 +12,21 @@ def together(result: Result) -> list[str]:
     if "together" not in result:
         return []
     found = result["together"]
-    heads = [f"{count} generation{'' if count == 1 else 's'}" for count in found["of"][:-1]] + ["all generations"]
+    texts = found["of"][-1]
+    drawn = [count for count in found["of"][:-1] if count < texts]  # of as many texts as there are, nothing is drawn
+    heads = [f"{count} generation{'' if count == 1 else 's'}" for count in drawn] + ["all generations"]
+    whole = "all generations are of one text" if texts == 1 else f"all generations are of {texts} texts"
+    of = "Of one generation" + (f" and of {drawn[-1]}, of different texts" if len(drawn) > 1 else "")
+    how = f"{of}, it is the mean over 200 draws, with what 95 % of the draws lie between; {whole}"
     parts = [
         f"### Share of poisoned samples among the {found['k']:,} found first by several generations",
-        f"As many as are poisoned: those of the largest score for any of the generations (in the second table, either way), without a look at which are poisoned. Scores of methods that do not normalise layers are standardised within each generation first. Of one generation and of {found['of'][1]}, "
-        f"of different texts, it is the mean over 200 draws, with what 95 % of the draws lie between; all generations are of {found['of'][-1]} texts. Scores of texts and hidden states mean nothing at their lower end.",
+        "As many as are poisoned: those of the largest score for any of the generations (in the second table, either way), without a look at which are poisoned. Scores of methods that do not normalise layers are standardised within each generation first. "
+        f"{how if drawn else whole.capitalize()}. Scores of texts and hidden states mean nothing at their lower end.",
     ]
     for end, title in (("highest", "The highest alone"), ("both", "Both ends")):
         names = [name for name in found[end] if end == "highest" or name.startswith(("TracIn", "RapidIn", "infl"))]
         rows = [
-            [name, *(figure(one) for one in found[end][name][:-1]), f"{found[end][name][-1][0]:.3f}"] for name in names
+            [name, *map(figure, found[end][name][: len(drawn)]), f"{found[end][name][-1][0]:.3f}"] for name in names
         ]
         parts += [f"{title}:", table(["method", *heads], rows)]
     return parts
