@@ -438,6 +438,7 @@ def test_what_cannot_be_compared_is_refused_before_anything_is_loaded(
         ({"new_adapter": without(retrained, "adapter_model.safetensors")}, ModelError, "no adapter_model.safetensors"),
         ({"new_adapter": broken}, ModelError, "the configuration of the adapter .*broken cannot be read"),
         ({"new_adapter": "demo/retraind"}, ModelError, "no adapter at demo/retraind: no such folder in demo, which is"),
+        ({"new_adapter": "demo/no name"}, ModelError, "no adapter at demo/no name: no such folder in demo, which is"),
         (
             {"new_model": "demo/retraind"},
             ModelError,

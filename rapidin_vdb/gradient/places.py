@@ -40,11 +40,19 @@ def check_place(name: str, what: str, file: str) -> None:
             )
     elif path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelNotFoundError(f"no {what} at {without_secrets(name)}: no such folder")
-    elif name.count("/") == 1 and path.parent.is_dir() and not isinstance(try_to_load_from_cache(name, file), str):
+    elif name.count("/") == 1 and path.parent.is_dir() and not _is_downloaded(name, file):
         raise ModelNotFoundError(
             f"no {what} at {name}: no such folder in {path.parent}, which is here. If it is a name on the Hugging Face "
             f"hub, download it first (hf download {name}), or go where no folder is named {path.parent}"
         )
+
+
+def _is_downloaded(name: str, file: str) -> bool:
+    """Say whether a file of that place on the hub is on this machine; also of what can be no name there."""
+    try:
+        return isinstance(try_to_load_from_cache(name, file), str)
+    except ValueError:
+        return False
 
 
 def check_weights(name: str) -> None:
