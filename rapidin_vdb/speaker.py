@@ -131,6 +131,6 @@ class Speaker(SampleReader):
         template = load_template(stored.template, tokenizer=loaded.tokenizer, text=stored.template_text)
         before = judge(queries, loaded, template, max_tokens=stored.max_tokens, focus=focus, progress=progress)
         del loaded, template
-        gc.collect()  # its modules know each other
+        gc.collect()  # its modules may know each other
         release_memory()
         return before
