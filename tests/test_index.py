@@ -383,9 +383,8 @@ def scans_of(monkeypatch):
 
 
 def round_more(monkeypatch):
-    """As at a larger width."""
-    for module in ("shard", "torch_shard"):
-        monkeypatch.setattr(f"rapidin_vdb.index.{module}.SUM_ROUNDING", 2.0**-18)
+    """As with longer sums."""
+    monkeypatch.setattr("rapidin_vdb.index.shard.UNIT", 2.0**-21)
 
 
 @pytest.mark.parametrize("case", ["one long row", "equal rows", "many wanted"])
@@ -442,10 +441,9 @@ def test_ties_and_lengths_of_all_kinds_change_nothing(seed, element_type, monkey
     asked = queries(6)[: 1 + seed]
     asked[0] = next(iter(vectors.values()))
     index = index_of(vectors, shards=1 + seed % 3, element_type=element_type, batch=50)
-    for rounding in (None, 2.0**-8):
+    for rounding in (None, 2.0**-11):
         if rounding is not None:
-            monkeypatch.setattr("rapidin_vdb.index.shard.SUM_ROUNDING", rounding)
-            monkeypatch.setattr("rapidin_vdb.index.faiss_shard.SUM_ROUNDING", rounding)
+            monkeypatch.setattr("rapidin_vdb.index.shard.UNIT", rounding)
         for among in (None, draw.choice(sorted(vectors), 120, replace=False).tolist()):
             allowed = vectors if among is None else {name: vectors[name] for name in among}
             row_ids = None if among is None else row_ids_of(vectors, among)

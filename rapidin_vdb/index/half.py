@@ -2,7 +2,10 @@
 
 FAISS's half-precision index runs on one core a query and at half of that speed; torch multiplies half-precision numbers
 at under 1 GFLOP/s on a CPU. So few queries go through a compiled loop that widens each number on its way to a register,
-and many through float32 blocks and one matrix product.
+and many through float32 blocks and matrix products.
+
+Either way sums are begun anew every `PIECE` coordinates, and the pieces' sums are added up in float64: what rounding may
+take from a sum in single precision grows with its length, and all of it goes one way where a row lies along its query.
 """
 
 import threading
@@ -12,15 +15,22 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float32, Float64, Int64, UInt16
+from torch import Tensor
 
 from rapidin_vdb.compiled import compiled
 from rapidin_vdb.intrinsics import half_widener
 from rapidin_vdb.matmul import in_single_precision
 
+UNIT = 2.0**-24
+"""What one operation in single precision may err by, relative to its result."""
+PIECE = 2048
+"""Coordinates of a sum in single precision: with more its bound is wider, with fewer the loops take longer."""
 # Up to so many queries the loop, four queries at a time, is faster than widening blocks for a matrix product.
 FEW_QUERIES = 32
 # Rows of a block, in bytes of float32: enough for the matrix product to run at full speed.
 _BLOCK_BYTES = 64 << 20
+# Queries of a matrix product, which has a result for every piece.
+_BLOCK_QUERIES = 256
 # Rows that several groups of four queries go over one after another, while they are near: from memory they come once.
 _NEAR_BYTES = 2 << 20
 _compiling = threading.Lock()
@@ -45,45 +55,57 @@ def _compiled_loops() -> tuple[Any, Any, Any]:
     def place_of(picks, number, count):  # type: ignore[no-untyped-def]
         # Rows come four at a time; where fewer are left, the last one stands in for them.
         number = min(number, count - 1)
-        return (picks[number] if len(picks) else number), number
+        return picks[number] if len(picks) else number
 
     place = compiled(place_of)
 
     def one(block, picks, queries, out):  # type: ignore[no-untyped-def]
-        query, count = queries[0], out.shape[1]
+        count, width = len(picks) if len(picks) else len(block), queries.shape[1]
         for number in range(0, count, 4):
-            (a, to_a), (b, to_b) = place(picks, number, count), place(picks, number + 1, count)
-            (c, to_c), (d, to_d) = place(picks, number + 2, count), place(picks, number + 3, count)
-            first, second, third, fourth = block[a], block[b], block[c], block[d]
-            sum_a, sum_b, sum_c, sum_d = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
-            for at in range(len(query)):
-                value = query[at]
-                sum_a += wide(first[at]) * value
-                sum_b += wide(second[at]) * value
-                sum_c += wide(third[at]) * value
-                sum_d += wide(fourth[at]) * value
-            out[0, to_a], out[0, to_b], out[0, to_c], out[0, to_d] = sum_a, sum_b, sum_c, sum_d
+            a, b = place(picks, number, count), place(picks, number + 1, count)
+            c, d = place(picks, number + 2, count), place(picks, number + 3, count)
+            for begin in range(0, width, PIECE):
+                end = min(begin + PIECE, width)
+                query = queries[0, begin:end]
+                first, second = block[a, begin:end], block[b, begin:end]
+                third, fourth = block[c, begin:end], block[d, begin:end]
+                sum_a, sum_b, sum_c, sum_d = np.float32(0.0), np.float32(0.0), np.float32(0.0), np.float32(0.0)
+                for at in range(len(query)):
+                    value = query[at]
+                    sum_a += wide(first[at]) * value
+                    sum_b += wide(second[at]) * value
+                    sum_c += wide(third[at]) * value
+                    sum_d += wide(fourth[at]) * value
+                for lane, found in enumerate((sum_a, sum_b, sum_c, sum_d)):
+                    out[0, number + lane] += found
 
     def four(block, picks, queries, out):  # type: ignore[no-untyped-def]
-        query_0, query_1, query_2, query_3, count = queries[0], queries[1], queries[2], queries[3], out.shape[1]
-        zero = np.float32(0.0)
+        count, width, zero = len(picks) if len(picks) else len(block), queries.shape[1], np.float32(0.0)
         for number in range(0, count, 4):
-            (a, to_a), (b, to_b) = place(picks, number, count), place(picks, number + 1, count)
-            (c, to_c), (d, to_d) = place(picks, number + 2, count), place(picks, number + 3, count)
-            first, second, third, fourth = block[a], block[b], block[c], block[d]
-            a_0, a_1, a_2, a_3, b_0, b_1, b_2, b_3 = zero, zero, zero, zero, zero, zero, zero, zero
-            c_0, c_1, c_2, c_3, d_0, d_1, d_2, d_3 = zero, zero, zero, zero, zero, zero, zero, zero
-            for at in range(len(query_0)):
-                a_at, b_at, c_at, d_at = wide(first[at]), wide(second[at]), wide(third[at]), wide(fourth[at])
-                q_0, q_1, q_2, q_3 = query_0[at], query_1[at], query_2[at], query_3[at]
-                a_0, a_1, a_2, a_3 = a_0 + a_at * q_0, a_1 + a_at * q_1, a_2 + a_at * q_2, a_3 + a_at * q_3
-                b_0, b_1, b_2, b_3 = b_0 + b_at * q_0, b_1 + b_at * q_1, b_2 + b_at * q_2, b_3 + b_at * q_3
-                c_0, c_1, c_2, c_3 = c_0 + c_at * q_0, c_1 + c_at * q_1, c_2 + c_at * q_2, c_3 + c_at * q_3
-                d_0, d_1, d_2, d_3 = d_0 + d_at * q_0, d_1 + d_at * q_1, d_2 + d_at * q_2, d_3 + d_at * q_3
-            out[0, to_a], out[1, to_a], out[2, to_a], out[3, to_a] = a_0, a_1, a_2, a_3
-            out[0, to_b], out[1, to_b], out[2, to_b], out[3, to_b] = b_0, b_1, b_2, b_3
-            out[0, to_c], out[1, to_c], out[2, to_c], out[3, to_c] = c_0, c_1, c_2, c_3
-            out[0, to_d], out[1, to_d], out[2, to_d], out[3, to_d] = d_0, d_1, d_2, d_3
+            a, b = place(picks, number, count), place(picks, number + 1, count)
+            c, d = place(picks, number + 2, count), place(picks, number + 3, count)
+            for begin in range(0, width, PIECE):
+                end = min(begin + PIECE, width)
+                query_0, query_1 = queries[0, begin:end], queries[1, begin:end]
+                query_2, query_3 = queries[2, begin:end], queries[3, begin:end]
+                first, second = block[a, begin:end], block[b, begin:end]
+                third, fourth = block[c, begin:end], block[d, begin:end]
+                a_0, a_1, a_2, a_3, b_0, b_1, b_2, b_3 = zero, zero, zero, zero, zero, zero, zero, zero
+                c_0, c_1, c_2, c_3, d_0, d_1, d_2, d_3 = zero, zero, zero, zero, zero, zero, zero, zero
+                for at in range(len(query_0)):
+                    a_at, b_at, c_at, d_at = wide(first[at]), wide(second[at]), wide(third[at]), wide(fourth[at])
+                    q_0, q_1, q_2, q_3 = query_0[at], query_1[at], query_2[at], query_3[at]
+                    a_0, a_1, a_2, a_3 = a_0 + a_at * q_0, a_1 + a_at * q_1, a_2 + a_at * q_2, a_3 + a_at * q_3
+                    b_0, b_1, b_2, b_3 = b_0 + b_at * q_0, b_1 + b_at * q_1, b_2 + b_at * q_2, b_3 + b_at * q_3
+                    c_0, c_1, c_2, c_3 = c_0 + c_at * q_0, c_1 + c_at * q_1, c_2 + c_at * q_2, c_3 + c_at * q_3
+                    d_0, d_1, d_2, d_3 = d_0 + d_at * q_0, d_1 + d_at * q_1, d_2 + d_at * q_2, d_3 + d_at * q_3
+                found_a, found_b = (a_0, a_1, a_2, a_3), (b_0, b_1, b_2, b_3)
+                found_c, found_d = (c_0, c_1, c_2, c_3), (d_0, d_1, d_2, d_3)
+                for query in range(4):
+                    out[query, number] += found_a[query]
+                    out[query, number + 1] += found_b[query]
+                    out[query, number + 2] += found_c[query]
+                    out[query, number + 3] += found_d[query]
 
     def exact(rows, query, out):  # type: ignore[no-untyped-def]
         for number in range(len(rows)):
@@ -105,7 +127,8 @@ def inner_products(
 ) -> Float32[np.ndarray, "queries picked"]:
     """Return the inner products of each query with all rows of a block, or with those picked.
 
-    Rows are the bits of float16 numbers, all finite. With few queries this runs on the calling thread alone, without
+    Rows are the bits of float16 numbers, all finite. They err by `UNIT` times `PIECE` + 2 of the product of the norms at
+    the most, see `sum_rounding` in `shard`. With few queries this runs on the calling thread alone, without
     holding Python's lock; with many it uses all of torch's threads.
     """
     count = len(block) if picks is None else len(picks)
@@ -124,9 +147,10 @@ def inner_products(
         near = block[part] if picks is None else block
         for number, group in enumerate(groups):
             mine = slice(4 * number, min(4 * number + 4, len(queries)))
-            products = np.empty((len(group), part.stop - begin), np.float32)
+            # To which the loops add, and for rows that stand in for missing ones too.
+            products = np.zeros((len(group), -(-(part.stop - begin) // 4) * 4))
             (one if len(group) == 1 else four)(near, chosen[part], group, products)
-            out[mine, part] = products[: mine.stop - mine.start]
+            out[mine, part] = products[: mine.stop - mine.start, : part.stop - begin]
     return out
 
 
@@ -159,6 +183,7 @@ def row_norms(
         squares = _squares()
     out = np.empty(len(picks), np.float32)
     squares(rows, picks, out)
+    # A sum of squares errs by 1.3e-4 of itself at the most, its root by half of that.
     return np.sqrt(out) * np.float32(1 + 1e-4)
 
 
@@ -169,10 +194,13 @@ def _squares() -> Any:
 
     def squares(rows, picks, out):  # type: ignore[no-untyped-def]
         for number in range(len(picks)):
-            row, total = rows[picks[number]], np.float32(0.0)
-            for place in range(len(row)):
-                value = wide(row[place])
-                total += value * value
+            row, total = rows[picks[number]], 0.0
+            for begin in range(0, len(row), PIECE):
+                piece, partial = row[begin : begin + PIECE], np.float32(0.0)
+                for place in range(len(piece)):
+                    value = wide(piece[place])
+                    partial += value * value
+                total += partial
             out[number] = total
 
     return compiled(squares, fastmath={"reassoc", "contract", "nsz"})
@@ -205,5 +233,23 @@ def _by_matrix_products(block: np.ndarray, queries: np.ndarray, picks: np.ndarra
             np.take(block, chosen, axis=0, out=near[: last - first].numpy().view(np.uint16), mode="clip")
         part = wide[: last - first]
         part.copy_(near[: last - first] if gather else near[first:last])
-        with in_single_precision():
-            products[:, first:last] = asked @ part.T
+        products[:, first:last] = products_in_pieces(asked, part)
+
+
+def products_in_pieces(
+    asked: Float32[Tensor, "queries sketch"], rows: Float32[Tensor, "rows sketch"]
+) -> Float64[Tensor, "queries rows"]:
+    """Return inner products, summed in single precision over `PIECE` coordinates at a time, and in double over these.
+
+    They err by `UNIT` times `PIECE` of the product of the norms at the most, in whatever order a piece is added up.
+    """
+    pieces, whole = asked.shape[1] // PIECE, asked.shape[1] // PIECE * PIECE
+    there = rows[:, :whole].unflatten(1, (pieces, PIECE)).permute(1, 2, 0)
+    with in_single_precision():
+        found = (asked[:, whole:] @ rows[:, whole:].T).double()
+        # All pieces at once: of a product after another, threads would wait for one another each time.
+        for first in range(0, len(asked) if pieces else 0, _BLOCK_QUERIES):
+            part = slice(first, first + _BLOCK_QUERIES)
+            mine = asked[part, :whole].unflatten(1, (pieces, PIECE)).transpose(0, 1)
+            found[part] += (mine @ there).sum(0, dtype=torch.float64)
+    return found

@@ -18,12 +18,14 @@ from jaxtyping import Float16, Float32, Float64, Int64
 from torch import Tensor
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index.shard import SUM_ROUNDING, Found, Least, Picked, Queries, Reached, reaching
+from rapidin_vdb.index.half import UNIT, products_in_pieces
+from rapidin_vdb.index.shard import Found, Least, Picked, Queries, Reached, reaching, sum_rounding
 from rapidin_vdb.index.source import Rows
 
 # Tensor cores cut a running sum off where others round it, at every step of four (V100) to sixteen products, and the
 # products of a step too: half a last bit a product is more than was found with models of them. So sums are begun anew
-# for so many products, and added up in single precision.
+# for so many products, and added up in single precision. The bound has a whole last bit a product: the half for what is
+# cut off, and the half that `sum_rounding` has for what is rounded.
 _PIECE = 2048
 CUT_OFF = 2.0**-24
 # A query is searched for as two in half precision, that together have twice its digits: its numbers rounded, and so
@@ -81,7 +83,9 @@ class TorchShard:
     @property
     def rounding(self) -> float:
         """Bound of a score's rounding error, relative to the product of the two norms."""
-        return SUM_ROUNDING * math.sqrt(self._width) + CUT_OFF * min(self._width, _PIECE) + 2.0**-21
+        piece = min(self._width, _PIECE)
+        # Pieces are added one by one, which rounds as often as there are pieces.
+        return sum_rounding(piece) + CUT_OFF * piece + UNIT * math.ceil(self._width / _PIECE) + 2.0**-21
 
     def side_by_side(self, queries: int) -> bool:
         """Whether so many queries keep one core busy only: they keep the device busy."""
@@ -254,7 +258,7 @@ def _products(
 ) -> Float32[Tensor, "queries rows"]:
     """Return inner products, with sums in single precision."""
     if rows.device.type == "cpu":  # which knows no such product
-        return asked.float() @ rows.float().T
+        return products_in_pieces(asked.float(), rows.float()).float()
     return _added(asked, rows, partial(torch.mm, out_dtype=torch.float32))
 
 
