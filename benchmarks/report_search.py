@@ -79,10 +79,11 @@ mapped. {fresh["new_rows"]:,} new rows (1 %) reach an index in memory in {fresh[
 
 ## Coarse to fine
 
-Building took {result["coarse"]["build_seconds"]:.0f} s, recall at {recall["at"]} is {100 * recall["recall"]:.1f} % (normal rows have no near neighbours, which is the hardest case; the figure of
+Building took {result["coarse"]["build_seconds"]:.0f} s, recall at {recall["at"]} is {100 * recall["recall"]:.0f} % (normal rows have no near neighbours, which is the hardest case; the figure of
 your own database is printed by `index`). One query {1000 * result["coarse"]["one_seconds"]:.0f} ms, 100 queries {result["coarse"]["hundred_seconds"]:.2f} s.
 
-The share is measured at both ends: of the best 10, and of the most negative 10, for samples of the database as queries.
+The share is measured at both ends: of the best 10, and of the most negative 10, for up to 32 samples of the database as
+queries, each beside itself. Of fewer than 10 results as many candidates are scored again as of 10.
 A ranking of such an index says it in its `note`, for the end that was asked for, for it may lack samples. Where as many
 candidates are scored again as there are samples to rank, none can be missing, and nothing is said.
 

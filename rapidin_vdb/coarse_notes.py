@@ -4,7 +4,7 @@ import logging
 from dataclasses import replace
 from pathlib import Path
 
-from rapidin_vdb.index import Searchable, ShardedIndex, readable_manifest
+from rapidin_vdb.index import Searchable, ShardedIndex, looked_at, readable_manifest
 from rapidin_vdb.question import Question
 
 logger = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ def coarse_note(index: Searchable, question: Question, samples: int) -> str | No
     """
     if not isinstance(index, ShardedIndex) or not index.recipe.coarse_width:
         return None
-    if index.recipe.refine * max(question.top_k, question.refine) >= samples:
+    if looked_at(index.recipe.refine, max(question.top_k, question.refine)) >= samples:
         return None
     ends = ("recall", "recall_harmful") if question.both else ("recall_harmful" if question.harmful else "recall",)
     level = "" if question.level == "sample" else f" --level {question.level}"
@@ -44,7 +44,7 @@ def coarse_note(index: Searchable, question: Question, samples: int) -> str | No
 def _measured(index: ShardedIndex, ends: tuple[str, ...]) -> str:
     """Return what was measured of a coarse index at some ends, in words."""
     name, recall = index.recipe.name, index.recall or {}
-    found = [f"{100 * recall[end]:.1f} % of {_ENDS[end]} {recall['at']}" for end in ends if end in recall]
+    found = [f"{100 * recall[end]:.0f} % of {_ENDS[end]} {recall['at']}" for end in ends if end in recall]
     if not found:
         of = f" of {_ENDS[ends[0]]}" if recall else ""
         return f"the index {name} is not exact, and what it finds{of} was not measured"

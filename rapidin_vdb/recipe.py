@@ -45,7 +45,7 @@ class IndexRecipe:
     coarse_width: int = 0
     """Width of folded vectors, held in memory, that a search looks at first; 0 for an exact search."""
     refine: int = 10
-    """How many times `top_k` candidates of a coarse search are scored again at full width."""
+    """How many times `top_k`, or times 10 if that is more, candidates of a coarse search are scored at full width."""
 
     def __post_init__(self) -> None:
         """Refuse what cannot be honoured, however the recipe was made.

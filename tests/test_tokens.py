@@ -391,8 +391,8 @@ def test_tokens_that_a_coarse_index_may_have_missed_are_told(database, tmp_path)
     asked = {"level": "token", "where": "stars < 3", "both": True}
     (ranking,) = database.query(PROMPT, GENERATION, top_k=3, **asked)
     assert ranking.note == (
-        f"the index narrow is not exact: it found {100 * recall['recall']:.1f} % of the best 10 and "
-        f"{100 * recall['recall_harmful']:.1f} % of the most negative 10 when it was built, so that tokens may be missing "
+        f"the index narrow is not exact: it found {100 * recall['recall']:.0f} % of the best 10 and "
+        f"{100 * recall['recall_harmful']:.0f} % of the most negative 10 when it was built, so that tokens may be missing "
         "here; an exact one misses none: rapidin-vdb index DB --level token"
     )
     (everything,) = database.query(PROMPT, GENERATION, top_k=ranking.searched, **asked)

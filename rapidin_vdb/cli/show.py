@@ -54,9 +54,9 @@ def _recalled(built: IndexInfo) -> str:
         return ""
     at, harmful = built.recall["at"], built.recall.get("recall_harmful")
     # One of before both ends were measured has it once `index` is run again.
-    lowest = "" if harmful is None else f" and {100 * harmful:.1f} % of the most negative {at}"
+    lowest = "" if harmful is None else f" and {100 * harmful:.0f} % of the most negative {at}"
     return (
-        f"; not exact: it finds {100 * built.recall['recall']:.1f} % of the best {at}{lowest} "
+        f"; not exact: it finds {100 * built.recall['recall']:.0f} % of the best {at}{lowest} "
         f"(measured with {built.recall['queries']} samples as queries)"
     )
 

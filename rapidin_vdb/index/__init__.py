@@ -1,6 +1,6 @@
 """Exact top-k by inner product over shards, on CPUs or GPUs."""
 
-from rapidin_vdb.index.coarse import narrowed
+from rapidin_vdb.index.coarse import looked_at, narrowed
 from rapidin_vdb.index.index import Batch, Ranked, ShardedIndex, check_top_k, empty_index
 from rapidin_vdb.index.keys import Keys, joined
 from rapidin_vdb.index.loading import check_index, load_index, load_keys, verify_rows
@@ -45,6 +45,7 @@ __all__ = [
     "list_manifests",
     "load_index",
     "load_keys",
+    "looked_at",
     "make_shard",
     "manifest_of",
     "measured_recall",

@@ -5,7 +5,19 @@ from jaxtyping import Float32, UInt16
 
 from rapidin_vdb.errors import SpecError
 
+# Of fewer results as many are looked at as of so many: so few candidates would find less of them.
+FEWEST = 10
+
 Rows = UInt16[np.ndarray, "rows sketch"]
+
+
+def looked_at(refine: int, top_k: int) -> int:
+    """Return how many samples that a coarse search finds are scored again at full width.
+
+    >>> looked_at(20, 3), looked_at(20, 100)
+    (200, 2000)
+    """
+    return refine * max(top_k, FEWEST)
 
 
 def narrowed(queries: Float32[np.ndarray, "queries sketch"], width: int) -> Float32[np.ndarray, "queries {width}"]:

@@ -35,11 +35,11 @@ GPU_MOST = 2048
 # Rows in single precision that are fetched at a time: from a GPU's memory to its memory, and to the host's.
 _GPU_BYTES = 1 << 30
 _HOST_BYTES = 64 << 20
-# FAISS adds products up in as many sums as a register has numbers, 16 with AVX-512, 8 with AVX2, and then these: the
-# rounding of each is that of a sum so many times shorter (Higham, Accuracy and Stability of Numerical Algorithms, section
-# 4.2). For processors without AVX2, which have 4, this is no proof: of constant rows, which lose most, the worst
-# of some hundred scores lost 0.062 of the width times `UNIT` there (0.031 with AVX2, 0.016 with AVX-512; FAISS 1.15), and
-# the bound is twice that. Its matrix products, for many queries, lost less.
+# FAISS adds products up in as many sums as a register has numbers, 16 with AVX-512, 8 with AVX2, and then these: each
+# rounds as a sum so many times shorter (Higham, Accuracy and Stability of Numerical Algorithms, section 4.2). For
+# processors without AVX2, which have 4, this is no proof: of constant rows, which lose most, the worst of some hundred
+# scores lost 0.062 * `UNIT` * the width there (0.031 with AVX2, 0.016 with AVX-512; FAISS 1.15.1), half of the bound.
+# The matrix products by which it answers many queries lost less.
 _LANES = 8
 # Of longer ones that bound would leave open which rows are the best, each time: torch adds them up, in pieces.
 _LONGEST_SUM = 1 << 16

@@ -4,8 +4,8 @@ FAISS's half-precision index runs on one core a query and at half of that speed;
 at under 1 GFLOP/s on a CPU. So few queries go through a compiled loop that widens each number on its way to a register,
 and many through float32 blocks and matrix products.
 
-Either way sums are begun anew every `PIECE` coordinates, and the pieces' sums are added up in float64: what rounding may
-take from a sum in single precision grows with its length, and all of it goes one way where a row lies along its query.
+Either way sums are begun anew every `PIECE` coordinates, and those of the pieces are added up in float64: what rounding
+may take from a sum in single precision grows with its length, and all goes one way where a row lies along its query.
 """
 
 import threading
@@ -27,6 +27,8 @@ PIECE = 2048
 """Coordinates of a sum in single precision: with more its bound is wider, with fewer the loops take longer."""
 # Up to so many queries the loop, four queries at a time, is faster than widening blocks for a matrix product.
 FEW_QUERIES = 32
+# Of wider rows so few fit into a block that the loop is faster for any number of queries.
+_WIDEST = 1 << 20
 # Rows of a block, in bytes of float32: enough for the matrix product to run at full speed.
 _BLOCK_BYTES = 64 << 20
 # Queries of a matrix product, which has a result for every piece.
@@ -120,6 +122,11 @@ def _compiled_loops() -> tuple[Any, Any, Any]:
     return compiled(one, fastmath=fast), compiled(four, fastmath=fast), compiled(exact, fastmath=fast)
 
 
+def by_loops(queries: int, width: int) -> bool:
+    """Say whether the calling thread alone scores rows for so many queries, without Python's lock."""
+    return queries <= FEW_QUERIES or width > _WIDEST
+
+
 def inner_products(
     block: UInt16[np.ndarray, "rows sketch"],
     queries: Float32[np.ndarray, "queries sketch"],
@@ -127,13 +134,13 @@ def inner_products(
 ) -> Float32[np.ndarray, "queries picked"]:
     """Return the inner products of each query with all rows of a block, or with those picked.
 
-    Rows are the bits of float16 numbers, all finite. They err by `UNIT` times `PIECE` + 2 of the product of the norms at
-    the most, see `sum_rounding` in `shard`. With few queries this runs on the calling thread alone, without
-    holding Python's lock; with many it uses all of torch's threads.
+    Rows are the bits of float16 numbers, all finite. Scores err by `UNIT` times `PIECE` + 2 of the product of the norms
+    at the most; see `sum_rounding` in `index/shard.py`. Where `by_loops` says so this runs on the calling thread alone, without
+    holding Python's lock; else it uses all of torch's threads.
     """
     count = len(block) if picks is None else len(picks)
     out = np.empty((len(queries), count), np.float32)
-    if len(queries) > FEW_QUERIES:
+    if not by_loops(*queries.shape):
         _by_matrix_products(block, queries, picks, out)
         return out
     if not count:

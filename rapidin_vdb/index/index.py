@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Float64, Int64
 
 from rapidin_vdb.errors import SpecError
-from rapidin_vdb.index.coarse import folded, narrowed
+from rapidin_vdb.index.coarse import folded, looked_at, narrowed
 from rapidin_vdb.index.exact import exact_scores
 from rapidin_vdb.index.faiss_shard import GPU_MOST, FaissShard
 from rapidin_vdb.index.groups import add_up, members_of
@@ -83,7 +83,8 @@ class ShardedIndex:
         so that neither shards, nor the other queries of a batch change them; where torch adds them up on a GPU, they
         may differ from those of a CPU in the last digits.
 
-        Where the recipe is coarse, candidates come from folded vectors, and a sample may be missed.
+        Where the recipe is coarse, `refine` times `top_k` candidates, of fewer than 10 as many as of 10, come from
+        folded vectors, and a sample may be missed.
 
         Raises:
             SpecError: `top_k` is not positive.
@@ -159,8 +160,9 @@ class ShardedIndex:
         signs = (1.0, -1.0) if both else (1.0,)
         if count == 0 or len(queries) == 0:
             return [[[] for _ in queries] for _ in signs]
-        wanted = min(count, self.recipe.refine * top_k if self.recipe.coarse_width else top_k + self.slack(top_k))
-        found = self._candidates(queries, wanted, rows, both=both)
+        few = looked_at(self.recipe.refine, top_k) if self.recipe.coarse_width else top_k + self.slack(top_k)
+        wanted = min(count, few)
+        found = self.candidates(queries, wanted, rows, both=both)
         asked = np.concatenate([np.float32(sign) * queries for sign in signs])
         scores, numbers = (np.concatenate([end[kind] for end in found]) for kind in range(2))
         ranked = self.settled(asked, (scores, numbers), top_k, rows)
@@ -207,7 +209,7 @@ class ShardedIndex:
         on_gpu = any(isinstance(shard, FaissShard) and shard.gpu is not None for shard in self.shards)
         return _SLACK if on_gpu and top_k + slack > GPU_MOST else slack
 
-    def _candidates(self, queries: Queries, wanted: int, rows: np.ndarray | None, *, both: bool) -> list[Found]:
+    def candidates(self, queries: Queries, wanted: int, rows: np.ndarray | None, *, both: bool) -> list[Found]:
         """Return the best `wanted` rows of all shards with their scores in float32, best first."""
         if self.recipe.coarse_width:
             queries = narrowed(queries, self.recipe.coarse_width)

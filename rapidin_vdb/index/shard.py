@@ -8,7 +8,7 @@ from typing import Protocol, TypeVar, runtime_checkable
 import numpy as np
 from jaxtyping import Bool, Float32, Float64, Int64
 
-from rapidin_vdb.index.half import FEW_QUERIES, PIECE, UNIT, inner_products, row_norms
+from rapidin_vdb.index.half import FEW_QUERIES, PIECE, UNIT, by_loops, inner_products, row_norms
 from rapidin_vdb.index.source import ArraySource, Rows, RowSource
 
 # Held at a time.
@@ -87,7 +87,7 @@ class ScanShard:
 
     def side_by_side(self, queries: int) -> bool:
         """Whether so many queries keep one core busy only."""
-        return queries <= FEW_QUERIES
+        return by_loops(queries, self._width)
 
     def search(self, queries: Queries, wanted: int, rows: Picked | None, *, both: bool) -> list[Found]:
         """Return the best rows, and the worst; see `Shard`."""
@@ -146,13 +146,13 @@ class ScanShard:
 
 
 def sum_rounding(width: int) -> float:
-    """Return a bound of the error of `inner_products` and of `products_in_pieces`, relative to the product of the norms.
+    """Return a bound of the error of `inner_products` and `products_in_pieces`, relative to the product of the norms.
 
-    Summed in any order, n products err by at most n * `UNIT` of the sum of their sizes (Higham, Accuracy and Stability of
-    Numerical Algorithms, sections 3.1 and 4.2; Jeannerod and Rump, SIAM J. Matrix Anal. Appl. 34, 2013, without a term in
-    the square of `UNIT`), and by Cauchy and Schwarz that sum is no more than the product of the norms. It is so for
-    each piece, and for all of them together, for their sums are added in float64. One `UNIT` more is for the total
-    in single precision, and one for all that is smaller. Numbers so small that they underflow are not looked at.
+    Summed in any order, n products err by at most n * `UNIT` of the sum of their sizes (Higham, Accuracy and Stability
+    of Numerical Algorithms, sections 3.1 and 4.2; without a term in the square of `UNIT`: Jeannerod and Rump, SIAM J.
+    Matrix Anal. Appl. 34, 2013), and by Cauchy and Schwarz that sum is no more than the product of the norms. So it is
+    for each piece, and for all of them together, whose sums are added in float64. One `UNIT` more is for the total in
+    single precision, and one for all that is smaller. Numbers so small that they underflow are not looked at.
 
     >>> 1.2e-4 < sum_rounding(1 << 16) == sum_rounding(1 << 24) < 1.23e-4
     True

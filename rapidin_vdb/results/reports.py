@@ -120,7 +120,7 @@ class IndexInfo:
     table_version: int
     """The version of the table that it holds."""
     recall: Mapping[str, Any] | None
-    """What a coarse index was measured to find of the best `at` samples, over `queries`; None for an exact one.
+    """What a coarse index was measured to find of the best `at` samples, with `queries` of its own; None if exact.
 
     `recall` is the share of these, `recall_harmful` that of as many that are most negative, where it was measured.
     """
