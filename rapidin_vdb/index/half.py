@@ -135,8 +135,8 @@ def inner_products(
     """Return the inner products of each query with all rows of a block, or with those picked.
 
     Rows are the bits of float16 numbers, all finite. Scores err by `UNIT` times `PIECE` + 2 of the product of the norms
-    at the most; see `sum_rounding` in `index/shard.py`. Where `by_loops` says so this runs on the calling thread alone, without
-    holding Python's lock; else it uses all of torch's threads.
+    at the most; see `sum_rounding` in `index/shard.py`. Where `by_loops` says so this runs on the calling
+    thread alone, without holding Python's lock; else it uses all of torch's threads.
     """
     count = len(block) if picks is None else len(picks)
     out = np.empty((len(queries), count), np.float32)

@@ -83,8 +83,7 @@ class ShardedIndex:
         so that neither shards, nor the other queries of a batch change them; where torch adds them up on a GPU, they
         may differ from those of a CPU in the last digits.
 
-        Where the recipe is coarse, `refine` times `top_k` candidates, of fewer than 10 as many as of 10, come from
-        folded vectors, and a sample may be missed.
+        Where the recipe is coarse, candidates come from folded vectors (see `looked_at`), and a sample may be missed.
 
         Raises:
             SpecError: `top_k` is not positive.
@@ -205,9 +204,10 @@ class ShardedIndex:
 
     def slack(self, top_k: int) -> int:
         """Return how many candidates beyond `top_k` to ask for: of more, more lie within rounding of the last."""
-        slack = max(_SLACK, top_k // 4)
-        on_gpu = any(isinstance(shard, FaissShard) and shard.gpu is not None for shard in self.shards)
-        return _SLACK if on_gpu and top_k + slack > GPU_MOST else slack
+        by_faiss = [shard for shard in self.shards if isinstance(shard, FaissShard)]
+        # The bound of its sums on a CPU is four times as wide, and four times as many rows lie within it.
+        slack = max(_SLACK, top_k if any(shard.gpu is None for shard in by_faiss) else top_k // 4)
+        return _SLACK if any(shard.gpu is not None for shard in by_faiss) and top_k + slack > GPU_MOST else slack
 
     def candidates(self, queries: Queries, wanted: int, rows: np.ndarray | None, *, both: bool) -> list[Found]:
         """Return the best `wanted` rows of all shards with their scores in float32, best first."""
