@@ -173,15 +173,33 @@ def test_what_does_not_stand_out_is_told(repeated):
     assert lowest.sample_id == found.results[-1].sample_id
 
 
+def test_equal_scores_on_different_generations_go_by_id(repeated, tmp_path, monkeypatch):
+    """Of one sample with equal scores on several, the first generation is named."""
+    ends = [[[("toy-007", 2.0), ("toy-001", 1.0)], [("toy-002", 2.0), ("toy-001", 1.0)]]]
+    monkeypatch.setattr("rapidin_vdb.pooling.surveyed", lambda *_, **options: (SimpleNamespace(ends=ends), None))
+    snapshot = repeated._table.snapshot()
+    vectors = np.ones((2, 64), np.float32)
+    sketched = Sketched(query_ids=("a", "b"), vectors=vectors, seconds=(0.0, 0.0), focus=((), ()))
+    found = pool(snapshot, IndexKeeper(tmp_path / "none").fresh(snapshot), sketched, Question(top_k=3))
+    told = [(result.sample_id, result.query_id) for result in found.results]
+    assert told == [("toy-002", "b"), ("toy-007", "a"), ("toy-001", "a")]
+
+
 def test_what_was_cut_is_told(tmp_path, models, adapters):
+    """Of a database with a factor, by which scores are those of its rankings, too."""
     database = rapidin_vdb.init(
-        tmp_path / "db", model=models["llama"], adapter=adapters["llama"], width=64, template="text", max_tokens=40
-    )
+        tmp_path / "db", model=models["llama"], adapter=adapters["llama"], width=64, template="text", max_tokens=40,
+        epochs=3.0, learning_rate=0.5,
+    )  # fmt: skip
     database.ingest(write_jsonl(tmp_path / "few.jsonl", toy_records(3)))
     long = query_from("Say 5", "blue " * 30, query_id="long")
     found = database.pool(queries=[*ASKED, long], size=2)
     assert found.note.startswith("of 1 generations: the generation was cut to the database's --max-tokens")
     assert database.pool(queries=[long]).note.startswith("the generation was cut")
+    (ranking,) = database.query(queries=ASKED[:1])
+    alone = database.pool(queries=ASKED[:1])
+    assert [result.score for result in alone.results] == [result.score for result in ranking.results]
+    assert alone.score_error == ranking.score_error
 
 
 def test_a_pool_as_tables_and_json(repeated):
