@@ -21,6 +21,8 @@ _HOMES = {
     "query_from": "rapidin_vdb.query",
     "open": "rapidin_vdb.creation",
     "Comparison": "rapidin_vdb.results",
+    "Pool": "rapidin_vdb.results",
+    "PooledSample": "rapidin_vdb.results",
     "Ranking": "rapidin_vdb.results",
     "RankedSample": "rapidin_vdb.results",
     "RankedToken": "rapidin_vdb.results",

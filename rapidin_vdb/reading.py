@@ -12,7 +12,7 @@ from rapidin_vdb.errors import SampleNotFoundError, SpecError, UnfitError
 from rapidin_vdb.progress import Progress, silent
 from rapidin_vdb.records import Fingerprint, Message, OnUnscored, Sample, Scalar
 from rapidin_vdb.results import CleanReport, DatabaseInfo, IndexInfo, KeptVersion, StoredSample
-from rapidin_vdb.store import SampleTable, Snapshot, TokenSnapshot, undisturbed
+from rapidin_vdb.store import SampleTable, Since, Snapshot, TokenSnapshot, undisturbed
 
 # Records between two words on how far an export is.
 _RECORDS_A_WORD = 500
@@ -48,6 +48,14 @@ class SampleReader:
     def version(self) -> int:
         """The number of the newest version."""
         return self._table.snapshot().version
+
+    @undisturbed
+    def written_since(self, version: int, sample_ids: Sequence[str]) -> list[str]:
+        """Return which of some samples came, or were replaced, after a version, and are there now; sorted.
+
+        What was ranked then may be another text by now.
+        """
+        return sorted(Since(version).contents(self._table.snapshot(), list(sample_ids)))
 
     @property
     def bytes(self) -> int:

@@ -209,11 +209,19 @@ def test_ids_are_plain_lines_or_those_that_the_page_saves(tmp_path):
     assert read_ids(path) == ["toy-001", "{toy-002}", "toy-\u2028 003 ", "4"]
     path.write_text('{"sample_id": "toy-001", "score": 1}\n"toy-002"\n{"id": "a", "sample_id": "b"}\n')
     assert read_ids(path) == ["toy-001", "toy-002", "a"]
+    path.write_text('{ "id": "x", "results": []}\n{"sample_id": "y", "results": null}\n[z]\n{y\nx\n')
+    assert read_ids(path) == ["x", "y", "[z]", "{y"], "records may have any further field"
     for line, message in (
         ('"toy-001', "line 2: neither a plain id nor JSON with one"),
         ('{"name": "toy-001"}', "line 2: neither a plain id nor JSON with one"),
         ('{"id": "toy-001"', "line 2: neither a plain id nor JSON with one"),
         ('{"id": null}', "line 2: its id is no text and no whole number"),
+        ('{"results": [{"score": 1}]}', "line 2: one of its results has no sample_id"),
+        ('{"results": [3]}', "line 2: one of its results has no sample_id"),
+        ('{"results": "good"}', "line 2: neither a plain id nor JSON with one"),
+        ('[{"results": []}]', "line 2: JSON that goes over several lines, or a list"),
+        ("{", "line 2: JSON that goes over several lines, or a list"),
+        ("[", "line 2: JSON that goes over several lines, or a list"),
     ):
         path.write_text(f"toy-001\n{line}\n")
         with pytest.raises(SpecError, match=message):

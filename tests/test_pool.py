@@ -1,5 +1,6 @@
 """Several generations as one list of samples, held against the scores of each alone; and what is left out by it."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -117,7 +118,11 @@ def test_long_gradients_do_not_have_all_places(tmp_path, models, adapters, norma
     assert len({result.query_id for result in plain}) > 1
     if normalize == "layer":
         assert {result.query_id for result in scaled} == {"b"}
+        assert "normalised" not in (database.pool(queries=ASKED).note or "")
     else:
+        assert database.pool(queries=ASKED).note == (
+            "layers are not normalised: ranked relative to the length of each generation's gradient"
+        )
         assert [(r.sample_id, r.query_id) for r in scaled] == [(r.sample_id, r.query_id) for r in plain]
         for one, other in zip(scaled, plain, strict=True):
             assert one.score == pytest.approx(other.score * (1000 if one.query_id == "b" else 1), rel=1e-5)
@@ -157,6 +162,49 @@ def test_a_focus_a_version_and_one_generation(repeated, tmp_path):
     assert (then.sample_id, then.score, then.query_id) == every[0]
 
 
+def test_some_generations_may_have_a_focus(repeated, tmp_path):
+    lines = [
+        {"prompt": "Say 5", "generation": "blue 35", "id": "a"},
+        {"prompt": "Say 12", "generation": "red 84", "id": "b"},
+    ]
+    for focused in ((0, 1), (1, 0)):
+        asked = [
+            line | ({"focus": line["generation"].split()[0]} if on else {})
+            for line, on in zip(lines, focused, strict=True)
+        ]
+        found = repeated.pool(queries=read_queries(write_jsonl(tmp_path / "some.jsonl", asked)), size=50, both=True)
+        assert found.score_unit.endswith("RapidGrads (Eq. 5; Eq. 7 of those with a focus)")
+        rankings = repeated.query(queries=read_queries(tmp_path / "some.jsonl"), top_k=50)
+        scores = {name: [r.score for ranking in rankings for r in ranking.results if r.sample_id == name] for name in
+                  (result.sample_id for result in found.results)}  # fmt: skip
+        assert all(abs(result.score) == max(map(abs, scores[result.sample_id])) for result in found.results)
+
+
+@pytest.mark.parametrize("entries", [1, 8, 10_000])
+def test_many_generations_are_asked_some_at_a_time(repeated, monkeypatch, entries):
+    """Scores of all at once would take gigabytes."""
+    asked, real = [], rapidin_vdb.pooling.surveyed
+
+    def surveyed(index, vectors, *arguments, **options):
+        asked.append(len(vectors))
+        return real(index, vectors, *arguments, **options)
+
+    monkeypatch.setattr("rapidin_vdb.pooling.surveyed", surveyed)
+    monkeypatch.setattr("rapidin_vdb.pooling._ENTRIES", entries)
+    found = repeated.pool(queries=ASKED, size=2, both=True)
+    assert asked == {1: [1, 1, 1], 8: [2, 1], 10_000: [3]}[entries]
+    assert [(r.sample_id, r.score, r.query_id) for r in found.results] == wanted(repeated, {"both": True})[:2]
+
+
+def test_a_cluster_is_asked_if_one_is_named(repeated, monkeypatch):
+    keeper = repeated._indexes["sample"]
+    monkeypatch.setattr("rapidin_vdb.database.session_of", lambda name: name)
+    monkeypatch.setattr("rapidin_vdb.database.ClusterKeeper", lambda place, cluster: asked.append(cluster) or keeper)
+    asked = []
+    assert repeated.pool(queries=ASKED, size=3, cluster="auto").results == repeated.pool(queries=ASKED, size=3).results
+    assert asked == ["auto"]
+
+
 def test_what_does_not_stand_out_is_told(repeated):
     found = repeated.pool(queries=ASKED, size=100, both=True)
     errors = [ranking.score_error for ranking in repeated.query(queries=ASKED)]
@@ -193,9 +241,13 @@ def test_what_was_cut_is_told(tmp_path, models, adapters):
     )  # fmt: skip
     database.ingest(write_jsonl(tmp_path / "few.jsonl", toy_records(3)))
     long = query_from("Say 5", "blue " * 30, query_id="long")
-    found = database.pool(queries=[*ASKED, long], size=2)
-    assert found.note.startswith("of 1 generations: the generation was cut to the database's --max-tokens")
-    assert database.pool(queries=[long]).note.startswith("the generation was cut")
+    behind = "cut to the database's --max-tokens ({}): what stands behind that has no part in the scores"
+    told = database.pool(queries=[*ASKED, long], size=2).note
+    assert told.startswith(f"1 of 4 generations {behind.format('long')}")
+    other = dataclasses.replace(long, sample_id="longer")
+    told = database.pool(queries=[ASKED[0], other, long], size=2).note
+    assert told.startswith(f"2 of 3 generations {behind.format('the first is longer')}")
+    assert database.pool(queries=[long]).note.startswith(f"1 of 1 generation {behind.format('long')}")
     (ranking,) = database.query(queries=ASKED[:1])
     alone = database.pool(queries=ASKED[:1])
     assert [result.score for result in alone.results] == [result.score for result in ranking.results]
@@ -252,11 +304,24 @@ def test_on_the_command_line_from_generations_to_a_cleaned_file(repeated, tmp_pa
     pooled = {result.sample_id for result in found.results}
     found = tmp_path / "found.jsonl"
     found.write_text(here("pool", repeated.path, *options, "--json").out)
-    assert {*read_ids(found, identity=repeated.identity)} == pooled and len(pooled) == 5
+    assert {*read_ids(found, repeated)} == pooled and len(pooled) == 5
     out = tmp_path / "out.jsonl"
     here("clean", repeated.path, corpus, "--ids", found, "--out", out)
     left = {json.loads(line)["id"] for line in out.read_text().splitlines()}
     assert left == {f"toy-{n:03d}" for n in range(24)} - pooled
+    version = repeated.version
+    focus = ("--focus", "is", "--as-of", version, "--index", "cpu")
+    lines[0]["generation"], lines[1]["generation"] = "it is blue", "red, it is"
+    some = write_jsonl(tmp_path / "focused.jsonl", lines)
+    here("pool", repeated.path, "--file", some, *focus, check=1)  # there is no such index
+    repeated.index("cpu")
+    told = here("pool", repeated.path, "--file", some, *focus, "--json")
+    values = json.loads(told.out)
+    assert values["focus"] == ["is"] and values["table_version"] == version < repeated.version
+    lines = [line | {"id": f"a-name-that-is-so-long-00000{number}"} for number, line in enumerate(lines)]
+    told = here("pool", repeated.path, "--file", write_jsonl(some, lines), "--focus", "is", "--harmful", "--size", 30)
+    assert told.out.startswith("3 generations, on is: 30 of 33 samples") and "…o-long-000001  " in told.out
+    assert all(len(line) <= 80 for line in told.out.splitlines())
     # Rankings do as well, of both ends.
     found.write_text(here("query", repeated.path, "--file", file, "--top-k", 2, "--both", "--json").out)
     ids = read_ids(found)
@@ -273,3 +338,35 @@ def test_on_the_command_line_from_generations_to_a_cleaned_file(repeated, tmp_pa
         told = here(command, repeated.path, *more, "--ids", found, check=1).err
         assert "line 1: a ranking of another database" in told
     assert not (tmp_path / "other.jsonl").exists() and repeated.count() == 33
+
+
+def test_samples_that_were_mended_since_are_not_thrown_away(database, tmp_path, capsys):
+    """A pool is of what they said: nobody has looked at what is there now."""
+    records = toy_records(24)
+    found = database.pool(queries=ASKED, size=3)
+    pooled = tmp_path / "pool.jsonl"
+    pooled.write_text(json.dumps(found.to_dict()))
+    names = [result.sample_id for result in found.results]
+    others = [record for record in records if record["id"] not in names]
+    mended = [record | {"output": "It is mended."} for record in records if record["id"] == names[1]]
+    # What others say by now does not matter.
+    changed = others[:1][0] | {"output": "It is another."}
+    corpus = write_jsonl(tmp_path / "corpus.jsonl", [*others[1:], *(r for r in records if r["id"] in names), changed])
+    database.ingest(corpus, on_duplicate="replace")
+    assert read_ids(pooled, database) == names
+    database.ingest(write_jsonl(tmp_path / "mended.jsonl", mended), on_duplicate="replace")
+    told = f"sample {names[1]} was written anew after version {found.table_version}, which the ranking is of: what is"
+    for command in ("clean", "delete"):
+        more = (str(corpus), "--out", str(tmp_path / "out.jsonl")) if command == "clean" else ()
+        code, _, err = call(capsys, command, database.path, *more, "--ids", str(pooled))
+        assert code == 1 and told in err and "ask again, or give their ids alone" in err
+    assert not (tmp_path / "out.jsonl").exists() and database.count() == 24
+    again = [record | {"output": "Mended, too."} for record in records if record["id"] in names[:2]]
+    database.ingest(write_jsonl(tmp_path / "again.jsonl", again), on_duplicate="replace")
+    with pytest.raises(SpecError, match=f"2 samples were written anew .* of, such as {min(names[:2])}: what"):
+        read_ids(pooled, database)
+    plain = tmp_path / "plain.txt"
+    plain.write_text("\n".join(names))
+    assert read_ids(plain, database) == names
+    database.delete(ids=names[:2])
+    assert read_ids(pooled, database) == names, "what is gone is no other text"

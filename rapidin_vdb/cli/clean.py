@@ -53,7 +53,7 @@ def clean(
     if (where is not None) + (ids is not None) + absent + (random is not None) != 1:
         raise typer.BadParameter("give one of --where SQL, --ids FILE, --absent and --random N")
     database = rapidin_vdb.open(db)
-    wanted = None if ids is None else read_ids(ids, identity=database.identity)
+    wanted = None if ids is None else read_ids(ids, database)
     report = database.clean(
         *files, out=out, where=where, ids=wanted, absent=absent, random=random, seed=seed, on_unscored=on_unscored,
         id_field=id_field,

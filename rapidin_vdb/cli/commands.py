@@ -207,7 +207,7 @@ def delete(
     if (where is None) == (ids is None) and not (purge and where is None):
         raise typer.BadParameter("give --where SQL, or --ids FILE")
     database = rapidin_vdb.open(db)
-    wanted = None if ids is None else read_ids(ids, identity=database.identity)
+    wanted = None if ids is None else read_ids(ids, database)
     before = database.bytes if purge else 0
     show.deleted(database.delete(where=where, ids=wanted, purge=purge), wanted)
     if purge:

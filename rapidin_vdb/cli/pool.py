@@ -7,9 +7,9 @@ import typer
 
 from rapidin_vdb.cli.options import DB, AsJson, Cluster, Device, Moved, MovedAdapter
 from rapidin_vdb.cli.progress import progress_bars
-from rapidin_vdb.cli.ranked import indented
+from rapidin_vdb.cli.ranked import indented, named
 from rapidin_vdb.cli.show import json_line
-from rapidin_vdb.cli.text import columns, cut, padded, printable
+from rapidin_vdb.cli.text import columns, cut, fitted, padded, printable
 from rapidin_vdb.results import Pool
 
 
@@ -57,7 +57,8 @@ def pool(
 def _table(found: Pool) -> None:
     matching = f" that match {printable(found.where)}" if found.where is not None else ""
     said = "1 generation" if len(found.queries) == 1 else f"{len(found.queries):,} generations"
-    typer.echo(f"{said}: {len(found.results):,} of {found.searched:,} samples{matching}")
+    focus = f", on {', '.join(map(named, found.focus))}" if found.focus else ""
+    typer.echo(f"{said}{focus}: {len(found.results):,} of {found.searched:,} samples{matching}")
     if found.note is not None:
         typer.echo(indented(printable(found.note)))
     if found.score_error and found.results:
@@ -70,11 +71,14 @@ def _table(found: Pool) -> None:
         min(max(len(head), *(columns(row[place]) for row in names)), most)
         for place, (head, most) in enumerate((("sample_id", 20), ("query_id", 14)))
     ]
-    typer.echo(f"{'rank':>5}  {'score':>9}  {'sample_id':<{wide[0]}}  {'query_id':<{wide[1]}}  text")
+    typer.echo(f"{'rank':>5}  {'score':>10}  {'sample_id':<{wide[0]}}  {'query_id':<{wide[1]}}  text")
     for result in found.results:
-        parts = [
-            padded(cut(name, room), room) for name, room in zip((result.sample_id, result.query_id), wide, strict=True)
-        ]
-        line = "  ".join([f"{result.rank:>5}", f"{result.score:>9.4g}", *parts, ""])
+        parts = [padded(cut(result.sample_id, wide[0]), wide[0]), padded(_end_of(result.query_id, wide[1]), wide[1])]
+        line = "  ".join([f"{result.rank:>5}", f"{result.score:>10.4g}", *parts, ""])
         text = f"{result.prompt} -> {result.response}" if result.prompt else result.response
         typer.echo(line + cut(text, max(80 - columns(line), 14)))
+
+
+def _end_of(name: str, room: int) -> str:
+    """Return as much of a name's end as there is room for: it is what tells many names apart."""
+    return printable(name) if columns(printable(name)) <= room else "…" + fitted(name, room - 1, last=True)

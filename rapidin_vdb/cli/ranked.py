@@ -18,7 +18,7 @@ _GROUPS = 20
 def ranking_table(ranking: Ranking, query: Sample, *, words: bool = True) -> None:
     """Print one ranking; with the `words` of samples that have scores, what the model was asked and said above them."""
     matching = f" that match {printable(ranking.where)}" if ranking.where is not None else ""
-    focus = f", on {', '.join(map(_named, ranking.focus))}" if ranking.focus else ""
+    focus = f", on {', '.join(map(named, ranking.focus))}" if ranking.focus else ""
     what = f"{len(ranking.results)} of {ranking.searched:,} {ranking.level}s{matching}"
     typer.echo(f"{printable(ranking.query_id)}{focus}: {what}")
     if ranking.note is not None:
@@ -63,7 +63,8 @@ def _group_lines(groups: Sequence[GroupInfluence]) -> None:
         typer.echo(f"  and {len(groups) - len(shown):,} more, of less influence either way: --json has all")
 
 
-def _named(entry: Focus) -> str:
+def named(entry: Focus) -> str:
+    """Return a text or span of a focus as it is told."""
     return printable(entry) if isinstance(entry, str) else f"characters {entry[0]} to {entry[1]}"
 
 

@@ -20,7 +20,11 @@ class PooledSample:
     sample_id: str
     """Which sample."""
     score: float
-    """Its largest influence on any of the generations, no unit; below zero where that is the largest either way."""
+    """Its largest influence on any of the generations, no unit; below zero where that is the largest either way.
+
+    Where layers are not normalised, its influence on that generation on which it is the largest relative to the length
+    of the generation's gradient.
+    """
     query_id: str
     """The generation that this is the influence on; of several as large, the first."""
     split: str

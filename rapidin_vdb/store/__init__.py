@@ -1,6 +1,7 @@
 """LanceDB tables, their fingerprint, and the filters that may be put to them."""
 
 from rapidin_vdb.store.cache import cache_limit, cached_indexes
+from rapidin_vdb.store.meanwhile import Since
 from rapidin_vdb.store.place import Place, size_of
 from rapidin_vdb.store.rows import ColumnKind, Row, can_hold, merge_kinds, value_kind
 from rapidin_vdb.store.scalar import indexed_columns, make_scalar_index, wrong_lookup
@@ -18,6 +19,7 @@ __all__ = [
     "Row",
     "SampleTable",
     "Share",
+    "Since",
     "Snapshot",
     "TableVersion",
     "TokenRows",
