@@ -12,7 +12,7 @@ from rapidin_vdb.cli.compare import compare
 from rapidin_vdb.cli.ids import read_ids
 from rapidin_vdb.cli.ingest import ingest
 from rapidin_vdb.cli.interrupted import interruptible
-from rapidin_vdb.cli.options import DB, AsJson, Cluster, Device, Ids, Moved, MovedAdapter
+from rapidin_vdb.cli.options import DB, AsJson, AsOf, Cluster, Device, Ids, IndexName, Moved, MovedAdapter
 from rapidin_vdb.cli.pages import check_matrix, check_writable, write_page
 from rapidin_vdb.cli.pool import pool
 from rapidin_vdb.cli.progress import progress_bars
@@ -105,12 +105,8 @@ def query(
         str | None, typer.Option(help="Influence of all samples by the values of this column, such as source.")
     ] = None,
     aggregate: Annotated[Aggregate, typer.Option(help="Whether --group-by adds up or averages.")] = "sum",
-    index_name: Annotated[
-        str | None, typer.Option("--index", help="Which built index to use [default: an exact one].")
-    ] = None,
-    as_of: Annotated[
-        int | None, typer.Option(help="Answer from an older version of the table; `info --versions` lists them.")
-    ] = None,
+    index_name: IndexName = None,
+    as_of: AsOf = None,
     as_json: AsJson = False,
     html: Annotated[
         Path | None, typer.Option(help="Write a page to look at: tokens in colours, for every generated token.")

@@ -11,6 +11,10 @@ Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 Cluster = Annotated[
     str | None, typer.Option(help="Use a Ray cluster: its address, auto, or local for one that is started here.")
 ]
+IndexName = Annotated[str | None, typer.Option("--index", help="Which built index to use [default: an exact one].")]
+AsOf = Annotated[
+    int | None, typer.Option(help="Answer from an older version of the table; `info --versions` lists them.")
+]
 Moved = Annotated[str | None, typer.Option(help="Where the model is now, if it has moved since init.")]
 MovedAdapter = Annotated[str | None, typer.Option(help="Where the adapter is now, if it has moved since init.")]
 Ids = Annotated[

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from rapidin_vdb.cli.options import DB, AsJson, Cluster, Device, Moved, MovedAdapter
+from rapidin_vdb.cli.options import DB, AsJson, AsOf, Cluster, Device, IndexName, Moved, MovedAdapter
 from rapidin_vdb.cli.progress import progress_bars
 from rapidin_vdb.cli.ranked import indented, named
 from rapidin_vdb.cli.show import json_line
@@ -25,12 +25,8 @@ def pool(
     focus: Annotated[
         list[str] | None, typer.Option(help="Ask only about this text of the generations; may be given several times.")
     ] = None,
-    index_name: Annotated[
-        str | None, typer.Option("--index", help="Which built index to use [default: an exact one].")
-    ] = None,
-    as_of: Annotated[
-        int | None, typer.Option(help="Answer from an older version of the table; `info --versions` lists them.")
-    ] = None,
+    index_name: IndexName = None,
+    as_of: AsOf = None,
     as_json: AsJson = False,
     device: Device = "auto",
     cluster: Cluster = None,
