@@ -133,7 +133,7 @@ def chance(error: float, scores: int) -> float:
     These are normally distributed, for each is a sum over all buckets. Of either sign, one sample counts as two scores.
 
     >>> [round(chance(1.0, scores), 2) for scores in (1, 100, 10_500)]
-    [1.28, 3.08, 4.27]
+    [1.28, 3.07, 4.26]
     """
     return error * NormalDist().inv_cdf(_USUAL ** (1 / max(scores, 1)))
 
