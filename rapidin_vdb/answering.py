@@ -31,6 +31,14 @@ Versions = tuple[Snapshot, TokenSnapshot | None]
 class Keeper(Protocol):
     """What keeps indexes fresh, on this machine or on several."""
 
+    def check(self, name: str | None) -> None:
+        """Refuse the name of an index that it has not.
+
+        Raises:
+            SpecError: there is none of that name.
+        """
+        ...
+
     def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> Searchable:
         """Return an index of exactly this version of the table."""
         ...
@@ -81,6 +89,7 @@ def answer(
     """
     if not queries:
         return
+    keeper.check(question.index)
     snapshot, tokens = versions
     queries, encoded, sketched = _sketched(question, queries, snapshot, engine, progress)
     index = keeper.fresh(tokens or snapshot, name=question.index, progress=progress)
@@ -122,6 +131,7 @@ def pooled(
         GradientError: a query gives no finite gradient.
         SpecError: a focus is not in its generation, or there is no such index.
     """
+    keeper.check(question.index)
     snapshot, _ = versions
     _, _, sketched = _sketched(question, queries, snapshot, engine, progress)
     return pool(snapshot, keeper.fresh(snapshot, name=question.index, progress=progress), sketched, question)

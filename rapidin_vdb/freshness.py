@@ -103,6 +103,10 @@ class IndexKeeper:
             done=lambda found: found != manifest and found.index_recipe == recipe and holds(found, snapshot),
         )  # fmt: skip
 
+    def check(self, name: str | None) -> None:
+        """Refuse the name of an index that is not built (`SpecError`), before gradients are taken for it."""
+        self._chosen(name)
+
     def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> ShardedIndex:
         """Return an index of exactly this version of the table: at hand, on disk, updated, or made now.
 
@@ -124,8 +128,7 @@ class IndexKeeper:
                     logger.info("no built index can serve version %d: reading the table itself", snapshot.version)
                 index = of_table(snapshot, progress)
             index = with_what_coarse_finds(self.folder, index)
-            # As they are now: an update on disk made a new manifest.
-            self._residents.keep(snapshot, index, self._chosen(name))
+            self._residents.keep(snapshot, index, self._chosen(name))  # as they are now: an update made a new one
         self._used(index.recipe.name)
         return index
 

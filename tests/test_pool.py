@@ -11,6 +11,7 @@ from test_cli import call
 
 import rapidin_vdb
 from rapidin_vdb.cli.ids import read_ids
+from rapidin_vdb.cluster import ClusterKeeper
 from rapidin_vdb.errors import FilterError, SpecError
 from rapidin_vdb.freshness import IndexKeeper
 from rapidin_vdb.pooling import pool
@@ -282,6 +283,19 @@ def test_what_cannot_be_pooled(database):
             database.pool(queries=ASKED, **options)
     with pytest.raises(SpecError, match="no generation to pool"):
         database.pool(queries=[])
+
+
+@pytest.mark.parametrize("cluster", [None, "local"])
+def test_an_index_that_is_not_there_is_told_before_gradients_are_taken(database, monkeypatch, cluster):
+    """Of a thousand generations they take minutes."""
+    database.load()
+    monkeypatch.setattr("rapidin_vdb.database.session_of", lambda name: ("a", name))
+    monkeypatch.setattr("rapidin_vdb.database.ClusterKeeper", lambda *_: object.__new__(ClusterKeeper))
+    monkeypatch.setattr("rapidin_vdb.answering.sketch_queries", lambda *_, **options: pytest.fail("gradients"))
+    message = "no index nowhere is built" if cluster is None else "leave it or --cluster out"
+    for ask in (database.pool, database.query):
+        with pytest.raises(SpecError, match=message):
+            ask(queries=ASKED, index="nowhere", cluster=cluster)
 
 
 def test_on_the_command_line_from_generations_to_a_cleaned_file(repeated, tmp_path, capsys):

@@ -161,6 +161,11 @@ class ClusterKeeper:
         worker = self._ray.remote(ShardWorker).options(**options)
         return worker.remote(self._uri, part, self._parts, self._settings)
 
+    def check(self, name: str | None) -> None:
+        """Refuse the name of an index (`SpecError`)."""
+        if name is not None:
+            raise SpecError("--index names an index of this machine; leave it or --cluster out")
+
     def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> ClusterIndex:
         """Return an index of exactly this version of the table.
 
@@ -168,8 +173,7 @@ class ClusterKeeper:
             SpecError: a built index is asked for.
             TableError: the shares do not make up the table.
         """
-        if name is not None:
-            raise SpecError("--index names an index of this machine; leave it or --cluster out")
+        self.check(name)
         held, rows = held_by(snapshot), snapshot.rows()
         progress("index", 0, rows)
         found = sum(self._ask(held, "count", None, (), None))
