@@ -48,6 +48,6 @@ def test_the_demo_finds_its_poison(demonstration):
     assert max(map(len, said.split("Go on from here")[0].splitlines()[1:])) <= 80
     # What it tells the reader to run next runs.
     commands = said.split("Go on from here:\n")[1].replace("\\\n", " ").splitlines()
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command in commands:
         subprocess.run(command, shell=True, check=True, capture_output=True)
