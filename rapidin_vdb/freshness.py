@@ -43,8 +43,7 @@ from rapidin_vdb.table_index import (
 logger = logging.getLogger(__name__)
 
 # An index in so many parts is written anew by the next `index`; queries go on adding some, each a file more to open.
-_MOST_PARTS = 64
-_MOST_PARTS_AT_ALL = 512
+_MOST_PARTS, _MOST_PARTS_AT_ALL = 64, 512
 
 
 class IndexKeeper:
@@ -79,7 +78,7 @@ class IndexKeeper:
         try:
             written = self._written(snapshot, recipe, progress)
             self._residents.let_go()  # first: two copies of its rows might not fit
-            index = self._loaded_after(written)
+            index = self._loaded_after(written, snapshot)
             if recipe.coarse_width and index.samples:
                 written = with_recall(self.folder, written, measured_recall(index))
         except OSError as error:
@@ -97,14 +96,13 @@ class IndexKeeper:
                 return extended
         count = snapshot.rows()
         batches = counted(batches_of(snapshot), count, progress)
-        return write_index(
+        return write_index(  # unless it is done: by somebody else, who was waited for
             self.folder, recipe, held_by(snapshot), batches, count=count, check=snapshot.check_kept,
-            # By somebody else, who was waited for.
             done=lambda found: found != manifest and found.index_recipe == recipe and holds(found, snapshot),
         )  # fmt: skip
 
     def check(self, name: str | None) -> None:
-        """Refuse the name of an index that is not built (`SpecError`), before gradients are taken for it."""
+        """Refuse the name of an index that is not built (`SpecError`)."""
         self._chosen(name)
 
     def fresh(self, snapshot: TableVersion, *, name: str | None = None, progress: Progress = silent) -> ShardedIndex:
@@ -210,12 +208,14 @@ class IndexKeeper:
         chosen = [manifest for manifest in manifests if name is None or manifest.name == name]
         return sorted(chosen, key=lambda manifest: (manifest.recipe["coarse_width"] > 0, manifest.name))
 
-    def _loaded_after(self, manifest: Manifest) -> ShardedIndex:
+    def _loaded_after(self, manifest: Manifest, snapshot: TableVersion) -> ShardedIndex:
         """Load an index that was just written, or what somebody else has put in its place since."""
         try:
             return load_index(self.folder, manifest)
         except SpecError:
-            return load_index(self.folder, readable_manifest(self.folder, manifest.name) or manifest)
+            if (there := readable_manifest(self.folder, manifest.name)) is None:
+                snapshot.check_kept()  # a purge takes indexes away, and puts others in their place later
+            return load_index(self.folder, there or manifest)
 
     def _from_disk(self, snapshot: TableVersion, manifests: list[Manifest], progress: Progress) -> ShardedIndex | None:
         # One that holds this version first; and what is asked for exactly is not answered by a coarse one.

@@ -116,6 +116,22 @@ def test_a_build_that_began_before_a_purge_brings_nothing_back(database, paused,
     assert rapidin_vdb.open(database.path).verify().mended == ()
 
 
+def test_a_build_that_a_purge_takes_away_before_it_is_read_begins_again(database, monkeypatch):
+    """The purge builds it anew later, which may take long; until then there is none."""
+    real, other = rapidin_vdb.freshness.load_index, rapidin_vdb.open(database.path)
+
+    def load(folder, manifest):
+        if other.count() == 24:
+            other.delete(ids=["toy-005"])
+            other._table.purge()
+            assert other._indexes["sample"].remove("cpu")[0]
+        return real(folder, manifest)
+
+    monkeypatch.setattr("rapidin_vdb.freshness.load_index", load)
+    made = database.index("cpu")
+    assert (made.samples, made.fresh) == (23, True) and other.info().indexes == (made,)
+
+
 def test_a_build_does_not_keep_what_a_purge_that_died_had_removed(database, paused):
     """It was killed between the tables and the indexes: nobody comes for the index any more."""
     begun, goes_on = paused
